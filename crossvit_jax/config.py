@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -100,6 +101,27 @@ class CrossViTConfig:
             tuple(self.drop_path_rate * (stage * per_stage + block) / steps for block in range(per_stage))
             for stage in range(self.stages)
         )
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether training mode draws random numbers."""
+        rates = (self.drop_rate, self.pos_drop_rate, self.proj_drop_rate, self.attn_drop_rate, self.drop_path_rate)
+        return any(rate > 0.0 for rate in rates)
+
+    def feature_indices(self, indices: int | Sequence[int] | None = None) -> list[int]:
+        """Intermediate features as indices from 0, branch by branch and stage by stage (timm's order, ascending).
+
+        Args:
+            indices: None for all, an int n for the last n, or indices, negative ones counted from the end.
+
+        Raises:
+            ValueError: out of range, or none.
+        """
+        total = len(self.embed_dim) * self.stages
+        wanted = range(-indices, 0) if isinstance(indices, int) else range(total) if indices is None else indices
+        if not wanted or any(not -total <= index < total for index in wanted):
+            raise ValueError(f"feature indices must be from {-total} to {total - 1}, at least one; got {indices!r}")
+        return sorted({index % total for index in wanted})
 
 
 def _variant(name, embed_dim, depth, num_heads, mlp_ratio, **settings) -> CrossViTConfig:

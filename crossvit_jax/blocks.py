@@ -1,0 +1,218 @@
+"""Transformer blocks of one branch, cross-attention between branches, and the stage that joins them."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from crossvit_jax.attention import Attention, CrossAttention
+from crossvit_jax.config import CrossViTConfig
+from crossvit_jax.layers import GELU, LayerNorm, Linear, Sequential
+
+
+class Mlp(nnx.Module):
+    """Two linear layers with a GELU between (timm `Mlp`)."""
+
+    def __init__(
+        self, dim: int, hidden_dim: int, *, drop: float = 0.0, dtype=None, param_dtype=jnp.float32, rngs: nnx.Rngs
+    ):
+        kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.fc1 = Linear(dim, hidden_dim, **kwargs)
+        self.act = GELU()
+        self.drop1 = nnx.Dropout(drop)
+        self.fc2 = Linear(hidden_dim, dim, **kwargs)
+        self.drop2 = nnx.Dropout(drop)
+
+    def __call__(
+        self, x: Float[Array, "batch tokens dim"], *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "batch tokens dim"]:
+        x = self.drop1(self.act(self.fc1(x)), rngs=rngs)
+        return self.drop2(self.fc2(x), rngs=rngs)
+
+
+class DropPath(nnx.Module):
+    """Stochastic depth: drops the residual branch of whole samples, and scales the others by 1 / (1 - rate)."""
+
+    def __init__(self, rate: float = 0.0):
+        self.rate = rate
+        self.deterministic = False
+
+    def set_view(self, deterministic: bool | None = None, **kwargs) -> dict:
+        """Lets `nnx.view(model, deterministic=...)` reach this module as it does `nnx.Dropout`."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+        return kwargs
+
+    def __call__(
+        self, x: Float[Array, " batch *shape"], *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, " batch *shape"]:
+        if self.rate == 0.0 or self.deterministic:
+            return x
+        keep = 1.0 - self.rate
+        mask = jax.random.bernoulli(rngs.dropout(), keep, (x.shape[0],) + (1,) * (x.ndim - 1))
+        return jnp.where(mask, x / keep, 0)
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block: self-attention, then MLP (timm `Block`)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        *,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        dtype=None,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.norm1 = LayerNorm(dim, **kwargs)
+        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, **kwargs)
+        self.drop_path1 = DropPath(drop_path)
+        self.norm2 = LayerNorm(dim, **kwargs)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **kwargs)
+        self.drop_path2 = DropPath(drop_path)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens dim"],
+        *,
+        rngs: nnx.Rngs | None = None,
+        attn_maps: list | None = None,
+    ) -> Float[Array, "batch tokens dim"]:
+        x = x + self.drop_path1(self.attn(self.norm1(x), rngs=rngs, attn_maps=attn_maps), rngs=rngs)
+        return x + self.drop_path2(self.mlp(self.norm2(x), rngs=rngs), rngs=rngs)
+
+
+class CrossAttentionBlock(nnx.Module):
+    """Pre-norm cross-attention of the class token; no MLP (paper figure 4)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        dtype=None,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.norm1 = LayerNorm(dim, **kwargs)
+        self.attn = CrossAttention(
+            dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, **kwargs
+        )
+        self.drop_path = DropPath(drop_path)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens dim"],
+        *,
+        rngs: nnx.Rngs | None = None,
+        attn_maps: list | None = None,
+    ) -> Float[Array, "batch 1 dim"]:
+        return x[:, :1] + self.drop_path(self.attn(self.norm1(x), rngs=rngs, attn_maps=attn_maps), rngs=rngs)
+
+
+class MultiScaleBlock(nnx.Module):
+    """A stage: every branch runs its blocks, then the class tokens cross over (paper figure 3).
+
+    Branch i's class token is projected to the other branch's width (`projs`), attends over its patch tokens
+    (`fusion`), and is projected back (`revert_projs`).
+    """
+
+    def __init__(
+        self,
+        config: CrossViTConfig,
+        drop_path: Sequence[float],
+        *,
+        dtype=None,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        block_kwargs = {
+            "qkv_bias": config.qkv_bias,
+            "attn_drop": config.attn_drop_rate,
+            "proj_drop": config.proj_drop_rate,
+            **kwargs,
+        }
+        dims = list(zip(config.embed_dim, config.embed_dim[::-1], strict=True))  # (own width, the other branch's)
+        self.grad_checkpointing = False
+
+        self.blocks = nnx.List(
+            nnx.List(Block(dim, num_heads, mlp_ratio, drop_path=drop_path[i], **block_kwargs) for i in range(depth))
+            for dim, depth, num_heads, mlp_ratio in zip(
+                config.embed_dim, config.depth, config.num_heads, config.mlp_ratio, strict=True
+            )
+        )
+        self.projs = nnx.List(
+            Sequential([LayerNorm(own, **kwargs), GELU(), Linear(own, other, **kwargs)]) for own, other in dims
+        )
+        self.fusion = nnx.List(
+            CrossAttentionBlock(other, num_heads, drop_path=drop_path[-1], **block_kwargs)
+            for (_, other), num_heads in zip(dims, config.num_heads[::-1], strict=True)
+        )
+        self.revert_projs = nnx.List(
+            Sequential([LayerNorm(other, **kwargs), GELU(), Linear(other, own, **kwargs)]) for own, other in dims
+        )
+
+    def __call__(
+        self,
+        xs: list[Float[Array, "batch _ _"]],
+        *,
+        rngs: nnx.Rngs | None = None,
+        attn_maps: list | None = None,
+    ) -> list[Float[Array, "batch _ _"]]:
+        """Both branches' tokens (batch, 1 + patches, dim) after the stage."""
+        xs = self.run_branches(xs, rngs=rngs, attn_maps=attn_maps)
+        class_tokens = self.fuse(xs, rngs=rngs, attn_maps=attn_maps)
+        return [jnp.concatenate([token, x[:, 1:]], axis=1) for token, x in zip(class_tokens, xs, strict=True)]
+
+    def run_branches(
+        self,
+        xs: list[Float[Array, "batch _ _"]],
+        *,
+        rngs: nnx.Rngs | None = None,
+        attn_maps: list | None = None,
+    ) -> list[Float[Array, "batch _ _"]]:
+        """Every branch through its own blocks."""
+        outs = []
+        for x, blocks in zip(xs, self.blocks, strict=True):
+            for block in blocks:
+                x = self._run(block, x, rngs, attn_maps)
+            outs.append(x)
+        return outs
+
+    def fuse(
+        self,
+        xs: list[Float[Array, "batch _ _"]],
+        *,
+        rngs: nnx.Rngs | None = None,
+        attn_maps: list | None = None,
+    ) -> list[Float[Array, "batch 1 _"]]:
+        """Both branches' new class tokens (batch, 1, dim), each after attending over the other's patch tokens."""
+        outs = []
+        for x, other, proj, fusion, revert_proj in zip(
+            xs, xs[::-1], self.projs, self.fusion, self.revert_projs, strict=True
+        ):
+            x = jnp.concatenate([proj(x[:, :1]), other[:, 1:]], axis=1)
+            x = self._run(fusion, x, rngs, attn_maps)
+            outs.append(revert_proj(x))
+        return outs
+
+    def _run(self, block: Block | CrossAttentionBlock, x: Float[Array, "batch _ _"], rngs, attn_maps):
+        """Applies one block; under gradient checkpointing its activations are computed again in the backward pass."""
+        if not self.grad_checkpointing or attn_maps is not None:
+            return block(x, rngs=rngs, attn_maps=attn_maps)
+        return nnx.remat(lambda block, x, rngs: block(x, rngs=rngs))(block, x, rngs)

@@ -1,0 +1,253 @@
+"""The whole model."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from crossvit_jax.blocks import MultiScaleBlock
+from crossvit_jax.config import CrossViTConfig, get_config
+from crossvit_jax.layers import Identity, LayerNorm, Linear
+from crossvit_jax.patch_embed import PatchEmbed
+from crossvit_jax.resize import scale_image
+
+
+class CrossViT(nnx.Module):
+    """CrossViT (arXiv 2103.14899): two branches over small and large patches, joined by their class tokens.
+
+    Args:
+        config: the architecture and its options, see `get_config`.
+        dtype: of the computation; default: `param_dtype`. Half precision keeps softmax, norm statistics, the head and
+            the logits in float32.
+        param_dtype: of the parameters.
+        rngs: draws the initial parameters; used in no other way.
+
+    Attributes `num_classes`, `global_pool` and `config` tell what the model is. New models are in training mode; there,
+    if any dropout or drop-path rate is above 0, calls need `rngs=nnx.Rngs(dropout=key)`. `eval()` turns both off.
+    """
+
+    def __init__(
+        self,
+        config: CrossViTConfig,
+        *,
+        dtype=None,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
+        self.param_dtype = jnp.dtype(param_dtype)
+        self.deterministic = False
+        kwargs = {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": rngs}
+
+        for i, (dim, (rows, columns)) in enumerate(zip(config.embed_dim, config.grid_size, strict=True)):
+            setattr(self, f"pos_embed_{i}", _token(1 + rows * columns, dim, **kwargs))
+            setattr(self, f"cls_token_{i}", _token(1, dim, **kwargs))
+        self.patch_embed = nnx.List(
+            PatchEmbed(patch_size, config.in_chans, dim, multi_conv=config.multi_conv, **kwargs)
+            for patch_size, dim in zip(config.patch_size, config.embed_dim, strict=True)
+        )
+        self.pos_drop = nnx.Dropout(config.pos_drop_rate)
+        self.blocks = nnx.List(MultiScaleBlock(config, rates, **kwargs) for rates in config.drop_path_rates)
+        self.norm = nnx.List(LayerNorm(dim, **kwargs) for dim in config.embed_dim)
+        self.head_drop = nnx.Dropout(config.drop_rate)
+        self.reset_classifier(config.num_classes, rngs=rngs)
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    @property
+    def global_pool(self) -> str:
+        return self.config.global_pool
+
+    @property
+    def num_features(self) -> int:
+        """Width of the pooled features of both branches together."""
+        return sum(self.config.embed_dim)
+
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "batch out"]:
+        """Logits (batch, classes), or without classes the pooled features (batch, widths), in float32 or wider.
+
+        Args:
+            images: channels last, ImageNet-normalised. Other sizes than the configured one are brought to it, as timm
+                does; that hides a mistake easily, so prefer a model of the right `image_size`.
+            rngs: stream `dropout`, for training mode.
+
+        Raises:
+            ValueError: wrong rank, channels or dtype of the images; or training mode without `rngs`.
+        """
+        xs = self._embed(images, rngs)
+        *stages, last = self.blocks
+        for stage in stages:
+            xs = stage(xs, rngs=rngs)
+        # the head pools either the class tokens or the patch tokens: the others are not computed
+        xs = last.run_branches(xs, rngs=rngs)
+        if self.global_pool == "token":
+            xs = last.fuse(xs, rngs=rngs)
+        return self.forward_head(self._normalise(xs), rngs=rngs)
+
+    def forward_features(
+        self, images: Float[Array, "batch height width channels"], *, rngs: nnx.Rngs | None = None
+    ) -> list[Float[Array, "batch _ _"]]:
+        """Each branch's normalised tokens (batch, 1 + patches, dim), class token first."""
+        xs = self._embed(images, rngs)
+        for stage in self.blocks:
+            xs = stage(xs, rngs=rngs)
+        return self._normalise(xs)
+
+    def forward_head(
+        self, xs: list[Float[Array, "batch _ _"]], *, pre_logits: bool = False, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "batch out"]:
+        """Pools the result of `forward_features`; then the mean of both heads, or with `pre_logits` no head."""
+        real = jnp.promote_types(self.param_dtype, jnp.float32)
+        pooled = [x[:, 1:].astype(real).mean(1) if self.global_pool == "avg" else x[:, 0].astype(real) for x in xs]
+        pooled = [self.head_drop(x, rngs=rngs) for x in pooled]
+        if pre_logits or self.num_classes == 0:
+            return jnp.concatenate(pooled, axis=1)
+        return sum(head(x) for head, x in zip(self.head, pooled, strict=True)) / len(pooled)
+
+    def forward_intermediates(
+        self,
+        images: Float[Array, "batch height width channels"],
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NHWC",
+        intermediates_only: bool = False,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[list[Array], list[Array]] | list[Array]:
+        """Patch features of both branches after any stage (timm `forward_intermediates`).
+
+        Args:
+            indices: with S stages, 0 to S-1 are branch 0 after each stage, S to 2S-1 branch 1; negative ones count from
+                the end, an int n takes the last n, None takes all.
+            norm: apply the branch's final norm to them.
+            stop_early: leave out the stages after the last one asked for.
+            output_fmt: "NHWC" or "NCHW" for maps of (rows, columns) patches, "NLC" for tokens (batch, patches, dim).
+            intermediates_only: return only the list of intermediates.
+
+        Returns:
+            (the list that `forward_features` returns, intermediates in the order of their indices), or the latter only.
+
+        Raises:
+            ValueError: an index out of range, or an unknown format.
+        """
+        wanted = self.config.feature_indices(indices)
+        if output_fmt not in ("NHWC", "NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NHWC', 'NCHW' or 'NLC'; got {output_fmt!r}")
+        stages = len(self.blocks)
+        last = max(index % stages for index in wanted)
+        taken = {}
+        xs = self._embed(images, rngs)
+        for i, stage in enumerate(self.blocks):
+            if stop_early and i > last:
+                break
+            xs = stage(xs, rngs=rngs)
+            for branch, y in enumerate(self._normalise(xs) if norm else xs):
+                taken[branch * stages + i] = self._as_map(y[:, 1:], branch, output_fmt)
+        intermediates = [taken[index] for index in wanted]
+        return intermediates if intermediates_only else (self._normalise(xs), intermediates)
+
+    def attention_maps(self, images: Float[Array, "batch height width channels"]) -> dict[str, Array]:
+        """The attention weights of every attention by its path, in float32 or wider.
+
+        (batch, heads, tokens, tokens) for self-attention, such as "blocks.0.blocks.1.2.attn", and (batch, heads, 1,
+        tokens) for cross-attention, such as "blocks.0.fusion.1.attn". Token 0 is the class token, the others are the
+        patches row by row. Call it in evaluation mode; other calls do not pay for it.
+        """
+        paths, maps = [], []
+        for i, stage in enumerate(self.blocks):
+            paths += [
+                f"blocks.{i}.blocks.{b}.{j}.attn" for b, branch in enumerate(stage.blocks) for j in range(len(branch))
+            ]
+            paths += [f"blocks.{i}.fusion.{b}.attn" for b in range(len(stage.fusion))]
+        xs = self._embed(images, None)
+        for stage in self.blocks:
+            xs = stage(xs, attn_maps=maps)
+        return dict(zip(paths, maps, strict=True))
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, *, rngs: nnx.Rngs) -> None:
+        """A new, freshly initialised head for `num_classes` (0: none), and optionally another pooling."""
+        self.config = dataclasses.replace(
+            self.config, num_classes=num_classes, global_pool=global_pool or self.global_pool
+        )
+        real = jnp.promote_types(self.param_dtype, jnp.float32)  # the logits stay in float32 or wider
+        self.head = nnx.List(
+            Linear(dim, num_classes, dtype=real, param_dtype=self.param_dtype, rngs=rngs)
+            if num_classes > 0
+            else Identity()
+            for dim in self.config.embed_dim
+        )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades memory for time in training: each block's activations are computed again in the backward pass."""
+        for stage in self.blocks:
+            stage.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay leaves out, besides biases and norms (timm `no_weight_decay`)."""
+        return {f"{name}_{i}" for name in ("cls_token", "pos_embed") for i in range(len(self.patch_embed))}
+
+    def _embed(self, images: Array, rngs: nnx.Rngs | None) -> list[Float[Array, "batch _ _"]]:
+        """Each branch's class and patch tokens with position embeddings."""
+        if images.ndim != 4 or images.shape[-1] != self.config.in_chans:
+            raise ValueError(
+                f"images must have shape (batch, height, width, {self.config.in_chans}); got {images.shape}"
+            )
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"images must be normalised floats; got dtype {images.dtype}")
+        if not self.deterministic and rngs is None and self.config.is_stochastic:
+            raise ValueError(
+                "dropout or drop path is on in training mode: pass rngs=nnx.Rngs(dropout=key), or call eval() first"
+            )
+        images = images.astype(jnp.promote_types(images.dtype, self.param_dtype))
+        xs = []
+        for i, (patch_embed, size) in enumerate(zip(self.patch_embed, self.config.branch_image_size, strict=True)):
+            x = patch_embed(scale_image(images, size, self.config.crop_scale))
+            cls_token = getattr(self, f"cls_token_{i}")[...].astype(x.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(cls_token, (x.shape[0], 1, x.shape[2])), x], axis=1)
+            x = x + getattr(self, f"pos_embed_{i}")[...].astype(x.dtype)
+            xs.append(self.pos_drop(x, rngs=rngs))
+        return xs
+
+    def _normalise(self, xs: list[Float[Array, "batch _ _"]]) -> list[Float[Array, "batch _ _"]]:
+        """Each branch's final norm."""
+        return [norm(x) for norm, x in zip(self.norm, xs, strict=True)]
+
+    def _as_map(self, x: Float[Array, "batch patches dim"], branch: int, output_fmt: str) -> Array:
+        """Patch tokens in the format asked for."""
+        if output_fmt == "NLC":
+            return x
+        x = x.reshape(x.shape[0], *self.config.grid_size[branch], x.shape[2])
+        return x if output_fmt == "NHWC" else x.transpose(0, 3, 1, 2)
+
+
+def _token(tokens: int, dim: int, *, param_dtype, rngs: nnx.Rngs, **_) -> nnx.Param:
+    return nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, tokens, dim), param_dtype))
+
+
+def create_model(
+    name: str,
+    *,
+    dtype=None,
+    param_dtype=jnp.float32,
+    rngs: nnx.Rngs,
+    **overrides,
+) -> CrossViT:
+    """A freshly initialised CrossViT.
+
+    Args:
+        name: a variant by its short, timm or IBM name, see `list_variants`.
+        dtype, param_dtype, rngs: see `CrossViT`.
+        **overrides: fields of `CrossViTConfig`: num_classes, in_chans, image_size, drop_path_rate, …
+
+    Raises:
+        ValueError, TypeError: see `get_config`.
+    """
+    return CrossViT(get_config(name, **overrides), dtype=dtype, param_dtype=param_dtype, rngs=rngs)

@@ -1,0 +1,87 @@
+"""The leaf layers with CrossViT's defaults: initialisation, epsilon, exact GELU."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def dropout_is_active(dropout: nnx.Dropout) -> bool:
+    """Whether this layer would change its input now (training mode and a rate above 0)."""
+    return dropout.rate > 0.0 and not dropout.deterministic
+
+
+class Linear(nnx.Linear):
+    """Linear layer with timm's initialisation: weights N(0, 0.02), biases 0.
+
+    timm truncates at ±2, a hundred standard deviations away: no float32 draw ever gets there.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True, dtype, param_dtype, rngs):
+        super().__init__(
+            in_features,
+            out_features,
+            use_bias=use_bias,
+            kernel_init=nnx.initializers.normal(0.02),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+
+class Conv(nnx.Conv):
+    """Convolution with torch's default initialisation: weights and biases U(±1/√fan_in)."""
+
+    def __init__(self, in_chans: int, out_chans: int, kernel_size: int, *, stride: int, padding: int, **kwargs):
+        bound = (in_chans * kernel_size**2) ** -0.5
+
+        def uniform(key, shape, dtype):
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        super().__init__(
+            in_chans,
+            out_chans,
+            (kernel_size, kernel_size),
+            strides=stride,
+            padding=[(padding, padding)] * 2,
+            kernel_init=uniform,
+            bias_init=uniform,
+            **kwargs,
+        )
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Layer norm with epsilon 1e-6 and the two-pass variance, as torch computes it; statistics in float32 or wider."""
+
+    def __init__(self, dim: int, *, dtype, param_dtype, rngs):
+        super().__init__(dim, epsilon=1e-6, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+
+class GELU(nnx.Module):
+    """The exact (erf) GELU; jax's default is the tanh approximation."""
+
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        return jax.nn.gelu(x, approximate=False)
+
+
+class ReLU(nnx.Module):
+    """max(x, 0), a module so that it takes its place in a `Sequential`, as in torch."""
+
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        return jnp.maximum(x, 0)
+
+
+class Identity(nnx.Module):
+    """Returns its input: the head of a model without classes."""
+
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        return x
+
+
+class Sequential(nnx.List):
+    """A list of layers applied in order. Unlike `nnx.Sequential`, it adds no name of its own to parameter paths."""
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        for layer in self:
+            x = layer(x)
+        return x

@@ -1,0 +1,258 @@
+"""The whole model."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from crossvit_jax.config import CrossViTConfig, get_config
+from crossvit_torch.blocks import MultiScaleBlock
+from crossvit_torch.layers import Identity, LayerNorm, Linear
+from crossvit_torch.patch_embed import PatchEmbed
+from crossvit_torch.resize import scale_image
+
+
+class CrossViT(nn.Module):
+    """CrossViT (arXiv 2103.14899): two branches over small and large patches, joined by their class tokens.
+
+    Args:
+        config: the architecture and its options, see `get_config`.
+        dtype: of the computation; default: `param_dtype`. Half precision keeps softmax, norm statistics, the head and
+            the logits in float32.
+        param_dtype: of the parameters.
+        device: where they live.
+
+    Attributes `num_classes`, `global_pool` and `config` tell what the model is. New models are in training mode, with
+    dropout and drop path on where their rates are above 0. `eval()` turns both off.
+    """
+
+    def __init__(
+        self,
+        config: CrossViTConfig,
+        *,
+        dtype: torch.dtype | None = None,
+        param_dtype: torch.dtype = torch.float32,
+        device=None,
+    ):
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        kwargs = {"param_dtype": param_dtype, "device": device}
+
+        for i, (dim, (rows, columns)) in enumerate(zip(config.embed_dim, config.grid_size, strict=True)):
+            setattr(self, f"pos_embed_{i}", _token(1 + rows * columns, dim, **kwargs))
+            setattr(self, f"cls_token_{i}", _token(1, dim, **kwargs))
+        self.patch_embed = nn.ModuleList(
+            PatchEmbed(patch_size, config.in_chans, dim, multi_conv=config.multi_conv, **kwargs)
+            for patch_size, dim in zip(config.patch_size, config.embed_dim, strict=True)
+        )
+        self.pos_drop = nn.Dropout(config.pos_drop_rate)
+        self.blocks = nn.ModuleList(MultiScaleBlock(config, rates, **kwargs) for rates in config.drop_path_rates)
+        self.norm = nn.ModuleList(LayerNorm(dim, dtype=param_dtype, device=device) for dim in config.embed_dim)
+        self.head_drop = nn.Dropout(config.drop_rate)
+        self.reset_classifier(config.num_classes)
+
+    @property
+    def param_dtype(self) -> torch.dtype:
+        """Follows `model.double()` and the like."""
+        return self.cls_token_0.dtype
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    @property
+    def global_pool(self) -> str:
+        return self.config.global_pool
+
+    @property
+    def num_features(self) -> int:
+        """Width of the pooled features of both branches together."""
+        return sum(self.config.embed_dim)
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out"]:
+        """Logits (batch, classes), or without classes the pooled features (batch, widths), in float32 or wider.
+
+        Args:
+            images: channels first, ImageNet-normalised. Other sizes than the configured one are brought to it, as timm
+                does; that hides a mistake easily, so prefer a model of the right `image_size`.
+
+        Raises:
+            ValueError: wrong rank, channels or dtype of the images.
+        """
+        with self._precision(images):
+            xs = self._embed(images)
+            *stages, last = self.blocks
+            for stage in stages:
+                xs = stage(xs)
+            # the head pools either the class tokens or the patch tokens: the others are not computed
+            xs = last.run_branches(xs)
+            if self.global_pool == "token":
+                xs = last.fuse(xs)
+            xs = self._normalise(xs)
+        return self.forward_head(xs)
+
+    def forward_features(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> list[Float[Tensor, "batch _ _"]]:
+        """Each branch's normalised tokens (batch, 1 + patches, dim), class token first."""
+        with self._precision(images):
+            xs = self._embed(images)
+            for stage in self.blocks:
+                xs = stage(xs)
+            return self._normalise(xs)
+
+    def forward_head(
+        self, xs: list[Float[Tensor, "batch _ _"]], *, pre_logits: bool = False
+    ) -> Float[Tensor, "batch out"]:
+        """Pools the result of `forward_features`; then the mean of both heads, or with `pre_logits` no head."""
+        real = torch.promote_types(self.param_dtype, torch.float32)
+        pooled = [x[:, 1:].to(real).mean(1) if self.global_pool == "avg" else x[:, 0].to(real) for x in xs]
+        pooled = [self.head_drop(x) for x in pooled]
+        if pre_logits or self.num_classes == 0:
+            return torch.cat(pooled, dim=1)
+        return sum(head(x) for head, x in zip(self.head, pooled, strict=True)) / len(pooled)
+
+    def forward_intermediates(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NHWC",
+        intermediates_only: bool = False,
+    ) -> tuple[list[Tensor], list[Tensor]] | list[Tensor]:
+        """Patch features of both branches after any stage (timm `forward_intermediates`).
+
+        Args:
+            indices: with S stages, 0 to S-1 are branch 0 after each stage, S to 2S-1 branch 1; negative ones count from
+                the end, an int n takes the last n, None takes all.
+            norm: apply the branch's final norm to them.
+            stop_early: leave out the stages after the last one asked for.
+            output_fmt: "NHWC" or "NCHW" for maps of (rows, columns) patches, "NLC" for tokens (batch, patches, dim).
+            intermediates_only: return only the list of intermediates.
+
+        Returns:
+            (the list that `forward_features` returns, intermediates in the order of their indices), or the latter only.
+
+        Raises:
+            ValueError: an index out of range, or an unknown format.
+        """
+        wanted = self.config.feature_indices(indices)
+        if output_fmt not in ("NHWC", "NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NHWC', 'NCHW' or 'NLC'; got {output_fmt!r}")
+        stages = len(self.blocks)
+        last = max(index % stages for index in wanted)
+        taken = {}
+        with self._precision(images):
+            xs = self._embed(images)
+            for i, stage in enumerate(self.blocks):
+                if stop_early and i > last:
+                    break
+                xs = stage(xs)
+                for branch, y in enumerate(self._normalise(xs) if norm else xs):
+                    taken[branch * stages + i] = self._as_map(y[:, 1:], branch, output_fmt)
+            intermediates = [taken[index] for index in wanted]
+            return intermediates if intermediates_only else (self._normalise(xs), intermediates)
+
+    def attention_maps(self, images: Float[Tensor, "batch channels height width"]) -> dict[str, Tensor]:
+        """The attention weights of every attention by its path, in float32 or wider.
+
+        (batch, heads, tokens, tokens) for self-attention, such as "blocks.0.blocks.1.2.attn", and (batch, heads, 1,
+        tokens) for cross-attention, such as "blocks.0.fusion.1.attn". Token 0 is the class token, the others are the
+        patches row by row. Call it in evaluation mode; other calls do not pay for it.
+        """
+        paths, maps = [], []
+        for i, stage in enumerate(self.blocks):
+            paths += [
+                f"blocks.{i}.blocks.{b}.{j}.attn" for b, branch in enumerate(stage.blocks) for j in range(len(branch))
+            ]
+            paths += [f"blocks.{i}.fusion.{b}.attn" for b in range(len(stage.fusion))]
+        with self._precision(images):
+            xs = self._embed(images)
+            for stage in self.blocks:
+                xs = stage(xs, attn_maps=maps)
+        return dict(zip(paths, maps, strict=True))
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new, freshly initialised head for `num_classes` (0: none), and optionally another pooling."""
+        self.config = dataclasses.replace(
+            self.config, num_classes=num_classes, global_pool=global_pool or self.global_pool
+        )
+        self.head = nn.ModuleList(
+            Linear(dim, num_classes, dtype=self.param_dtype, device=self.cls_token_0.device)
+            if num_classes > 0
+            else Identity()
+            for dim in self.config.embed_dim
+        )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades memory for time in training: each block's activations are computed again in the backward pass."""
+        for stage in self.blocks:
+            stage.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay leaves out, besides biases and norms (timm `no_weight_decay`)."""
+        return {f"{name}_{i}" for name in ("cls_token", "pos_embed") for i in range(len(self.patch_embed))}
+
+    def _embed(self, images: Tensor) -> list[Float[Tensor, "batch _ _"]]:
+        """Each branch's class and patch tokens with position embeddings."""
+        if images.ndim != 4 or images.shape[1] != self.config.in_chans:
+            raise ValueError(
+                f"images must have shape (batch, {self.config.in_chans}, height, width); got {tuple(images.shape)}"
+            )
+        if not images.is_floating_point():
+            raise ValueError(f"images must be normalised floats; got dtype {images.dtype}")
+        images = images.to(torch.promote_types(images.dtype, self.param_dtype))
+        xs = []
+        for i, (patch_embed, size) in enumerate(zip(self.patch_embed, self.config.branch_image_size, strict=True)):
+            x = patch_embed(scale_image(images, size, self.config.crop_scale))
+            cls_token = getattr(self, f"cls_token_{i}").to(x.dtype)
+            x = torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+            x = x + getattr(self, f"pos_embed_{i}").to(x.dtype)
+            xs.append(self.pos_drop(x))
+        return xs
+
+    def _normalise(self, xs: list[Float[Tensor, "batch _ _"]]) -> list[Float[Tensor, "batch _ _"]]:
+        """Each branch's final norm."""
+        return [norm(x) for norm, x in zip(self.norm, xs, strict=True)]
+
+    def _as_map(self, x: Float[Tensor, "batch patches dim"], branch: int, output_fmt: str) -> Tensor:
+        """Patch tokens in the format asked for."""
+        if output_fmt == "NLC":
+            return x
+        x = x.reshape(x.shape[0], *self.config.grid_size[branch], x.shape[2])
+        return x if output_fmt == "NHWC" else x.permute(0, 3, 1, 2)
+
+    def _precision(self, images: Tensor) -> torch.autocast:
+        """Computes in `dtype` what is safe in it; torch keeps the list."""
+        mixed = self.dtype not in (None, self.param_dtype)
+        return torch.autocast(images.device.type, self.dtype if mixed else torch.bfloat16, enabled=mixed)
+
+
+def _token(tokens: int, dim: int, *, param_dtype: torch.dtype, device) -> nn.Parameter:
+    return nn.Parameter(nn.init.normal_(torch.empty(1, tokens, dim, dtype=param_dtype, device=device), std=0.02))
+
+
+def create_model(
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    param_dtype: torch.dtype = torch.float32,
+    device=None,
+    **overrides,
+) -> CrossViT:
+    """A freshly initialised CrossViT.
+
+    Args:
+        name: a variant by its short, timm or IBM name, see `list_variants`.
+        dtype, param_dtype, device: see `CrossViT`.
+        **overrides: fields of `CrossViTConfig`: num_classes, in_chans, image_size, drop_path_rate, …
+
+    Raises:
+        ValueError, TypeError: see `get_config`.
+    """
+    return CrossViT(get_config(name, **overrides), dtype=dtype, param_dtype=param_dtype, device=device)

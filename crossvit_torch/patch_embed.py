@@ -1,0 +1,42 @@
+"""Images to patch tokens."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from crossvit_torch.layers import Conv, ReLU, Sequential
+
+
+class PatchEmbed(nn.Module):
+    """Cuts images into patches and embeds each: one convolution, or three (the dagger variants, paper §4.1).
+
+    The three have the same total stride as the one: 4 · 3 · 1 for patches of 12 pixels, 4 · 2 · 2 for 16.
+    """
+
+    def __init__(
+        self,
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        *,
+        multi_conv: bool = False,
+        param_dtype: torch.dtype = torch.float32,
+        device=None,
+    ):
+        super().__init__()
+        kwargs = {"dtype": param_dtype, "device": device}
+        if multi_conv:
+            # (stride, padding) of the second and of the third convolution
+            (stride2, padding2), (stride3, padding3) = {12: ((3, 0), (1, 1)), 16: ((2, 1), (2, 1))}[patch_size]
+            self.proj = Sequential(
+                Conv(in_chans, embed_dim // 4, 7, stride=4, padding=3, **kwargs),
+                ReLU(),
+                Conv(embed_dim // 4, embed_dim // 2, 3, stride=stride2, padding=padding2, **kwargs),
+                ReLU(),
+                Conv(embed_dim // 2, embed_dim, 3, stride=stride3, padding=padding3, **kwargs),
+            )
+        else:
+            self.proj = Conv(in_chans, embed_dim, patch_size, stride=patch_size, padding=0, **kwargs)
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch patches dim"]:
+        return self.proj(x).flatten(2).transpose(1, 2)
