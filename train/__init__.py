@@ -1,0 +1,1 @@
+"""The trainer: `python -m train.main --variant ti`. Its modules are imported one by one; this package imports nothing."""

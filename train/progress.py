@@ -1,0 +1,50 @@
+"""What the user sees of a run: a progress bar on a terminal, and one line per epoch everywhere."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Shows loss, accuracy, learning rate, images/s and time left. Where output is no terminal, there is no bar."""
+
+    def __init__(self, *, epochs: int, steps_per_epoch: int):
+        self._epochs = epochs
+        self._total = epochs * steps_per_epoch
+        self._start = time.perf_counter()
+        self._bar = tqdm(
+            total=self._total,
+            unit="step",
+            disable=None,  # tqdm's way to say: unless stderr is a terminal
+            leave=False,
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix} [{elapsed}, {remaining} left]",
+        )
+
+    def step(self, *, epoch: int, loss: float, top1: float, lr: float, images_per_s: float) -> None:
+        """One more step of `epoch` (from 1) is done. `top1` in percent."""
+        self._bar.set_description_str(f"epoch {epoch}/{self._epochs}", refresh=False)
+        self._bar.set_postfix_str(
+            f"loss {loss:.3f}, top-1 {top1:.1f} %, lr {lr:.2e}, {images_per_s:.0f} images/s", refresh=False
+        )
+        self._bar.update()
+
+    def epoch(self, *, epoch: int, step: int, values: dict[str, float]) -> None:
+        """A line about an epoch (from 1) that ended after `step` steps, with the metrics that are there."""
+        spent = time.perf_counter() - self._start
+        left = spent / step * (self._total - step)
+        shown = [f"loss {values['train/loss']:.3f}", f"top-1 {values['train/top1']:.1f} %"]
+        if "eval/top1" in values:
+            shown.append(f"held-out loss {values['eval/loss']:.3f}, top-1 {values['eval/top1']:.2f} %")
+        shown += [f"lr {values['train/lr']:.2e}", f"{values['train/images_per_s']:.0f} images/s"]
+        shown.append(f"{tqdm.format_interval(left)} left")
+        self.say(f"epoch {epoch:{len(str(self._epochs))}}/{self._epochs} | " + " | ".join(shown))
+
+    def say(self, line: str) -> None:
+        """Print a line without disturbing the bar."""
+        self._bar.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,117 @@
+"""From an encoded image to the model's input: timm's own transforms, made to draw from a generator of ours.
+
+timm draws from the global generators of Python, numpy and torch. Before each image all three are set from the
+sample's own generator, so that its pixels depend on nothing else. The transforms are built on first use, in the
+process that uses them: importing timm takes seconds, and a worker pays for it while the main process compiles.
+"""
+
+import io
+import random
+import threading
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+from PIL import Image
+
+from crossvit_jax.config import CrossViTConfig
+from train.config import TrainConfig
+
+# The global generators belong to one image at a time: reader threads take turns. What is slow, decoding, is outside.
+_global_generators = threading.Lock()
+
+
+class UnreadableImage(ValueError):
+    """An image that cannot be decoded; the message names it."""
+
+
+def decode_image(encoded: bytes, name: str) -> Image.Image:
+    """An image file's bytes as an RGB image. Raises UnreadableImage if they are none."""
+    try:
+        return Image.open(io.BytesIO(encoded)).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UnreadableImage(f"cannot read image {name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """timm's training transform: random crop, flip, RandAugment, normalisation, random erasing.
+
+    Called by Grain with a sample (`image`: encoded bytes, `label`, `name`) and the sample's generator.
+    """
+
+    config: TrainConfig
+    image_size: tuple[int, int]
+
+    @cached_property
+    def timm_transform(self):
+        """A torchvision `Compose`. Raises whatever timm does for an `auto_augment` that it does not understand."""
+        from timm.data import create_transform
+
+        return create_transform(
+            (3, *self.image_size),
+            is_training=True,
+            scale=self.config.crop_scale,
+            ratio=self.config.crop_ratio,
+            hflip=self.config.hflip,
+            color_jitter=None,
+            auto_augment=self.config.auto_augment or None,
+            interpolation="bicubic",
+            re_prob=self.config.erase_prob,
+            re_mode="pixel",
+        )
+
+    def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        import torch
+
+        image = decode_image(sample["image"], sample["name"])
+        python_seed, numpy_seed, torch_seed = (int(seed) for seed in rng.integers(0, 2**32, size=3))
+        with _global_generators:
+            random.seed(python_seed)
+            np.random.seed(numpy_seed)
+            torch.default_generator.manual_seed(torch_seed)  # torch.manual_seed would also visit every accelerator
+            pixels = self.timm_transform(image)
+        return {"image": channels_last(pixels), "label": np.int32(sample["label"])}
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """timm's evaluation transform: the shorter side resized to size / crop_pct, centre crop, normalisation."""
+
+    image_size: tuple[int, int]
+    crop_pct: float
+
+    @cached_property
+    def timm_transform(self):
+        """A torchvision `Compose`."""
+        from timm.data import create_transform
+
+        return create_transform((3, *self.image_size), interpolation="bicubic", crop_pct=self.crop_pct)
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        pixels = self.timm_transform(decode_image(sample["image"], sample["name"]))
+        return {"image": channels_last(pixels), "label": np.int32(sample["label"])}
+
+
+def channels_last(pixels) -> Float32[np.ndarray, "height width channels"]:
+    """A torch tensor (channels, height, width) as a numpy array in the model's order."""
+    return np.ascontiguousarray(pixels.numpy().transpose(1, 2, 0))
+
+
+def train_transform(config: TrainConfig, model_config: CrossViTConfig) -> TrainTransform:
+    """The transform of the training images of a run."""
+    return TrainTransform(config, model_config.image_size)
+
+
+def eval_transform(model_config: CrossViTConfig) -> EvalTransform:
+    """The transform of the held-out images for a model."""
+    return EvalTransform(model_config.image_size, model_config.crop_pct)
+
+
+def one_torch_thread() -> None:
+    """Keep torch's tensor operations, all tiny here, off the other cores: they are for other workers and for jax."""
+    import torch
+
+    torch.set_num_threads(1)
