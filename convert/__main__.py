@@ -1,0 +1,147 @@
+"""The command `python -m convert SOURCE DESTINATION`."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from convert.command_line import Parser
+from convert.errors import ConversionError
+from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
+
+if TYPE_CHECKING:
+    from convert.weights import Weights
+
+_EPILOG = """\
+SOURCE       hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub), a .safetensors, .pth or .bin file with
+             timm's, IBM's or Flax's names, or an Orbax folder
+DESTINATION  .safetensors or .pth for timm and the torch twin, .flax.safetensors, or no ending for an Orbax folder
+
+exit status: 0 done; 1 --verify found the twins apart; 2 nothing was written, and one line on stderr says why
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Converts as the arguments say; returns the exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return _convert(args)
+    except (ConversionError, MemoryError) as error:
+        print(f"{parser.prog}: error: {error or 'out of memory'}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m convert",
+        description="Convert CrossViT weights between timm, torch, Flax, safetensors and Orbax.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("destination", metavar="DESTINATION")
+    parser.add_argument("--num-classes", type=_whole_number, metavar="N", help="new head for N classes; 0: no head")
+    parser.add_argument(
+        "--image-size", type=_image_size, metavar="N|HxW", help="resample the position embeddings to this size"
+    )
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: as stored")
+    parser.add_argument("--verify", action="store_true", help="run both twins on what was written and compare")
+    parser.add_argument("--overwrite", action="store_true", help="replace DESTINATION if it exists")
+    return parser
+
+
+def _convert(args: argparse.Namespace) -> int:
+    # imported late: --help and a mistyped command line need not wait for the frameworks
+    from convert.destinations import check_destination, write
+    from convert.models import load_weights
+    from convert.tensors import DTYPES
+
+    check_destination(args.destination, overwrite=args.overwrite)
+    changes = {"num_classes": args.num_classes, "image_size": args.image_size}
+    weights = load_weights(args.source, **{key: value for key, value in changes.items() if value is not None})
+    stored = ", ".join(weights.dtypes)
+    if args.dtype:
+        weights = weights.astype(DTYPES[args.dtype])
+    _report(weights, stored)
+    path = write(weights, args.destination, overwrite=args.overwrite)
+    print(f"written     {path}")
+    return _verify(weights, path) if args.verify else 0
+
+
+def _report(weights: "Weights", stored: str) -> None:
+    config = weights.config
+    height, width = config.image_size
+    branches = " and ".join(f"{h} x {w}" for h, w in config.branch_image_size)
+    parameters = sum(array.size for array in weights.tensors.values())
+    dtypes = ", ".join(weights.dtypes)
+    print(f"variant     {config.name}; in timm: {_in_timm(config)}")
+    print(f"image       {height} x {width} pixels (the branches see {branches}), {config.in_chans} channels")
+    print(f"classes     {config.num_classes or 'none: no head'}")
+    print(f"weights     {len(weights.tensors)} tensors, {parameters:,} parameters, {dtypes}", end="")
+    print("" if dtypes == stored else f" (stored as {stored})")
+    for note in weights.notes:
+        print(f"note        {note}")
+    if weights.non_finite():
+        print(f"warning: {weights.non_finite()}", file=sys.stderr)
+
+
+def _in_timm(config: CrossViTConfig) -> str:
+    """The call that makes this model in timm."""
+    if config.name not in TIMM_NAMES:
+        return "none"
+    usual = VARIANTS[config.name]
+    height, width = config.image_size
+    settings = {
+        "num_classes": str(config.num_classes),
+        "in_chans": str(config.in_chans),
+        "img_size": str(height) if height == width else f"({height}, {width})",
+        "img_scale": f"({config.image_scale[0]}, {config.image_scale[1]})",
+        "qkv_bias": str(config.qkv_bias),
+        "global_pool": repr(config.global_pool),
+        "crop_scale": str(config.crop_scale),
+    }
+    fields = {"img_size": "image_size", "img_scale": "image_scale"}
+    changed = [
+        f", {key}={value}"
+        for key, value in settings.items()
+        if getattr(config, fields.get(key, key)) != getattr(usual, fields.get(key, key))
+    ]
+    return f"timm.create_model('{TIMM_NAMES[config.name]}'{''.join(changed)})"
+
+
+def _verify(weights: "Weights", path: Path) -> int:
+    from convert.verify import BOUND, largest_difference, read_back
+
+    written, wrong = read_back(weights, path)
+    if wrong:
+        print(f"verified    NOT as converted: {len(wrong)} tensors come back changed: {', '.join(wrong)}")
+        return 1
+    difference = largest_difference(written)
+    print("verified    every tensor comes back bit for bit; ", end="")
+    print(f"the twins' logits differ by {difference:.1e} of the largest (bound {BOUND:.0e})", end="")
+    passed = difference <= BOUND  # not so for NaN either
+    print("" if passed else ": TOO MUCH")
+    return 0 if passed else 1
+
+
+def _whole_number(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more; got {text!r}")
+    return int(text)
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text, re.ASCII)
+    if not match or int(match[1]) < 1 or int(match[2] or 1) < 1:
+        raise argparse.ArgumentTypeError(f"must be pixels such as 240, or HEIGHTxWIDTH such as 240x480; got {text!r}")
+    return int(match[1]), int(match[2] or match[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Changes weights to fit other settings: classes, image size, channels."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+
+from convert.architecture import abstract_model
+from convert.errors import ConversionError
+from convert.tree import flatten
+from convert.weights import Weights
+from crossvit_jax.config import CrossViTConfig
+
+# what the weights were trained as, and cannot become something else
+_FIXED = ("name", "embed_dim", "depth", "num_heads", "mlp_ratio", "multi_conv", "stages", "patch_size", "qkv_bias")
+
+
+def adapt(weights: Weights, overrides: Mapping[str, Any], *, seed: int = 0) -> Weights:
+    """The weights for the same model with some settings replaced.
+
+    Another `num_classes` gets a new head, initialised as in a fresh model; 0 drops it. Another `image_size` or
+    `image_scale` gets resampled position embeddings. Another `in_chans` gets the summed or repeated first convolution.
+    All other settings change no tensor. Each change of tensors is told in `notes`.
+
+    Args:
+        overrides: fields of `CrossViTConfig`.
+        seed: of the new head.
+
+    Raises:
+        ConversionError: a setting has a value that makes no model, or would need other weights than these.
+        TypeError: an override is no field of `CrossViTConfig`.
+    """
+    old = weights.config
+    fields = [field.name for field in dataclasses.fields(CrossViTConfig)]
+    unknown = [key for key in overrides if key not in fields]
+    if unknown:
+        raise TypeError(f"unknown setting {', '.join(unknown)}; accepted: {', '.join(fields)}")
+    try:
+        config = dataclasses.replace(old, **overrides)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
+    fixed = [f"{key} is {getattr(old, key)}" for key in _FIXED if getattr(config, key) != getattr(old, key)]
+    if fixed:
+        raise ConversionError(f"in these weights {' and '.join(fixed)}; that cannot be changed")
+
+    tensors, notes = dict(weights.tensors), list(weights.notes)
+    class_names = weights.class_names
+    if config.grid_size != old.grid_size:
+        for branch, (before, after) in enumerate(zip(old.grid_size, config.grid_size, strict=True)):
+            name = f"pos_embed_{branch}"
+            tensors[name] = resample_pos_embed(tensors[name], before, after)
+        grids = [" and ".join(f"{rows} x {columns}" for rows, columns in c.grid_size) for c in (old, config)]
+        notes.append(f"position embeddings resampled from {grids[0]} patches to {grids[1]}")
+    if config.in_chans != old.in_chans:
+        for name, array in weights.tensors.items():
+            if re.fullmatch(r"patch_embed\.\d\.proj(\.0)?\.weight", name):
+                tensors[name] = adapt_channels(array, config.in_chans)
+        how = "summed" if config.in_chans == 1 else "repeated and scaled"
+        notes.append(f"first convolutions {how} from {old.in_chans} to {config.in_chans} channels")
+    if config.num_classes != old.num_classes:
+        dtype = tensors["cls_token_0"].dtype
+        tensors = {name: array for name, array in tensors.items() if not name.startswith("head.")}
+        tensors |= {name: array.astype(dtype) for name, array in _new_head(config, seed).items()}
+        class_names = None
+        if config.num_classes:
+            notes.append(f"new head for {config.num_classes} classes instead of {old.num_classes}: it is untrained")
+        else:
+            notes.append(f"head for {old.num_classes} classes dropped")
+    return Weights(config=config, tensors=tensors, class_names=class_names, notes=tuple(notes))
+
+
+def resample_pos_embed(
+    embedding: Float[np.ndarray, "1 tokens dim"], old_grid: tuple[int, int], new_grid: tuple[int, int]
+) -> Float[np.ndarray, "1 new_tokens dim"]:
+    """Position embeddings for another grid of (rows, columns): bicubic, antialiased, computed in float32.
+
+    The class token's stays as it is. As timm's `resample_abs_pos_embed`; `jax.image.resize` uses the same cubic
+    (a = -0.5) as torch does with antialiasing.
+    """
+    if old_grid == new_grid:
+        return embedding
+    dim = embedding.shape[-1]
+    grid = embedding[0, 1:].astype(np.float32).reshape(*old_grid, dim)
+    grid = np.asarray(jax.image.resize(grid, (*new_grid, dim), "bicubic", antialias=True))
+    return np.concatenate([embedding[:, :1], grid.reshape(1, -1, dim).astype(embedding.dtype)], axis=1)
+
+
+def adapt_channels(
+    weight: Float[np.ndarray, "out channels height width"], channels: int
+) -> Float[np.ndarray, "out new_channels height width"]:
+    """A first convolution for images with other channels, as timm's `adapt_input_conv`.
+
+    For one channel, the sum over the old ones. For more, the old ones in turn, scaled so that the sum stays alike.
+    """
+    old = weight.shape[1]
+    wide = weight.astype(np.float32)
+    if channels == 1:
+        return wide.sum(1, keepdims=True).astype(weight.dtype)
+    return (wide[:, np.arange(channels) % old] * np.float32(old / channels)).astype(weight.dtype)
+
+
+def _new_head(config: CrossViTConfig, seed: int) -> dict[str, np.ndarray]:
+    """The tensors of a freshly initialised head, under timm's names; empty without classes."""
+    model = nnx.merge(*abstract_model(config))  # shapes only: of the whole model, nothing but the head is made
+    model.reset_classifier(config.num_classes, rngs=nnx.Rngs(seed))
+    head = nnx.to_pure_dict(nnx.state(model.head, nnx.Param))
+    return flatten({"head": jax.tree.map(jnp.asarray, head)})

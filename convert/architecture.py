@@ -1,0 +1,165 @@
+"""Which CrossViT a set of tensors is, told from names and shapes, and whether it is complete."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Collection, Iterator, Mapping
+from fractions import Fraction
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from convert.errors import ConversionError
+from convert.tree import leaves, timm_shape
+from crossvit_jax import CrossViT
+from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
+
+Shapes = Mapping[str, tuple[int, ...]]  # by timm's name
+
+
+@functools.lru_cache(maxsize=8)  # tracing takes a second or two
+def abstract_model(config: CrossViTConfig, dtype: Any = None, param_dtype: Any = jnp.float32) -> nnx.GraphState:
+    """The graph definition of the model, and its parameters as shapes in nested dicts; nothing is allocated.
+
+    The result is shared: do not change it.
+    """
+    model = nnx.eval_shape(lambda: CrossViT(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def expected_shapes(config: CrossViTConfig) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor in timm's state dict of this model, derived from the Flax module tree."""
+    _, params = abstract_model(config)
+    return dict(timm_shape(path, leaf.shape) for path, leaf in leaves(params))
+
+
+def infer_config(shapes: Shapes, image_size: tuple[int, int] | None = None) -> CrossViTConfig:
+    """The settings that shapes tell: variant, image size and scale, channels, classes, qkv bias.
+
+    Where tensors contradict one another, the variant that explains most of them wins, so that `check` names the rest.
+
+    Args:
+        image_size: of the images it was trained on, (height, width). It is needed for rectangular images only; the
+            number of tokens of square ones tells their size.
+
+    Raises:
+        ConversionError: nothing in it looks like a CrossViT.
+    """
+    likeness = {name: _likeness(config, shapes) for name, config in VARIANTS.items()}
+    best = max(likeness.values())
+    if best == 0:
+        some = ", ".join(list(shapes)[:3])
+        raise ConversionError(f"these {len(shapes)} tensors are no CrossViT ({some}, …); it would have cls_token_0, …")
+    candidates = [VARIANTS[name] for name in VARIANTS if likeness[name] == best]
+    first_weights = [shapes.get(f"patch_embed.{b}.proj{conv}.weight", ()) for b in (0, 1) for conv in ("", ".0")]
+    heads = [shapes.get(f"head.{b}.{leaf}", ()) for leaf in ("weight", "bias") for b in (0, 1)]
+    settings = {
+        "in_chans": next((shape[1] for shape in first_weights if len(shape) == 4), candidates[0].in_chans),
+        "num_classes": next((shape[0] for shape in heads if shape), 0),
+        "qkv_bias": any(name.endswith("attn.qkv.bias") for name in shapes),
+    }
+    for config in candidates:  # those at 240 and at 408 pixels differ only in how much smaller the second image is
+        geometry = _geometry(config, shapes, image_size)
+        if geometry.get("image_scale") == config.image_scale:
+            return dataclasses.replace(config, **geometry, **settings)
+    return dataclasses.replace(candidates[0], **_geometry(candidates[0], shapes, image_size), **settings)
+
+
+def check(shapes: Shapes, config: CrossViTConfig, what: str) -> None:
+    """Whether the tensors are exactly those of the model.
+
+    Raises:
+        ConversionError: names all that are missing, unexpected or mis-shaped, and the variant that they fit best.
+    """
+    expected = expected_shapes(config)
+    missing = [name for name in expected if name not in shapes]
+    unexpected = [name for name in shapes if name not in expected]
+    common = [name for name in expected if name in shapes]
+    misshaped = [name for name in common if shapes[name] != expected[name]]
+    if not (missing or unexpected or misshaped):
+        return
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} missing ({_named(missing, expected)})")
+    if unexpected:
+        faults.append(f"{len(unexpected)} unexpected ({_named(unexpected, shapes)})")
+    if misshaped:
+        details = {name: f" {shapes[name]} instead of {expected[name]}" for name in misshaped}
+        faults.append(f"{len(misshaped)} mis-shaped ({_named(misshaped, common, details)})")
+    if any(_square_side(shapes, branch) == 0 for branch in (0, 1)):
+        faults.append("the position embeddings are for no square image: give its size if it was rectangular")
+    near = f"{config.name} ({TIMM_NAMES[config.name]})" if config.name in TIMM_NAMES else config.name
+    raise ConversionError(f"{what} does not fit {near}, the nearest variant: {'; '.join(faults)}")
+
+
+def _landmarks(config: CrossViTConfig) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+    """Tensors that tell the variants apart by their shapes, or (None) by not being there."""
+    for branch, (dim, depth, ratio) in enumerate(zip(config.embed_dim, config.depth, config.mlp_ratio, strict=True)):
+        yield f"cls_token_{branch}", (1, 1, dim)
+        yield f"norm.{branch}.weight", (dim,)
+        yield f"patch_embed.{branch}.proj.bias", None if config.multi_conv else (dim,)
+        yield f"patch_embed.{branch}.proj.4.bias", (dim,) if config.multi_conv else None
+        for stage in range(config.stages):
+            yield f"blocks.{stage}.blocks.{branch}.{depth - 1}.mlp.fc1.weight", (int(dim * ratio), dim)
+            yield f"blocks.{stage}.blocks.{branch}.{depth}.mlp.fc1.weight", None
+
+
+def _likeness(config: CrossViTConfig, shapes: Shapes) -> int:
+    """How many of the variant's landmarks are as they should be; 0 if only by not being there."""
+    as_expected = [shape for name, shape in _landmarks(config) if shapes.get(name) == shape]
+    return len(as_expected) if any(as_expected) else 0
+
+
+def _square_side(shapes: Shapes, branch: int) -> int | None:
+    """Patches along one side of the square image of a branch; 0 if no square has that many, None if not known."""
+    shape = shapes.get(f"pos_embed_{branch}", ())
+    if len(shape) != 3 or shape[1] < 2:
+        return None
+    side = math.isqrt(shape[1] - 1)
+    return side if side * side == shape[1] - 1 else 0
+
+
+def _geometry(config: CrossViTConfig, shapes: Shapes, image_size: tuple[int, int] | None) -> dict[str, Any]:
+    """Image size and scale that explain the position embeddings; empty where they tell nothing."""
+    sides = [_square_side(shapes, branch) for branch in (0, 1)]
+    if all(sides):
+        size, other = (side * patch for side, patch in zip(sides, config.patch_size, strict=True))
+        return {"image_size": (size, size), "image_scale": (Fraction(1), Fraction(other, size))}
+    if image_size is not None and None not in sides:
+        try:
+            given = dataclasses.replace(config, image_size=image_size)
+        except ValueError as error:
+            raise ConversionError(str(error)) from None
+        tokens = [shapes[f"pos_embed_{branch}"][1] - 1 for branch in (0, 1)]
+        if tokens == [rows * columns for rows, columns in given.grid_size]:
+            return {"image_size": given.image_size, "image_scale": given.image_scale}
+    return {}
+
+
+def _named(names: list[str], among: Collection[str], details: Mapping[str, str] | None = None) -> str:
+    """All the names in one line; many of them as `blocks.2.* (98)` where everything below is meant."""
+    details = details or {}
+    if len(names) <= 12:
+        return ", ".join(name + details.get(name, "") for name in names)
+    groups = dict.fromkeys(_widest_prefix(name, set(names), among) for name in names)
+    parts = []
+    for group in groups:
+        members = [name for name in names if name == group or name.startswith(group + ".")]
+        first = members[0] + details.get(members[0], "") if details else ""
+        if members == [group]:
+            parts.append(first or group)
+        else:
+            parts.append(f"{group}.* ({len(members)}{', such as ' + first if first else ''})")
+    return ", ".join(parts)
+
+
+def _widest_prefix(name: str, named: set[str], among: Collection[str]) -> str:
+    """The shortest dotted prefix of `name` below which every name among all is one of the named."""
+    keys = name.split(".")
+    for length in range(1, len(keys)):
+        prefix = ".".join(keys[:length])
+        if all(other in named for other in among if other.startswith(prefix + ".")):
+            return prefix
+    return name

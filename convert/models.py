@@ -1,0 +1,199 @@
+"""Ready models and weights from any source, and parameters to any destination."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from convert import architecture, metadata
+from convert.adapt import adapt
+from convert.destinations import write
+from convert.errors import ConversionError
+from convert.sources import read
+from convert.tensors import as_tensor
+from convert.tree import flatten, from_state_dict, nest, shapes_of
+from convert.weights import Weights
+from crossvit_jax import CrossViT
+from crossvit_jax.config import CrossViTConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    import crossvit_torch
+
+_log = logging.getLogger(__name__)
+
+
+def to_flax(state_dict: Mapping[str, Any], config: CrossViTConfig | None = None) -> dict[str | int, Any]:
+    """A state dict as the nested parameters of `crossvit_jax.CrossViT`, bit for bit.
+
+    Args:
+        state_dict: torch tensors or arrays under timm's or IBM's names; `module.` prefixes are dropped.
+        config: the model it must fit; default: the one that its shapes tell.
+
+    Returns:
+        What `nnx.to_pure_dict(nnx.state(model, nnx.Param))` returns: nested dicts with int keys for list indices. The
+        leaves are numpy arrays (bfloat16 is ml_dtypes'), views of the tensors' memory in the tensors' dtype.
+
+    Raises:
+        ConversionError: tensors are missing, unexpected or mis-shaped, all of them named, or are no weights.
+    """
+    tensors = from_state_dict(state_dict)
+    shapes = shapes_of(tensors)
+    architecture.check(shapes, config or architecture.infer_config(shapes), "the state dict")
+    return nest(tensors)
+
+
+def to_torch(params: Any) -> "dict[str, torch.Tensor]":
+    """Flax parameters as a state dict with timm's names and layouts, bit for bit: the inverse of `to_flax`.
+
+    Args:
+        params: nested parameters, an `nnx.State` or a model.
+
+    Returns:
+        Torch tensors on the CPU, in the parameters' dtypes. Those of writable numpy arrays are views of their memory.
+        jax arrays are copied, since torch might write to them.
+
+    Raises:
+        ConversionError: a leaf is no array of weights.
+    """
+    return {name: as_tensor(array) for name, array in flatten(params).items()}
+
+
+def load_weights(source: str | Path, *, seed: int = 0, **overrides: Any) -> Weights:
+    """The weights in a source with their settings, checked and adapted, in the stored dtype.
+
+    Args:
+        source: `hf-hub:owner/repo`, a `.safetensors`, `.pth` or `.bin` file, or an Orbax folder.
+        seed: of a new head.
+        **overrides: fields of `CrossViTConfig`, see `convert.adapt.adapt`.
+
+    Raises:
+        ConversionError: the source cannot be read, holds no complete CrossViT, or cannot be adapted.
+        TypeError: an override is no field of `CrossViTConfig`.
+    """
+    stored = read(source)
+    shapes = shapes_of(stored.tensors)
+    try:
+        if stored.description is not None:
+            config, class_names = metadata.understand(stored.description)
+        else:
+            config, class_names = architecture.infer_config(shapes, _pair(overrides.get("image_size"))), None
+    except ConversionError as error:
+        raise ConversionError(f"{source}: {error}") from None
+    architecture.check(shapes, config, str(source))
+    weights = Weights(config=config, tensors=stored.tensors, class_names=class_names, notes=tuple(stored.notes))
+    return adapt(weights, overrides, seed=seed)
+
+
+def load_flax(
+    source: str | Path, *, dtype: Any = None, param_dtype: Any = jnp.float32, seed: int = 0, **overrides: Any
+) -> CrossViT:
+    """The Flax model with the weights of a source, in evaluation mode. Changes and oddities are logged as warnings.
+
+    Args:
+        source, seed, overrides: see `load_weights`.
+        dtype, param_dtype: see `crossvit_jax.CrossViT`. Parameters become float32 unless told otherwise, whatever the
+            file holds; float64 needs `jax_enable_x64`.
+
+    Raises:
+        ConversionError, TypeError: see `load_weights`.
+    """
+    return flax_model(_load_aloud(source, seed, overrides), dtype=dtype, param_dtype=param_dtype)
+
+
+def flax_model(weights: Weights, *, dtype: Any = None, param_dtype: Any = jnp.float32) -> CrossViT:
+    """The Flax model with these weights, in evaluation mode; no initial weights are drawn."""
+    graphdef, _ = architecture.abstract_model(weights.config, dtype, param_dtype)
+    # jnp.array copies: on a CPU, jnp.asarray may share memory with tensors that belong to others
+    params = jax.tree.map(lambda leaf: jnp.array(leaf, param_dtype), nest(weights.tensors))
+    model = nnx.merge(graphdef, params)
+    model.eval()
+    return model
+
+
+def load_torch(
+    source: str | Path,
+    *,
+    dtype: "torch.dtype | None" = None,
+    param_dtype: "torch.dtype | None" = None,
+    device: Any = None,
+    seed: int = 0,
+    **overrides: Any,
+) -> "crossvit_torch.CrossViT":
+    """The PyTorch twin with the weights of a source, in evaluation mode. Changes and oddities are logged as warnings.
+
+    Args:
+        source, seed, overrides: see `load_weights`.
+        dtype, param_dtype, device: see `crossvit_torch.CrossViT`; parameters become float32 unless told otherwise.
+
+    Raises:
+        ConversionError, TypeError: see `load_weights`.
+    """
+    return torch_model(_load_aloud(source, seed, overrides), dtype=dtype, param_dtype=param_dtype, device=device)
+
+
+def torch_model(
+    weights: Weights,
+    *,
+    dtype: "torch.dtype | None" = None,
+    param_dtype: "torch.dtype | None" = None,
+    device: Any = None,
+) -> "crossvit_torch.CrossViT":
+    """The PyTorch twin with these weights, in evaluation mode; no initial weights are drawn."""
+    import torch
+
+    import crossvit_torch
+
+    param_dtype = param_dtype or torch.float32
+    model = crossvit_torch.CrossViT(weights.config, dtype=dtype, param_dtype=param_dtype, device="meta")
+    model = model.to_empty(device=device or "cpu")
+    # copies: the parameters are laid out as in a fresh model, and share no memory
+    model.load_state_dict({name: as_tensor(array) for name, array in weights.tensors.items()}, strict=True)
+    return model.eval()
+
+
+def save(
+    params: Any,
+    config: CrossViTConfig,
+    destination: str | Path,
+    *,
+    class_names: Sequence[str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes parameters in the format that the destination's ending names, see `convert.destinations.write`.
+
+    Args:
+        params: nested Flax parameters, an `nnx.State` or a model, or a flat state dict.
+        config: of the model; it travels as metadata.
+        class_names: in the order of the logits; they travel as metadata.
+        overwrite: replace what is there.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ConversionError: the parameters are not this model's, or the destination cannot be written.
+    """
+    is_nested = not isinstance(params, Mapping) or any(isinstance(value, Mapping) for value in params.values())
+    tensors = flatten(params) if is_nested else from_state_dict(params)
+    architecture.check(shapes_of(tensors), config, "the model")
+    names = None if class_names is None else tuple(class_names)
+    if names is not None and len(names) != config.num_classes:
+        raise ConversionError(f"{len(names)} class names for {config.num_classes} classes")
+    return write(Weights(config=config, tensors=tensors, class_names=names), destination, overwrite=overwrite)
+
+
+def _load_aloud(source: str | Path, seed: int, overrides: Mapping[str, Any]) -> Weights:
+    weights = load_weights(source, seed=seed, **overrides)
+    for note in filter(None, (*weights.notes, weights.non_finite())):
+        _log.warning("%s: %s", source, note)
+    return weights
+
+
+def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else size

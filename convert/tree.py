@@ -1,0 +1,103 @@
+"""timm's flat names to Flax's nested parameters and back.
+
+Every parameter has the same path in both, so there is no table of layers: three leaf rules (convolution kernel
+OIHW ↔ HWIO, linear kernel transposed, norm weight ↔ scale), told apart by name and rank, and the rest stays as it is.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from convert.errors import ConversionError
+from convert.tensors import as_array
+
+# (timm's leaf, rank) -> (Flax's leaf, timm's axes in Flax's order)
+_TO_FLAX = {("weight", 4): ("kernel", (2, 3, 1, 0)), ("weight", 2): ("kernel", (1, 0)), ("weight", 1): ("scale", (0,))}
+# (Flax's leaf, rank) -> (timm's leaf, Flax's axes in timm's order)
+_TO_TIMM = {("kernel", 4): ("weight", (3, 2, 0, 1)), ("kernel", 2): ("weight", (1, 0)), ("scale", 1): ("weight", (0,))}
+
+
+def nest(tensors: Mapping[str, np.ndarray]) -> dict[str | int, Any]:
+    """timm's names and layouts as Flax parameters: nested dicts with int keys for list indices. Views, no copies."""
+    tree: dict[str | int, Any] = {}
+    for path, array in to_flax_paths(tensors).items():
+        *parents, leaf = path.split(".")
+        node = tree
+        for key in parents:
+            node = node.setdefault(int(key) if key.isdigit() else key, {})
+        node[leaf] = array
+    return tree
+
+
+def flatten(params: Any) -> dict[str, np.ndarray]:
+    """Flax parameters (nested dicts, an `nnx.State` or a model) as timm's names and layouts. Views, no copies."""
+    if isinstance(params, nnx.Module):
+        params = nnx.state(params, nnx.Param)
+    if isinstance(params, nnx.State):
+        params = nnx.to_pure_dict(params)
+    return from_flax_paths({path: as_array(leaf, path) for path, leaf in leaves(params)})
+
+
+def to_flax_paths(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """timm's names and layouts as Flax's dotted paths and layouts. Views, no copies."""
+    arrays = {}
+    for name, array in tensors.items():
+        path, axes = _rename(name, array.ndim, _TO_FLAX)
+        arrays[path] = array.transpose(axes)
+    return arrays
+
+
+def from_flax_paths(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Flax's dotted paths and layouts as timm's names and layouts. Views, no copies."""
+    tensors = {}
+    for path, array in arrays.items():
+        name, axes = _rename(path, array.ndim, _TO_TIMM)
+        tensors[name] = array.transpose(axes)
+    return tensors
+
+
+def timm_shape(path: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """timm's name and shape of the Flax parameter at a dotted path."""
+    name, axes = _rename(path, len(shape), _TO_TIMM)
+    return name, tuple(shape[axis] for axis in axes)
+
+
+def from_state_dict(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A state dict under timm's, IBM's or wrapped names as arrays under timm's names. Views, no copies.
+
+    Raises:
+        ConversionError: an entry is no tensor of weights, or two names mean the same parameter.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for key, value in state_dict.items():
+        # torch.compile and DataParallel wrap a model in either order; IBM keeps tokens and embeddings in lists
+        name = re.sub(r"^(?:_orig_mod\.|module\.)+", "", str(key))
+        name = re.sub(r"^(pos_embed|cls_token)\.(\d+)$", r"\1_\2", name)
+        if name in tensors:
+            raise ConversionError(f"{key} is one name too many for {name}")
+        tensors[name] = as_array(value, str(key))
+    return tensors
+
+
+def shapes_of(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted path and value of every leaf of nested dicts."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _rename(path: str, rank: int, rules: Mapping) -> tuple[str, tuple[int, ...]]:
+    """The other side's path, and this side's axes in the other side's order."""
+    parent, dot, leaf = path.rpartition(".")
+    leaf, axes = rules.get((leaf, rank), (leaf, tuple(range(rank))))
+    return parent + dot + leaf, axes

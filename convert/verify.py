@@ -1,0 +1,44 @@
+"""Whether what was written is what was meant, and whether both twins make the same of it."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from convert.models import flax_model, load_weights, torch_model
+from convert.weights import Weights
+
+BOUND = 1e-5  # of the largest logit: the house's for float32
+
+
+def read_back(weights: Weights, path: Path) -> tuple[Weights, list[str]]:
+    """The weights at `path`, and the names of the tensors that are not bit for bit those of `weights`."""
+    # a .pth file cannot tell the size of a rectangle
+    written = load_weights(path, image_size=weights.config.image_size)
+    names = [*weights.tensors, *(name for name in written.tensors if name not in weights.tensors)]
+    return written, [name for name in names if not _same(weights.tensors.get(name), written.tensors.get(name))]
+
+
+def largest_difference(weights: Weights, *, images: int = 2, seed: int = 0) -> float:
+    """The largest difference of the twins' logits on random images in float32, relative to the largest logit.
+
+    Not a number where the logits are not finite.
+    """
+    import torch
+
+    config = weights.config
+    batch = np.random.default_rng(seed).standard_normal((images, *config.image_size, config.in_chans), np.float32)
+    with jax.default_matmul_precision("highest"):  # accelerators' default rounds float32 to bfloat16 or TF32
+        of_flax = np.asarray(flax_model(weights)(batch))
+    with torch.inference_mode():
+        of_torch = torch_model(weights)(torch.from_numpy(batch).permute(0, 3, 1, 2)).numpy()
+    with np.errstate(invalid="ignore"):
+        return float(np.abs(of_flax - of_torch).max() / np.abs(of_torch).max())
+
+
+def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    """Equal bit for bit, so that NaN equals NaN."""
+    if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    bits = np.dtype(f"u{a.dtype.itemsize}")
+    return np.array_equal(a.view(bits), b.view(bits))

@@ -1,0 +1,42 @@
+"""What travels between the readers, the changes and the writers."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from crossvit_jax.config import CrossViTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The weights of one CrossViT, whatever file they came from."""
+
+    config: CrossViTConfig
+    tensors: Mapping[str, np.ndarray]  # timm's names and layouts, each in its stored dtype
+    class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()  # what was chosen and changed on the way, for the user to read
+
+    @property
+    def dtypes(self) -> list[str]:
+        """The names of the dtypes in use, the commonest first."""
+        names = [array.dtype.name for array in self.tensors.values()]
+        return sorted(set(names), key=names.count, reverse=True)
+
+    def astype(self, dtype: np.dtype) -> "Weights":
+        """The same weights, rounded to `dtype`; too large ones become infinite, see `non_finite`."""
+        with np.errstate(over="ignore"):
+            tensors = {name: array.astype(dtype, copy=False) for name, array in self.tensors.items()}
+        return dataclasses.replace(self, tensors=tensors)
+
+    def non_finite(self) -> str | None:
+        """A sentence that counts the NaN and infinite weights, or None where there are none."""
+        bad = {name: array.size - int(np.isfinite(array).sum()) for name, array in self.tensors.items()}
+        bad = {name: count for name, count in bad.items() if count}
+        if not bad:
+            return None
+        total = sum(array.size for array in self.tensors.values())
+        named = ", ".join(f"{name} ({count:,})" for name, count in list(bad.items())[:8])
+        more = f" and {len(bad) - 8} more tensors" if len(bad) > 8 else ""
+        return f"{sum(bad.values()):,} of {total:,} weights are NaN or infinite: {named}{more}"
