@@ -22,8 +22,8 @@ class CrossViTConfig:
     multi_conv: bool = False  # three convolutions embed the patches (the dagger variants) instead of one
     stages: int = 3
     patch_size: tuple[int, int] = (12, 16)
-    image_size: tuple[int, int] = (240, 240)  # height, width; an int means a square
-    image_scale: tuple[Fraction, Fraction] = (Fraction(1), Fraction(14, 15))  # of image_size, seen by each branch
+    image_size: int | tuple[int, int] = (240, 240)  # height, width; an int is a square, and becomes a pair
+    image_scale: tuple[float | Fraction, float | Fraction] = (Fraction(1), Fraction(14, 15))  # become Fractions
     in_chans: int = 3
     num_classes: int = 1000  # 0: no head, the model returns the pooled features of both branches
     global_pool: str = "token"
@@ -42,7 +42,7 @@ class CrossViTConfig:
 
         size = self.image_size
         set_field("image_size", (size, size) if isinstance(size, int) else tuple(size))
-        # timm writes the scale as a float (224/240); as a fraction every size is exact
+        # each branch sees image_size times its scale; timm writes a float (224/240), a fraction makes every size exact
         set_field("image_scale", tuple(Fraction(scale).limit_denominator(1024) for scale in self.image_scale))
         if len(self.image_size) != 2 or any(not isinstance(side, int) or side < 1 for side in self.image_size):
             raise ValueError(f"image_size must be an int or (height, width), all positive; got {size!r}")

@@ -43,8 +43,8 @@ class CrossViT(nnx.Module):
         kwargs = {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": rngs}
 
         for i, (dim, (rows, columns)) in enumerate(zip(config.embed_dim, config.grid_size, strict=True)):
-            setattr(self, f"pos_embed_{i}", _token(1 + rows * columns, dim, **kwargs))
-            setattr(self, f"cls_token_{i}", _token(1, dim, **kwargs))
+            setattr(self, f"pos_embed_{i}", _token(1 + rows * columns, dim, self.param_dtype, rngs))
+            setattr(self, f"cls_token_{i}", _token(1, dim, self.param_dtype, rngs))
         self.patch_embed = nnx.List(
             PatchEmbed(patch_size, config.in_chans, dim, multi_conv=config.multi_conv, **kwargs)
             for patch_size, dim in zip(config.patch_size, config.embed_dim, strict=True)
@@ -228,7 +228,7 @@ class CrossViT(nnx.Module):
         return x if output_fmt == "NHWC" else x.transpose(0, 3, 1, 2)
 
 
-def _token(tokens: int, dim: int, *, param_dtype, rngs: nnx.Rngs, **_) -> nnx.Param:
+def _token(tokens: int, dim: int, param_dtype, rngs: nnx.Rngs) -> nnx.Param:
     return nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, tokens, dim), param_dtype))
 
 

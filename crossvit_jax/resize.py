@@ -16,21 +16,26 @@ def bicubic_matrix(in_size: int, out_size: int, dtype: np.dtype) -> Float[np.nda
     """
     real = np.dtype(dtype).type
     a = real(-0.75)
-    position = real(in_size) / real(out_size) * (np.arange(out_size, dtype=dtype) + real(0.5)) - real(0.5)
+
+    def fma(x, y, z):
+        """x · y + z rounded once, as compilers fuse it in torch's kernel."""
+        return (np.longdouble(x) * y + z).astype(dtype)
+
+    position = fma(real(in_size) / real(out_size), np.arange(out_size) + real(0.5), real(-0.5))
     first = np.floor(position)
-    t = (position - first).astype(dtype)
+    t = position - first
 
     def near(x):  # |distance| <= 1
-        return ((a + 2) * x - (a + 3)) * x * x + 1
+        return fma(fma(a + 2, x, -(a + 3)) * x, x, 1)
 
     def far(x):  # 1 < |distance| < 2
-        return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+        return fma(fma(fma(a, x, -5 * a), x, 8 * a), x, -4 * a)
 
     weights = [far(t + 1), near(t), near(1 - t), far(2 - t)]
     matrix = np.zeros((out_size, in_size), dtype)
     for tap, weight in enumerate(weights):
         column = np.clip(first.astype(int) - 1 + tap, 0, in_size - 1)  # outside pixels repeat the edge
-        np.add.at(matrix, (np.arange(out_size), column), weight.astype(dtype))
+        np.add.at(matrix, (np.arange(out_size), column), weight)
     return matrix
 
 

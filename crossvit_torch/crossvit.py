@@ -42,8 +42,8 @@ class CrossViT(nn.Module):
         kwargs = {"param_dtype": param_dtype, "device": device}
 
         for i, (dim, (rows, columns)) in enumerate(zip(config.embed_dim, config.grid_size, strict=True)):
-            setattr(self, f"pos_embed_{i}", _token(1 + rows * columns, dim, **kwargs))
-            setattr(self, f"cls_token_{i}", _token(1, dim, **kwargs))
+            setattr(self, f"pos_embed_{i}", _token(1 + rows * columns, dim, param_dtype, device))
+            setattr(self, f"cls_token_{i}", _token(1, dim, param_dtype, device))
         self.patch_embed = nn.ModuleList(
             PatchEmbed(patch_size, config.in_chans, dim, multi_conv=config.multi_conv, **kwargs)
             for patch_size, dim in zip(config.patch_size, config.embed_dim, strict=True)
@@ -233,7 +233,7 @@ class CrossViT(nn.Module):
         return torch.autocast(images.device.type, self.dtype if mixed else torch.bfloat16, enabled=mixed)
 
 
-def _token(tokens: int, dim: int, *, param_dtype: torch.dtype, device) -> nn.Parameter:
+def _token(tokens: int, dim: int, param_dtype: torch.dtype, device) -> nn.Parameter:
     return nn.Parameter(nn.init.normal_(torch.empty(1, tokens, dim, dtype=param_dtype, device=device), std=0.02))
 
 

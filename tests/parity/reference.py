@@ -1,0 +1,188 @@
+"""What the parity tests and the report share: perturbed weights, the three models, and the measure of error."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import timm
+import torch
+from flax import nnx
+
+import crossvit_jax
+import crossvit_torch
+from convert.tree import flatten, from_state_dict, nest
+from crossvit_jax.config import TIMM_NAMES, get_config
+
+# largest error ÷ max|reference| that the house accepts
+OUTPUT_BOUND = {"float32": 1e-5, "float64": 1e-11}
+GRADIENT_BOUND = {"float32": 1e-5, "float64": 1e-10}
+# what timm calls the settings whose names differ
+TIMM_SETTINGS = {"image_size": "img_size", "image_scale": "img_scale"}
+
+
+def perturb(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Adds noise to every parameter: fresh biases are 0 and norms 1, which would hide errors. In evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.05 * noise.to(parameter.dtype))
+    return module.eval()
+
+
+def timm_model(variant: str, precision: str = "float64", **settings) -> torch.nn.Module:
+    """timm's own model, perturbed. Made in float32 and then cast, so that both precisions have the same weights."""
+    settings = {TIMM_SETTINGS.get(key, key): value for key, value in settings.items()}
+    torch.manual_seed(0)
+    return perturb(timm.create_model(TIMM_NAMES[variant], **settings)).to(getattr(torch, precision))
+
+
+def torch_twin(variant: str, state_dict: dict, precision: str, **settings) -> crossvit_torch.CrossViT:
+    """Our torch model with the weights given, loaded strictly."""
+    model = crossvit_torch.create_model(variant, param_dtype=getattr(torch, precision), **settings)
+    model.load_state_dict(state_dict, strict=True)
+    return model.eval()
+
+
+def flax_twin(variant: str, state_dict: dict, precision: str, **settings) -> crossvit_jax.CrossViT:
+    """Our Flax model with the weights given. For float64, call it inside `jax.enable_x64(True)`."""
+    config = get_config(variant, **settings)
+    return flax_module(
+        lambda: crossvit_jax.CrossViT(config, param_dtype=jnp.dtype(precision), rngs=nnx.Rngs(0)), state_dict
+    )
+
+
+def flax_module(build: Callable[[], nnx.Module], state_dict: dict) -> nnx.Module:
+    """Any of our Flax modules with the weights of its torch twin."""
+    module = nnx.eval_shape(build)
+    nnx.replace_by_pure_dict(state := nnx.state(module, nnx.Param), nest(from_state_dict(state_dict)))
+    nnx.update(module, jax.tree.map(jnp.asarray, state))
+    module.eval()
+    return module
+
+
+def random_array(seed: int, *shape: int) -> np.ndarray:
+    """Standard normal numbers in float64; the same for every framework and precision."""
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def images(size: int | tuple[int, int] = 240, batch: int = 2, channels: int = 3) -> np.ndarray:
+    """Random images, channels first."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return random_array(1, batch, channels, height, width)
+
+
+def channels_last(x: np.ndarray) -> np.ndarray:
+    return x.transpose(0, 2, 3, 1)
+
+
+def error(result, reference, scale=None) -> float:
+    """Largest absolute difference ÷ largest absolute value of the reference (or of `scale`)."""
+    result, reference, scale = (
+        x.detach().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+        for x in (result, reference, reference if scale is None else scale)
+    )
+    assert result.dtype == reference.dtype, f"{result.dtype} against {reference.dtype}"
+    assert result.shape == reference.shape, f"{result.shape} against {reference.shape}"
+    assert np.isfinite(reference).all() and np.abs(scale).max() > 0
+    return float(np.abs(result - reference).max() / np.abs(scale).max())
+
+
+@dataclass
+class Gradients:
+    """Outputs of a model, and the gradients of Σ outputs · weights, the weights being fixed random numbers."""
+
+    outputs: list
+    inputs: list  # in torch's layout
+    parameters: dict  # under timm's names and in torch's layouts
+
+
+def torch_gradients(module: torch.nn.Module, inputs: list[np.ndarray], precision: str) -> Gradients:
+    """Inputs and outputs are lists, also where the module takes and returns one tensor."""
+    xs = [torch.tensor(x, dtype=getattr(torch, precision), requires_grad=True) for x in inputs]
+    module.zero_grad()
+    outs = module(xs) if len(xs) > 1 else [module(*xs)]
+    weights = [torch.tensor(random_array(i, *out.shape), dtype=out.dtype) for i, out in enumerate(outs)]
+    torch.autograd.backward(outs, weights)
+    return Gradients(outs, [x.grad for x in xs], {name: p.grad for name, p in module.named_parameters()})
+
+
+def flax_gradients(module: nnx.Module, inputs: list[np.ndarray], precision: str) -> Gradients:
+    """The same for a Flax module; images are given channels first, as to torch."""
+    graphdef, params = nnx.split(module)
+
+    def call(params, xs):
+        xs = [x.transpose(0, 2, 3, 1) if x.ndim == 4 else x for x in xs]
+        module = nnx.merge(graphdef, params)
+        return module(xs) if len(xs) > 1 else [module(*xs)]
+
+    @jax.jit
+    def run(params, xs):
+        outs, vjp = jax.vjp(call, params, xs)
+        return outs, *vjp([jnp.asarray(random_array(i, *out.shape), out.dtype) for i, out in enumerate(outs)])
+
+    outs, grads, grad_xs = run(params, [jnp.asarray(x, precision) for x in inputs])
+    return Gradients(outs, grad_xs, flatten(grads))
+
+
+def gradient_errors(result: dict, reference: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The error of every parameter's gradient, each against the largest value in that parameter's own gradient.
+
+    A cross-attention's key bias moves all scores of a head alike, so its gradient is zero, and what torch returns is
+    rounding noise. It is measured against the gradient of the key weights beside it.
+    """
+    assert result.keys() == reference.keys()
+    errors = {}
+    for name, expected in reference.items():
+        scale = reference[name.removesuffix("bias") + "weight"] if name.endswith("wk.bias") else expected
+        errors[name] = error(result[name], expected, scale)
+    return errors
+
+
+def output_errors(variant: str, precision: str, size=None, batch: int = 2, **settings) -> dict[str, dict[str, float]]:
+    """The errors of both twins against timm: of the logits, and of each branch's normalised tokens.
+
+    `size` is that of the images, by default the model's.
+    """
+    dtype = getattr(torch, precision)
+    config = get_config(variant, **settings)
+    x = images(size or config.image_size, batch, config.in_chans)
+    reference = timm_model(variant, precision, **settings)
+    twin = torch_twin(variant, reference.state_dict(), precision, **settings)
+    with torch.no_grad():
+        expected = [reference(torch.tensor(x, dtype=dtype)), *reference.forward_features(torch.tensor(x, dtype=dtype))]
+        torch_result = [twin(torch.tensor(x, dtype=dtype)), *twin.forward_features(torch.tensor(x, dtype=dtype))]
+    with jax.enable_x64(precision == "float64"):
+        flax_result = flax_outputs(flax_twin(variant, reference.state_dict(), precision, **settings), x, precision)
+    names = ("logits", "branch 0", "branch 1")
+    return {
+        twin_name: {name: error(r, e) for name, r, e in zip(names, result, expected, strict=True)}
+        for twin_name, result in (("torch", torch_result), ("flax", flax_result))
+    }
+
+
+def flax_outputs(model: crossvit_jax.CrossViT, x: np.ndarray, precision: str) -> list[jax.Array]:
+    """Logits and both branches' features of images given channels first, in one compiled program."""
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    def run(params, x):
+        model = nnx.merge(graphdef, params)
+        return [model(x), *model.forward_features(x)]
+
+    return run(params, jnp.asarray(channels_last(x), precision))
+
+
+def whole_gradient_errors(variant: str, precision: str, batch: int = 2, **settings) -> dict[str, float]:
+    """The errors of Flax's whole gradient against timm's, by parameter, and of the gradient of the images."""
+    x = images(get_config(variant, **settings).image_size, batch)
+    reference = timm_model(variant, precision, **settings)
+    expected = torch_gradients(reference, [x], precision)
+    with jax.enable_x64(precision == "float64"):
+        model = flax_twin(variant, reference.state_dict(), precision, **settings)
+        result = flax_gradients(model, [x], precision)
+        return gradient_errors(result.parameters, expected.parameters) | {
+            "images": error(result.inputs[0], expected.inputs[0])
+        }

@@ -1,0 +1,52 @@
+"""Whole models: Flax = torch twin = timm, on every variant."""
+
+import pytest
+
+from crossvit_jax.config import list_variants
+from tests.parity.reference import GRADIENT_BOUND, OUTPUT_BOUND, output_errors, whole_gradient_errors
+
+PRECISIONS = ["float32", "float64"]
+GRADIENT_VARIANTS = ["ti", "9-dagger", "s", "15-dagger-408"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("variant", list_variants())
+def test_every_variant_has_timms_logits_and_features(variant, precision):
+    for twin, errors in output_errors(variant, precision).items():
+        assert max(errors.values()) <= OUTPUT_BOUND[precision], (twin, errors)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("variant", GRADIENT_VARIANTS)
+def test_the_whole_gradient_equals_timms(variant, precision):
+    errors = whole_gradient_errors(variant, precision, batch=1 if variant.endswith("408") else 2)
+    worst = {name: e for name, e in errors.items() if e > GRADIENT_BOUND[precision]}
+    assert not worst
+
+
+# what timm can do besides its defaults; "size" is that of the images given to the model
+SETTINGS = [
+    {"image_size": 120},
+    {"image_size": 360},
+    {"image_size": 480},
+    {"image_size": 48, "image_scale": (1.0, 2 / 3)},
+    {"in_chans": 1},
+    {"num_classes": 0},
+    {"num_classes": 7},
+    {"global_pool": "avg"},
+    {"crop_scale": True},
+    {"size": 224},
+    {"size": (300, 260), "crop_scale": True},
+]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_every_setting_of_timm_has_timms_logits_and_features(settings, precision):
+    for twin, errors in output_errors("ti", precision, **settings).items():
+        assert max(errors.values()) <= OUTPUT_BOUND[precision], (twin, errors)
+
+
+def test_gradients_under_average_pooling_equal_timms():
+    errors = whole_gradient_errors("ti", "float64", global_pool="avg", image_size=120)
+    assert max(errors.values()) <= GRADIENT_BOUND["float64"], errors

@@ -1,0 +1,132 @@
+"""Each module alone: the torch twin against timm's module, and Flax against the torch twin. Outputs and gradients."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+import timm.layers
+import timm.models.crossvit as timm_crossvit
+import torch
+from flax import nnx
+from timm.models.vision_transformer import Block
+
+from crossvit_jax import attention, blocks, get_config, patch_embed
+from crossvit_torch import attention as torch_attention
+from crossvit_torch import blocks as torch_blocks
+from crossvit_torch import patch_embed as torch_patch_embed
+from tests.parity.reference import (
+    GRADIENT_BOUND,
+    OUTPUT_BOUND,
+    error,
+    flax_gradients,
+    flax_module,
+    gradient_errors,
+    images,
+    perturb,
+    random_array,
+    torch_gradients,
+)
+
+layer_norm = partial(torch.nn.LayerNorm, eps=1e-6)
+TOKENS = [random_array(1, 3, 13, 24)]
+STAGE = get_config("9")
+
+
+@dataclass
+class Case:
+    timm: Callable  # builds timm's module
+    torch: type
+    flax: type
+    args: tuple
+    kwargs: dict = field(default_factory=dict)
+    inputs: list[np.ndarray] = field(default_factory=lambda: TOKENS)
+
+
+def embed(patch_size: int, size: tuple[int, int], channels: int, multi_conv: bool) -> Case:
+    return Case(
+        lambda: timm_crossvit.PatchEmbed(size, patch_size, channels, 24, multi_conv=multi_conv),
+        torch_patch_embed.PatchEmbed,
+        patch_embed.PatchEmbed,
+        (patch_size, channels, 24),
+        {"multi_conv": multi_conv},
+        [images(size, channels=channels)],
+    )
+
+
+def attention_case(name: str, timm_class: type, qkv_bias: bool) -> Case:
+    return Case(
+        lambda: timm_class(24, 3, qkv_bias=qkv_bias),
+        getattr(torch_attention, name),
+        getattr(attention, name),
+        (24, 3),
+        {"qkv_bias": qkv_bias},
+    )
+
+
+CASES = {
+    "PatchEmbed-12": embed(12, (48, 72), 3, multi_conv=False),
+    "PatchEmbed-16": embed(16, (48, 80), 1, multi_conv=False),
+    "PatchEmbed-12-three-convolutions": embed(12, (48, 72), 3, multi_conv=True),
+    "PatchEmbed-16-three-convolutions": embed(16, (48, 80), 1, multi_conv=True),
+    "Attention": attention_case("Attention", timm.layers.Attention, qkv_bias=True),
+    "Attention-without-bias": attention_case("Attention", timm.layers.Attention, qkv_bias=False),
+    "CrossAttention": attention_case("CrossAttention", timm_crossvit.CrossAttention, qkv_bias=True),
+    "CrossAttention-without-bias": attention_case("CrossAttention", timm_crossvit.CrossAttention, qkv_bias=False),
+    "Mlp": Case(lambda: timm.layers.Mlp(24, 72), torch_blocks.Mlp, blocks.Mlp, (24, 72)),
+    "Block": Case(
+        lambda: Block(24, 3, 4.0, qkv_bias=True, norm_layer=layer_norm),
+        torch_blocks.Block,
+        blocks.Block,
+        (24, 3, 4.0),
+    ),
+    "CrossAttentionBlock": Case(
+        lambda: timm_crossvit.CrossAttentionBlock(24, 3, qkv_bias=True, norm_layer=layer_norm),
+        torch_blocks.CrossAttentionBlock,
+        blocks.CrossAttentionBlock,
+        (24, 3),
+    ),
+    "MultiScaleBlock": Case(
+        lambda: timm_crossvit.MultiScaleBlock(
+            dim=STAGE.embed_dim,
+            patches=(20, 9),
+            depth=(*STAGE.depth, 0),
+            num_heads=STAGE.num_heads,
+            mlp_ratio=(*STAGE.mlp_ratio, 1),
+            qkv_bias=True,
+            drop_path=[0.0] * max(STAGE.depth),
+            norm_layer=layer_norm,
+        ),
+        torch_blocks.MultiScaleBlock,
+        blocks.MultiScaleBlock,
+        (STAGE, [0.0] * max(STAGE.depth)),
+        inputs=[random_array(1, 2, 21, STAGE.embed_dim[0]), random_array(2, 2, 10, STAGE.embed_dim[1])],
+    ),
+}
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients_equal_timms(name, precision):
+    case, dtype = CASES[name], getattr(torch, precision)
+    reference = perturb(case.timm()).to(dtype)
+    twin = case.torch(*case.args, param_dtype=dtype, **case.kwargs).eval()
+    twin.load_state_dict(reference.state_dict(), strict=True)
+    expected = torch_gradients(reference, case.inputs, precision)
+    check(torch_gradients(twin, case.inputs, precision), expected, precision)
+    with jax.enable_x64(precision == "float64"):
+        flax = flax_module(
+            lambda: case.flax(*case.args, param_dtype=precision, rngs=nnx.Rngs(0), **case.kwargs), twin.state_dict()
+        )
+        check(flax_gradients(flax, case.inputs, precision), expected, precision)
+
+
+def check(result, expected, precision):
+    outputs = map(error, result.outputs, expected.outputs)
+    inputs = map(error, result.inputs, expected.inputs)
+    parameters = gradient_errors(result.parameters, expected.parameters)
+    assert max(outputs) <= OUTPUT_BOUND[precision]
+    assert max(inputs) <= GRADIENT_BOUND[precision]
+    assert max(parameters.values()) <= GRADIENT_BOUND[precision], parameters
