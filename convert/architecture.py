@@ -7,8 +7,10 @@ from collections.abc import Collection, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from convert.errors import ConversionError
 from convert.tree import leaves, timm_shape
@@ -18,13 +20,24 @@ from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
 Shapes = Mapping[str, tuple[int, ...]]  # by timm's name
 
 
-@functools.lru_cache(maxsize=8)  # tracing takes a second or two
+class _SameKey(nnx.Rngs):
+    """Gives every parameter the same key. Abstract parameters need no other, and counting keys under a trace is slow:
+    without it, building an abstract model takes a third of the time."""
+
+    def __init__(self):
+        pass
+
+    def params(self) -> Array:
+        return jax.random.key(0)
+
+
+@functools.lru_cache(maxsize=16)
 def abstract_model(config: CrossViTConfig, dtype: Any = None, param_dtype: Any = jnp.float32) -> nnx.GraphState:
     """The graph definition of the model, and its parameters as shapes in nested dicts; nothing is allocated.
 
     The result is shared: do not change it.
     """
-    model = nnx.eval_shape(lambda: CrossViT(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: CrossViT(config, dtype=dtype, param_dtype=param_dtype, rngs=_SameKey()))
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
 
@@ -89,7 +102,7 @@ def check(shapes: Shapes, config: CrossViTConfig, what: str) -> None:
         details = {name: f" {shapes[name]} instead of {expected[name]}" for name in misshaped}
         faults.append(f"{len(misshaped)} mis-shaped ({_named(misshaped, common, details)})")
     if any(_square_side(shapes, branch) == 0 for branch in (0, 1)):
-        faults.append("the position embeddings are for no square image: give its size if it was rectangular")
+        faults.append("no square image has that many patches: a rectangle needs image_size (--image-size HxW)")
     near = f"{config.name} ({TIMM_NAMES[config.name]})" if config.name in TIMM_NAMES else config.name
     raise ConversionError(f"{what} does not fit {near}, the nearest variant: {'; '.join(faults)}")
 
@@ -127,15 +140,17 @@ def _geometry(config: CrossViTConfig, shapes: Shapes, image_size: tuple[int, int
     if all(sides):
         size, other = (side * patch for side, patch in zip(sides, config.patch_size, strict=True))
         return {"image_size": (size, size), "image_scale": (Fraction(1), Fraction(other, size))}
-    if image_size is not None and None not in sides:
-        try:
-            given = dataclasses.replace(config, image_size=image_size)
-        except ValueError as error:
-            raise ConversionError(str(error)) from None
-        tokens = [shapes[f"pos_embed_{branch}"][1] - 1 for branch in (0, 1)]
-        if tokens == [rows * columns for rows, columns in given.grid_size]:
-            return {"image_size": given.image_size, "image_scale": given.image_scale}
-    return {}
+    if image_size is None or None in sides:
+        return {}
+    patches = [shapes[f"pos_embed_{branch}"][1] - 1 for branch in (0, 1)]
+    area = Fraction(patches[1] * config.patch_size[1] ** 2, math.prod(image_size))  # branch 1's share of the image's
+    scale = Fraction(math.isqrt(area.numerator), math.isqrt(area.denominator))
+    try:
+        given = dataclasses.replace(config, image_size=image_size, image_scale=(Fraction(1), scale))
+    except ValueError:
+        return {}
+    fits = patches == [rows * columns for rows, columns in given.grid_size]
+    return {"image_size": given.image_size, "image_scale": given.image_scale} if fits else {}
 
 
 def _named(names: list[str], among: Collection[str], details: Mapping[str, str] | None = None) -> str:
