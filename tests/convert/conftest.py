@@ -1,10 +1,14 @@
 """A small timm model whose every parameter is perturbed: fresh biases are zero, and would hide what gets lost."""
 
 import logging
+import shutil
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+
+from convert import load_weights
 
 TIMM_SETTINGS = {"num_classes": 10, "img_size": 48, "img_scale": (1.0, 2 / 3)}
 
@@ -46,12 +50,23 @@ def logits(timm_model, images) -> torch.Tensor:
         return timm_model(images)
 
 
-@pytest.fixture
-def weights_file(state, tmp_path):
-    """timm's state dict as torch.save writes it."""
-    path = tmp_path / "weights.pth"
-    torch.save(state, path)
+@pytest.fixture(scope="session")
+def _saved(timm_model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("timm") / "weights.pth"
+    torch.save(timm_model.state_dict(), path)
     return path
+
+
+@pytest.fixture
+def weights_file(_saved, tmp_path):
+    """timm's state dict as torch.save writes it; a copy, for tests that change it."""
+    return Path(shutil.copy(_saved, tmp_path))
+
+
+@pytest.fixture(scope="session")
+def weights(_saved):
+    """What the file holds; not to be changed."""
+    return load_weights(_saved)
 
 
 @pytest.fixture(autouse=True)

@@ -22,11 +22,6 @@ ENDINGS = [".safetensors", ".pth", ".flax.safetensors", ""]
 
 
 @pytest.fixture
-def weights(weights_file):
-    return load_weights(weights_file)
-
-
-@pytest.fixture
 def folder(tmp_path):
     """Where only what a test writes can be."""
     folder = tmp_path / "out"

@@ -10,12 +10,11 @@ import torch
 from flax import nnx
 
 from convert import load_flax, load_torch, load_weights, save
+from convert.verify import run_flax
 
 
 def _flax_logits(model, images):
-    return torch.from_numpy(
-        np.array(nnx.jit(lambda model, x: model(x))(model, jnp.asarray(images.permute(0, 2, 3, 1).numpy())))
-    )
+    return torch.from_numpy(np.array(run_flax(model, jnp.asarray(images.permute(0, 2, 3, 1).numpy()))))
 
 
 def test_both_twins_give_timms_logits(weights_file, images, logits):
