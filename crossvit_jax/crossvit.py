@@ -39,7 +39,6 @@ class CrossViT(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
         self.param_dtype = jnp.dtype(param_dtype)
-        self.deterministic = False
         kwargs = {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": rngs}
 
         for i, (dim, (rows, columns)) in enumerate(zip(config.embed_dim, config.grid_size, strict=True)):
@@ -202,7 +201,7 @@ class CrossViT(nnx.Module):
             )
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images must be normalised floats; got dtype {images.dtype}")
-        if not self.deterministic and rngs is None and self.config.is_stochastic:
+        if not self.pos_drop.deterministic and rngs is None and self.config.is_stochastic:
             raise ValueError(
                 "dropout or drop path is on in training mode: pass rngs=nnx.Rngs(dropout=key), or call eval() first"
             )

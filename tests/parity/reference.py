@@ -13,30 +13,39 @@ from flax import nnx
 import crossvit_jax
 import crossvit_torch
 from convert.tree import flatten, from_state_dict, nest
-from crossvit_jax.config import TIMM_NAMES, get_config
+from crossvit_jax.config import TIMM_NAMES, VARIANTS, get_config
 
 # largest error ÷ max|reference| that the house accepts
 OUTPUT_BOUND = {"float32": 1e-5, "float64": 1e-11}
 GRADIENT_BOUND = {"float32": 1e-5, "float64": 1e-10}
-# what timm calls the settings whose names differ
+# what timm calls our settings
 TIMM_SETTINGS = {"image_size": "img_size", "image_scale": "img_scale"}
+TIMM_SETTINGS |= {name: name for name in ("in_chans", "num_classes", "global_pool", "crop_scale")}
 
 
 def perturb(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Adds noise to every parameter: fresh biases are 0 and norms 1, which would hide errors. In evaluation mode."""
+    """Fills every parameter with noise around its usual start: fresh biases are 0 and norms 1, which would hide errors.
+
+    Returns the module in evaluation mode.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(0.05 * noise.to(parameter.dtype))
+        for name, parameter in module.named_parameters():
+            is_norm = parameter.ndim == 1 and name.endswith("weight")
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.05 * noise + is_norm)
     return module.eval()
 
 
 def timm_model(variant: str, precision: str = "float64", **settings) -> torch.nn.Module:
-    """timm's own model, perturbed. Made in float32 and then cast, so that both precisions have the same weights."""
-    settings = {TIMM_SETTINGS.get(key, key): value for key, value in settings.items()}
-    torch.manual_seed(0)
-    return perturb(timm.create_model(TIMM_NAMES[variant], **settings)).to(getattr(torch, precision))
+    """timm's own model, perturbed; both precisions have the same weights. Settings have our names."""
+    config = get_config(variant, **settings)
+    settings = {timm_name: settings[name] for name, timm_name in TIMM_SETTINGS.items() if name in settings}
+    if config.depth != VARIANTS[variant].depth or config.stages != VARIANTS[variant].stages:
+        settings["depth"] = [[*config.depth, 0]] * config.stages
+    with torch.device("meta"):  # timm's own initialisation takes seconds
+        model = timm.create_model(TIMM_NAMES[variant], **settings)
+    return perturb(model.to_empty(device="cpu")).to(getattr(torch, precision))
 
 
 def torch_twin(variant: str, state_dict: dict, precision: str, **settings) -> crossvit_torch.CrossViT:

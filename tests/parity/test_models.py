@@ -43,10 +43,11 @@ SETTINGS = [
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_every_setting_of_timm_has_timms_logits_and_features(settings, precision):
-    for twin, errors in output_errors("ti", precision, **settings).items():
+    # one short stage: the settings act before and after the stages, and compiling takes the time
+    for twin, errors in output_errors("ti", precision, stages=1, depth=(1, 2), **settings).items():
         assert max(errors.values()) <= OUTPUT_BOUND[precision], (twin, errors)
 
 
 def test_gradients_under_average_pooling_equal_timms():
-    errors = whole_gradient_errors("ti", "float64", global_pool="avg", image_size=120)
+    errors = whole_gradient_errors("ti", "float64", global_pool="avg", image_size=120, stages=2, depth=(1, 1))
     assert max(errors.values()) <= GRADIENT_BOUND["float64"], errors

@@ -1,0 +1,16 @@
+"""Twenty training steps: timm + torch.optim against Flax + optax, from the same weights, batches and rates."""
+
+from tests.parity.training import training_errors
+
+
+def test_twenty_steps_in_float64_end_at_timms_weights():
+    errors = training_errors("float64")
+    assert errors["moved"] > 1e-4, "every parameter must have been trained"
+    assert errors["loss"] <= 1e-9
+    assert errors["parameters"] <= 1e-8
+
+
+def test_twenty_steps_in_float32_follow_timms_losses():
+    errors = training_errors("float32")
+    assert errors["moved"] > 1e-4
+    assert errors["loss"] <= 1e-4
