@@ -1,1 +1,1 @@
-"""The trainer: `python -m train.main --variant ti`. Its modules are imported one by one; this package imports nothing."""
+"""The trainer: `python -m train.main --variant ti`. Importing the package imports none of its modules."""

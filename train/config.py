@@ -1,4 +1,4 @@
-"""`TrainConfig`: every setting of a training run, and the recipes. The only way settings travel; imports no framework."""
+"""`TrainConfig`: every setting of a run, and the recipes. The only way settings travel; imports no framework."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,13 +14,16 @@ class SettingsError(ValueError):
 
 
 def setting(default: Any, help: str, parse: Callable[[str], Any] | None = None) -> Any:
-    """A field of `TrainConfig`: its default, what it means, and how its text becomes a value (by the default's type)."""
+    """A field of `TrainConfig`: default, meaning, and what turns text into a value (none: the default's type)."""
     return dataclasses.field(default=default, metadata={"help": help, "parse": parse or type(default)})
 
 
 def number_pair(text: str) -> tuple[float, float]:
     """`"0.08,1"` or `"1,2/3"` as two numbers. Raises ValueError for anything else."""
-    first, second = (float(Fraction(part.strip())) for part in text.split(","))
+    try:
+        first, second = (float(Fraction(part.strip())) for part in text.split(","))
+    except ZeroDivisionError as error:
+        raise ValueError(text) from error
     return first, second
 
 

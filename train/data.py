@@ -4,7 +4,7 @@ The stream depends on the seed and the sample's place in it only: not on the num
 at a later step gets what an uninterrupted one would have got there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -13,7 +13,9 @@ import numpy as np
 from absl import flags
 
 from train.sources import Source
-from train.transforms import EvalTransform, TrainTransform, one_torch_thread
+from train.transforms import one_torch_thread
+
+Sample = dict[str, Any]
 
 # In each process: threads overlap reading and decoding, while images are augmented one at a time (see transforms.py).
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
@@ -25,13 +27,20 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 def train_batches(
-    source: Source, transform: TrainTransform, *, batch_size: int, seed: int, workers: int, start_step: int = 0
+    source: Source,
+    transform: Callable[[Sample, np.random.Generator], Sample],
+    *,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    start_step: int = 0,
 ) -> grain.IterDataset:
     """Endless batches of `image` (batch, height, width, channels) float32 and `label` (batch,) int32.
 
     Every `steps_per_epoch` batches hold each image at most once, in an order of that epoch's own.
 
     Args:
+        transform: a picklable function of a sample and its own generator, see `train.transforms`.
         workers: processes that read and augment; 0: threads of this process.
         start_step: batches to leave out at the beginning, at no cost.
     """
@@ -46,7 +55,9 @@ def train_batches(
     return _in_workers(batches, workers)
 
 
-def eval_batches(source: Source, transform: EvalTransform, *, batch_size: int, workers: int) -> grain.IterDataset:
+def eval_batches(
+    source: Source, transform: Callable[[Sample], Sample], *, batch_size: int, workers: int
+) -> grain.IterDataset:
     """Every image once, in order, again and again: each round has ceil(images / batch_size) batches.
 
     Like training batches, with `mask` (batch,) float32: 1 for an image, 0 for what fills up the last batch. They repeat

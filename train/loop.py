@@ -232,6 +232,6 @@ def _headline(job: Job, folder: Path) -> str:
         f"CrossViT {model.name} at {model.image_size[0]} pixels, {model.num_classes} classes, "
         f"recipe {config.recipe}, batch {config.batch_size}, peak learning rate {config.peak_lr:g}\n"
         f"{config.dataset}: {len(sets.train)} training images, {len(sets.held_out)} held out ({sets.held_out_split}); "
-        f"{devices.size} × {devices.flat[0].device_kind}, {config.workers} workers\n"
+        f"{devices.size} devices ({devices.flat[0].device_kind}), {config.workers} workers\n"
         f"run folder {folder}"
     )

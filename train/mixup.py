@@ -38,13 +38,17 @@ def cutmix_box(
 
 def draw_mix(key: Key[Array, ""], config: TrainConfig, *, height: int, width: int) -> Mix:
     """Draw whether and how to mix a batch: timm's `Mixup._params_per_batch`, and the box."""
+    if config.mixup == config.cutmix == 0:
+        return Mix(lam=jnp.ones(()), box=jnp.zeros(4, jnp.int32), cut=jnp.zeros((), bool))
     mixed_key, cut_key, mixup_key, cutmix_key, center_key = jax.random.split(key, 5)
-    enabled = config.mixup > 0 or config.cutmix > 0
-    cutmix_share = config.cutmix_share if config.mixup > 0 else 1.0
-    mixed = jax.random.bernoulli(mixed_key, config.mix_prob if enabled else 0.0)
-    cut = mixed & jax.random.bernoulli(cut_key, cutmix_share if config.cutmix > 0 else 0.0)
-    mixup_lam = jax.random.beta(mixup_key, config.mixup, config.mixup) if config.mixup > 0 else 1.0
-    cutmix_lam = jax.random.beta(cutmix_key, config.cutmix, config.cutmix) if config.cutmix > 0 else jnp.ones(())
+    cutmix_share = 0.0 if config.cutmix == 0 else 1.0 if config.mixup == 0 else config.cutmix_share
+    mixed = jax.random.bernoulli(mixed_key, config.mix_prob)
+    cut = mixed & jax.random.bernoulli(cut_key, cutmix_share)
+    # where one of them is off, its alpha is not used; 1 keeps the draw defined
+    mixup_lam, cutmix_lam = (
+        jax.random.beta(lam_key, alpha or 1.0, alpha or 1.0)
+        for lam_key, alpha in ((mixup_key, config.mixup), (cutmix_key, config.cutmix))
+    )
     center = jax.random.randint(center_key, (2,), 0, jnp.array([height, width]))
     box, cutmix_lam = cutmix_box(cutmix_lam, center, height, width)
     lam = jnp.where(mixed, jnp.where(cut, cutmix_lam, mixup_lam), 1.0)
@@ -63,7 +67,7 @@ def mix_images(
 
 
 def mix_targets(
-    labels: Int[Array, "batch"], lam: Float[Array, ""], *, num_classes: int, smoothing: float
+    labels: Int[Array, " batch"], lam: Float[Array, ""], *, num_classes: int, smoothing: float
 ) -> Float[Array, "batch classes"]:
     """Smoothed one-hot targets (on 1 - s + s/classes, off s/classes), blended like the images."""
     off = smoothing / num_classes

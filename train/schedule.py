@@ -17,7 +17,7 @@ def cosine_lr(epoch: int, *, base: float, minimum: float, epochs: int, warmup_ep
     return minimum + 0.5 * (base - minimum) * (1 + math.cos(math.pi * epoch / epochs))
 
 
-def learning_rates(config: TrainConfig) -> Float64[np.ndarray, "epochs"]:
+def learning_rates(config: TrainConfig) -> Float64[np.ndarray, " epochs"]:
     """The learning rate that each epoch of a run trains at.
 
     timm's train.py calls `step(epoch + 1)` after an epoch, so that epoch e trains at the schedule's value e. IBM's

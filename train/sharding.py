@@ -1,6 +1,6 @@
 """The devices of a run as a mesh, and how state and batches lie on it: data-parallel, parameters on every device."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import grain
 import jax
@@ -10,9 +10,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 _BATCHES_AHEAD = 2  # batches already on the devices while a step runs
 
 
-def make_mesh() -> Mesh:
-    """All devices on one axis, `data`."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices (none: all of them) on one axis, `data`."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -25,14 +26,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def device_batches(batches: grain.IterDataset, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
+def device_batches(batches: grain.IterDataset, mesh: Mesh) -> grain.DatasetIterator:
     """An iterator over batches of numpy arrays that brings them to the devices ahead of time, in a thread.
 
-    Close it after use: that ends its thread and the worker processes behind it.
+    It starts at once. Close it after use: that ends its thread and the worker processes behind it.
     """
     sharding = batch_sharding(mesh)
 
     def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
-    return iter(grain.experimental.ThreadPrefetchIterDataset(batches.map(put), prefetch_buffer_size=_BATCHES_AHEAD))
+    ahead = grain.experimental.ThreadPrefetchIterDataset(batches.map(put), prefetch_buffer_size=_BATCHES_AHEAD)
+    iterator = iter(ahead)
+    iterator.start_prefetch()
+    return iterator

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +23,7 @@ _TRAIN_SPLIT = "train"
 _HELD_OUT_SPLITS = ("validation", "val", "test")  # the first that is there
 
 
+@runtime_checkable
 class Source(Protocol):
     """What the input pipeline reads from."""
 
@@ -90,9 +91,8 @@ def open_digits(data_dir: str | None) -> ImageSets:
         if not builder.is_prepared():
             _prepare(builder)
     except OSError as error:
-        raise SettingsError(
-            f"cannot prepare the digits in {data_dir or tfds.core.constants.DATA_DIR}: {error}; --data-dir names another folder"
-        ) from error
+        where = data_dir or tfds.core.constants.DATA_DIR
+        raise SettingsError(f"cannot prepare the digits in {where}: {error}; try another --data-dir") from error
     return open_tfds("sklearn_digits", data_dir)
 
 
@@ -134,8 +134,8 @@ def open_tfds(name: str, data_dir: str | None) -> ImageSets:
         held_out = TfdsSource(builder, held_out_split, image, label)
     except NotImplementedError as error:
         raise SettingsError(
-            f"data set {name} in {builder.data_dir} is stored as {builder.info.file_format.value}, which cannot be read "
-            'at random; prepare it again with file_format="array_record"'
+            f"data set {name} in {builder.data_dir} is stored as {builder.info.file_format.value}, which cannot be "
+            'read at random; prepare it again with file_format="array_record"'
         ) from error
     class_names = tuple(builder.info.features[label].names or map(str, range(builder.info.features[label].num_classes)))
     for split, source in ((_TRAIN_SPLIT, train), (held_out_split, held_out)):
@@ -169,7 +169,8 @@ def _prepared_builder(name: str, data_dir: str | None) -> Any:
         )
     near = difflib.get_close_matches(bare, sorted(known | set(prepared) | {"digits"}), n=1, cutoff=0.0)[0]
     raise SettingsError(
-        f"unknown data set {name!r}; did you mean {near!r}? Accepted: digits, a tensorflow-datasets name, or folder:PATH"
+        f"unknown data set {name!r}; did you mean {near!r}? "
+        "Accepted: digits, a tensorflow-datasets name, or folder:PATH"
     )
 
 
@@ -184,7 +185,7 @@ def _image_and_label(name: str, info: Any) -> tuple[str, str]:
             return pair[0], pair[1]
     raise SettingsError(
         f"data set {name} is no image classification set: it needs one image and one class label per example; "
-        f"it has {', '.join(info.features)}"
+        f"it has {', '.join(sorted(info.features))}"
     )
 
 

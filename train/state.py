@@ -33,4 +33,6 @@ def init_state(
         model = CrossViT(model_config, rngs=nnx.Rngs(params=key))
         return make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer)
 
-    return jax.jit(init, out_shardings=replicated(mesh))(jax.random.key(seed))
+    # on a CPU, to optimise a program that runs once takes longer than the program
+    options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+    return jax.jit(init, out_shardings=replicated(mesh), compiler_options=options)(jax.random.key(seed))

@@ -10,7 +10,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from crossvit_jax import CrossViT
 from train.config import TrainConfig
 from train.mixup import draw_mix, mix_images, mix_targets
 from train.sharding import batch_sharding, replicated
@@ -24,20 +23,20 @@ TOP5_CLASSES = 6  # with fewer, top-5 accuracy says nothing
 
 def soft_target_cross_entropy(
     logits: Float[Array, "batch classes"], targets: Float[Array, "batch classes"]
-) -> Float[Array, "batch"]:
-    """Cross-entropy of each image with a distribution over classes (timm/loss/cross_entropy.py), in float32 or wider."""
+) -> Float[Array, " batch"]:
+    """Each image's cross-entropy with a distribution over classes (timm/loss/cross_entropy.py), float32 or wider."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
 
 
-def within_top(k: int, logits: Float[Array, "batch classes"], labels: Int[Array, "batch"]) -> Bool[Array, "batch"]:
+def within_top(k: int, logits: Float[Array, "batch classes"], labels: Int[Array, " batch"]) -> Bool[Array, " batch"]:
     """Whether fewer than k classes score above the right one. NaN counts as above, so broken logits are not right."""
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     return jnp.sum(~(logits <= own), axis=1) < k
 
 
 def make_train_step(
-    model: CrossViT, optimizer: optax.GradientTransformation, config: TrainConfig
+    model: nnx.Module, optimizer: optax.GradientTransformation, config: TrainConfig
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The step (state, batch) -> (state, metrics) of a model. Not jitted, see `jit_train_step`.
 
@@ -46,10 +45,10 @@ def make_train_step(
     targets, and `top1`, the share of images whose largest target was predicted.
 
     Args:
-        model: gives the structure only, so `abstract_model` is enough; the parameters come from the state.
+        model: a CrossViT, or another module with `num_classes`. It gives the structure only, so `abstract_model` is
+            enough; the parameters come from the state.
     """
-    model.train()
-    graphdef = nnx.graphdef(model)
+    graphdef = _structure(model, training=True)
     num_classes = model.num_classes
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -73,17 +72,16 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(model: CrossViT) -> Callable[[Any, Batch], Metrics]:
+def make_eval_step(model: nnx.Module) -> Callable[[Any, Batch], Metrics]:
     """The function (params, batch) -> sums over the images whose `mask` is 1: `loss`, `top1`, `top5`, `count`.
 
     The loss is that of the bare labels, without smoothing. `top5` is left out below 6 classes. Not jitted, see
     `jit_eval_step`.
 
     Args:
-        model: gives the structure only, so `abstract_model` is enough.
+        model: as in `make_train_step`.
     """
-    model.eval()
-    graphdef = nnx.graphdef(model)
+    graphdef = _structure(model, training=False)
     num_classes = model.num_classes
 
     def eval_step(params: Any, batch: Batch) -> Metrics:
@@ -101,6 +99,13 @@ def make_eval_step(model: CrossViT) -> Callable[[Any, Batch], Metrics]:
         return {name: jnp.sum(jnp.where(mask > 0, value.astype(mask.dtype), 0)) for name, value in values.items()}
 
     return eval_step
+
+
+def _structure(model: nnx.Module, *, training: bool) -> nnx.GraphDef:
+    """The model without its arrays, in one mode; the mode of the model itself stays as it was."""
+    copy = nnx.clone(model)
+    copy.train() if training else copy.eval()
+    return nnx.graphdef(copy)
 
 
 def jit_train_step(train_step: Callable[[State, Batch], tuple[State, Metrics]], mesh: Mesh):

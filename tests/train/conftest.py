@@ -1,0 +1,77 @@
+import dataclasses
+import io
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from PIL import Image
+
+from crossvit_jax.config import VARIANTS
+from train.sources import open_digits
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory):
+    """Runs of these tests that need the same program share one compilation."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+    """A data folder in which the digits are prepared."""
+    folder = tmp_path_factory.mktemp("tensorflow_datasets")
+    open_digits(str(folder))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def photo():
+    """Some encoded picture that is neither square nor small, with structure at every scale."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:90, :130]
+    waves = [127 + 90 * np.sin(rows / a + columns / b) for a, b in ((9, 31), (17, 5), (40, 13))]
+    pixels = np.stack(waves, -1) + rng.normal(0, 12, (90, 130, 3))
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, format="PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Writes an image file: image_folder("train/cat/1.png") below the folder that it returns for no path."""
+
+    def write(path=None, *, size=(20, 16), seed=0):
+        if path is None:
+            return tmp_path
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(file)
+        return file
+
+    return write
+
+
+@pytest.fixture
+def small_variant(monkeypatch):
+    """The variant `ti` shrunk until it compiles in seconds."""
+    shrink(monkeypatch.setitem)
+
+
+def shrink(set_item):
+    config = dataclasses.replace(
+        VARIANTS["ti"], embed_dim=(12, 24), depth=(1, 1), num_heads=(2, 2), mlp_ratio=(2.0, 2.0), stages=1
+    )
+    set_item(VARIANTS, "ti", config)

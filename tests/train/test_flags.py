@@ -1,0 +1,93 @@
+"""Flags: one per setting, the recipe's defaults, and one line for a mistake."""
+
+import dataclasses
+
+import pytest
+
+from train.config import RECIPES, SettingsError, TrainConfig
+from train.flags import parse_flags
+
+
+def test_without_flags_the_digits_are_trained_with_their_recipe():
+    assert parse_flags([]) == RECIPES["digits"]
+
+
+def test_other_data_is_trained_with_the_papers_recipe():
+    assert parse_flags(["--dataset", "imagenet2012"]) == dataclasses.replace(
+        RECIPES["imagenet"], dataset="imagenet2012"
+    )
+
+
+def test_the_recipe_can_be_chosen_for_any_data():
+    config = parse_flags(["--dataset", "cifar10", "--recipe", "digits"])
+    assert config == dataclasses.replace(RECIPES["digits"], dataset="cifar10")
+
+
+def test_every_setting_has_a_flag_with_help_that_shows_the_recipes_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # no line is broken
+    with pytest.raises(SystemExit) as exit:
+        parse_flags(["--recipe", "imagenet", "--help"])
+    assert exit.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')} {field.name.upper()}" in text
+        assert field.metadata["help"].split("%")[0] in text
+    for default in ("300", "4096", "0.0005", "0.08,1", "rand-m9-mstd0.5-inc1"):
+        assert f"(default: {default})" in text
+
+
+def test_values_are_read_by_the_type_of_the_setting():
+    config = parse_flags(["--lr=2e-3", "--image-scale=1,2/3", "--image-size=96", "--data-dir=here", "--mixup", "0.5"])
+    assert (config.lr, config.image_scale, config.image_size) == (2e-3, (1.0, 2 / 3), 96)
+    assert (config.data_dir, config.mixup) == ("here", 0.5)
+
+
+def test_the_warm_up_shrinks_with_the_epochs_unless_it_is_given():
+    assert parse_flags(["--recipe=imagenet", "--epochs=100"]).warmup_epochs == 10
+    assert parse_flags(["--recipe=imagenet", "--epochs=1"]).warmup_epochs == 0
+    assert parse_flags(["--recipe=imagenet", "--epochs=100", "--warmup-epochs=30"]).warmup_epochs == 30
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--epoch=3"], "unrecognized arguments: --epoch=3"),
+        (["--epochs=many"], "argument --epochs: invalid int value: 'many'"),
+        (["--epochs=0"], "epochs must be at least 1; got 0"),
+        (["--epochs=-1"], "epochs must be at least 1; got -1"),
+        (["--recipe=paper"], "argument --recipe: invalid choice: 'paper'"),
+        (["--batch-size=0"], "batch_size must be at least 1"),
+        (["--workers=-1"], "workers must be 0 or more; got -1"),
+        (["--lr=nan"], "lr must be above 0; got nan"),
+        (["--lr=-1"], "lr must be above 0"),
+        (["--seed=-1"], "seed must be 0 or more"),
+        (["--seed=4294967296"], "seed must be below 2**32"),
+        (["--smoothing=1"], "smoothing must be at least 0 and below 1"),
+        (["--image-scale=1"], "argument --image-scale: invalid number_pair value: '1'"),
+        (["--image-scale=1,2/0"], "argument --image-scale"),
+        (["--crop-scale=0.5,0.1"], "crop_scale must be two rising numbers"),
+        (["--warmup-epochs=20", "--epochs=20"], "warmup_epochs must be below the 20 epochs; got 20"),
+        (["--lr-stepping=epoch"], "lr_stepping must be timm or ibm"),
+        (["--val-fraction=1"], "val_fraction must be above 0 and below 1"),
+        (["stray"], "unrecognized arguments: stray"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(capsys, flags, message):
+    with pytest.raises(SystemExit) as exit:
+        parse_flags(flags)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_settings_are_checked_without_flags_too():
+    with pytest.raises(SettingsError, match="drop_path"):
+        TrainConfig(drop_path=1.0)
+
+
+def test_an_unknown_variant_and_a_size_that_does_not_divide_are_said_with_what_would_work():
+    with pytest.raises(SettingsError, match="did you mean 'ti'"):
+        TrainConfig(variant="tii").model_config(10)
+    with pytest.raises(SettingsError, match="nearest valid sizes are 96 and 120"):
+        dataclasses.replace(RECIPES["digits"], image_size=100).model_config(10)

@@ -1,0 +1,149 @@
+"""The train and evaluation steps: the loss, what is random in them, and what counts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from timm.loss import SoftTargetCrossEntropy
+
+from train.config import TrainConfig
+from train.optimizer import make_optimizer
+from train.sharding import make_mesh
+from train.state import abstract_model, init_state, make_state
+from train.step import make_eval_step, make_train_step, soft_target_cross_entropy, within_top
+
+_CLASSES = 7
+
+
+class Linear(nnx.Module):
+    """A model in CrossViT's manner, small enough to compile at once: drops whole images while it trains."""
+
+    def __init__(self, classes=_CLASSES):
+        self.num_classes = classes
+        self.kernel = nnx.Param(jax.random.normal(jax.random.key(0), (12, classes)))
+        self.deterministic = False
+
+    def __call__(self, images, *, rngs=None):
+        logits = images.reshape(len(images), -1) @ self.kernel[...]
+        if self.deterministic:
+            return logits
+        return logits * jax.random.bernoulli(rngs.dropout(), 0.5, (len(images), 1))
+
+
+def _config(**changes) -> TrainConfig:
+    settings = {"epochs": 2, "warmup_epochs": 0, "lr": 1e-2, "lr_batch_size": 8, "batch_size": 8}
+    return TrainConfig(**settings | changes)
+
+
+def _batch(size=8):
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(size, 2, 2, 3)).astype(np.float32)
+    return {"image": jnp.asarray(images), "label": jnp.asarray(rng.integers(0, _CLASSES, size).astype(np.int32))}
+
+
+def _run(config, steps=4):
+    model = Linear()
+    optimizer = make_optimizer(config, steps_per_epoch=3)
+    step = jax.jit(make_train_step(model, optimizer, config))
+    state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer)
+    losses = []
+    for _ in range(steps):
+        state, metrics = step(state, _batch())
+        losses.append(float(metrics["loss"]))
+    return losses, state
+
+
+def test_the_loss_is_timms():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(5, 9)).astype(np.float32)
+    targets = rng.dirichlet(np.ones(9), size=5).astype(np.float32)
+    expected = SoftTargetCrossEntropy()(torch.tensor(logits), torch.tensor(targets))
+    losses = soft_target_cross_entropy(jnp.asarray(logits), jnp.asarray(targets))
+    assert float(losses.mean()) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_half_precision_logits_lose_nothing_more():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(5, 9)), jnp.bfloat16)
+    targets = jax.nn.one_hot(jnp.arange(5), 9)
+    losses = soft_target_cross_entropy(logits, targets)
+    assert losses.dtype == jnp.float32
+    np.testing.assert_array_equal(losses, soft_target_cross_entropy(logits.astype(jnp.float32), targets))
+
+
+def test_the_same_seed_gives_the_same_losses_bit_for_bit_and_another_others():
+    losses, state = _run(_config())
+    assert losses == _run(_config())[0]
+    assert losses != _run(_config(seed=1))[0]
+    assert state["step"] == 4
+
+
+def test_every_step_mixes_and_drops_anew():
+    config = _config(lr=1e-30, min_lr=0.0, weight_decay=0.0)  # nothing is learned, so only chance moves the loss
+    for chance in (config, dataclasses.replace(config, mixup=0.0, cutmix=0.0)):
+        assert len(set(_run(chance)[0])) == 4
+
+
+def test_the_top1_of_training_is_that_of_the_larger_target():
+    config = _config(mixup=0.0, cutmix=0.0, smoothing=0.1)
+    model = Linear()
+    model.kernel[...] = jnp.zeros((12, _CLASSES)).at[0, 3].set(1.0)
+    optimizer = make_optimizer(config, steps_per_epoch=1)
+    state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer)
+    batch = {"image": jnp.ones((8, 2, 2, 3)), "label": jnp.array([3, 3, 3, 3, 3, 3, 0, 1])}
+    _, metrics = make_train_step(model, optimizer, config)(state, batch)
+    # dropped images have equal logits, and with a tie the first class of many still counts as right
+    assert 0.75 <= float(metrics["top1"]) <= 1.0
+
+
+def test_making_a_step_leaves_the_models_mode_alone():
+    model = Linear()
+    make_eval_step(model)
+    assert not model.deterministic
+    model.eval()
+    make_train_step(model, make_optimizer(_config(), steps_per_epoch=1), _config())
+    assert model.deterministic
+
+
+def test_evaluation_sums_over_the_unmasked_images_only():
+    model, batch = Linear(), _batch(12)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    model.eval()
+    logits = np.asarray(model(batch["image"]))[:9]
+    labels = np.asarray(batch["label"])[:9]
+    broken = batch["image"].at[9:].set(jnp.nan)
+    mask = (jnp.arange(12) < 9).astype(jnp.float32)
+    sums = jax.jit(make_eval_step(model))(params, {**batch, "image": broken, "mask": mask})
+    order = np.argsort(-logits, axis=1)
+    expected = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(labels).long(), reduction="sum")
+    assert float(sums["loss"]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(sums["top1"]) == np.sum(order[:, 0] == labels)
+    assert float(sums["top5"]) == np.sum(order[:, :5] == labels[:, None])
+    assert float(sums["count"]) == 9
+
+
+@pytest.mark.parametrize(("classes", "told"), [(5, False), (6, True)])
+def test_top5_is_told_from_six_classes_on(classes, told):
+    model = Linear(classes)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    batch = {"image": jnp.ones((2, 2, 2, 3)), "label": jnp.array([0, 1]), "mask": jnp.ones(2)}
+    assert ("top5" in make_eval_step(model)(params, batch)) == told
+
+
+def test_broken_logits_are_not_counted_as_right():
+    logits = jnp.array([[jnp.nan] * 3, [0.0, jnp.nan, 1.0], [0.0, 2.0, 1.0]])
+    np.testing.assert_array_equal(within_top(1, logits, jnp.array([0, 2, 1])), [False, False, True])
+
+
+def test_initial_weights_follow_the_seed_and_need_no_arrays_before(small_variant):
+    config = _config(image_size=48, image_scale=(1.0, 2 / 3)).model_config(_CLASSES)
+    optimizer = make_optimizer(_config(), steps_per_epoch=1)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(abstract_model(config))))
+    first, again, other = (init_state(config, optimizer, seed=seed, mesh=make_mesh()) for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    kernels = [state["params"]["head"][0]["kernel"] for state in (first, other)]
+    assert not np.array_equal(*kernels)
+    assert first["step"] == 0
