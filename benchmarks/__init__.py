@@ -1,0 +1,1 @@
+"""Side-by-side timings against timm. Importing the package imports no framework."""

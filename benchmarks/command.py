@@ -1,0 +1,168 @@
+"""What the two benchmark commands share: their flags, and the way from flags to table."""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.measure import SidesDisagree, fits_all, largest_batch, measure
+from benchmarks.report import as_json, as_markdown
+from benchmarks.task import SIDES, Task
+from benchmarks.worker import SideFailed
+from convert.command_line import Parser
+from crossvit_jax.config import get_config
+
+_EPILOG = """\
+Each side runs in a process of its own, one at a time, round by round in turn: A B C A B C … Compilation and warm-up are
+not timed. Before anything is timed the sides' results are compared, and must agree.
+
+exit status: 0 done; 1 the sides disagree or failed (torch.compile alone may fail: its row says so); 2 wrong flags
+"""
+
+
+def main(benchmark: str, argv: Sequence[str] | None = None) -> int:
+    """Runs a benchmark (inference or training) as the arguments say; returns the exit status."""
+    parser = _parser(benchmark)
+    args = parser.parse_args(argv)
+    device = _device(parser, args)
+    _check(parser, args, benchmark, device)
+    try:
+        return _run(benchmark, args, device)
+    except (SidesDisagree, SideFailed) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser(benchmark: str) -> Parser:
+    parser = Parser(
+        prog=f"python -m benchmarks.{benchmark}",
+        description=f"Time CrossViT {benchmark}: Flax against timm, eager and through torch.compile.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--variants", "--variant", nargs="+", type=_variant, default=["ti"], metavar="NAME", help="default: ti"
+    )
+    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default: 8")
+    parser.add_argument(
+        "--find-largest-batch",
+        action="store_true",
+        help="double --batch-size until a side runs out of GPU memory, and time the last that fits all",
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu where torch and jax can use one")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="default: all")
+    parser.add_argument("--repeats", type=_positive, default=10, metavar="N", help="rounds of about 1 s; default: 10")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
+    return parser
+
+
+def _device(parser: Parser, args: argparse.Namespace) -> str:
+    if args.device == "cpu":
+        return "cpu"
+    import torch  # takes seconds, which wrong flags need not wait for
+
+    # asking jax itself would take the GPU's memory in this process
+    has_gpu = torch.cuda.is_available() and any(
+        importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)
+    )
+    if args.device == "gpu" and not has_gpu:
+        parser.error("--device gpu: torch finds no CUDA GPU, or jax is installed without CUDA")
+    return "gpu" if has_gpu else "cpu"
+
+
+def _check(parser: Parser, args: argparse.Namespace, benchmark: str, device: str) -> None:
+    """Ends the program for flags that do not go together."""
+    if args.find_largest_batch and device == "cpu":
+        parser.error("--find-largest-batch needs a GPU: a CPU has no memory of its own to run out of")
+    if benchmark == "training" and args.batch_size % 2:
+        parser.error(f"--batch-size must be even for training (timm mixes images in pairs); got {args.batch_size}")
+    if len(set(args.sides)) < len(args.sides):
+        parser.error("--sides names a side twice")
+    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        parser.error(f"--json {args.json}: not a file in an existing folder")
+
+
+def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
+    from benchmarks.timm_side import write_weights
+
+    def say(message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+    results = []
+    with tempfile.TemporaryDirectory(prefix="crossvit-benchmark-") as folder:
+        environment = _environment(device, Path(folder), one_at_a_time=args.find_largest_batch)
+        for variant in args.variants:
+            weights = Path(folder, f"{variant}.safetensors")
+            write_weights(variant, weights)
+            task = Task(
+                benchmark=benchmark,
+                variant=variant,
+                batch_size=args.batch_size,
+                dtype=args.dtype,
+                device=device,
+                weights=str(weights),
+            )
+            say(f"CrossViT {variant}, {benchmark}, {args.dtype}, {device}")
+            if args.find_largest_batch:
+                task = _with_largest_batch(task, args.sides, environment, say)
+            results.append(
+                measure(
+                    task,
+                    args.sides,
+                    rounds=args.repeats,
+                    keep=not args.find_largest_batch,
+                    environment=environment,
+                    say=say,
+                )
+            )
+            if args.json:  # after each variant, so that an interruption costs one
+                args.json.write_text(json.dumps(as_json(benchmark, results), indent=2) + "\n")
+    print(as_markdown(benchmark, results))
+    failed = {side for measured in results for side in measured.sides if side not in measured.timed}
+    return 1 if failed - {"timm-compile"} else 0
+
+
+def _with_largest_batch(task: Task, sides: Sequence[str], environment: dict[str, str], say) -> Task:
+    """The task with the largest batch that fits every side. Raises SideFailed if its own does not."""
+
+    def fits(batch_size: int) -> bool:
+        return fits_all(dataclasses.replace(task, batch_size=batch_size), sides, environment=environment, say=say)
+
+    batch_size = largest_batch(task.batch_size, fits)
+    if batch_size is None:
+        raise SideFailed(f"a batch of {task.batch_size} does not fit: start from a smaller --batch-size")
+    return dataclasses.replace(task, batch_size=batch_size)
+
+
+def _environment(device: str, folder: Path, *, one_at_a_time: bool) -> dict[str, str]:
+    """Environment variables for the workers."""
+    if device == "cpu":
+        return {"JAX_PLATFORMS": "cpu"}
+    # by default jax takes three quarters of the memory at once, and torch beside it would have the rest
+    variables = {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if one_at_a_time:
+        # the process is alone on the device, and starts many times
+        variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.95"
+        variables["JAX_COMPILATION_CACHE_DIR"] = str(folder / "jax-cache")
+    return variables
+
+
+def _variant(text: str) -> str:
+    try:
+        return get_config(text).name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more; got {text!r}")
+    return int(text)

@@ -1,0 +1,82 @@
+"""Our model and training step, jitted."""
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.task import CHECKED_STEPS, Program, Task
+from convert import load_flax
+from train.optimizer import make_optimizer
+from train.sharding import make_mesh
+from train.state import make_state
+from train.step import jit_train_step, make_train_step
+
+_NEVER = 1_000_000_000  # steps per epoch: the learning rate stays that of the first one
+
+
+def load(task: Task) -> Program:
+    """The task's program, not compiled yet."""
+    if task.dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")  # a GPU's default is TF32
+    return {"inference": _inference, "training": _training}[task.benchmark](task)
+
+
+def _inference(task: Task) -> Program:
+    dtype = jnp.dtype(task.dtype)
+    graphdef, params = nnx.split(load_flax(task.weights, dtype=dtype, param_dtype=dtype))
+    params = nnx.to_pure_dict(params)
+    images = jnp.asarray(task.images(), dtype)
+
+    @jax.jit
+    def forward(params, images):
+        return nnx.merge(graphdef, params)(images)
+
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            forward(params, images).block_until_ready()
+
+    return Program(lambda: np.asarray(forward(params, images), np.float32), run, _facts())
+
+
+def _training(task: Task) -> Program:
+    config = task.recipe()
+    unmixed = dataclasses.replace(config, mixup=0.0, cutmix=0.0)
+    model = load_flax(task.weights, dtype=jnp.dtype(task.dtype))
+    optimizer = make_optimizer(config, steps_per_epoch=_NEVER, no_weight_decay=model.no_weight_decay())
+    mesh = make_mesh(jax.devices()[:1])
+    step, unmixed_step = (
+        jit_train_step(make_train_step(model, optimizer, settings), mesh) for settings in (config, unmixed)
+    )
+    state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer)
+    batch = {"image": jnp.asarray(task.images()), "label": jnp.asarray(task.labels())}
+
+    def check() -> np.ndarray:
+        nonlocal state
+        losses = []
+        for _ in range(CHECKED_STEPS):
+            state, metrics = unmixed_step(state, batch)
+            losses.append(float(metrics["loss"]))
+        return np.array(losses)
+
+    def run(calls: int) -> None:
+        nonlocal state
+        for _ in range(calls):
+            state, _ = step(state, batch)
+        jax.block_until_ready(state)
+
+    return Program(check, run, _facts())
+
+
+def _facts() -> dict[str, str]:
+    """Versions and threads; XLA has one thread per core that the process may use."""
+    device = jax.devices()[0]
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "jax": jax.__version__,
+        "jax threads": str(threads),
+        "jax device": device.device_kind if device.platform != "cpu" else "cpu",
+    }

@@ -1,0 +1,12 @@
+"""The command `python -m benchmarks.inference`: images to logits, Flax against timm.
+
+Every call is waited for before the next one starts. In bfloat16 both sides keep parameters and images in bfloat16; in
+float32 neither may round matrix products to TF32.
+"""
+
+import sys
+
+from benchmarks.command import main
+
+if __name__ == "__main__":
+    sys.exit(main("inference"))

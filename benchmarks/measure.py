@@ -1,0 +1,186 @@
+"""Rounds in turn, the comparison that comes first, and the search for the largest batch."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from benchmarks.task import Task
+from benchmarks.worker import Ready, Round, SideFailed, Worker
+
+# largest difference ÷ largest value, of logits or of losses
+BOUND = {"float32": 1e-4, "bfloat16": 0.1}
+
+ACCEPTED_OTHERS = 0.1  # cores; above this the times are shown with a warning
+
+
+class SidesDisagree(RuntimeError):
+    """The sides do not compute the same, so their times say nothing; the message is one line."""
+
+
+@dataclass
+class Times:
+    """What is known of one side."""
+
+    ready: Ready | None = None
+    rounds: list[Round] = field(default_factory=list)
+    difference: float | None = None  # from the reference, see `Measured`
+    failure: str | None = None
+
+    @property
+    def seconds(self) -> list[float]:
+        """Per call, round by round."""
+        return [turn.seconds for turn in self.rounds]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A task, measured on each side."""
+
+    task: Task
+    reference: str  # the side that the others are compared with
+    sides: dict[str, Times]
+
+    @property
+    def timed(self) -> dict[str, Times]:
+        """The sides that did not fail."""
+        return {side: times for side, times in self.sides.items() if times.failure is None}
+
+    @property
+    def best_timm(self) -> str | None:
+        """The faster of timm's sides."""
+        return min(
+            (side for side in self.timed if side != "flax"), key=lambda side: self.sides[side].median, default=None
+        )
+
+    @property
+    def others(self) -> float | None:
+        """Cores that other programs kept busy: the median over all rounds. None where the system does not tell."""
+        known = [turn.others for times in self.timed.values() for turn in times.rounds if turn.others is not None]
+        return statistics.median(known) if known else None
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other programs took so much that the ratios mean nothing.
+
+        Taking turns does not help against that: torch's threads wait for each other at the end of every operation, so
+        one that is denied its core holds up all. Seen where others had 1.4 of 2 cores: the same call took torch 0.3 s
+        in one round and 1.8 s in another, and XLA between 0.1 and 0.2 s.
+        """
+        return self.others is not None and self.others > ACCEPTED_OTHERS
+
+    def ratio(self, side: str) -> list[float] | None:
+        """How many times as fast Flax is as another side, round by round: neighbours share the machine's mood."""
+        if not {"flax", side} <= self.timed.keys():
+            return None
+        return [b / a for a, b in zip(self.sides["flax"].seconds, self.sides[side].seconds, strict=True)]
+
+
+def measure(
+    task: Task,
+    sides: Sequence[str],
+    *,
+    rounds: int,
+    keep: bool,
+    environment: dict[str, str],
+    say: Callable[[str], None],
+) -> Measured:
+    """Times the sides in turn, A B C A B C …, never two at once.
+
+    A side that fails is left out of the rest, and says why.
+
+    Args:
+        keep: let each side's process live through all rounds; otherwise a turn starts one anew, so that only one holds
+            memory on the device at a time.
+        environment: for the processes.
+        say: is told about progress.
+
+    Raises:
+        SidesDisagree: before any round, the sides' logits or losses differ by more than the bound.
+    """
+    measured = Measured(task, next((side for side in ("timm", "timm-compile") if side in sides), sides[0]), {})
+    with contextlib.ExitStack() as processes:
+        workers: dict[str, Worker] = {}
+
+        def worker(side: str) -> Worker:
+            if side not in workers:
+                if not keep:
+                    processes.close()
+                    workers.clear()
+                workers[side] = processes.enter_context(Worker(side, task, environment))
+            return workers[side]
+
+        for side in sides:
+            times = measured.sides[side] = Times()
+            with _noting_failure(times):
+                times.ready = worker(side).ready
+            say(f"{side}: {times.failure or _readiness(times.ready)}")
+        _compare(measured)
+        for number in range(1, rounds + 1):
+            for side, times in measured.timed.items():
+                with _noting_failure(times):
+                    times.rounds.append(worker(side).round())
+            say(f"round {number} of {rounds} done")
+    return measured
+
+
+def largest_batch(start: int, fits: Callable[[int], bool]) -> int | None:
+    """The last of start, 2 start, 4 start, … that fits; None if `start` does not."""
+    batch_size = start
+    while fits(batch_size):
+        batch_size *= 2
+    return batch_size // 2 if batch_size > start else None
+
+
+def fits_all(task: Task, sides: Sequence[str], *, environment: dict[str, str], say: Callable[[str], None]) -> bool:
+    """Whether every side can run the task alone on the device. Raises SideFailed for another reason than memory."""
+    for side in sides:
+        start = time.perf_counter()
+        with Worker(side, task, environment) as worker:
+            try:
+                _ = worker.ready
+            except SideFailed as failure:
+                if not failure.out_of_memory:
+                    raise SideFailed(f"{side}: {failure}") from None
+                say(f"batch {task.batch_size}: {side} runs out of memory")
+                return False
+        say(f"batch {task.batch_size}: {side} fits ({time.perf_counter() - start:.0f} s)")
+    return True
+
+
+@contextlib.contextmanager
+def _noting_failure(times: Times):
+    try:
+        yield
+    except SideFailed as failure:
+        times.failure = str(failure)
+
+
+def _readiness(ready: Ready) -> str:
+    return (
+        f"loaded in {ready.load_s:.1f} s, first result after {ready.first_s:.1f} s, warm after {ready.warm_up_s:.1f} s"
+    )
+
+
+def _compare(measured: Measured) -> None:
+    """Fills in the differences from the reference. Raises SidesDisagree."""
+    reference = measured.sides[measured.reference]
+    if reference.failure:
+        return
+    expected = reference.ready.check
+    bound = BOUND[measured.task.dtype]
+    what = {"inference": "logits", "training": "losses"}[measured.task.benchmark]
+    for side, times in measured.timed.items():
+        times.difference = float(np.abs(times.ready.check - expected).max() / np.abs(expected).max())
+        if not times.difference < bound:  # not so for NaN either
+            raise SidesDisagree(
+                f"{side}'s {what} differ from {measured.reference}'s by {times.difference:.1e} of the largest; "
+                f"the bound for {measured.task.dtype} is {bound:g}: nothing is timed"
+            )

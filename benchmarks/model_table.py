@@ -1,0 +1,110 @@
+"""The command `python -m benchmarks.model_table`: the variants, measured, beside the paper's figures, as Markdown."""
+
+import math
+import sys
+
+import jax
+import torch
+from flax import nnx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import crossvit_torch
+from convert.command_line import Parser
+from crossvit_jax import CrossViT
+from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
+
+# parameters in millions, "FLOPs" (multiply-adds) in 10⁹, ImageNet top-1 in percent: arXiv 2103.14899, tables 2 and 4
+_PAPER = {
+    "ti": (6.9, 1.6, 73.4),
+    "s": (26.7, 5.6, 81.0),
+    "b": (104.7, 21.2, 82.2),
+    "9": (8.6, 1.8, 73.9),
+    "15": (27.4, 5.8, 81.5),
+    "18": (43.3, 9.0, 82.5),
+    "9-dagger": (8.8, 2.0, 77.1),
+    "15-dagger": (28.2, 6.1, 82.3),
+    "18-dagger": (44.3, 9.5, 82.8),
+    "15-dagger-408": (28.5, 21.4, 83.5),
+    "18-dagger-408": (44.6, 32.4, 83.9),
+}
+# of timm's published weights
+_TIMM_TOP1 = {
+    "ti": 73.352,
+    "s": 81.036,
+    "b": 82.212,
+    "9": 73.994,
+    "15": 81.522,
+    "18": 82.390,
+    "9-dagger": 76.990,
+    "15-dagger": 82.302,
+    "18-dagger": 82.494,
+    "15-dagger-408": 83.842,
+    "18-dagger-408": 84.198,
+}
+_HEADER = [
+    "variant",
+    "in timm",
+    "image",
+    "parameters",
+    "in the paper",
+    "GMACs",
+    "in the paper",
+    "top-1 in the paper",
+    "of timm's weights",
+]
+
+
+def parameters(config: CrossViTConfig) -> int:
+    """The number of parameters of our Flax model."""
+    model = nnx.eval_shape(lambda: CrossViT(config, rngs=nnx.Rngs(0)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
+
+
+def multiply_adds(config: CrossViTConfig) -> int:
+    """Multiply-adds of one image's forward pass in matrix products and convolutions: what the paper calls FLOPs.
+
+    Counted in the torch twin, which computes cross-attention in the paper's order (Flax needs a little less). Nothing
+    is computed: the tensors have shapes only.
+    """
+    # the counter does not know every fused attention kernel, but it knows matrix products
+    with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model = crossvit_torch.CrossViT(config).eval()
+        images = torch.empty(1, config.in_chans, *config.image_size)
+        with FlopCounterMode(display=False) as counter:
+            model(images)
+    return counter.get_total_flops() // 2
+
+
+def table() -> str:
+    """The Markdown table."""
+    rows = [_HEADER, ["---"] * len(_HEADER)]
+    for name, config in VARIANTS.items():
+        paper_parameters, paper_macs, paper_top1 = _PAPER[name]
+        height, width = config.image_size
+        rows.append(
+            [
+                f"`{name}`",
+                f"`{TIMM_NAMES[name]}`",
+                f"{height} x {width}",
+                f"{parameters(config):,}",
+                f"{paper_parameters} M",
+                f"{multiply_adds(config) / 1e9:.2f}",
+                str(paper_macs),
+                f"{paper_top1:.1f} %",
+                f"{_TIMM_TOP1[name]:.2f} %",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> int:
+    """Prints the table."""
+    Parser(prog="python -m benchmarks.model_table", description="Print the table of variants.").parse_args()
+    print(table())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

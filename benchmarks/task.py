@@ -1,0 +1,54 @@
+"""What one side is asked to run, and what it offers to be timed. Imports no framework."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from crossvit_jax.config import get_config
+from train.config import RECIPES, TrainConfig
+
+SIDES = ("flax", "timm", "timm-compile")
+CHECKED_STEPS = 2  # the loss of the second one also tells whether gradient and update were right
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One model, batch and precision; every side gets the same."""
+
+    benchmark: str  # inference or training
+    variant: str
+    batch_size: int
+    dtype: str  # float32 or bfloat16
+    device: str  # cpu or gpu
+    weights: str  # a safetensors file with timm's names
+
+    def images(self) -> np.ndarray:
+        """(batch, height, width, 3), float32: the same numbers in every process."""
+        shape = (self.batch_size, *get_config(self.variant).image_size, 3)
+        return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+    def labels(self) -> np.ndarray:
+        """(batch,), int32."""
+        return np.random.default_rng(1).integers(1000, size=self.batch_size, dtype=np.int32)
+
+    def recipe(self) -> TrainConfig:
+        """The paper's loss, mixing and decay, at a small constant learning rate: random images teach nothing."""
+        return dataclasses.replace(
+            RECIPES["imagenet"],
+            batch_size=self.batch_size,
+            lr_batch_size=self.batch_size,
+            lr=1e-4,
+            warmup_epochs=0,
+            drop_path=0.0,
+        )
+
+
+@dataclass(frozen=True)
+class Program:
+    """A task, loaded and ready on one side."""
+
+    check: Callable[[], np.ndarray]  # what the sides must agree on: logits, or losses of unmixed steps
+    run: Callable[[int], None]  # that many calls; returns when the results are there
+    facts: dict[str, str]  # versions, threads, device

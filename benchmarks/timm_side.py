@@ -1,0 +1,125 @@
+"""timm's model and the training step of timm's train.py, eager or through `torch.compile`."""
+
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.data import Mixup
+from timm.data.mixup import mixup_target
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+
+from benchmarks.task import CHECKED_STEPS, Program, Task
+from crossvit_jax.config import TIMM_NAMES
+
+
+def write_weights(variant: str, path: Path) -> None:
+    """Random weights for timm's model of a variant.
+
+    Noise as large as timm's initial weights goes into every parameter, biases and norms too: fresh ones are 0 and 1,
+    and would let mistakes pass the comparison.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        model = timm.create_model(TIMM_NAMES[variant])
+    tensors = {}
+    for name, parameter in model.state_dict().items():
+        is_norm = parameter.ndim == 1 and name.endswith("weight")
+        tensors[name] = 0.02 * torch.randn(parameter.shape, generator=generator) + is_norm
+    save_file(tensors, path)
+
+
+def load(task: Task, *, compiled: bool) -> Program:
+    """The task's program, not compiled yet."""
+    # in float32 nothing may be rounded to TF32, which torch's default allows in convolutions
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    return {"inference": _inference, "training": _training}[task.benchmark](task, compiled)
+
+
+def _inference(task: Task, compiled: bool) -> Program:
+    dtype, device = getattr(torch, task.dtype), _device(task)
+    model = _model(task).eval().to(device, dtype)
+    forward = torch.compile(model) if compiled else model
+    images = _images(task).to(device, dtype)
+
+    @torch.inference_mode()
+    def check() -> np.ndarray:
+        return forward(images).float().cpu().numpy()
+
+    @torch.inference_mode()
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            forward(images)
+            _wait(device)
+
+    return Program(check, run, _facts(device))
+
+
+def _training(task: Task, compiled: bool) -> Program:
+    config, device = task.recipe(), _device(task)
+    model = _model(task).train().to(device)
+    forward = torch.compile(model) if compiled else model
+    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=model.no_weight_decay())
+    optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    cross_entropy = SoftTargetCrossEntropy()
+    mix = Mixup(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        prob=config.mix_prob,
+        switch_prob=config.cutmix_share,
+        label_smoothing=config.smoothing,
+        num_classes=model.num_classes,
+    )
+    images, labels = _images(task).to(device), torch.from_numpy(task.labels()).to(device)
+
+    def step(images: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=task.dtype == "bfloat16"):
+            loss = cross_entropy(forward(images), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    def check() -> np.ndarray:
+        targets = mixup_target(labels, model.num_classes, smoothing=config.smoothing)
+        return np.array([step(images, targets).item() for _ in range(CHECKED_STEPS)])
+
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            step(*mix(images, labels))  # mixes in place, so the images blur from step to step; the cost is the same
+        _wait(device)
+
+    return Program(check, run, _facts(device))
+
+
+def _model(task: Task) -> nn.Module:
+    with torch.device("meta"):
+        model = timm.create_model(TIMM_NAMES[task.variant])
+    model.to_empty(device="cpu").load_state_dict(load_file(task.weights), strict=True)
+    return model
+
+
+def _images(task: Task) -> Tensor:
+    return torch.from_numpy(task.images()).permute(0, 3, 1, 2).contiguous()
+
+
+def _device(task: Task) -> torch.device:
+    return torch.device("cuda" if task.device == "gpu" else "cpu")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _facts(device: torch.device) -> dict[str, str]:
+    return {
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "torch threads": str(torch.get_num_threads()),
+        "torch device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }

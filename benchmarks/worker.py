@@ -1,0 +1,165 @@
+"""One side in a process of its own, which computes only when told to.
+
+Two frameworks in one process fight for the cores. In processes of their own they do not: a worker that waits for its
+next order sleeps, and so do its thread pools.
+"""
+
+import functools
+import multiprocessing
+import os
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from benchmarks.task import Program, Task
+
+ROUND_SECONDS = 1.0  # a round takes as many calls as fill this time, at least one
+_WARM_UP_SECONDS = 1.0
+
+
+class SideFailed(RuntimeError):
+    """A side cannot run the task; the message is one line.
+
+    Attributes:
+        out_of_memory: whether a smaller batch might help.
+    """
+
+    def __init__(self, message: str, *, out_of_memory: bool = False):
+        super().__init__(message)
+        self.out_of_memory = out_of_memory
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a side says when it is compiled and warm."""
+
+    check: np.ndarray  # see `Program.check`
+    facts: dict[str, str]  # see `Program.facts`
+    calls: int  # in a round
+    load_s: float  # imports, weights
+    first_s: float  # compilation, and the calls behind `check`
+    warm_up_s: float  # the calls after that, and compilation of what they need besides
+
+
+@dataclass(frozen=True)
+class Round:
+    """One turn of a side."""
+
+    seconds: float  # per call
+    others: float | None  # cores that other programs kept busy meanwhile; None where the system does not tell
+
+
+class Worker:
+    """The parent's handle on a side. Use it in a `with`: leaving it ends the process."""
+
+    def __init__(self, side: str, task: Task, environment: dict[str, str]):
+        context = multiprocessing.get_context("spawn")  # a fork would inherit threads and devices
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(side, task, environment, theirs), daemon=True)
+        self._process.start()
+        theirs.close()  # so that the pipe ends when the process does
+
+    @functools.cached_property
+    def ready(self) -> Ready:
+        """Waits until the side is loaded, compiled and warm. Raises SideFailed."""
+        return self._receive()
+
+    def round(self) -> Round:
+        """Times one round; waits for `ready` first. Raises SideFailed."""
+        _ = self.ready
+        self._pipe.send("round")
+        return self._receive()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._pipe.close()  # the worker leaves when its next order does not come
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _receive(self):
+        try:
+            answer = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            # Linux kills the largest process when memory ends
+            killed = self._process.exitcode == -9
+            message = f"the process died with exit code {self._process.exitcode}"
+            raise SideFailed(message + " (out of memory?)" * killed, out_of_memory=killed) from None
+        if isinstance(answer, SideFailed):
+            raise answer
+        return answer
+
+
+def _serve(side: str, task: Task, environment: dict[str, str], pipe: Connection) -> None:
+    os.environ.update(environment)  # before the framework is imported
+    try:
+        ready, program = _prepare(side, task)
+        pipe.send(ready)
+        while pipe.recv() == "round":
+            pipe.send(_round(program, ready.calls))
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        pass  # the parent has left
+    except Exception as error:
+        pipe.send(_failure(error))
+
+
+def _prepare(side: str, task: Task) -> tuple[Ready, Program]:
+    start = time.perf_counter()
+    if side == "flax":
+        from benchmarks import flax_side
+
+        program = flax_side.load(task)
+    else:
+        from benchmarks import timm_side
+
+        program = timm_side.load(task, compiled=side == "timm-compile")
+    loaded = time.perf_counter()
+    check = program.check()
+    first = time.perf_counter()
+    program.run(1)  # a training step compiles here
+    call, end = _time(program, 1), time.perf_counter() + _WARM_UP_SECONDS
+    while time.perf_counter() < end:
+        call = min(call, _time(program, 1))
+    warm = time.perf_counter()
+    calls = max(1, round(ROUND_SECONDS / call))
+    return Ready(check, program.facts, calls, loaded - start, first - loaded, warm - first), program
+
+
+def _round(program: Program, calls: int) -> Round:
+    busy, own = _busy_seconds(), time.process_time()
+    seconds = _time(program, calls)
+    own = time.process_time() - own
+    others = None if busy is None else max(0.0, (_busy_seconds() - busy - own) / seconds)
+    return Round(seconds / calls, others)
+
+
+def _busy_seconds() -> float | None:
+    """Seconds that all cores together have worked since the start, for anyone: other virtual machines included."""
+    try:
+        with open("/proc/stat") as file:
+            user, nice, system, _idle, _iowait, irq, softirq, steal, *_ = map(int, file.readline().split()[1:])
+    except OSError:  # not Linux
+        return None
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _time(program: Program, calls: int) -> float:
+    start = time.perf_counter()
+    program.run(calls)
+    return time.perf_counter() - start
+
+
+def _failure(error: Exception) -> SideFailed:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    # torch.OutOfMemoryError, and XLA's status code
+    out_of_memory = isinstance(error, MemoryError) or any(
+        sign in f"{type(error).__name__} {error}" for sign in ("OutOfMemory", "RESOURCE_EXHAUSTED", "out of memory")
+    )
+    return SideFailed(message, out_of_memory=out_of_memory)
