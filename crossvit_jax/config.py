@@ -68,14 +68,14 @@ class CrossViTConfig:
 
     def _bad_side(self, axis: str, side: int) -> str:
         step = next(n for n in range(1, 1 << 20) if self._side_fits(n))  # sizes that fit are its multiples
-        near = sorted({max(step, side // step * step), side // step * step + step})
+        below = max(step, side // step * step)
         patches = " and ".join(
             f"{float(side * s):g} pixels in patches of {p}"
             for s, p in zip(self.image_scale, self.patch_size, strict=True)
         )
         return (
             f"image {axis} {side} does not divide into whole patches: the branches would see {patches}; "
-            f"the nearest valid sizes are {' and '.join(map(str, near))} (image_scale "
+            f"the nearest valid sizes are {below} and {below + step} (image_scale "
             f"{self.image_scale[0]}, {self.image_scale[1]})"
         )
 

@@ -18,6 +18,8 @@ from crossvit_jax.config import TIMM_NAMES, VARIANTS, get_config
 # largest error ÷ max|reference| that the house accepts
 OUTPUT_BOUND = {"float32": 1e-5, "float64": 1e-11}
 GRADIENT_BOUND = {"float32": 1e-5, "float64": 1e-10}
+PRECISIONS = ["float32", "float64"]
+GRADIENT_VARIANTS = ["ti", "9-dagger", "s", "15-dagger-408"]  # a gradient takes half a minute to compile
 # what timm calls our settings
 TIMM_SETTINGS = {"image_size": "img_size", "image_scale": "img_scale"}
 TIMM_SETTINGS |= {name: name for name in ("in_chans", "num_classes", "global_pool", "crop_scale")}
@@ -150,14 +152,14 @@ def gradient_errors(result: dict, reference: dict[str, torch.Tensor]) -> dict[st
     return errors
 
 
-def output_errors(variant: str, precision: str, size=None, batch: int = 2, **settings) -> dict[str, dict[str, float]]:
+def output_errors(variant: str, precision: str, size=None, **settings) -> dict[str, dict[str, float]]:
     """The errors of both twins against timm: of the logits, and of each branch's normalised tokens.
 
     `size` is that of the images, by default the model's.
     """
     dtype = getattr(torch, precision)
     config = get_config(variant, **settings)
-    x = images(size or config.image_size, batch, config.in_chans)
+    x = images(size or config.image_size, channels=config.in_chans)
     reference = timm_model(variant, precision, **settings)
     twin = torch_twin(variant, reference.state_dict(), precision, **settings)
     with torch.no_grad():
@@ -184,9 +186,9 @@ def flax_outputs(model: crossvit_jax.CrossViT, x: np.ndarray, precision: str) ->
     return run(params, jnp.asarray(channels_last(x), precision))
 
 
-def whole_gradient_errors(variant: str, precision: str, batch: int = 2, **settings) -> dict[str, float]:
+def whole_gradient_errors(variant: str, precision: str, **settings) -> dict[str, float]:
     """The errors of Flax's whole gradient against timm's, by parameter, and of the gradient of the images."""
-    x = images(get_config(variant, **settings).image_size, batch)
+    x = images(get_config(variant, **settings).image_size, batch=1)
     reference = timm_model(variant, precision, **settings)
     expected = torch_gradients(reference, [x], precision)
     with jax.enable_x64(precision == "float64"):

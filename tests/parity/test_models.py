@@ -3,10 +3,14 @@
 import pytest
 
 from crossvit_jax.config import list_variants
-from tests.parity.reference import GRADIENT_BOUND, OUTPUT_BOUND, output_errors, whole_gradient_errors
-
-PRECISIONS = ["float32", "float64"]
-GRADIENT_VARIANTS = ["ti", "9-dagger", "s", "15-dagger-408"]
+from tests.parity.reference import (
+    GRADIENT_BOUND,
+    GRADIENT_VARIANTS,
+    OUTPUT_BOUND,
+    PRECISIONS,
+    output_errors,
+    whole_gradient_errors,
+)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -19,7 +23,7 @@ def test_every_variant_has_timms_logits_and_features(variant, precision):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("variant", GRADIENT_VARIANTS)
 def test_the_whole_gradient_equals_timms(variant, precision):
-    errors = whole_gradient_errors(variant, precision, batch=1 if variant.endswith("408") else 2)
+    errors = whole_gradient_errors(variant, precision)
     worst = {name: e for name, e in errors.items() if e > GRADIENT_BOUND[precision]}
     assert not worst
 
