@@ -18,6 +18,9 @@ from crossvit_jax.config import TIMM_NAMES, VARIANTS, get_config
 # largest error ÷ max|reference| that the house accepts
 OUTPUT_BOUND = {"float32": 1e-5, "float64": 1e-11}
 GRADIENT_BOUND = {"float32": 1e-5, "float64": 1e-10}
+# A single parameter of a whole model: queries and keys of the last cross-attention have gradients so small that timm's
+# own are 8e-6 away from those in float64 at 408 pixels, and ours 1e-5 on the other side.
+PARAMETER_BOUND = {"float32": 3e-5, "float64": 1e-10}
 PRECISIONS = ["float32", "float64"]
 GRADIENT_VARIANTS = ["ti", "9-dagger", "s", "15-dagger-408"]  # a gradient takes half a minute to compile
 # what timm calls our settings
@@ -147,6 +150,9 @@ def gradient_errors(result: dict, reference: dict[str, torch.Tensor]) -> dict[st
     assert result.keys() == reference.keys()
     errors = {}
     for name, expected in reference.items():
+        if not expected.any():  # nothing downstream reads it
+            errors[name] = float(np.abs(result[name]).max())
+            continue
         scale = reference[name.removesuffix("bias") + "weight"] if name.endswith("wk.bias") else expected
         errors[name] = error(result[name], expected, scale)
     return errors
@@ -186,14 +192,21 @@ def flax_outputs(model: crossvit_jax.CrossViT, x: np.ndarray, precision: str) ->
     return run(params, jnp.asarray(channels_last(x), precision))
 
 
-def whole_gradient_errors(variant: str, precision: str, **settings) -> dict[str, float]:
-    """The errors of Flax's whole gradient against timm's, by parameter, and of the gradient of the images."""
+def whole_gradient_errors(variant: str, precision: str, **settings) -> tuple[float, dict[str, float]]:
+    """The error of Flax's whole gradient against timm's, taken as one vector, and the errors of its parts.
+
+    The parts are the parameters, see `gradient_errors`, and "images".
+    """
     x = images(get_config(variant, **settings).image_size, batch=1)
     reference = timm_model(variant, precision, **settings)
     expected = torch_gradients(reference, [x], precision)
     with jax.enable_x64(precision == "float64"):
         model = flax_twin(variant, reference.state_dict(), precision, **settings)
         result = flax_gradients(model, [x], precision)
-        return gradient_errors(result.parameters, expected.parameters) | {
-            "images": error(result.inputs[0], expected.inputs[0])
-        }
+        parts = gradient_errors(result.parameters, expected.parameters)
+        parts["images"] = error(result.inputs[0], expected.inputs[0])
+    one_vector = [
+        np.concatenate([np.asarray(gradients[name]).ravel() for name in expected.parameters])
+        for gradients in (result.parameters, expected.parameters)
+    ]
+    return error(*one_vector), parts
