@@ -134,13 +134,13 @@ RECIPES: dict[str, TrainConfig] = {
     # arXiv 2103.14899 §4.1 and IBM's main.py: batch 4,096 at learning rate 0.004
     "imagenet": TrainConfig(recipe="imagenet"),
     # 8×8 grey digits blown up to 48 pixels, chosen by short trials on two CPU cores. A mirrored digit is no digit, and
-    # 20 epochs are too few to profit from mixing, so only the crop is random.
+    # so few epochs are too few to profit from mixing, so only the crop is random.
     "digits": TrainConfig(
         recipe="digits",
         image_size=48,
         image_scale=(1.0, 2 / 3),
         crop_pct=1.0,
-        crop_scale=(0.7, 1.0),
+        crop_scale=(0.8, 1.0),
         crop_ratio=(0.8, 1.25),
         hflip=0.0,
         auto_augment="",
@@ -149,12 +149,12 @@ RECIPES: dict[str, TrainConfig] = {
         cutmix=0.0,
         smoothing=0.1,
         drop_path=0.0,
-        epochs=20,
+        epochs=16,
         batch_size=64,
         lr=1e-3,
         lr_batch_size=64,
-        warmup_epochs=2,
-        warmup_lr=1e-4,
+        warmup_epochs=1,
+        warmup_lr=3e-4,
         workers=0,
     ),
 }

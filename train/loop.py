@@ -4,6 +4,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,8 @@ from train.progress import Progress
 from train.run_folder import create_run_folder, write_config
 from train.schedule import learning_rates
 from train.sharding import device_batches
-from train.state import abstract_model, init_state
-from train.step import jit_eval_step, jit_train_step, make_eval_step, make_train_step
+from train.state import abstract_model, abstract_state, init_state
+from train.step import abstract_batch, jit_eval_step, jit_train_step, make_eval_step, make_train_step
 from train.transforms import eval_transform, one_torch_thread, train_transform
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -63,6 +64,7 @@ def train(job: Job) -> Result:
     # --- the run's folder ---
     folder = create_run_folder(config)
     write_config(folder, config, model=describe(model_config, job.image_sets.class_names), data=_describe_data(job))
+    print(_headline(job, folder), flush=True)
 
     # --- data: Grain decodes and augments in its workers, and brings batches to the devices ahead of time ---
     one_torch_thread()
@@ -86,12 +88,18 @@ def train(job: Job) -> Result:
         mesh,
     )
 
-    # --- model, optimiser, and the two functions that the devices run ---
+    # --- model, optimiser, and the three programs that the devices run, compiled at the same time ---
     model = abstract_model(model_config)
     optimizer = make_optimizer(config, steps_per_epoch=job.steps_per_epoch, no_weight_decay=model.no_weight_decay())
-    state = init_state(model_config, optimizer, seed=config.seed, mesh=mesh)
-    train_step = jit_train_step(make_train_step(model, optimizer, config), mesh)
-    eval_step = jit_eval_step(make_eval_step(model), mesh)
+    shapes = abstract_state(model, optimizer)
+    train_shapes = abstract_batch(model_config.image_size, config.batch_size, masked=False)
+    eval_shapes = abstract_batch(model_config.image_size, job.eval_batch_size, masked=True)
+    with ThreadPoolExecutor() as threads:
+        init = threads.submit(init_state, model_config, optimizer, seed=config.seed, mesh=mesh)
+        lowered = jit_train_step(make_train_step(model, optimizer, config), mesh).lower(shapes, train_shapes)
+        compiling = threads.submit(lowered.compile)
+        eval_step = jit_eval_step(make_eval_step(model), mesh).lower(shapes["params"], eval_shapes).compile()
+        state, train_step = init.result(), compiling.result()
     rates = learning_rates(config)
 
     # --- epochs ---
@@ -103,7 +111,6 @@ def train(job: Job) -> Result:
         MetricsLog(folder) as log,
         closing(Progress(epochs=config.epochs, steps_per_epoch=job.steps_per_epoch)) as progress,
     ):
-        progress.say(_headline(job, folder))
         for epoch in range(1, config.epochs + 1):
             first_step = (epoch - 1) * job.steps_per_epoch
             meter = Meter(log, progress, config=config, epoch=epoch, first_step=first_step, lr=float(rates[epoch - 1]))

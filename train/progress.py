@@ -12,7 +12,7 @@ class Progress:
     def __init__(self, *, epochs: int, steps_per_epoch: int):
         self._epochs = epochs
         self._total = epochs * steps_per_epoch
-        self._start = time.perf_counter()
+        self._start = 0.0  # of the first step
         self._bar = tqdm(
             total=self._total,
             unit="step",
@@ -24,6 +24,7 @@ class Progress:
 
     def step(self, *, epoch: int, loss: float, top1: float, lr: float, images_per_s: float) -> None:
         """One more step of `epoch` (from 1) is done. `top1` in percent."""
+        self._start = self._start or time.perf_counter()
         self._bar.set_description_str(f"epoch {epoch}/{self._epochs}", refresh=False)
         self._bar.set_postfix_str(
             f"loss {loss:.3f}, top-1 {top1:.1f} %, lr {lr:.2e}, {images_per_s:.0f} images/s", refresh=False
@@ -33,7 +34,7 @@ class Progress:
     def epoch(self, *, epoch: int, step: int, values: dict[str, float]) -> None:
         """A line about an epoch (from 1) that ended after `step` steps, with the metrics that are there."""
         spent = time.perf_counter() - self._start
-        left = spent / step * (self._total - step)
+        left = spent / max(1, step - 1) * (self._total - step)
         shown = [f"loss {values['train/loss']:.3f}", f"top-1 {values['train/top1']:.1f} %"]
         if "eval/top1" in values:
             shown.append(f"held-out loss {values['eval/loss']:.3f}, top-1 {values['eval/top1']:.2f} %")

@@ -24,6 +24,11 @@ def make_state(params: Any, optimizer: optax.GradientTransformation) -> State:
     return {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
 
 
+def abstract_state(model: CrossViT, optimizer: optax.GradientTransformation) -> State:
+    """The state of a model with shapes instead of arrays: enough to compile a step."""
+    return jax.eval_shape(lambda params: make_state(params, optimizer), nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
 def init_state(
     model_config: CrossViTConfig, optimizer: optax.GradientTransformation, *, seed: int, mesh: Mesh
 ) -> State:

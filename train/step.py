@@ -101,6 +101,15 @@ def make_eval_step(model: nnx.Module) -> Callable[[Any, Batch], Metrics]:
     return eval_step
 
 
+def abstract_batch(image_size: tuple[int, int], batch_size: int, *, masked: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch with shapes instead of arrays: enough to compile a step. Those of evaluation are masked."""
+    batch = {
+        "image": jax.ShapeDtypeStruct((batch_size, *image_size, 3), jnp.float32),
+        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+    }
+    return batch | {"mask": jax.ShapeDtypeStruct((batch_size,), jnp.float32)} if masked else batch
+
+
 def _structure(model: nnx.Module, *, training: bool) -> nnx.GraphDef:
     """The model without its arrays, in one mode; the mode of the model itself stays as it was."""
     copy = nnx.clone(model)
