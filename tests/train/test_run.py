@@ -177,13 +177,13 @@ def test_the_main_job_learns_the_digits_and_timm_scores_the_same_with_its_weight
 
     folder = tmp_path / "run"
     out = python(
-        *("-m", "train.main", "--variant", "ti", "--epochs", "8"),
+        *("-m", "train.main", "--variant", "ti", "--epochs", "6"),
         *("--data-dir", digits_dir, "--output", str(folder)),
     )
     losses = [line["train/loss"] for line in _lines(folder) if "train/loss" in line]
     assert losses[-1] < 0.7 * losses[0]
     top1 = _lines(folder)[-1]["eval/top1"]
-    assert top1 > 85  # by the full 8 minutes of epochs it is above 95, see the README
+    assert top1 > 85  # after all epochs of the recipe it is above 95
     assert f"top-1 {top1:.2f} %" in out
 
     python("-m", "convert", str(folder / "weights.safetensors"), str(tmp_path / "timm.pth"))
