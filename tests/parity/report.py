@@ -10,21 +10,20 @@ from crossvit_jax.config import list_variants
 from tests.parity.reference import GRADIENT_VARIANTS, PRECISIONS, output_errors, whole_gradient_errors
 from tests.parity.training import STEPS, training_errors
 
-COLUMNS = ("logits", "features", "gradient", "worst parameter's gradient")
-HEADINGS = ["variant"] + [f"{what}, {p}" for p in PRECISIONS for what in COLUMNS]
+HEADINGS = ["variant"] + [f"{what}, {p}" for p in PRECISIONS for what in ("logits", "features", "gradient")]
 
 
 def row(variant: str) -> list[str]:
-    """A variant's largest errors, each ÷ max|reference|."""
+    """A variant's largest errors, each ÷ max|reference|; the gradient's is that of its worst parameter."""
     cells = [variant]
     for precision in PRECISIONS:
         errors = output_errors(variant, precision)["flax"]
         cells += [f"{errors['logits']:.1e}", f"{max(errors['branch 0'], errors['branch 1']):.1e}"]
         if variant in GRADIENT_VARIANTS:
-            whole, parts = whole_gradient_errors(variant, precision)
-            cells += [f"{whole:.1e}", f"{max(parts.values()):.1e}"]
+            _, parts = whole_gradient_errors(variant, precision)
+            cells.append(f"{max(parts.values()):.1e}")
         else:
-            cells += ["-", "-"]
+            cells.append("-")
     return cells
 
 
