@@ -1,5 +1,6 @@
 """What the user sees of a run: a progress bar on a terminal, and one line per epoch everywhere."""
 
+import shutil
 import sys
 import time
 
@@ -13,22 +14,22 @@ class Progress:
         self._epochs = epochs
         self._total = epochs * steps_per_epoch
         self._start = 0.0  # of the first step
+        size = shutil.get_terminal_size()  # unlike tqdm's own guess never 0, with which tqdm shows nothing
         self._bar = tqdm(
             total=self._total,
             unit="step",
             disable=None,  # tqdm's way to say: unless stderr is a terminal
             leave=False,
-            dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix} [{elapsed}, {remaining} left]",
+            ncols=size.columns,
+            nrows=size.lines,
+            bar_format="{desc} {remaining} left |{bar}| {percentage:3.0f}%",
         )
 
     def step(self, *, epoch: int, loss: float, top1: float, lr: float, images_per_s: float) -> None:
         """One more step of `epoch` (from 1) is done. `top1` in percent."""
         self._start = self._start or time.perf_counter()
-        self._bar.set_description_str(f"epoch {epoch}/{self._epochs}", refresh=False)
-        self._bar.set_postfix_str(
-            f"loss {loss:.3f}, top-1 {top1:.1f} %, lr {lr:.2e}, {images_per_s:.0f} images/s", refresh=False
-        )
+        shown = f"loss {loss:.3f} top-1 {top1:.1f}% lr {lr:.1e} {images_per_s:.0f} images/s"
+        self._bar.set_description_str(f"epoch {epoch}/{self._epochs} {shown}", refresh=False)
         self._bar.update()
 
     def epoch(self, *, epoch: int, step: int, values: dict[str, float]) -> None:

@@ -8,11 +8,12 @@ import contextlib
 import difflib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import absl.logging
 import numpy as np
 
 from train.config import SettingsError, TrainConfig
@@ -87,13 +88,26 @@ def open_digits(data_dir: str | None) -> ImageSets:
     from train.digits import SklearnDigits
 
     try:
-        builder = SklearnDigits(data_dir=data_dir, file_format="array_record")
-        if not builder.is_prepared():
-            _prepare(builder)
+        with _quiet():
+            builder = SklearnDigits(data_dir=data_dir, file_format="array_record")
+            if not builder.is_prepared():
+                _prepare(builder)
     except OSError as error:
         where = data_dir or tfds.core.constants.DATA_DIR
         raise SettingsError(f"cannot prepare the digits in {where}: {error}; try another --data-dir") from error
     return open_tfds("sklearn_digits", data_dir)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what tfds prints about a download, and its warnings about a folder that is only being filled."""
+    before = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        absl.logging.set_verbosity(before)
 
 
 def _prepare(builder: Any) -> None:
@@ -102,8 +116,7 @@ def _prepare(builder: Any) -> None:
     tfds.disable_progress_bar()
     offline = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # tfds prints
-            builder.download_and_prepare(download_config=offline)
+        builder.download_and_prepare(download_config=offline)
     except OSError:
         # another process may have finished the same work just before
         if not type(builder)(data_dir=builder.data_dir_root, file_format="array_record").is_prepared():

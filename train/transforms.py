@@ -1,13 +1,15 @@
 """From an encoded image to the model's input: timm's own transforms, made to draw from a generator of ours.
 
-timm draws from the global generators of Python, numpy and torch. Before each image all three are set from the
-sample's own generator, so that its pixels depend on nothing else. The transforms are built on first use, in the
-process that uses them: importing timm takes seconds, and a worker pays for it while the main process compiles.
+timm draws from the global generators of Python, numpy and torch. For each image they are set from the sample's own
+generator, so that its pixels depend on nothing else. The transforms are built on first use, in the process that uses
+them: importing timm takes seconds, and a worker pays for it while the main process compiles.
 """
 
 import io
 import random
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,8 +21,26 @@ from PIL import Image
 from crossvit_jax.config import CrossViTConfig
 from train.config import TrainConfig
 
-# The global generators belong to one image at a time: reader threads take turns. What is slow, decoding, is outside.
-_global_generators = threading.Lock()
+# The generators belong to one image at a time: reader threads take turns. Reading and decoding are outside.
+_generators_lock = threading.Lock()
+
+
+@contextmanager
+def _timm_drawing_from(rng: np.random.Generator) -> Iterator[None]:
+    """Whatever timm and torchvision draw in here follows from `rng` alone."""
+    import torch
+    from timm.data import auto_augment, random_erasing, transforms
+
+    python_seed, numpy_seed, torch_seed = (int(seed) for seed in rng.integers(0, 2**32, size=3))
+    with _generators_lock:
+        # other threads may use Python's generator at any time (wandb, beartype), so timm gets one that nobody shares
+        auto_augment.random = random_erasing.random = transforms.random = random.Random(python_seed)
+        np.random.seed(numpy_seed)
+        torch.default_generator.manual_seed(torch_seed)  # torch.manual_seed would also visit every accelerator
+        try:
+            yield
+        finally:
+            auto_augment.random = random_erasing.random = transforms.random = random
 
 
 class UnreadableImage(ValueError):
@@ -64,15 +84,9 @@ class TrainTransform:
         )
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        import torch
-
-        image = decode_image(sample["image"], sample["name"])
-        python_seed, numpy_seed, torch_seed = (int(seed) for seed in rng.integers(0, 2**32, size=3))
-        with _global_generators:
-            random.seed(python_seed)
-            np.random.seed(numpy_seed)
-            torch.default_generator.manual_seed(torch_seed)  # torch.manual_seed would also visit every accelerator
-            pixels = self.timm_transform(image)
+        image, transform = decode_image(sample["image"], sample["name"]), self.timm_transform
+        with _timm_drawing_from(rng):
+            pixels = transform(image)
         return {"image": channels_last(pixels), "label": np.int32(sample["label"])}
 
 

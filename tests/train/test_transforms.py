@@ -2,6 +2,7 @@
 
 import io
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -69,6 +70,24 @@ def test_threads_do_not_disturb_each_other(sample):
     with ThreadPoolExecutor(4) as threads:
         together = list(threads.map(lambda seed: transform(sample, np.random.default_rng(seed))["image"], range(16)))
     np.testing.assert_array_equal(alone, together)
+
+
+def test_others_that_draw_at_the_same_time_do_not_disturb(sample):
+    transform = train_transform(_IMAGENET, _MODEL)
+    alone = [transform(sample, np.random.default_rng(seed))["image"] for seed in range(16)]
+    stop = threading.Event()
+
+    def draw():
+        while not stop.is_set():
+            random.random()
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(draw)
+        try:
+            disturbed = [transform(sample, np.random.default_rng(seed))["image"] for seed in range(16)]
+        finally:
+            stop.set()
+    np.testing.assert_array_equal(alone, disturbed)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
