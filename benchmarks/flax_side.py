@@ -47,11 +47,11 @@ def _training(task: Task) -> Program:
     unmixed = dataclasses.replace(config, mixup=0.0, cutmix=0.0)
     model = load_flax(task.weights, dtype=jnp.dtype(task.dtype))
     optimizer = make_optimizer(config, steps_per_epoch=_NEVER, no_weight_decay=model.no_weight_decay())
-    mesh = make_mesh(jax.devices()[:1])
+    mesh = make_mesh(devices=jax.devices()[:1])
+    state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)
     step, unmixed_step = (
-        jit_train_step(make_train_step(model, optimizer, settings), mesh) for settings in (config, unmixed)
+        jit_train_step(make_train_step(model, optimizer, settings), mesh, state) for settings in (config, unmixed)
     )
-    state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer)
     batch = {"image": jnp.asarray(task.images()), "label": jnp.asarray(task.labels())}
 
     def check() -> np.ndarray:

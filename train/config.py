@@ -35,12 +35,16 @@ class TrainConfig:
     """
 
     # what is trained, on what, where it is kept
-    variant: str = setting("ti", "CrossViT variant, by its short name, timm's or IBM's")
+    variant: str | None = setting(
+        None, "CrossViT variant, by its short name, timm's or IBM's; none: --init's, or ti", str
+    )
+    init: str | None = setting(None, "weights to start from, any SOURCE of python -m convert; none: fresh ones", str)
     dataset: str = setting("digits", "digits, a prepared tensorflow-datasets name, or folder:PATH")
     data_dir: str | None = setting(None, "where prepared data sets lie; none: tensorflow-datasets' own folder", str)
     val_fraction: float = setting(0.1, "share of each class held out when folder:PATH has no val/ or test/ folder")
+    max_bad_images: float = setting(0.01, "share of the images that may be unreadable before the run stops")
     recipe: str = setting("imagenet", "the set of defaults that the settings start from")
-    output: str | None = setting(None, "folder of the run, new or empty; none: a new one under runs/", str)
+    output: str | None = setting(None, "folder of the run: a run in it is continued; none: a new one in runs/", str)
     seed: int = setting(0, "decides initial weights, order of the images, augmentation, dropout and folder splits")
     workers: int | None = setting(None, "processes that read and augment; 0: threads only; none: one per CPU core", int)
     # images
@@ -54,6 +58,7 @@ class TrainConfig:
     hflip: float = setting(0.5, "probability of a horizontal flip")
     auto_augment: str = setting("rand-m9-mstd0.5-inc1", "timm's RandAugment or AutoAugment string; none: no such step")
     erase_prob: float = setting(0.25, "probability of random erasing (a box of normal noise)")
+    repeated_aug: int = setting(1, "differently augmented copies of an image in an epoch of as many fewer images")
     # mixing and regularisation
     mixup: float = setting(0.8, "Mixup's alpha; 0: no Mixup")
     cutmix: float = setting(1.0, "CutMix's alpha; 0: no CutMix")
@@ -61,63 +66,98 @@ class TrainConfig:
     cutmix_share: float = setting(0.5, "share of the mixed batches that CutMix gets, where both are on")
     smoothing: float = setting(0.1, "label smoothing")
     drop_path: float = setting(0.1, "stochastic depth of the last block")
+    dropout: float = setting(0.0, "dropout before the heads")
+    loss: str = setting("softmax", "softmax: soft-target cross-entropy; bce: binary cross-entropy of each class")
     # optimiser and schedule
     epochs: int = setting(300, "passes over the training images")
     batch_size: int = setting(4096, "images in a step, over all devices")
+    grad_accum: int = setting(1, "parts that a step works through one after the other, to save memory")
+    optimizer: str = setting("adamw", "adamw, or sgd with Nesterov momentum")
+    momentum: float = setting(0.9, "momentum of sgd")
     lr: float = setting(5e-4, "peak learning rate for a batch of --lr-batch-size, scaled linearly to --batch-size")
     lr_batch_size: int = setting(512, "batch size that --lr is meant for")
+    lr_schedule: str = setting("cosine", "after the warm-up: cosine, linear or constant")
+    lr_stepping: str = setting("epoch", "the learning rate changes each epoch, each step, or epoch-late (IBM's code)")
     warmup_epochs: int = setting(
         30, "epochs of linear warm-up; unless given, shrinks with --epochs in the recipe's proportion"
     )
     warmup_lr: float = setting(1e-6, "learning rate that the warm-up starts from, not scaled")
-    min_lr: float = setting(1e-5, "learning rate that the cosine falls to, not scaled")
-    lr_stepping: str = setting("timm", "timm: epoch e runs at step e of the schedule; ibm: one epoch late")
-    weight_decay: float = setting(
-        0.05, "AdamW's weight decay; none on biases, norms, class tokens, position embeddings"
+    min_lr: float = setting(1e-5, "learning rate that the schedule falls to, not scaled")
+    layer_decay: float = setting(1.0, "factor on the learning rate from each block to the one below; 1: none")
+    weight_decay: float = setting(0.05, "weight decay; none on biases and norms")
+    decay_tokens: bool = setting(False, "weight decay on class tokens and position embeddings too")
+    clip_grad: float | None = setting(None, "largest norm of the gradient; none: no clipping", float)
+    freeze_backbone: bool = setting(False, "train the heads only")
+    ema_decay: float = setting(0.0, "decay of the moving average of the weights, evaluated beside them; 0: none")
+    # how it is computed
+    precision: str | None = setting(
+        None, "bfloat16 or float32 arithmetic, parameters are float32; none: bfloat16 on accelerators", str
     )
-    # what is told on the way
+    grad_checkpointing: bool = setting(False, "compute each block again in the backward pass, to save memory")
+    mesh: str | None = setting(None, "devices by axis, such as data=4,fsdp=2; none: all on data", str)
+    coordinator: str | None = setting(
+        None, "address:port of process 0, where jax does not find the other hosts by itself", str
+    )
+    num_processes: int | None = setting(None, "number of processes, with --coordinator", int)
+    process_id: int | None = setting(None, "which of them this is, from 0, with --coordinator", int)
+    # what is told and kept on the way
     log_every: int = setting(50, "steps between two lines of training metrics")
     eval_every: int = setting(1, "epochs between two evaluations; the last epoch is always evaluated")
+    checkpoint_every: int = setting(1000, "steps between two checkpoints; one more is written after every epoch")
+    wandb: str | None = setting(None, "project of Weights & Biases to log to; none: only into the run's folder", str)
 
     def __post_init__(self):
-        at_least_one = ("epochs", "batch_size", "lr_batch_size", "log_every", "eval_every")
-        at_least_zero = ("seed", "workers", "warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "mixup", "cutmix")
-        shares = ("hflip", "erase_prob", "mix_prob", "cutmix_share")
-        shares_below_one = ("smoothing", "drop_path")
-        for name in at_least_one:
+        at_least_one = "epochs batch_size lr_batch_size log_every eval_every checkpoint_every repeated_aug grad_accum"
+        at_least_zero = "seed workers warmup_epochs warmup_lr min_lr weight_decay mixup cutmix process_id"
+        shares = "hflip erase_prob mix_prob cutmix_share max_bad_images"
+        shares_below_one = "smoothing drop_path dropout momentum ema_decay"
+        for name in (*at_least_one.split(), "num_processes"):
             _require(self, name, lambda value: value >= 1, "at least 1")
-        for name in at_least_zero:
+        for name in at_least_zero.split():
             _require(self, name, lambda value: 0 <= value < float("inf"), "0 or more")
-        for name in shares:
+        for name in shares.split():
             _require(self, name, lambda value: 0 <= value <= 1, "between 0 and 1")
-        for name in shares_below_one:
+        for name in shares_below_one.split():
             _require(self, name, lambda value: 0 <= value < 1, "at least 0 and below 1")
+        for name, accepted in _CHOICES.items():
+            _require(self, name, lambda value, accepted=accepted: value in accepted, " or ".join(accepted))
         _require(self, "seed", lambda value: value < 2**32, "below 2**32")
-        _require(self, "lr", lambda value: 0 < value < float("inf"), "above 0")
+        for name in ("lr", "clip_grad"):
+            _require(self, name, lambda value: 0 < value < float("inf"), "above 0")
+        _require(self, "layer_decay", lambda value: 0 < value <= 1, "above 0 and at most 1")
         _require(self, "val_fraction", lambda value: 0 < value < 1, "above 0 and below 1")
         _require(self, "crop_pct", lambda value: 0 < value <= 1, "above 0 and at most 1")
         _require(self, "crop_scale", lambda pair: 0 < pair[0] <= pair[1] <= 1, "two rising numbers above 0, at most 1")
         _require(self, "crop_ratio", lambda pair: 0 < pair[0] <= pair[1], "two rising numbers above 0")
-        _require(self, "lr_stepping", lambda value: value in ("timm", "ibm"), "timm or ibm")
-        _require(self, "recipe", lambda value: value in _RECIPE_NAMES, " or ".join(_RECIPE_NAMES))
         _require(self, "warmup_epochs", lambda value: value < self.epochs, f"below the {self.epochs} epochs")
+        if self.batch_size % self.grad_accum:
+            raise SettingsError(f"batch_size {self.batch_size} cannot be cut into grad_accum {self.grad_accum} parts")
+        distributed = (self.coordinator, self.num_processes, self.process_id)
+        if any(value is None for value in distributed) != all(value is None for value in distributed):
+            raise SettingsError("coordinator, num_processes and process_id go together: give all three or none")
+        if self.coordinator is not None and self.process_id >= self.num_processes:
+            raise SettingsError(f"process_id must be below num_processes {self.num_processes}; got {self.process_id}")
 
     @property
     def peak_lr(self) -> float:
         """The learning rate after the warm-up, for this batch size (IBM main.py:245)."""
         return self.lr * self.batch_size / self.lr_batch_size
 
-    def model_config(self, num_classes: int) -> CrossViTConfig:
-        """The settings of the model to train. Raises SettingsError for an unknown variant or sizes that do not fit."""
+    def model_overrides(self) -> dict[str, Any]:
+        """The fields of `CrossViTConfig` that these settings decide."""
         overrides = {
             "image_size": self.image_size,
             "image_scale": self.image_scale,
             "crop_pct": self.crop_pct,
+            "drop_rate": self.dropout,
             "drop_path_rate": self.drop_path,
-            "num_classes": num_classes,
         }
+        return {key: value for key, value in overrides.items() if value is not None}
+
+    def model_config(self, num_classes: int) -> CrossViTConfig:
+        """The settings of a fresh model to train. Raises SettingsError if variant or sizes make none."""
         try:
-            return get_config(self.variant, **{key: value for key, value in overrides.items() if value is not None})
+            return get_config(self.variant or "ti", num_classes=num_classes, **self.model_overrides())
         except ValueError as error:
             raise SettingsError(str(error)) from error
 
@@ -128,11 +168,66 @@ def _require(config: TrainConfig, name: str, accepted: Callable[[Any], bool], de
         raise SettingsError(f"{name} must be {description}; got {value}")
 
 
-_RECIPE_NAMES = ("imagenet", "digits")
+_RECIPE_NAMES = ("imagenet", "imagenet-ibm", "finetune-408", "finetune", "transfer", "digits")
+_CHOICES = {
+    "recipe": _RECIPE_NAMES,
+    "loss": ("softmax", "bce"),
+    "optimizer": ("adamw", "sgd"),
+    "lr_schedule": ("cosine", "linear", "constant"),
+    "lr_stepping": ("epoch", "step", "epoch-late"),
+    "precision": ("bfloat16", "float32"),
+}
 
 RECIPES: dict[str, TrainConfig] = {
     # arXiv 2103.14899 §4.1 and IBM's main.py: batch 4,096 at learning rate 0.004
     "imagenet": TrainConfig(recipe="imagenet"),
+    # What IBM's main.py does when no flag is given, on 8 GPUs of 64 images each: 5 epochs of warm-up, repeated
+    # augmentation, epochs that lag behind the schedule, decay on tokens and position embeddings.
+    "imagenet-ibm": TrainConfig(
+        recipe="imagenet-ibm",
+        batch_size=512,
+        warmup_epochs=5,
+        repeated_aug=3,
+        lr_stepping="epoch-late",
+        decay_tokens=True,
+    ),
+    # Paper §4.1: 30 epochs at 408 pixels. It gives no learning rate; these are the ones DeiT published for 384 pixels.
+    "finetune-408": TrainConfig(
+        recipe="finetune-408",
+        image_size=408,
+        image_scale=(1.0, 16 / 17),
+        crop_pct=1.0,
+        epochs=30,
+        batch_size=512,
+        lr=5e-6,
+        min_lr=5e-6,
+        warmup_epochs=5,
+        weight_decay=1e-8,
+    ),
+    # Pretrained weights on a folder of one's own: a learning rate that falls towards the image, gentle crops
+    "finetune": TrainConfig(
+        recipe="finetune",
+        crop_scale=(0.35, 1.0),
+        epochs=30,
+        batch_size=64,
+        lr=2e-4,
+        lr_batch_size=64,
+        warmup_epochs=3,
+        min_lr=1e-6,
+        layer_decay=0.75,
+        clip_grad=1.0,
+    ),
+    # Paper table 9: SGD at 0.01 for batches of 768, cosine; the paper trains 1,000 epochs without naming a warm-up
+    "transfer": TrainConfig(
+        recipe="transfer",
+        optimizer="sgd",
+        epochs=1000,
+        batch_size=768,
+        lr=0.01,
+        lr_batch_size=768,
+        warmup_epochs=5,
+        weight_decay=1e-4,
+    ),
     # 8×8 grey digits blown up to 48 pixels, chosen by short trials on two CPU cores. A mirrored digit is no digit, and
     # so few epochs are too few to profit from mixing, so only the crop is random.
     "digits": TrainConfig(

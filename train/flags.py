@@ -6,57 +6,73 @@ from collections.abc import Sequence
 
 from convert.command_line import Parser
 from train.config import RECIPES, SettingsError, TrainConfig
+from train.run_folder import read_settings
 
 _DIGITS = "digits"  # the data set that has a recipe of its own
+_PROGRAM = "python -m train.main"
 
 
 def parse_flags(argv: Sequence[str]) -> TrainConfig:
     """The settings that a command line asks for. A mistake in it prints one line and exits with 2."""
-    recipe = _chosen_recipe(argv)
-    parser = _parser(recipe)
-    given = vars(parser.parse_args(argv))
-    if "epochs" in given and "warmup_epochs" not in given:
-        given["warmup_epochs"] = recipe.warmup_epochs * max(0, given["epochs"]) // recipe.epochs
-    try:
-        return dataclasses.replace(recipe, **given)
-    except SettingsError as error:
-        parser.error(str(error))
-
-
-def _chosen_recipe(argv: Sequence[str]) -> TrainConfig:
-    """The recipe named on the command line, or else the one that fits the data set."""
     early = Parser(prog=_PROGRAM, add_help=False)
     early.add_argument("--recipe", choices=RECIPES)
     early.add_argument("--dataset", default=_DIGITS)
+    early.add_argument("--resume")
     known, _ = early.parse_known_args(argv)
-    return RECIPES[known.recipe or (_DIGITS if known.dataset == _DIGITS else "imagenet")]
-
-
-_PROGRAM = "python -m train.main"
-
-
-def _parser(recipe: TrainConfig) -> Parser:
+    recipe = RECIPES[known.recipe or (_DIGITS if known.dataset == _DIGITS else "imagenet")]
     parser = Parser(
         prog=_PROGRAM,
         description="Train a CrossViT. With no --dataset: on the handwritten digits that scikit-learn carries.",
         epilog=f"The defaults shown are those of the recipe {recipe.recipe!r}. Recipes: {', '.join(RECIPES)}; "
         "digits is the default for the digits, imagenet for all other data.",
     )
+    parser.add_argument(
+        "--resume",
+        default=argparse.SUPPRESS,
+        metavar="FOLDER",
+        help="continue the run in this folder, with its settings; the same as its command with --output FOLDER",
+    )
+    add_settings(parser, recipe)
+    given = vars(parser.parse_args(argv))
+    try:
+        if "resume" in given:
+            return _resumed(given.pop("resume"), given)
+        return apply_flags(recipe, given)
+    except SettingsError as error:
+        parser.error(str(error))
+
+
+def add_settings(parser: argparse.ArgumentParser, recipe: TrainConfig) -> None:
+    """Add a flag for every field of `TrainConfig`. Those that are not given stay out of what is parsed."""
     for field in dataclasses.fields(TrainConfig):
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"),
-            type=field.metadata["parse"],
-            # unset flags stay away, so that it is known which were given
-            default=argparse.SUPPRESS,
-            metavar=field.name.upper(),
-            help=f"{field.metadata['help']} (default: {_shown(getattr(recipe, field.name))})".replace("%", "%%"),
-        )
-    return parser
+        flag = "--" + field.name.replace("_", "-")
+        shown = f"{field.metadata['help']} (default: {_shown(getattr(recipe, field.name))})".replace("%", "%%")
+        if field.metadata["parse"] is bool:
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(flag, action=action, default=argparse.SUPPRESS, help=shown)
+        else:
+            parse, metavar = field.metadata["parse"], field.name.upper()
+            parser.add_argument(flag, type=parse, default=argparse.SUPPRESS, metavar=metavar, help=shown)
+
+
+def apply_flags(recipe: TrainConfig, given: dict) -> TrainConfig:
+    """The recipe with the given settings instead of its own. Raises SettingsError for a value that will not do."""
+    if "epochs" in given and "warmup_epochs" not in given:
+        given = given | {"warmup_epochs": recipe.warmup_epochs * max(0, given["epochs"]) // recipe.epochs}
+    return dataclasses.replace(recipe, **given)
+
+
+def _resumed(folder: str, given: dict) -> TrainConfig:
+    if given.get("output", folder) != folder:
+        raise SettingsError(f"--resume {folder} and --output {given['output']} name two folders")
+    return dataclasses.replace(read_settings(folder), **given)
 
 
 def _shown(value) -> str:
     if value is None or value == "":
         return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, tuple):
         return ",".join(f"{part:.4g}" for part in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

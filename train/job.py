@@ -1,15 +1,22 @@
 """Everything about a run that can be wrong is found here, before anything is trained or written."""
 
 import dataclasses
+import importlib.util
 import os
+import uuid
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
-from crossvit_jax import CrossViTConfig
+from convert.metadata import describe, understand
+from convert.weights import Weights
+from crossvit_jax import CrossViTConfig, get_config
 from train.config import RECIPES, SettingsError, TrainConfig
 from train.data import steps_per_epoch
-from train.run_folder import check_output
+from train.initial_weights import initial_weights
+from train.run_folder import check_same_run, describe_run, read_run
 from train.sharding import make_mesh
 from train.sources import ImageSets, open_image_sets
 from train.transforms import train_transform
@@ -17,16 +24,19 @@ from train.transforms import train_transform
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is ready to start."""
+    """A run that is ready to start, or to go on."""
 
     config: TrainConfig  # nothing left open that depends on the machine
     model_config: CrossViTConfig
     image_sets: ImageSets
     mesh: Mesh
+    weights: Weights | None  # to start from; none: fresh ones, or those of the run that is continued
+    described: dict[str, Any]  # the content of config.json
+    resumed: bool  # whether the folder holds this run already
 
     @property
     def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.image_sets.train), self.config.batch_size)
+        return steps_per_epoch(len(self.image_sets.train), self.config.batch_size, self.config.repeated_aug)
 
     @property
     def eval_batch_size(self) -> int:
@@ -40,34 +50,69 @@ class Job:
 
 
 def prepare(config: TrainConfig) -> Job:
-    """Check the settings against each other, the machine and the data. Raises SettingsError for the first mistake.
+    """Check the settings against each other, the machine, the data and the run's folder.
 
-    The digits are prepared here if they never were.
+    Raises SettingsError for the first mistake. The digits are prepared here if they never were.
     """
-    check_output(config)
+    saved = read_run(config.output)
     config.model_config(num_classes=1)  # the variant and the image size; the classes are not known yet
-    mesh = _mesh()
-    if config.batch_size % mesh.size:
-        raise SettingsError(f"batch_size {config.batch_size} cannot be divided among {mesh.size} devices")
+    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise SettingsError("--wandb needs the package wandb, which is not installed: pip install wandb")
+    mesh = _mesh(config)
+    if jax.process_count() > 1 and config.output is None:
+        raise SettingsError("with several processes, --output must name the run's folder, on a disk that all share")
+    if config.batch_size % (mesh.size * config.grad_accum):
+        parts = f" in {config.grad_accum} parts" if config.grad_accum > 1 else ""
+        raise SettingsError(f"batch_size {config.batch_size} cannot be divided among {mesh.size} devices{parts}")
     image_sets = open_image_sets(config)
-    if config.batch_size > len(image_sets.train):
+    if steps_per_epoch(len(image_sets.train), config.batch_size, config.repeated_aug) < 1:
         raise SettingsError(
             f"batch_size {config.batch_size} is more than the {len(image_sets.train)} training images: "
             "choose a smaller --batch-size"
         )
-    if config.workers is None:
-        config = dataclasses.replace(config, workers=os.cpu_count() or 1)
-    model_config = config.model_config(num_classes=len(image_sets.class_names))
+
+    weights = None
+    if saved is not None:  # --init need not be there any more
+        begun, _ = understand(saved["model"])
+        wanted = {"name": get_config(config.variant or begun.name).name, "num_classes": len(image_sets.class_names)}
+        model_config = dataclasses.replace(begun, **wanted, **config.model_overrides())
+    elif config.init is not None:
+        weights = initial_weights(config, image_sets.class_names)
+        model_config = weights.config
+    else:
+        model_config = config.model_config(num_classes=len(image_sets.class_names))
+    config = dataclasses.replace(
+        config,
+        variant=model_config.name,
+        workers=(os.cpu_count() or 1) if config.workers is None else config.workers,
+        precision=config.precision or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
+    )
     if config.auto_augment not in {recipe.auto_augment for recipe in RECIPES.values()}:
         _check_auto_augment(config, model_config)
-    return Job(config, model_config, image_sets, mesh)
+    described = describe_run(
+        config, model=describe(model_config, image_sets.class_names), data=_describe_data(config, image_sets)
+    )
+    described["id"] = uuid.uuid4().hex[:8] if saved is None else saved["id"]
+    if saved is not None:
+        check_same_run(saved, described, config.output)
+    return Job(config, model_config, image_sets, mesh, weights, described, resumed=saved is not None)
 
 
-def _mesh() -> Mesh:
+def _mesh(config: TrainConfig) -> Mesh:
     try:
-        return make_mesh()
+        return make_mesh(config.mesh)
     except RuntimeError as error:  # jax found no usable device
         raise SettingsError(f"jax cannot start: {str(error).splitlines()[0]}") from error
+
+
+def _describe_data(config: TrainConfig, image_sets: ImageSets) -> dict[str, Any]:
+    return {
+        "train_images": len(image_sets.train),
+        "held_out_images": len(image_sets.held_out),
+        "held_out_split": image_sets.held_out_split,
+        "steps_per_epoch": steps_per_epoch(len(image_sets.train), config.batch_size, config.repeated_aug),
+        "fingerprint": image_sets.fingerprint,
+    }
 
 
 def _check_auto_augment(config: TrainConfig, model_config: CrossViTConfig) -> None:

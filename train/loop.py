@@ -1,38 +1,41 @@
-"""The story of a run: data, model, optimiser, epochs of steps and evaluations, and the weights at the end."""
+"""The story of a run: data, model, optimiser, epochs of steps and evaluations, checkpoints, the weights at the end."""
 
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 import convert
 from convert.metadata import describe
-from train.config import TrainConfig
+from convert.tree import nest
+from train.bad_images import BadImages, too_many
+from train.checkpoints import Checkpoints
+from train.config import SettingsError
 from train.data import eval_batches, train_batches
+from train.hosts import is_main
+from train.interruption import Interrupted, Interruption
 from train.job import Job
-from train.metrics import MetricsLog
+from train.meter import STEPS_BEHIND, Meter
+from train.metrics import MetricsLog, NoLog, read_metrics
 from train.optimizer import make_optimizer
+from train.plots import draw_curves
 from train.progress import Progress
-from train.run_folder import create_run_folder, write_config
-from train.schedule import learning_rates
-from train.sharding import device_batches
+from train.run_folder import Claim, make_run_folder, read_run, write_config
+from train.schedule import learning_rate
+from train.sharding import device_batches, fetch, state_shardings
 from train.state import abstract_model, abstract_state, init_state
 from train.step import abstract_batch, jit_eval_step, jit_train_step, make_eval_step, make_train_step
 from train.transforms import eval_transform, one_torch_thread, train_transform
 
-WEIGHTS_FILE = "weights.safetensors"
-_STEPS_BEHIND = 2  # metrics are fetched so many steps late, so that the devices never wait for the host
-
-
-class TrainingFailed(RuntimeError):
-    """The run cannot go on; the message is one line."""
+WEIGHTS_FILE, EMA_FILE, CURVES_FILE = "weights.safetensors", "weights-ema.safetensors", "curves.png"
+_CURVES_EVERY_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,7 @@ class Result:
 
     folder: Path
     final: dict[str, float]  # the last evaluation: eval/loss, eval/top1, and from 6 classes on eval/top5
-    best_top1: float  # in percent
-    best_epoch: int  # counted from 1
+    best: dict[str, float]  # top1 in percent, epoch (from 1) and step of the best evaluation
     seconds: float
 
     def summary(self) -> str:
@@ -51,194 +53,249 @@ class Result:
         top5 = f", top-5 {self.final['eval/top5']:.2f} %" if "eval/top5" in self.final else ""
         return (
             f"held-out top-1 {self.final['eval/top1']:.2f} %{top5}, loss {self.final['eval/loss']:.4f} "
-            f"(best top-1 {self.best_top1:.2f} %, epoch {self.best_epoch}); {minutes} min {seconds:02} s\n"
+            f"(best top-1 {self.best['top1']:.2f} %, epoch {self.best['epoch']}); {minutes} min {seconds:02} s\n"
             f"run folder {self.folder}, weights {self.folder / WEIGHTS_FILE}"
         )
 
 
 def train(job: Job) -> Result:
-    """Run a job to its end. Raises TrainingFailed if the loss is not finite, and what the data raises."""
+    """Run a job to its end, from where an earlier run of it stopped.
+
+    Raises TrainingFailed if the loss is not finite, Interrupted after SIGTERM or Ctrl-C, CheckpointError,
+    SettingsError if the program does not fit into memory or the folder is taken, and what the data raises.
+    """
     start = time.perf_counter()
     config, model_config, mesh = job.config, job.model_config, job.mesh
+    class_names = job.image_sets.class_names
 
-    # --- the run's folder ---
-    folder = create_run_folder(config)
-    write_config(folder, config, model=describe(model_config, job.image_sets.class_names), data=_describe_data(job))
-    print(_headline(job, folder), flush=True)
+    with ExitStack() as stack:
+        interruption = stack.enter_context(Interruption())
+        if job.resumed:  # whoever has it already is found before anything is compiled
+            folder = _claim_folder(job, stack)
 
-    # --- data: Grain decodes and augments in its workers, and brings batches to the devices ahead of time ---
-    one_torch_thread()
-    train_stream = device_batches(
-        train_batches(
-            job.image_sets.train,
-            train_transform(config, model_config),
-            batch_size=config.batch_size,
-            seed=config.seed,
-            workers=config.workers,
-        ),
-        mesh,
-    )
-    eval_stream = device_batches(
-        eval_batches(
-            job.image_sets.held_out,
-            eval_transform(model_config),
-            batch_size=job.eval_batch_size,
-            workers=config.workers,
-        ),
-        mesh,
-    )
+        # --- data: Grain decodes and augments in its workers, and brings batches to the devices ahead of time ---
+        one_torch_thread()
+        hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        train_steps = config.epochs * job.steps_per_epoch
 
-    # --- model, optimiser, and the three programs that the devices run, compiled at the same time ---
-    model = abstract_model(model_config)
-    optimizer = make_optimizer(config, steps_per_epoch=job.steps_per_epoch, no_weight_decay=model.no_weight_decay())
-    shapes = abstract_state(model, optimizer)
-    train_shapes = abstract_batch(model_config.image_size, config.batch_size, masked=False)
-    eval_shapes = abstract_batch(model_config.image_size, job.eval_batch_size, masked=True)
-    with ThreadPoolExecutor() as threads:
-        init = threads.submit(init_state, model_config, optimizer, seed=config.seed, mesh=mesh)
-        lowered = jit_train_step(make_train_step(model, optimizer, config), mesh).lower(shapes, train_shapes)
-        compiling = threads.submit(lowered.compile)
-        eval_step = jit_eval_step(make_eval_step(model), mesh).lower(shapes["params"], eval_shapes).compile()
-        state, train_step = init.result(), compiling.result()
-    rates = learning_rates(config)
+        def open_train_stream(start_step: int):
+            batches = train_batches(
+                job.image_sets.train,
+                train_transform(config, model_config),
+                batch_size=config.batch_size,
+                seed=config.seed,
+                workers=config.workers,
+                start_step=start_step,
+                repeats=config.repeated_aug,
+                **hosts,
+            )
+            return stack.enter_context(closing(device_batches(batches, mesh)))
 
-    # --- epochs ---
-    final: dict[str, float] = {}
-    best_top1, best_epoch = -math.inf, 0
-    with (
-        closing(train_stream),
-        closing(eval_stream),
-        MetricsLog(folder) as log,
-        closing(Progress(epochs=config.epochs, steps_per_epoch=job.steps_per_epoch)) as progress,
-    ):
-        for epoch in range(1, config.epochs + 1):
-            first_step = (epoch - 1) * job.steps_per_epoch
-            meter = Meter(log, progress, config=config, epoch=epoch, first_step=first_step, lr=float(rates[epoch - 1]))
-            for _ in range(job.steps_per_epoch):
-                state, metrics = train_step(state, next(train_stream))
+        eval_stream = device_batches(
+            eval_batches(
+                job.image_sets.held_out,
+                eval_transform(model_config),
+                batch_size=job.eval_batch_size,
+                workers=config.workers,
+                **hosts,
+            ),
+            mesh,
+        )
+        stack.enter_context(closing(eval_stream))
+
+        # --- model, optimiser, and the programs that the devices run, compiled at the same time ---
+        model = abstract_model(model_config, config)
+        optimizer = make_optimizer(config, steps_per_epoch=job.steps_per_epoch, no_weight_decay=model.no_weight_decay())
+        shapes = abstract_state(model, optimizer, config)
+        train_shapes = abstract_batch(model_config.image_size, config.batch_size, masked=False)
+        eval_shapes = abstract_batch(model_config.image_size, job.eval_batch_size, masked=True)
+        initial = None if job.weights is None else nest(job.weights.tensors)
+        with ThreadPoolExecutor() as threads:
+            init = threads.submit(init_state, model_config, optimizer, config, mesh, initial)
+            train_step = jit_train_step(make_train_step(model, optimizer, config), mesh, shapes)
+            compiling = threads.submit(train_step.lower(shapes, train_shapes).compile)
+            eval_step = jit_eval_step(make_eval_step(model), mesh, shapes["params"])
+            eval_step = eval_step.lower(shapes["params"], eval_shapes).compile()
+            state, train_step = init.result(), compiling.result()
+
+        # --- the run's folder, and the state that an earlier run left there ---
+        if not job.resumed:
+            folder = _claim_folder(job, stack)
+        progress = {"step": 0, "log_bytes": 0, "meter": None, "best": {"top1": -1.0, "epoch": 0, "step": None}}
+        description = describe(model_config, class_names)
+        checkpoints = stack.enter_context(closing(Checkpoints(folder, description=description, say=_say)))
+        wanted = jax.tree.map(_with_sharding, shapes, state_shardings(shapes, mesh))
+        restored = checkpoints.restore(wanted)
+        if restored is not None:
+            state, progress = restored
+        step, best = progress["step"], progress["best"]
+        checkpoints.best_step = best["step"]
+        _say(_headline(job, folder))
+        if job.resumed:
+            _say(f"continued after step {step} of {train_steps}")
+
+        # --- epochs ---
+        train_stream = open_train_stream(step)
+        bad_train, bad_held_out = BadImages(job.image_sets.train, _say), BadImages(job.image_sets.held_out, _say)
+        log = stack.enter_context(_open_log(job, folder, progress))
+        shown = Progress(epochs=config.epochs, steps_per_epoch=job.steps_per_epoch, done=step, silent=not is_main())
+        stack.enter_context(closing(shown))
+        final: dict[str, float] = {}
+        drawn = time.perf_counter()
+
+        def save(meter: Meter) -> None:
+            meter_state = meter.catch_up()
+            progress = {"step": step, "log_bytes": log.position, "meter": meter_state, "best": best}
+            checkpoints.save(step, state, {**progress, "run": job.described})
+
+        def stop_if_wanted() -> None:
+            if interruption.wanted(step):
+                checkpoints.wait()
+                raise Interrupted(
+                    f"saved after step {step} in {folder}; --resume {folder} goes on", interruption.status
+                )
+
+        interruption.can_save = True
+        for epoch in range(max(1, -(-step // job.steps_per_epoch)), config.epochs + 1):
+            meter = Meter(
+                log,
+                shown,
+                epoch=epoch,
+                step=step,
+                batch_size=config.batch_size,
+                log_every=config.log_every,
+                learning_rate=lambda step: learning_rate(config, step, steps_per_epoch=job.steps_per_epoch),
+                check_bad=lambda count: _check_bad(job, bad_train, count),
+                state=progress["meter"],
+            )
+            progress["meter"] = None
+            while step < epoch * job.steps_per_epoch:
+                batch = next(train_stream)
+                bad_train.add(batch.pop("bad_indices"))
+                state, metrics = train_step(state, batch)
+                step += 1
                 meter.add(metrics)
-            values = meter.finish()
+                if step % config.checkpoint_every == 0 or step % job.steps_per_epoch == 0 or interruption.wanted(step):
+                    save(meter)
+                    stop_if_wanted()
+            values, images_per_s = meter.finish()
             if epoch % config.eval_every == 0 or epoch == config.epochs:
-                final = evaluate(eval_step, state["params"], eval_stream, steps=job.eval_steps)
-                log.write(step=meter.step, epoch=epoch, values=final)
-                if final["eval/top1"] > best_top1:
-                    best_top1, best_epoch = final["eval/top1"], epoch
+                final = {}
+                for name, weights in (("", "params"), ("ema_", "ema")):
+                    if weights in state:
+                        batches = _watched(eval_stream, bad_held_out, stop_if_wanted)
+                        final |= evaluate(
+                            eval_step, state[weights], batches, steps=job.eval_steps, prefix=f"eval/{name}"
+                        )
+                final["eval/bad_images"] = len(job.image_sets.held_out) - int(final.pop("eval/images"))
+                _check_bad(job, bad_held_out, final["eval/bad_images"], held_out=True)
+                log.write(step=step, epoch=epoch, values=final)
+                top1 = final.get("eval/ema_top1", final["eval/top1"])
+                if top1 > best["top1"]:
+                    best = {"top1": top1, "epoch": epoch, "step": step}
+                    checkpoints.best_step = step
                 values |= final
-            progress.epoch(epoch=epoch, step=meter.step, values=values)
+            shown.epoch(epoch=epoch, step=step, values=values, images_per_s=images_per_s)
+            if is_main() and (time.perf_counter() - drawn > _CURVES_EVERY_S or epoch == config.epochs):
+                draw_curves(read_metrics(folder), folder / CURVES_FILE)
+                drawn = time.perf_counter()
 
-    # --- the weights ---
-    convert.save(
-        jax.device_get(state["params"]),
-        model_config,
-        folder / WEIGHTS_FILE,
-        class_names=job.image_sets.class_names,
-    )
-    return Result(folder, final, best_top1, best_epoch, time.perf_counter() - start)
+        # --- the weights ---
+        checkpoints.wait()
+        for name, file in (("params", WEIGHTS_FILE), ("ema", EMA_FILE)):
+            if name in state:
+                params = fetch(state[name], mesh)
+                if is_main():
+                    convert.save(params, model_config, folder / file, class_names=class_names, overwrite=True)
+    return Result(folder, final, best, time.perf_counter() - start)
 
 
-def evaluate(eval_step, params: Any, batches: Iterator[dict[str, jax.Array]], *, steps: int) -> dict[str, float]:
-    """Loss, and top-1 and (from 6 classes on) top-5 in percent, over the images of the next `steps` batches."""
+def evaluate(
+    eval_step, params: Any, batches: Iterator[dict[str, jax.Array]], *, steps: int, prefix: str = "eval/"
+) -> dict[str, float]:
+    """Loss, and top-1 and (from 6 classes on) top-5 in percent, over the images of the next `steps` batches.
+
+    Under `eval/images` also how many images that were.
+    """
     sums: Counter[str] = Counter()
     pending: deque[dict[str, jax.Array]] = deque()
     for _ in range(steps):
         pending.append(eval_step(params, next(batches)))
-        if len(pending) > _STEPS_BEHIND:
+        if len(pending) > STEPS_BEHIND:
             sums.update(jax.device_get(pending.popleft()))
     for values in pending:
         sums.update(jax.device_get(values))
     images = float(sums["count"])
-    percent = {f"eval/{name}": 100 * float(sums[name]) / images for name in ("top1", "top5") if name in sums}
-    return {"eval/loss": float(sums["loss"]) / images, **percent}
+    percent = {f"{prefix}{name}": 100 * float(sums[name]) / images for name in ("top1", "top5") if name in sums}
+    return {f"{prefix}loss": float(sums["loss"]) / images, **percent, "eval/images": images}
 
 
-class Meter:
-    """Takes the metrics of one epoch's steps, and tells them to the log, the progress bar and, at the end, the loop."""
-
-    def __init__(
-        self, log: MetricsLog, progress: Progress, *, config: TrainConfig, epoch: int, first_step: int, lr: float
-    ):
-        self._log, self._progress, self._config = log, progress, config
-        self._epoch, self._lr = epoch, lr
-        self.step = first_step  # training steps that are done and known
-        self._pending: deque[dict[str, jax.Array]] = deque()
-        self._whole, self._window = Mean(), Mean()  # the epoch, and what is not logged yet
-
-    def add(self, metrics: dict[str, jax.Array]) -> None:
-        """The metrics of the next step, perhaps not computed yet. Raises TrainingFailed as `finish` does."""
-        self._pending.append(metrics)
-        if len(self._pending) > _STEPS_BEHIND:
-            self._take(self._pending.popleft())
-
-    def finish(self) -> dict[str, float]:
-        """Wait for the last steps; the epoch's means by the names they have in the log.
-
-        Raises TrainingFailed if the loss of a step is NaN or infinite.
-        """
-        while self._pending:
-            self._take(self._pending.popleft())
-        if self._window.steps:
-            self._write()
-        return self._values(self._whole)
-
-    def _take(self, metrics: dict[str, jax.Array]) -> None:
-        loss, top1 = (float(jax.device_get(metrics[name])) for name in ("loss", "top1"))
-        self.step += 1
-        if not math.isfinite(loss):
-            raise TrainingFailed(
-                f"the loss became {loss} in step {self.step} (epoch {self._epoch}, learning rate {self._lr:g}); "
-                "a lower --lr or a longer --warmup-epochs may help"
-            )
-        self._whole.add(loss, 100 * top1)
-        self._window.add(loss, 100 * top1)
-        speed = self._window.steps_per_s * self._config.batch_size
-        self._progress.step(epoch=self._epoch, loss=loss, top1=100 * top1, lr=self._lr, images_per_s=speed)
-        if self.step % self._config.log_every == 0:
-            self._write()
-
-    def _write(self) -> None:
-        self._log.write(step=self.step, epoch=self._epoch, values=self._values(self._window))
-        self._window = Mean()
-
-    def _values(self, mean: "Mean") -> dict[str, float]:
-        return {
-            "train/loss": mean.loss / mean.steps,
-            "train/top1": mean.top1 / mean.steps,
-            "train/lr": self._lr,
-            "train/images_per_s": mean.steps_per_s * self._config.batch_size,
-        }
+def _watched(batches: Iterator, bad_images: BadImages, stop_if_wanted) -> Iterator[dict[str, jax.Array]]:
+    """The batches of an evaluation, which can be broken off."""
+    for batch in batches:
+        stop_if_wanted()
+        bad_images.add(batch.pop("bad_indices"))
+        yield batch
 
 
-class Mean:
-    """Sums of losses and accuracies since it was made, and how long ago that was."""
-
-    def __init__(self):
-        self.loss, self.top1, self.steps = 0.0, 0.0, 0
-        self._start = time.perf_counter()
-
-    def add(self, loss: float, top1: float) -> None:
-        self.loss, self.top1, self.steps = self.loss + loss, self.top1 + top1, self.steps + 1
-
-    @property
-    def steps_per_s(self) -> float:
-        return self.steps / (time.perf_counter() - self._start)
+def _check_bad(job: Job, bad_images: BadImages, count: int, *, held_out: bool = False) -> None:
+    images = len(job.image_sets.held_out if held_out else job.image_sets.train)
+    if count > job.config.max_bad_images * images:
+        raise too_many(bad_images, count, images, job.config.max_bad_images)
 
 
-def _describe_data(job: Job) -> dict[str, Any]:
-    sets = job.image_sets
-    return {
-        "train_images": len(sets.train),
-        "held_out_images": len(sets.held_out),
-        "held_out_split": sets.held_out_split,
-        "steps_per_epoch": job.steps_per_epoch,
-    }
+def _claim_folder(job: Job, stack: ExitStack) -> Path:
+    """The run's folder, taken by the main process; the others go on when it is there."""
+    folder = Path(job.config.output) if job.config.output else None
+    if is_main():
+        folder = make_run_folder(job.config)
+        stack.enter_context(closing(Claim(folder)))
+        if not job.resumed:
+            if job.config.output is not None and read_run(job.config.output) is not None:
+                raise SettingsError(f"another run was begun in {folder} meanwhile: name another --output")
+            try:
+                write_config(folder, job.described)
+            except OSError as error:
+                raise SettingsError(f"cannot write to {folder}: {error.strerror}") from error
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("run folder")
+    return folder
+
+
+def _open_log(job: Job, folder: Path, progress: dict[str, Any]) -> MetricsLog | NoLog:
+    if not is_main():
+        return NoLog()
+    run = None
+    if job.config.wandb is not None:
+        import wandb
+
+        settings = {"config": job.described, "dir": str(folder), "name": folder.name}
+        run = wandb.init(project=job.config.wandb, id=job.described["id"], resume="allow", **settings)
+    return MetricsLog(folder, position=progress["log_bytes"], step=progress["step"], wandb_run=run)
+
+
+def _with_sharding(shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def _say(line: str) -> None:
+    if is_main():
+        print(line, flush=True)
 
 
 def _headline(job: Job, folder: Path) -> str:
     config, model, sets, devices = job.config, job.model_config, job.image_sets, job.mesh.devices
-    return (
-        f"CrossViT {model.name} at {model.image_size[0]} pixels, {model.num_classes} classes, "
-        f"recipe {config.recipe}, batch {config.batch_size}, peak learning rate {config.peak_lr:g}\n"
-        f"{config.dataset}: {len(sets.train)} training images, {len(sets.held_out)} held out ({sets.held_out_split}); "
-        f"{devices.size} devices ({devices.flat[0].device_kind}), {config.workers} workers\n"
-        f"run folder {folder}"
+    notes = () if job.weights is None else job.weights.notes
+    start = f" from {config.init}" if config.init else ""
+    mesh = ", ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items() if size > 1) or "1 device"
+    return "\n".join(
+        [
+            f"CrossViT {model.name} at {model.image_size[0]} pixels, {model.num_classes} classes{start}, "
+            f"recipe {config.recipe}, batch {config.batch_size}, peak learning rate {config.peak_lr:g}, "
+            f"{config.precision}",
+            *(f"note: {note}" for note in notes),
+            f"{config.dataset}: {len(sets.train)} training images, {len(sets.held_out)} held out "
+            f"({sets.held_out_split}); {mesh} ({devices.flat[0].device_kind}), {config.workers} workers",
+            f"run folder {folder}",
+        ]
     )

@@ -10,27 +10,45 @@ from train.flags import parse_flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is 0, 1 if training failed, or 2 for a mistake in what was asked for."""
-    config = parse_flags(sys.argv[1:] if argv is None else argv)
+    """Run the command line.
 
+    Returns:
+        The exit status: 0 done; 1 training failed; 2 a mistake in what was asked for; 130 or 143 saved after Ctrl-C or
+        SIGTERM.
+    """
+    config = parse_flags(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(config)
+    except KeyboardInterrupt:
+        return _fail("interrupted before the first step; nothing was to be saved", status=130)
+
+
+def _run(config) -> int:
+    from train import hosts
+    from train.bad_images import TooManyBadImages
+    from train.checkpoints import CheckpointError
+    from train.interruption import Interrupted
     from train.job import prepare
-    from train.loop import TrainingFailed, train
-    from train.transforms import UnreadableImage
+    from train.loop import train
+    from train.meter import TrainingFailed
+    from train.sources import DataError
 
     try:
+        hosts.start(config)
         result = train(prepare(config))
     except SettingsError as error:
         return _fail(error, status=2)
-    except (TrainingFailed, UnreadableImage) as error:
+    except Interrupted as error:
+        return _fail(error, status=error.status)
+    except (TrainingFailed, CheckpointError, TooManyBadImages, DataError) as error:
         return _fail(error, status=1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", status=130)
-    print(result.summary())
+    if hosts.is_main():
+        print(result.summary())
     return 0
 
 
 def _fail(error: object, *, status: int) -> int:
-    print(f"train: error: {error}", file=sys.stderr)
+    print(f"python -m train.main: error: {error}", file=sys.stderr, flush=True)
     return status
 
 

@@ -1,37 +1,82 @@
-"""The metrics of a run as lines of JSON and as TensorBoard events."""
+"""The metrics of a run as lines of JSON, as TensorBoard events and, if wanted, at Weights & Biases."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+FILE = "metrics.jsonl"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl` so far."""
+    return [json.loads(line) for line in (folder / FILE).read_text(encoding="utf-8").splitlines()]
+
 
 class MetricsLog:
-    """Writes `metrics.jsonl` and TensorBoard events into a folder. Each line is on disk when `write` returns."""
+    """Writes `metrics.jsonl` and TensorBoard events into a folder. Each line is on disk when `write` returns.
 
-    def __init__(self, folder: Path):
+    What is measured in seconds goes to TensorBoard and Weights & Biases only: the lines of a run depend on nothing but
+    its settings, so that an interrupted and resumed run has the very file of an uninterrupted one.
+    """
+
+    def __init__(self, folder: Path, *, position: int = 0, step: int = 0, wandb_run: Any = None):
+        """Go on after `position` bytes and `step` training steps; what was written later is dropped."""
         from tensorboardX import SummaryWriter
 
-        self._lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._events = SummaryWriter(str(folder))
+        self._lines = open(folder / FILE, "ab")  # noqa: SIM115 (closed by close)
+        self._lines.truncate(min(position, self._lines.tell()))
+        self._lines.seek(0, os.SEEK_END)
+        self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._wandb = wandb_run
 
-    def write(self, *, step: int, epoch: int, values: dict[str, float]) -> None:
+    @property
+    def position(self) -> int:
+        """Bytes written so far; they have reached the disk."""
+        os.fsync(self._lines.fileno())
+        return self._lines.tell()
+
+    def write(self, *, step: int, epoch: int, values: dict[str, float], speed: float | None = None) -> None:
         """One line: `step` (training steps done), `epoch` (epochs begun, from 1) and the values by name.
 
         Names are `train/loss`, `eval/top1` and so on. Raises ValueError for NaN and infinity, which are no JSON.
+
+        Args:
+            speed: images per second, told beside the line.
         """
         line: dict[str, Any] = {"step": step, "epoch": epoch, **values}
-        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+        self._lines.write((json.dumps(line, allow_nan=False) + "\n").encode())
         self._lines.flush()
-        for name, value in values.items():
+        told = values if speed is None else {**values, "train/images_per_s": speed}
+        for name, value in told.items():
             self._events.add_scalar(name, value, step)
         self._events.flush()
+        if self._wandb is not None:
+            self._wandb.log({"epoch": epoch, **told}, step=step)
 
     def close(self) -> None:
         self._lines.close()
         self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class NoLog:
+    """What a process has that leaves the writing to another: takes everything, keeps nothing."""
+
+    position = 0
+
+    def write(self, **_: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...

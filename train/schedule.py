@@ -1,38 +1,57 @@
-"""The learning rate of every epoch: linear warm-up, then a cosine, exactly as timm's `CosineLRScheduler` gives it."""
+"""The learning rate: linear warm-up, then a cosine, a line or a constant, exactly as timm's schedulers give it."""
 
-import math
+from collections.abc import Callable
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float64
 
 from train.config import TrainConfig
 
 
-def cosine_lr(epoch: int, *, base: float, minimum: float, epochs: int, warmup_epochs: int, warmup_lr: float) -> float:
-    """The schedule's value at one epoch (timm/scheduler/cosine_lr.py:81). The cosine is not shifted by the warm-up."""
-    if epoch < warmup_epochs:
-        return warmup_lr + epoch * ((base - warmup_lr) / warmup_epochs)
-    if epoch >= epochs:
-        return minimum
-    return minimum + 0.5 * (base - minimum) * (1 + math.cos(math.pi * epoch / epochs))
+def schedule_value(t: Any, config: TrainConfig, *, updates_per_epoch: int = 1) -> Any:
+    """The schedule at update t, or at each of an array of updates (numpy's arithmetic, or jax's for jax arrays).
+
+    timm's `CosineLRScheduler`, or `PolyLRScheduler` with power 1: after the warm-up they go on as if there had been
+    none (timm/scheduler/cosine_lr.py:81, poly_lr.py:76).
+    """
+    xp = jnp if isinstance(t, jax.Array) else np
+    base, start, minimum = config.peak_lr, config.warmup_lr, config.min_lr
+    warmup, total = config.warmup_epochs * updates_per_epoch, config.epochs * updates_per_epoch
+    rising = start + t * ((base - start) / max(1, warmup))
+    if config.lr_schedule == "constant":
+        falling = xp.full_like(rising, base)
+    elif config.lr_schedule == "linear":
+        falling = minimum + (base - minimum) * (1 - t / total)
+    else:
+        falling = minimum + 0.5 * (base - minimum) * (1 + xp.cos(np.pi * t / total))
+    if config.lr_schedule != "constant":
+        falling = xp.where(t < total, falling, minimum)
+    return xp.where(t < warmup, rising, falling)
 
 
 def learning_rates(config: TrainConfig) -> Float64[np.ndarray, " epochs"]:
-    """The learning rate that each epoch of a run trains at.
+    """The learning rate that each epoch of a run trains at, where it changes with the epoch.
 
     timm's train.py calls `step(epoch + 1)` after an epoch, so that epoch e trains at the schedule's value e. IBM's
     main.py calls `step(epoch)`: each epoch after the first trains at the value before, and epochs 0 and 1 at the same.
     """
-    delay = {"timm": 0, "ibm": 1}[config.lr_stepping]
-    values = [
-        cosine_lr(
-            max(0, epoch - delay),
-            base=config.peak_lr,
-            minimum=config.min_lr,
-            epochs=config.epochs,
-            warmup_epochs=config.warmup_epochs,
-            warmup_lr=config.warmup_lr,
-        )
-        for epoch in range(config.epochs)
-    ]
-    return np.array(values, dtype=np.float64)
+    delay = 1 if config.lr_stepping == "epoch-late" else 0
+    return schedule_value(np.maximum(0, np.arange(config.epochs, dtype=np.float64) - delay), config)
+
+
+def make_schedule(config: TrainConfig, *, steps_per_epoch: int) -> Callable[[Any], Any]:
+    """The learning rate as a function of the steps done, a jax array (as optax wants it)."""
+    if config.lr_stepping == "step":
+        return lambda step: schedule_value(jnp.asarray(step), config, updates_per_epoch=steps_per_epoch)
+    per_epoch = learning_rates(config)  # a table: its values are rounded once, from float64
+    return lambda step: jnp.asarray(per_epoch)[jnp.minimum(step // steps_per_epoch, len(per_epoch) - 1)]
+
+
+def learning_rate(config: TrainConfig, step: int, *, steps_per_epoch: int) -> float:
+    """The learning rate of the step after `step` steps, in float64, to be told to the user."""
+    if config.lr_stepping == "step":
+        return float(schedule_value(np.float64(step), config, updates_per_epoch=steps_per_epoch))
+    return float(learning_rates(config)[step // steps_per_epoch])

@@ -1,19 +1,48 @@
-"""The devices of a run as a mesh, and how state and batches lie on it: data-parallel, parameters on every device."""
+"""The devices of a run as a mesh with the axes `data` and `fsdp`, and how state and batches lie on it.
 
+Batches are cut over both axes. Parameters and what belongs to them (optimiser state, moving average) are cut over
+`fsdp` and repeated along `data`.
+"""
+
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import grain
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from train.config import SettingsError
+
+AXES = ("data", "fsdp")
 _BATCHES_AHEAD = 2  # batches already on the devices while a step runs
+_SMALLEST_CUT = 2**12  # arrays of fewer elements are not worth the communication
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The devices (none: all of them) on one axis, `data`."""
+def mesh_shape(text: str | None, devices: int) -> tuple[int, int]:
+    """`"data=4,fsdp=2"` as numbers of devices. An axis left out gets what the other leaves; none: all on `data`.
+
+    Raises SettingsError for anything else, or if the axes do not multiply to the number of devices.
+    """
+    sizes: dict[str, int] = {}
+    for part in (text or "fsdp=1").split(","):
+        match = re.fullmatch(r"(data|fsdp)=([1-9][0-9]*)", part.strip(), re.ASCII)
+        if not match or match[1] in sizes:
+            raise SettingsError(f"mesh must look like data=4,fsdp=2; got {text!r}")
+        sizes[match[1]] = int(match[2])
+    for axis, other in (AXES, AXES[::-1]):
+        sizes.setdefault(axis, max(1, devices // sizes.get(other, 1)))
+    if sizes["data"] * sizes["fsdp"] != devices:
+        raise SettingsError(f"mesh {text} takes {sizes['data'] * sizes['fsdp']} devices; there are {devices}")
+    return sizes["data"], sizes["fsdp"]
+
+
+def make_mesh(shape: str | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices (none: all of them) in the shape that `mesh_shape` understands. Raises SettingsError as it does."""
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    sizes = mesh_shape(shape, len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -23,20 +52,55 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis cut into one piece per device."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def state_shardings(tree: Any, mesh: Mesh) -> Any:
+    """How each array of a tree of parameters, or of a whole training state, lies on the devices: by its shape alone.
+
+    Cut along the largest axis that `fsdp` divides; arrays that are small, or have no such axis, are replicated.
+    """
+    pieces = mesh.shape["fsdp"]
+
+    def sharding(leaf: Any) -> NamedSharding:
+        fitting = [axis for axis, size in enumerate(leaf.shape) if size % pieces == 0]
+        if pieces == 1 or not fitting or np.prod(leaf.shape) < _SMALLEST_CUT:
+            return replicated(mesh)
+        cut = max(fitting, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*("fsdp" if axis == cut else None for axis in range(cut + 1))))
+
+    return jax.tree.map(sharding, tree)
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """A tree of host arrays, the same in every process, as arrays on the devices of all processes."""
+
+    def place(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(np.shape(leaf), sharding, lambda index: np.asarray(leaf[index]))
+
+    return jax.tree.map(place, tree, shardings)
+
+
+def fetch(tree: Any, mesh: Mesh) -> Any:
+    """A tree of arrays on the devices of all processes as whole numpy arrays, in every process."""
+    if jax.tree.leaves(tree)[0].is_fully_addressable:
+        return jax.device_get(tree)
+    return jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree))
 
 
 def device_batches(batches: grain.IterDataset, mesh: Mesh) -> grain.DatasetIterator:
     """An iterator over batches of numpy arrays that brings them to the devices ahead of time, in a thread.
 
-    It starts at once. Close it after use: that ends its thread and the worker processes behind it.
+    `bad`, the places of images that could not be read, also stays on the host as `bad_indices`. It starts at once.
+    Close it after use: that ends its thread and the worker processes behind it.
     """
     sharding = batch_sharding(mesh)
 
-    def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    def put_batch(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        arrays = {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+        return {**arrays, "bad_indices": batch["bad"]}
 
-    ahead = grain.experimental.ThreadPrefetchIterDataset(batches.map(put), prefetch_buffer_size=_BATCHES_AHEAD)
+    ahead = grain.experimental.ThreadPrefetchIterDataset(batches.map(put_batch), prefetch_buffer_size=_BATCHES_AHEAD)
     iterator = iter(ahead)
     iterator.start_prefetch()
     return iterator

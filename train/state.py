@@ -1,4 +1,7 @@
-"""The training state: a plain dict of `params` (a pure dict of arrays), `opt` (optax's state) and `step` (int32)."""
+"""The training state: a plain dict of `params` (a pure dict of arrays), `opt` (optax's state) and `step` (int32).
+
+With a moving average of the weights also `ema`, like `params`.
+"""
 
 from typing import Any
 
@@ -9,35 +12,60 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from crossvit_jax import CrossViT, CrossViTConfig
-from train.sharding import replicated
+from train.config import TrainConfig
+from train.sharding import put, state_shardings
 
 State = dict[str, Any]
 
 
-def abstract_model(model_config: CrossViTConfig) -> CrossViT:
-    """The model with shapes instead of arrays: its structure, at no cost."""
-    return nnx.eval_shape(lambda: CrossViT(model_config, rngs=nnx.Rngs(params=0)))
+def abstract_model(model_config: CrossViTConfig, config: TrainConfig | None = None) -> CrossViT:
+    """The model with shapes instead of arrays: its structure, at no cost. Computes as the run's settings want it."""
+    dtype = jnp.bfloat16 if config is not None and config.precision == "bfloat16" else None
+    model = nnx.eval_shape(lambda: CrossViT(model_config, dtype=dtype, rngs=nnx.Rngs(params=0)))
+    if config is not None:
+        model.set_grad_checkpointing(config.grad_checkpointing)
+    return model
 
 
-def make_state(params: Any, optimizer: optax.GradientTransformation) -> State:
+def trainable(params: Any, config: TrainConfig) -> Any:
+    """The part of the parameters that is trained: all of them, or with a frozen backbone the heads."""
+    return {"head": params["head"]} if config.freeze_backbone else params
+
+
+def make_state(params: Any, optimizer: optax.GradientTransformation, config: TrainConfig) -> State:
     """A fresh state around given parameters."""
-    return {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+    state = {"params": params, "opt": optimizer.init(trainable(params, config)), "step": jnp.zeros((), jnp.int32)}
+    return state | {"ema": jax.tree.map(jnp.copy, params)} if config.ema_decay else state
 
 
-def abstract_state(model: CrossViT, optimizer: optax.GradientTransformation) -> State:
+def abstract_state(model: CrossViT, optimizer: optax.GradientTransformation, config: TrainConfig) -> State:
     """The state of a model with shapes instead of arrays: enough to compile a step."""
-    return jax.eval_shape(lambda params: make_state(params, optimizer), nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return jax.eval_shape(lambda params: make_state(params, optimizer, config), params)
 
 
 def init_state(
-    model_config: CrossViTConfig, optimizer: optax.GradientTransformation, *, seed: int, mesh: Mesh
+    model_config: CrossViTConfig,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    mesh: Mesh,
+    params: Any = None,
 ) -> State:
-    """A state with newly drawn parameters, made where it will live. The same seed gives the same bits."""
+    """A new state, made where it will live. The same seed gives the same bits.
+
+    Args:
+        params: initial parameters as numpy arrays; none: newly drawn ones.
+    """
 
     def init(key: jax.Array) -> State:
         model = CrossViT(model_config, rngs=nnx.Rngs(params=key))
-        return make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer)
+        return make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)
 
+    key = jax.random.key(config.seed)
+    shardings = state_shardings(jax.eval_shape(init, key), mesh)
     # on a CPU, to optimise a program that runs once takes longer than the program
     options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
-    return jax.jit(init, out_shardings=replicated(mesh), compiler_options=options)(jax.random.key(seed))
+    if params is None:
+        return jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
+    around = jax.jit(lambda params: make_state(params, optimizer, config), out_shardings=shardings)
+    return around(put(params, shardings["params"]))

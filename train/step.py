@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from train.config import TrainConfig
 from train.mixup import draw_mix, mix_images, mix_targets
-from train.sharding import batch_sharding, replicated
-from train.state import State
+from train.sharding import batch_sharding, replicated, state_shardings
+from train.state import State, trainable
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -35,14 +35,26 @@ def within_top(k: int, logits: Float[Array, "batch classes"], labels: Int[Array,
     return jnp.sum(~(logits <= own), axis=1) < k
 
 
+def binary_cross_entropy(
+    logits: Float[Array, "batch classes"], targets: Float[Array, "batch classes"]
+) -> Float[Array, " batch"]:
+    """Each image's mean over the classes of their binary cross-entropies (timm/loss/binary_cross_entropy.py)."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, targets), axis=-1)
+
+
+_LOSSES = {"softmax": soft_target_cross_entropy, "bce": binary_cross_entropy}
+
+
 def make_train_step(
     model: nnx.Module, optimizer: optax.GradientTransformation, config: TrainConfig
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The step (state, batch) -> (state, metrics) of a model. Not jitted, see `jit_train_step`.
 
     Everything random follows from `config.seed` and the state's step. A batch holds `image` (batch, height, width,
-    channels), normalised floats, and `label` (batch,), int32. Metrics are the means `loss`, over the mixed and smoothed
-    targets, and `top1`, the share of images whose largest target was predicted.
+    channels), normalised floats, `label` (batch,), int32, and perhaps `bad` (batch,), int32: -1, or the image that
+    could not be read there. Metrics are the means `loss`, over the mixed and smoothed targets, and `top1`, the share of
+    images whose largest target was predicted, and the number `bad` of images that could not be read.
 
     Args:
         model: a CrossViT, or another module with `num_classes`. It gives the structure only, so `abstract_model` is
@@ -50,6 +62,16 @@ def make_train_step(
     """
     graphdef = _structure(model, training=True)
     num_classes = model.num_classes
+    loss_of_each = _LOSSES[config.loss]
+
+    def loss_and_top1(params: Any, frozen: Any, part: Batch) -> tuple[Array, Array]:
+        whole = nnx.merge(graphdef, {**frozen, **params})
+        logits = whole(part["image"], rngs=nnx.Rngs(dropout=part["key"]))
+        top1 = within_top(1, logits, jnp.argmax(part["targets"], axis=-1))
+        loss = jnp.mean(loss_of_each(logits, part["targets"]))
+        return loss, jnp.mean(top1.astype(loss.dtype))
+
+    gradient = jax.value_and_grad(loss_and_top1, has_aux=True)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
@@ -59,17 +81,39 @@ def make_train_step(
         images = mix_images(images, mix)
         targets = mix_targets(labels, mix.lam, num_classes=num_classes, smoothing=config.smoothing)
 
-        def mean_loss(params: Any) -> tuple[Array, Array]:
-            logits = nnx.merge(graphdef, params)(images, rngs=nnx.Rngs(dropout=dropout_key))
-            return jnp.mean(soft_target_cross_entropy(logits, targets)), logits
+        trained = trainable(state["params"], config)
+        frozen = {name: part for name, part in state["params"].items() if name not in trained}
+        if config.grad_accum == 1:
+            part = {"image": images, "targets": targets, "key": dropout_key}
+            (loss, top1), gradients = gradient(trained, frozen, part)
+        else:
+            parts = {"image": _parts(images, config.grad_accum), "targets": _parts(targets, config.grad_accum)}
+            parts["key"] = jax.random.split(dropout_key, config.grad_accum)
+            first = jax.eval_shape(gradient, trained, frozen, jax.tree.map(lambda x: x[0], parts))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
-        (loss, logits), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state["params"])
-        updates, opt = optimizer.update(gradients, state["opt"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        top1 = jnp.mean(within_top(1, logits, jnp.argmax(targets, axis=-1)).astype(loss.dtype))
-        return {"params": params, "opt": opt, "step": state["step"] + 1}, {"loss": loss, "top1": top1}
+            def add(sums: Any, part: Batch) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, sums, gradient(trained, frozen, part)), None
+
+            sums, _ = jax.lax.scan(add, zeros, parts)
+            (loss, top1), gradients = jax.tree.map(lambda x: x / config.grad_accum, sums)
+
+        updates, opt = optimizer.update(gradients, state["opt"], trained)
+        params = {**state["params"], **optax.apply_updates(trained, updates)}
+        new = {"params": params, "opt": opt, "step": state["step"] + 1}
+        if config.ema_decay:  # timm's ModelEmaV3 without warm-up
+            new["ema"] = jax.tree.map(lambda mean, x: mean + (1 - config.ema_decay) * (x - mean), state["ema"], params)
+        metrics = {"loss": loss, "top1": top1}
+        if "bad" in batch:
+            metrics["bad"] = jnp.sum(batch["bad"] >= 0)
+        return new, metrics
 
     return train_step
+
+
+def _parts(array: Array, parts: int) -> Array:
+    """(batch, ...) as (parts, batch / parts, ...). Part j has every so many images from j on: each device, its own."""
+    return jnp.swapaxes(array.reshape(array.shape[0] // parts, parts, *array.shape[1:]), 0, 1)
 
 
 def make_eval_step(model: nnx.Module) -> Callable[[Any, Batch], Metrics]:
@@ -106,6 +150,7 @@ def abstract_batch(image_size: tuple[int, int], batch_size: int, *, masked: bool
     batch = {
         "image": jax.ShapeDtypeStruct((batch_size, *image_size, 3), jnp.float32),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        "bad": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     }
     return batch | {"mask": jax.ShapeDtypeStruct((batch_size,), jnp.float32)} if masked else batch
 
@@ -117,15 +162,29 @@ def _structure(model: nnx.Module, *, training: bool) -> nnx.GraphDef:
     return nnx.graphdef(copy)
 
 
-def jit_train_step(train_step: Callable[[State, Batch], tuple[State, Metrics]], mesh: Mesh):
-    """The step compiled for a mesh: batch cut over the devices, state on each of them, its memory used again."""
-    whole = replicated(mesh)
+def jit_train_step(train_step: Callable[[State, Batch], tuple[State, Metrics]], mesh: Mesh, state: State):
+    """The step compiled for a mesh: batch and state cut over the devices, the state's memory used again.
+
+    Args:
+        state: the training state, or its shapes.
+    """
+    shardings = state_shardings(state, mesh)
     return jax.jit(
-        train_step, in_shardings=(whole, batch_sharding(mesh)), out_shardings=(whole, whole), donate_argnums=0
+        train_step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
     )
 
 
-def jit_eval_step(eval_step: Callable[[Any, Batch], Metrics], mesh: Mesh):
-    """The evaluation step compiled for a mesh."""
-    whole = replicated(mesh)
-    return jax.jit(eval_step, in_shardings=(whole, batch_sharding(mesh)), out_shardings=whole)
+def jit_eval_step(eval_step: Callable[[Any, Batch], Metrics], mesh: Mesh, params: Any):
+    """The evaluation step compiled for a mesh.
+
+    Args:
+        params: the parameters, or their shapes.
+    """
+    return jax.jit(
+        eval_step,
+        in_shardings=(state_shardings(params, mesh), batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )

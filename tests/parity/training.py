@@ -83,7 +83,7 @@ def flax_run(start: dict, precision: str) -> Run:
     with jax.enable_x64(precision == "float64"):
         model = flax_twin("ti", start, precision, **MODEL)
         optimizer = make_optimizer(CONFIG, steps_per_epoch=STEPS_PER_EPOCH, no_weight_decay=model.no_weight_decay())
-        state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer)
+        state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, CONFIG)
         train_step = jax.jit(make_train_step(model, optimizer, CONFIG))
         losses = []
         for step in range(STEPS):

@@ -8,13 +8,20 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from timm.loss import SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
 
 from train.config import TrainConfig
 from train.optimizer import make_optimizer
 from train.sharding import make_mesh
 from train.state import abstract_model, init_state, make_state
-from train.step import make_eval_step, make_train_step, soft_target_cross_entropy, within_top
+from train.step import (
+    binary_cross_entropy,
+    make_eval_step,
+    make_train_step,
+    soft_target_cross_entropy,
+    within_top,
+)
 
 _CLASSES = 7
 
@@ -49,7 +56,7 @@ def _run(config, steps=4):
     model = Linear()
     optimizer = make_optimizer(config, steps_per_epoch=3)
     step = jax.jit(make_train_step(model, optimizer, config))
-    state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer)
+    state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)
     losses = []
     for _ in range(steps):
         state, metrics = step(state, _batch())
@@ -64,6 +71,20 @@ def test_the_loss_is_timms():
     expected = SoftTargetCrossEntropy()(torch.tensor(logits), torch.tensor(targets))
     losses = soft_target_cross_entropy(jnp.asarray(logits), jnp.asarray(targets))
     assert float(losses.mean()) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_the_binary_loss_is_timms():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(5, 9)).astype(np.float32)
+    targets = rng.dirichlet(np.ones(9), size=5).astype(np.float32)
+    expected = BinaryCrossEntropy()(torch.tensor(logits), torch.tensor(targets))
+    losses = binary_cross_entropy(jnp.asarray(logits), jnp.asarray(targets))
+    assert float(losses.mean()) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_the_loss_that_is_asked_for_is_trained():
+    softmax, binary = (_run(_config(loss=loss), steps=1)[0][0] for loss in ("softmax", "bce"))
+    assert binary != pytest.approx(softmax, rel=0.05)
 
 
 def test_half_precision_logits_lose_nothing_more():
@@ -92,11 +113,118 @@ def test_the_top1_of_training_is_that_of_the_larger_target():
     model = Linear()
     model.kernel[...] = jnp.zeros((12, _CLASSES)).at[0, 3].set(1.0)
     optimizer = make_optimizer(config, steps_per_epoch=1)
-    state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer)
+    state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)
     batch = {"image": jnp.ones((8, 2, 2, 3)), "label": jnp.array([3, 3, 3, 3, 3, 3, 0, 1])}
     _, metrics = make_train_step(model, optimizer, config)(state, batch)
     # dropped images have equal logits, and with a tie the first class of many still counts as right
     assert 0.75 <= float(metrics["top1"]) <= 1.0
+
+
+@pytest.mark.parametrize("parts", [2, 8])
+def test_accumulated_gradients_give_the_step_of_the_whole_batch(parts):
+    class Plain(Linear):
+        def __call__(self, images, *, rngs=None):
+            return images.reshape(len(images), -1) @ self.kernel[...]
+
+    def run(config):
+        model = Plain()
+        optimizer = make_optimizer(config, steps_per_epoch=3)
+        step = jax.jit(make_train_step(model, optimizer, config))
+        state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)
+        told = []
+        for _ in range(3):
+            state, metrics = step(state, _batch())
+            told.append([float(metrics["loss"]), float(metrics["top1"])])
+        return told, state["params"]["kernel"]
+
+    with jax.enable_x64(True):
+        whole, kernel = run(_config())
+        accumulated, other = run(_config(grad_accum=parts))
+    np.testing.assert_allclose(accumulated, whole, rtol=1e-6)
+    np.testing.assert_allclose(other, kernel, rtol=1e-5)
+
+
+def test_the_parts_of_a_batch_drop_by_chances_of_their_own():
+    config = _config(grad_accum=2, mixup=0.0, cutmix=0.0)
+    drawn = []
+
+    class Recorder(Linear):
+        def __call__(self, images, *, rngs=None):
+            drawn.append(jax.random.uniform(rngs.dropout(), ()))
+            jax.debug.callback(lambda x: draws.append(float(x)), drawn[-1])
+            return super().__call__(images, rngs=rngs)
+
+    draws: list[float] = []
+    model = Recorder()
+    optimizer = make_optimizer(config, steps_per_epoch=3)
+    state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)
+    jax.block_until_ready(jax.jit(make_train_step(model, optimizer, config))(state, _batch()))
+    jax.effects_barrier()
+    assert len(set(draws)) == 2
+
+
+def test_the_average_of_the_weights_is_timms():
+    config = _config(ema_decay=0.7)
+    model = Linear()
+    optimizer = make_optimizer(config, steps_per_epoch=3)
+    step = jax.jit(make_train_step(model, optimizer, config))
+    state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)
+    twin = torch.nn.Linear(12, _CLASSES, bias=False)
+    twin.weight.data = torch.tensor(np.asarray(state["params"]["kernel"]).T.copy())
+    reference = ModelEmaV3(twin, decay=0.7)
+    for _ in range(5):
+        state, _ = step(state, _batch())
+        twin.weight.data = torch.tensor(np.asarray(state["params"]["kernel"]).T.copy())
+        reference.update(twin)
+    expected = reference.module.weight.detach().numpy().T
+    np.testing.assert_allclose(state["ema"]["kernel"], expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(expected - state["params"]["kernel"]).max() > 1e-3
+
+
+def test_a_frozen_backbone_stays_while_the_heads_learn(small_variant):
+    config = _config(freeze_backbone=True, image_size=48, image_scale=(1.0, 2 / 3))
+    model_config = config.model_config(_CLASSES)
+    model = abstract_model(model_config, config)
+    optimizer = make_optimizer(config, steps_per_epoch=1, no_weight_decay=model.no_weight_decay())
+    state = init_state(model_config, optimizer, config, make_mesh())
+    images = jax.random.normal(jax.random.key(0), (8, 48, 48, 3))
+    batch = {"image": images, "label": jnp.arange(8, dtype=jnp.int32) % _CLASSES}
+    new, _ = jax.jit(make_train_step(model, optimizer, config))(state, batch)
+    moments = jax.tree.leaves(state["opt"])
+    assert sum(x.size for x in moments) < 3 * sum(x.size for x in jax.tree.leaves(state["params"]["head"]))
+    for name, part in new["params"].items():
+        for old, now in zip(jax.tree.leaves(state["params"][name]), jax.tree.leaves(part), strict=True):
+            assert np.array_equal(old, now) == (name != "head")
+
+
+@pytest.mark.parametrize("changes", [{"grad_checkpointing": True}, {"precision": "bfloat16"}])
+def test_what_saves_memory_or_time_changes_the_loss_by_rounding_only(small_variant, changes):
+    def loss(config):
+        model_config = config.model_config(_CLASSES)
+        model = abstract_model(model_config, config)
+        optimizer = make_optimizer(config, steps_per_epoch=1)
+        state = init_state(model_config, optimizer, config, make_mesh())
+        images = jax.random.normal(jax.random.key(0), (8, 48, 48, 3))
+        batch = {"image": images, "label": jnp.arange(8, dtype=jnp.int32) % _CLASSES}
+        step = jax.jit(make_train_step(model, optimizer, config)).lower(state, batch)
+        state, metrics = step.compile()(state, batch)
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state["params"]))
+        return float(metrics["loss"]), step.as_text()
+
+    plain = _config(image_size=48, image_scale=(1.0, 2 / 3), drop_path=0.0)
+    expected, program = loss(plain)
+    changed, other_program = loss(dataclasses.replace(plain, **changes))
+    assert changed == pytest.approx(expected, rel=5e-3 if "precision" in changes else 1e-6)
+    assert ("bf16" in other_program) == ("precision" in changes)
+    assert program != other_program
+
+
+def test_images_that_could_not_be_read_are_counted():
+    config, model = _config(), Linear()
+    optimizer = make_optimizer(config, steps_per_epoch=3)
+    state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)
+    batch = _batch() | {"bad": jnp.array([-1, 7, -1, -1, 0, -1, -1, -1])}
+    assert make_train_step(model, optimizer, config)(state, batch)[1]["bad"] == 2
 
 
 def test_making_a_step_leaves_the_models_mode_alone():
@@ -142,7 +270,7 @@ def test_initial_weights_follow_the_seed_and_need_no_arrays_before(small_variant
     config = _config(image_size=48, image_scale=(1.0, 2 / 3)).model_config(_CLASSES)
     optimizer = make_optimizer(_config(), steps_per_epoch=1)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(abstract_model(config))))
-    first, again, other = (init_state(config, optimizer, seed=seed, mesh=make_mesh()) for seed in (0, 0, 1))
+    first, again, other = (init_state(config, optimizer, _config(seed=seed), make_mesh()) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     kernels = [state["params"]["head"][0]["kernel"] for state in (first, other)]
     assert not np.array_equal(*kernels)

@@ -1,0 +1,29 @@
+"""Several processes, on one machine or many, as one run."""
+
+import jax
+
+from train.config import SettingsError, TrainConfig
+
+
+def start(config: TrainConfig) -> None:
+    """Join the other processes of the run, if there are any. To be called before anything touches a device.
+
+    With --coordinator as told; otherwise as jax finds them: SLURM, Open MPI, GKE and Cloud TPU. Where it finds none,
+    the run has one process. Raises SettingsError if the others cannot be reached.
+    """
+    if jax.distributed.is_initialized():
+        return
+    try:
+        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+    except ValueError as error:
+        if config.coordinator is not None:
+            raise SettingsError(f"cannot join the other processes: {error}") from error
+        # jax found no cluster
+    except RuntimeError as error:
+        where = config.coordinator or "the coordinator that jax found"
+        raise SettingsError(f"cannot join the other processes at {where}: {str(error).splitlines()[0]}") from error
+
+
+def is_main() -> bool:
+    """Whether this process speaks and writes for all."""
+    return jax.process_index() == 0
