@@ -5,7 +5,6 @@ generator, so that its pixels depend on nothing else. The transforms are built o
 them: importing timm takes seconds, and a worker pays for it while the main process compiles.
 """
 
-import io
 import random
 import threading
 from collections.abc import Iterator
@@ -16,10 +15,12 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
-from PIL import Image
+from PIL import Image, ImageOps
 
 from crossvit_jax.config import CrossViTConfig
 from train.config import TrainConfig
+from train.decode import UnreadableImage as UnreadableImage  # what the transforms raise
+from train.decode import decode_image
 
 # The generators belong to one image at a time: reader threads take turns. Reading and decoding are outside.
 _generators_lock = threading.Lock()
@@ -43,23 +44,17 @@ def _timm_drawing_from(rng: np.random.Generator) -> Iterator[None]:
             auto_augment.random = random_erasing.random = transforms.random = random
 
 
-class UnreadableImage(ValueError):
-    """An image that cannot be decoded; the message names it."""
-
-
-def decode_image(encoded: bytes, name: str) -> Image.Image:
-    """An image file's bytes as an RGB image. Raises UnreadableImage if they are none."""
-    try:
-        return Image.open(io.BytesIO(encoded)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"cannot read image {name}: {error}") from error
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep the highest bits of each value, at most 4 in timm. Of 0 bits, which Pillow 13 refuses, black remains."""
+    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 @dataclass(frozen=True)
 class TrainTransform:
     """timm's training transform: random crop, flip, RandAugment, normalisation, random erasing.
 
-    Called by Grain with a sample (`image`: encoded bytes, `label`, `name`) and the sample's generator.
+    Called with a sample (`image`: encoded bytes, `label`, `name`) and the sample's generator. Raises UnreadableImage
+    before it has drawn anything.
     """
 
     config: TrainConfig
@@ -68,8 +63,10 @@ class TrainTransform:
     @cached_property
     def timm_transform(self):
         """A torchvision `Compose`. Raises whatever timm does for an `auto_augment` that it does not understand."""
-        from timm.data import create_transform
+        from timm.data import auto_augment, create_transform
 
+        # magnitude 9 with its noise asks for 0 bits about once in 660 images
+        auto_augment.NAME_TO_OP["Posterize"] = auto_augment.NAME_TO_OP["PosterizeIncreasing"] = _posterize
         return create_transform(
             (3, *self.image_size),
             is_training=True,
@@ -92,7 +89,10 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """timm's evaluation transform: the shorter side resized to size / crop_pct, centre crop, normalisation."""
+    """timm's evaluation transform: the shorter side resized to size / crop_pct, centre crop, normalisation.
+
+    Called with a sample (`image`: encoded bytes, `label`, `name`). Raises UnreadableImage.
+    """
 
     image_size: tuple[int, int]
     crop_pct: float

@@ -1,18 +1,20 @@
 """Training and evaluation images are timm's, and each depends on its own generator only."""
 
-import io
+import dataclasses
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
-from PIL import Image
-from timm.data import create_transform
+from PIL import ImageOps
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 
 from train.config import RECIPES
-from train.transforms import UnreadableImage, decode_image, eval_transform, train_transform
+from train.decode import decode_image
+from train.transforms import eval_transform, train_transform
 
 _IMAGENET = RECIPES["imagenet"]
 _MODEL = _IMAGENET.model_config(1000)
@@ -90,16 +92,52 @@ def test_others_that_draw_at_the_same_time_do_not_disturb(sample):
     np.testing.assert_array_equal(alone, disturbed)
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
-def test_images_of_any_mode_become_rgb(mode):
-    file = io.BytesIO()
-    Image.new("RGB", (9, 5), (40, 90, 200)).convert(mode).save(file, format="TIFF")
-    image = decode_image(file.getvalue(), "some")
-    assert (image.mode, image.size) == ("RGB", (9, 5))
+# --- posterising to nothing ---
 
 
-@pytest.mark.parametrize("damage", ["empty", "no image", "truncated"])
-def test_an_unreadable_image_is_named(photo, damage):
-    encoded = {"empty": b"", "no image": b"hello", "truncated": photo[: len(photo) // 2]}[damage]
-    with pytest.raises(UnreadableImage, match="cannot read image cat"):
-        decode_image(encoded, "cat/1.png")
+@pytest.fixture
+def pillow_13(monkeypatch):
+    """Posterising as it is from Pillow 13 on."""
+    posterize = ImageOps.posterize
+
+    def strict(image, bits):
+        if not 1 <= bits <= 8:
+            raise ValueError("bits must be between or equal to 1 and 8")
+        return posterize(image, bits)
+
+    monkeypatch.setattr(ImageOps, "posterize", strict)
+
+
+@pytest.mark.parametrize("auto_augment", ["rand-m10-p1-n1-inc1", "rand-m0-p1-n1"])
+def test_posterising_to_0_bits_gives_black_with_any_pillow(sample, auto_augment, request, monkeypatch):
+    """RandAugment at the highest magnitude, and the kind that grows weaker with it at the lowest."""
+    config = dataclasses.replace(_IMAGENET, auto_augment=auto_augment, erase_prob=0.0)
+    transform = train_transform(config, _MODEL)
+    (randaugment,) = (step for step in transform.timm_transform.transforms if hasattr(step, "ops"))
+    randaugment.ops = [op for op in randaugment.ops if op.name.startswith("Posterize")]
+    assert len(randaugment.ops) == 1
+    black = -np.array(IMAGENET_DEFAULT_MEAN) / np.array(IMAGENET_DEFAULT_STD)
+    now = transform(sample, np.random.default_rng(0))["image"]
+    np.testing.assert_allclose(now, np.broadcast_to(black, now.shape), atol=1e-6)
+    request.getfixturevalue("pillow_13")
+    np.testing.assert_array_equal(transform(sample, np.random.default_rng(0))["image"], now)
+
+
+# --- order ---
+
+
+def test_normalisation_comes_before_erasing(sample):
+    """IBM's order. The noise is normal then: mean 0 and deviation 1, beyond what normalised pixels can reach."""
+    config = dataclasses.replace(_IMAGENET, auto_augment="", erase_prob=1.0)
+    erased = train_transform(config, _MODEL)
+    intact = train_transform(dataclasses.replace(config, erase_prob=0.0), _MODEL)
+    noise = []
+    for seed in range(20):
+        image, plain = (transform(sample, np.random.default_rng(seed))["image"] for transform in (erased, intact))
+        box = (image != plain).any(axis=-1)
+        assert box.any()
+        noise.append(image[box])
+    noise = np.concatenate(noise)
+    assert scipy.stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
+    assert np.abs(np.corrcoef(noise.T)[np.triu_indices(3, 1)]).max() < 0.01  # each channel has its own
+    assert noise.min() < -3.5  # a black pixel is at -2.1
