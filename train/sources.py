@@ -1,14 +1,17 @@
 """Image classification data sets as random-access sources of encoded images: digits, tensorflow-datasets, folders.
 
 A source has a length and returns for an index `{"image": encoded bytes, "label": int, "name": str}`. Sources are
-picklable, so that worker processes read for themselves.
+picklable, so that worker processes read for themselves. Where one image cannot be read they raise UnreadableImage, and
+DataError where there is no point in going on.
 """
 
 import contextlib
 import difflib
+import hashlib
 import io
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,11 +20,20 @@ import absl.logging
 import numpy as np
 
 from train.config import SettingsError, TrainConfig
+from train.decode import UnreadableImage
 
 FOLDER_PREFIX = "folder:"
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _TRAIN_SPLIT = "train"
 _HELD_OUT_SPLITS = ("validation", "val", "test")  # the first that is there
+_NAMES_IN_A_MESSAGE = 20
+# of prepared sets, labels are looked at before a run: all of a small split, some evenly spread ones of a larger
+_SMALL_SPLIT = 8 * 2**20  # bytes on disk
+_LABELS_OF_LARGE_SPLIT = 256
+
+
+class DataError(RuntimeError):
+    """The data set cannot be used any further; the message is one line and names it."""
 
 
 @runtime_checkable
@@ -35,19 +47,24 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class ImageSets:
-    """A data set: training and held-out images, and the names of the classes in the order of the labels."""
+    """A data set: training and held-out images, and the names of the classes in the order of the labels.
+
+    `fingerprint` tells whether a run goes on with the images that it began with: it changes with their number, names,
+    labels and sides, not with the place where they are kept. Their pixels are not looked at.
+    """
 
     train: Source
     held_out: Source
     class_names: tuple[str, ...]
     held_out_split: str  # where the held-out images come from, to be told to the user
+    fingerprint: str
 
 
 def open_image_sets(config: TrainConfig) -> ImageSets:
     """Open the data set that a run asks for.
 
     Raises SettingsError, saying what is wrong and what would work, if it is unknown, not prepared, cannot be read at
-    random, has no labels or no images.
+    random, has no images, a class without images in a folder, or labels that are missing or stand for no class.
     """
     if config.dataset.startswith(FOLDER_PREFIX):
         root = Path(config.dataset.removeprefix(FOLDER_PREFIX))
@@ -55,6 +72,18 @@ def open_image_sets(config: TrainConfig) -> ImageSets:
     if config.dataset == "digits":
         return open_digits(config.data_dir)
     return open_tfds(config.dataset, config.data_dir)
+
+
+def listed(names: Iterable[str], count: int | None = None) -> str:
+    """Names for a message, at most 20 of them: `a, b, c`, or `a, b, … and 7 more`.
+
+    Args:
+        count: how many there are, where not all names are known.
+    """
+    names = list(names)
+    shown = names[:_NAMES_IN_A_MESSAGE]
+    more = (len(names) if count is None else count) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
 # --- tensorflow-datasets ---
@@ -71,14 +100,34 @@ class TfdsSource:
         self._features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in (image, label)})
         self._decoders = {image: tfds.decode.SkipDecoding()}
         self._image, self._label, self._split = image, label, split
+        self._num_classes = builder.info.features[label].num_classes
+        self._folder = builder.data_path
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self._features.deserialize_example_np(self._records[index], decoders=self._decoders)
+        """Raises UnreadableImage for a damaged record, DataError for a wrong label or a data set that is gone."""
         name = f"{index} of split {self._split}"
-        return {"image": example[self._image], "label": int(example[self._label]), "name": name}
+        try:
+            record = self._records[index]
+        except (OSError, RuntimeError) as error:  # what array_record raises
+            if not self._folder.exists():
+                raise DataError(f"the data set is gone: there is no folder {self._folder} any more") from error
+            raise UnreadableImage(name, str(error)) from error
+        example = self._features.deserialize_example_np(record, decoders=self._decoders)
+        label = int(example[self._label])
+        if not 0 <= label < self._num_classes:
+            raise DataError(f"image {name} in {self._folder} has label {label}: there are {self._num_classes} classes")
+        return {"image": example[self._image], "label": label, "name": name}
+
+    def labels(self, indices: Sequence[int]) -> list[int]:
+        """The labels of some images as they are, right or wrong. Quicker than reading the images."""
+        import tensorflow_datasets as tfds
+
+        label = tfds.features.FeaturesDict({self._label: self._features[self._label]})
+        records = self._records.__getitems__(indices)
+        return [int(label.deserialize_example_np(record)[self._label]) for record in records]
 
 
 def open_digits(data_dir: str | None) -> ImageSets:
@@ -152,10 +201,26 @@ def open_tfds(name: str, data_dir: str | None) -> ImageSets:
         ) from error
     class_names = tuple(builder.info.features[label].names or map(str, range(builder.info.features[label].num_classes)))
     for split, source in ((_TRAIN_SPLIT, train), (held_out_split, held_out)):
-        first = source[0]["label"]  # tfds marks missing labels with -1, in all examples of a split
-        if not 0 <= first < len(class_names):
-            raise SettingsError(f"split {split!r} of data set {name} has no labels (the first is {first})")
-    return ImageSets(train, held_out, class_names, held_out_split)
+        _check_labels(name, split, source, len(class_names), small=builder.info.splits[split].num_bytes <= _SMALL_SPLIT)
+    fingerprint = f"{builder.info.full_name} {_TRAIN_SPLIT}={len(train)} {held_out_split}={len(held_out)}"
+    return ImageSets(train, held_out, class_names, held_out_split, fingerprint)
+
+
+def _check_labels(name: str, split: str, source: TfdsSource, num_classes: int, *, small: bool) -> None:
+    count = len(source) if small else min(_LABELS_OF_LARGE_SPLIT, len(source))
+    indices = np.linspace(0, len(source) - 1, count, dtype=int).tolist()
+    try:
+        labels = source.labels(indices)
+    except (OSError, RuntimeError) as error:
+        raise SettingsError(f"split {split!r} of data set {name} cannot be read: {error}") from error
+    if set(labels) == {-1}:  # how tfds marks labels that nobody knows
+        raise SettingsError(f"split {split!r} of data set {name} has no labels (they are -1)")
+    wrong = next((place for place, label in enumerate(labels) if not 0 <= label < num_classes), None)
+    if wrong is not None:
+        raise SettingsError(
+            f"image {indices[wrong]} of split {split!r} of data set {name} has label {labels[wrong]}: "
+            f"there are {num_classes} classes, numbered from 0"
+        )
 
 
 def _prepared_builder(name: str, data_dir: str | None) -> Any:
@@ -217,10 +282,26 @@ class FolderSource:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """Raises UnreadableImage for a file that cannot be read, DataError if they all have gone."""
         index = int(index)
         path = os.path.join(self.root, self.files[index])
-        with open(path, "rb") as file:
-            return {"image": file.read(), "label": int(self.labels[index]), "name": path}
+        try:
+            with open(path, "rb") as file:
+                encoded = file.read()
+        except OSError as error:
+            if _is_gone(self.root):
+                raise DataError(f"the data set is gone: {self.root} is missing, empty or unreadable") from error
+            raise UnreadableImage(path, error.strerror or str(error)) from error
+        return {"image": encoded, "label": int(self.labels[index]), "name": path}
+
+
+def _is_gone(root: str) -> bool:
+    """Also true for the empty folder that an unmounted disk leaves."""
+    try:
+        with os.scandir(root) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return True
 
 
 def open_folder(root: Path, *, val_fraction: float, seed: int) -> ImageSets:
@@ -245,12 +326,13 @@ def open_folder(root: Path, *, val_fraction: float, seed: int) -> ImageSets:
     ):
         missing = sorted(set(other) - set(files))
         if missing:
-            raise SettingsError(f"{root} has classes in {there}/ that are missing in {here}/: {', '.join(missing)}")
+            raise SettingsError(f"{root} has classes in {there}/ that are missing in {here}/: {listed(missing)}")
     return ImageSets(
         _folder_source(root / _TRAIN_SPLIT, train),
         _folder_source(root / held_out_split, held_out),
         tuple(train),
         held_out_split,
+        _fingerprint(train, held_out),
     )
 
 
@@ -264,10 +346,11 @@ def list_images(root: Path) -> dict[str, list[str]]:
         raise SettingsError(f"{root} has no class folders: it should hold one folder of images per class")
     images = {name: _image_files(root, name) for name in classes}
     empty = [name for name, files in images.items() if not files]
+    looked_for = f"(looked for {' '.join(IMAGE_SUFFIXES)})"
+    if len(empty) == len(images):
+        raise SettingsError(f"no images in any of the {len(images)} class folders of {root} {looked_for}")
     if empty:
-        raise SettingsError(
-            f"no images in {', '.join(str(root / name) for name in empty)} (looked for {' '.join(IMAGE_SUFFIXES)})"
-        )
+        raise SettingsError(f"no images in {listed(str(root / name) for name in empty)} {looked_for}")
     return images
 
 
@@ -283,7 +366,7 @@ def _image_files(root: Path, class_name: str) -> list[str]:
 def _split_folder(root: Path, images: dict[str, list[str]], *, val_fraction: float, seed: int) -> ImageSets:
     single = [name for name, files in images.items() if len(files) < 2]
     if single:
-        raise SettingsError(f"{root} cannot be split: a class needs two images or more, unlike {', '.join(single)}")
+        raise SettingsError(f"{root} cannot be split: a class needs two images or more, unlike {listed(single)}")
     rng = np.random.default_rng(seed)
     train, held_out = {}, {}
     for name, files in images.items():
@@ -292,9 +375,20 @@ def _split_folder(root: Path, images: dict[str, list[str]], *, val_fraction: flo
         train[name] = [file for index, file in enumerate(files) if index not in chosen]
         held_out[name] = [file for index, file in enumerate(files) if index in chosen]
     split = f"{val_fraction:.0%} of each class"
-    return ImageSets(_folder_source(root, train), _folder_source(root, held_out), tuple(images), split)
+    return ImageSets(
+        _folder_source(root, train),
+        _folder_source(root, held_out),
+        tuple(images),
+        split,
+        _fingerprint(train, held_out),
+    )
 
 
 def _folder_source(root: Path, images: dict[str, Sequence[str]]) -> FolderSource:
     labels = np.repeat(np.arange(len(images)), [len(files) for files in images.values()])
     return FolderSource(str(root), tuple(file for files in images.values() for file in files), labels)
+
+
+def _fingerprint(train: dict[str, list[str]], held_out: dict[str, list[str]]) -> str:
+    """Of the names of all classes and files; which class and side a file belongs to is part of it."""
+    return hashlib.sha256(json.dumps([list(train.items()), list(held_out.items())]).encode()).hexdigest()

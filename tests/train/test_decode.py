@@ -61,6 +61,7 @@ def test_black_and_white():
     np.testing.assert_array_equal(_pixels(_file(Image.fromarray(bits))), _thrice(bits * np.uint8(255)))
 
 
+@pytest.mark.filterwarnings("ignore:Palette images")  # pytest undoes the filter of train.decode
 @pytest.mark.parametrize(
     "transparency", [None, 1, bytes([0, 128, 255, 7])], ids=["opaque", "one colour", "each colour"]
 )

@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from train.config import RECIPES, SettingsError
+from train.decode import UnreadableImage
 from train.digits import held_out_indices
-from train.sources import open_digits, open_folder, open_image_sets, open_tfds
+from train.sources import DataError, TfdsSource, open_digits, open_folder, open_image_sets, open_tfds
 
 
 def _png(value: int) -> io.BytesIO:
@@ -144,6 +147,88 @@ def test_a_split_without_labels_is_a_clear_error(write_tfds):
         open_tfds("tiny", data_dir)
 
 
+def _forget_a_class(data_dir):
+    """Leaves the classes `no` and `yes`, while the records also have the label 2."""
+    (folder,) = Path(data_dir).glob("tiny/*")
+    (folder / "label.labels.txt").write_text("no\nyes\n")
+    features = (folder / "features.json").read_text()
+    assert '"numClasses": "3"' in features
+    (folder / "features.json").write_text(features.replace('"numClasses": "3"', '"numClasses": "2"'))
+
+
+def test_a_label_out_of_range_is_found_before_training(write_tfds, monkeypatch):
+    monkeypatch.setattr("train.sources._LABELS_OF_LARGE_SPLIT", 3)  # a small one is looked at as a whole
+    data_dir = write_tfds(
+        {"train": 40, "test": 2}, example=lambda i: {"id": "", "image": _png(i), "label": 2 * (i == 30)}
+    )
+    _forget_a_class(data_dir)
+    with pytest.raises(
+        SettingsError, match=r"image \d+ of split 'train' of data set tiny has label 2: there are 2 classes"
+    ):
+        open_tfds("tiny", data_dir)
+
+
+def test_of_a_large_split_some_labels_are_looked_at_and_the_others_when_they_are_read(write_tfds, monkeypatch):
+    data_dir = write_tfds(
+        {"train": 40, "test": 2}, example=lambda i: {"id": "", "image": _png(i), "label": 2 * (i == 30)}
+    )
+    _forget_a_class(data_dir)
+    monkeypatch.setattr("train.sources._SMALL_SPLIT", 0)
+    with pytest.raises(SettingsError, match="has label 2"):
+        open_tfds("tiny", data_dir)
+    monkeypatch.setattr("train.sources._LABELS_OF_LARGE_SPLIT", 3)
+    asked, labels = [], TfdsSource.labels
+    monkeypatch.setattr(TfdsSource, "labels", lambda self, indices: asked.append(indices) or labels(self, indices))
+    source = open_tfds("tiny", data_dir).train
+    assert asked == [[0, 19, 39], [0, 1]]
+    wrong = []
+    for index in range(40):
+        try:
+            source[index]
+        except DataError as error:
+            wrong.append((index, str(error)))
+    ((index, message),) = wrong
+    assert index not in (0, 19, 39)
+    assert message.startswith(f"image {index} of split train in {data_dir}")
+    assert message.endswith("has label 2: there are 2 classes")
+
+
+def test_a_damaged_record_is_an_unreadable_image_and_a_set_that_is_gone_is_an_error(write_tfds):
+    def noise(i):
+        pixels = np.random.default_rng(i).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, format="PNG")
+        file.seek(0)
+        return {"id": "", "image": file, "label": 0}
+
+    data_dir = write_tfds({"train": 4, "test": 1}, example=noise)
+    source = open_tfds("tiny", data_dir).train
+    (records,) = Path(data_dir).glob("tiny/*/*train*")
+    damaged = bytearray(records.read_bytes())
+    place = bytes(damaged).index(source[2]["image"][1000:1020])
+    damaged[place] ^= 1
+    records.write_bytes(damaged)
+    source = pickle.loads(pickle.dumps(source))  # as a worker opens it
+    with pytest.raises(UnreadableImage, match=r"cannot read image 2 of split train: .*orrupt"):
+        source[2]
+    assert [source[i]["label"] for i in (0, 1, 3)] == [0, 0, 0]
+    source = pickle.loads(pickle.dumps(source))
+    shutil.rmtree(Path(data_dir) / "tiny")
+    with pytest.raises(DataError, match=r"the data set is gone: there is no folder .*tiny"):
+        source[0]
+
+
+def test_a_prepared_set_whose_records_are_gone_is_a_clear_error(write_tfds):
+    data_dir = write_tfds({"train": 2, "test": 2})
+    next(Path(data_dir).glob("tiny/*/*test*")).unlink()
+    with pytest.raises(SettingsError, match=r"split .test. of data set tiny cannot be read: .*No such file"):
+        open_tfds("tiny", data_dir)
+
+
+def test_the_fingerprint_of_a_prepared_set_tells_its_name_version_and_sizes(write_tfds):
+    assert open_tfds("tiny", write_tfds({"train": 9, "test": 4})).fingerprint == "tiny/1.0.0 train=9 test=4"
+
+
 def test_a_set_that_is_no_classification_is_a_clear_error(write_tfds):
     image = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
     data_dir = write_tfds(
@@ -230,6 +315,51 @@ def test_a_class_without_images_is_a_clear_error(image_folder):
     (image_folder() / "dog").mkdir()
     with pytest.raises(SettingsError, match=r"no images in .*dog"):
         open_folder(image_folder(), val_fraction=0.1, seed=0)
+
+
+def test_a_folder_of_class_folders_without_images_is_a_clear_error(image_folder):
+    for i in range(30):
+        (image_folder() / f"{i:02}").mkdir()
+    with pytest.raises(SettingsError, match=r"no images in any of the 30 class folders of "):
+        open_folder(image_folder(), val_fraction=0.1, seed=0)
+    image_folder("30/1.png")
+    with pytest.raises(SettingsError, match=r"no images in .*/00, .*/19 and 10 more \(looked for"):
+        open_folder(image_folder(), val_fraction=0.1, seed=0)
+
+
+def test_a_file_that_has_vanished_is_an_unreadable_image(image_folder):
+    for i in range(3):
+        file = image_folder(f"only/{i}.png")
+    source = open_folder(image_folder(), val_fraction=0.1, seed=0).train
+    os.remove(os.path.join(source.root, source.files[1]))
+    with pytest.raises(UnreadableImage, match=rf"cannot read image {file.parent}/\d.png: No such file or directory"):
+        source[1]
+    assert source[0]["image"]
+
+
+def test_the_fingerprint_of_a_folder_follows_names_labels_and_sides_only(image_folder):
+    def fingerprint(folder="", **settings):
+        return open_folder(image_folder() / folder, **({"val_fraction": 0.3, "seed": 0} | settings)).fingerprint
+
+    for i in range(10):
+        image_folder(f"a/{'xy'[i % 2]}/{i}.png")
+    seen = [fingerprint("a")]
+    assert fingerprint("a") == seen[0]
+    shutil.copytree(image_folder() / "a", image_folder() / "b")
+    assert fingerprint("b") == seen[0]  # it may be moved
+    seen.append(fingerprint("a", seed=1))  # other images are held out
+    image_folder("a/x/new.png")
+    seen.append(fingerprint("a"))
+    (image_folder() / "a/x/new.png").rename(image_folder() / "a/y/new.png")
+    seen.append(fingerprint("a"))
+    (image_folder() / "a/y").rename(image_folder() / "a/z")
+    seen.append(fingerprint("a"))
+    for side in ("train", "val"):
+        image_folder(f"two/{side}/only/1.png")
+    seen.append(fingerprint("two"))
+    image_folder("two/val/only/2.png")
+    seen.append(fingerprint("two"))
+    assert len(set(seen)) == 7
 
 
 def test_a_folder_that_is_not_there_is_a_clear_error(tmp_path):
