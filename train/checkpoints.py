@@ -70,8 +70,14 @@ class Checkpoints:
         self._attempt(step, lambda: self._manager.save(step, args=ocp.args.Composite(**items), force=True))
 
     def wait(self) -> None:
-        """Return when the last checkpoint is whole on the disk. Raises CheckpointError if it cannot be written."""
+        """Return when the last checkpoint is whole on the disk, and no other than those to keep are there.
+
+        Raises CheckpointError if it cannot be written.
+        """
         self._attempt(self._manager.latest_step(), self._manager.wait_until_finished)
+        steps = sorted(self._manager.all_steps())
+        for step in {*steps[:-_KEPT]} - {self.best_step}:
+            self._manager.delete(step)
 
     def close(self) -> None:
         """Wait for what is being written, and end the threads."""

@@ -9,7 +9,8 @@ def start(config: TrainConfig) -> None:
     """Join the other processes of the run, if there are any. To be called before anything touches a device.
 
     With --coordinator as told; otherwise as jax finds them: SLURM, Open MPI, GKE and Cloud TPU. Where it finds none,
-    the run has one process. Raises SettingsError if the others cannot be reached.
+    the run has one process; so it has in a program that used its devices before. Raises SettingsError if the others
+    cannot be reached.
     """
     if jax.distributed.is_initialized():
         return
@@ -20,6 +21,8 @@ def start(config: TrainConfig) -> None:
             raise SettingsError(f"cannot join the other processes: {error}") from error
         # jax found no cluster
     except RuntimeError as error:
+        if config.coordinator is None and "before" in str(error):
+            return  # jax: "must be called before any JAX calls that might initialise the XLA backend"
         where = config.coordinator or "the coordinator that jax found"
         raise SettingsError(f"cannot join the other processes at {where}: {str(error).splitlines()[0]}") from error
 

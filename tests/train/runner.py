@@ -1,0 +1,63 @@
+"""Runs the training command in processes of their own that start quickly: what they import is imported already."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+
+QUICK_COMPILATION = "--xla_backend_optimization_level=0"  # the programs run for a second
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.train.runner_imports"])
+
+
+class Run:
+    """`python -m train.main` with flags, on the shrunk model; what it prints goes to a file."""
+
+    def __init__(self, flags, log, *, cache, file_limit=None):
+        self._log = log
+        self._process = _context.Process(target=_main, args=(list(map(str, flags)), str(log), str(cache), file_limit))
+        self._process.start()
+
+    @property
+    def output(self):
+        return self._log.read_text() if self._log.exists() else ""
+
+    def wait(self, timeout=300):
+        """The exit status; negative: the signal that ended it."""
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, f"still running after {timeout} s: {self.output}"
+        return self._process.exitcode
+
+    def wait_for(self, condition, timeout=300):
+        """Return as soon as the condition holds or the run has ended; whether it still runs."""
+        end = time.monotonic() + timeout
+        while self._process.is_alive() and not condition():
+            assert time.monotonic() < end, f"not seen after {timeout} s: {self.output}"
+            time.sleep(0.002)
+        return self._process.is_alive()
+
+    def send(self, number):
+        os.kill(self._process.pid, number)
+
+
+def _main(flags, log, cache, file_limit):
+    import jax
+
+    from tests.train.conftest import shrink
+    from train.main import main
+
+    shrink(dict.__setitem__)
+    os.environ["XLA_FLAGS"] = QUICK_COMPILATION
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    if file_limit is not None:  # like a full disk: writing beyond it is an error of the system
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    status = main(flags)
+    sys.stdout.flush()
+    os._exit(status)  # as in a shell: nothing of multiprocessing comes after it

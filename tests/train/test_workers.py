@@ -1,0 +1,96 @@
+"""Worker processes outlive what is meant for the main process, but not the main process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+_SCRIPT = """
+import multiprocessing, os, signal, sys
+
+import grain
+import numpy as np
+
+from train.data import train_batches
+
+
+class Numbers:
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, index):
+        return {"image": b"", "label": index, "name": ""}
+
+
+def with_threads(sample, rng):
+    import torch
+
+    return {"label": np.int32(sample["label"]), "threads": np.int32(torch.get_num_threads())}
+
+
+def to_all(*signals):
+    for one in signals:
+        os.killpg(0, one)
+
+
+def labels(workers, batches, meanwhile=lambda: None):
+    dataset = train_batches(Numbers(), with_threads, batch_size=5, seed=0, workers=workers)
+    stream = iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1))
+    stream.start_prefetch()
+    meanwhile()
+    for batch in range(batches):
+        if batch == 6:
+            meanwhile()
+        one = next(stream)
+        assert workers == 0 or set(one["threads"].tolist()) == {1}
+        yield one["label"].tolist()
+
+
+if __name__ == "__main__":
+    heard = []
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, lambda number, _: heard.append(number))
+
+    def interrupt():
+        assert len(multiprocessing.active_children()) == 2
+        to_all(signal.SIGINT, signal.SIGTERM)
+
+    expected = list(labels(0, 30))
+    stream = labels(2, 30, interrupt)
+    assert [next(stream) for _ in range(30)] == expected
+    assert heard == 2 * [signal.SIGINT, signal.SIGTERM]
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    sys.stdin.read()
+"""
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds out in /proc whether a process runs")
+def test_workers_let_signals_to_all_pass_from_birth_and_end_with_the_main_process(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(_SCRIPT)
+    root = Path(__file__).parents[2]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen([sys.executable, str(script)], env=environment, start_new_session=True, **pipes) as main:
+        workers = [int(pid) for pid in main.stdout.readline().split()]
+        try:
+            assert len(workers) == 2
+            assert all(map(_is_running, workers))
+        finally:
+            main.send_signal(signal.SIGKILL)
+        main.wait()
+        give_up = time.monotonic() + 20
+        while any(map(_is_running, workers)) and time.monotonic() < give_up:
+            time.sleep(0.05)
+        assert not any(map(_is_running, workers))

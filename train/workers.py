@@ -1,0 +1,84 @@
+"""Grain's worker processes: on the processor only, one thread each, and gone when the main process is.
+
+Ctrl-C and a job scheduler's SIGTERM reach all processes of a run at once. It is the main process that saves and then
+ends the workers, so they let these signals pass.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+
+import grain
+import jax
+from absl import flags
+
+_GRACE_S = 30  # a worker's time after SIGTERM: enough for the main process to stop asking it for batches
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def in_workers(batches: grain.IterDataset, workers: int) -> grain.IterDataset:
+    """The same batches from so many processes; 0: from this one. Close its iterators: that ends the processes."""
+    if not workers:
+        return batches
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain's workers ask absl, which does not run this program
+    return _Started(batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_init_worker))
+
+
+class _Started(grain.IterDataset):
+    """Starts all worker processes together, and at once.
+
+    By itself Grain starts the next one, which takes seconds, when the one before has delivered: as soon as anybody has
+    asked for the iterator's state, as its prefetching in a thread does.
+    """
+
+    def __iter__(self) -> grain.DatasetIterator:
+        iterator = self._parent.__iter__()
+        iterator.get_state()  # this makes the iterators, one for each worker, that the next line starts
+        with _signals_held():
+            iterator.start_prefetch()
+        return iterator
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Threads that are started in here, and worker processes that these start, are born deaf to Ctrl-C and SIGTERM.
+
+    Workers take seconds to import what they need, and would die of the signals before they can prepare for them. For
+    the calling thread the signals wait until the end of the block.
+    """
+    resource_tracker.ensure_running()  # when it starts by itself, it lets the signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _init_worker(index: int, count: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _leave_later)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # see _signals_held
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    os.environ["OMP_NUM_THREADS"] = "1"  # torch's tensors are tiny here; other workers and jax need the cores
+    jax.config.update("jax_platforms", "cpu")  # the accelerators belong to the main process
+
+
+def _leave_later(signum: int, frame: object) -> None:
+    # not ignored for good: an iterator that nobody closed is ended so by Python itself, which then waits for it
+    leave = threading.Timer(_GRACE_S, os._exit, [128 + signum])
+    leave.daemon = True
+    leave.start()
+
+
+def _leave_with_parent() -> None:
+    """Without this, workers of a killed process wait for ever for room in their queue.
+
+    Not PR_SET_PDEATHSIG: that is for the thread which started the worker, and Grain's ends early.
+    """
+    multiprocessing.parent_process().join()
+    os._exit(1)
