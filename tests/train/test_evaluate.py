@@ -1,0 +1,326 @@
+"""Evaluation: timm's numbers, from any kind of weights, with the classes rightly matched."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tests.train.small_weights import save_small, small_config, small_timm_model
+from train.evaluate import main, match_classes
+from train.inference import Classifier
+from train.sources import open_digits
+from train.transforms import eval_transform
+
+_DIGITS = "0123456789"
+
+
+@pytest.fixture
+def evaluate(tmp_path, capsys):
+    """Runs the command: status, output, errors, and the folder with what it wrote."""
+
+    def _evaluate(*flags, name="evaluation"):
+        folder = tmp_path / name
+        # images come six at a time, so that the tests share a compiled program
+        status = main([f"--output={folder}", "--batch-size=6", *map(str, flags)])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err, folder
+
+    return _evaluate
+
+
+@pytest.fixture
+def pictures(image_folder):
+    """A folder of three classes of eight images, as a data set."""
+    for i in range(24):
+        image_folder(f"pictures/{'abc'[i % 3]}/{i:02}.png", seed=i)
+    return image_folder() / "pictures"
+
+
+def _result(folder):
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def _rows(path):
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_a_timm_checkpoint_gets_what_timm_itself_makes_of_the_digits(evaluate, small_variant, digits_dir, tmp_path):
+    checkpoint = tmp_path / "timm.pth"
+    model = small_timm_model(10)
+    torch.save(model.state_dict(), checkpoint)
+    status, out, error, folder = evaluate(
+        f"--weights={checkpoint}", "--dataset=digits", f"--data-dir={digits_dir}", "--crop-pct=1", "--batch-size=100"
+    )
+    assert status == 0
+    assert "the weights know no class names" in error
+
+    source, transform = open_digits(digits_dir).held_out, eval_transform(small_config(10))
+    samples = [transform(source[i]) for i in range(len(source))]
+    labels = torch.tensor([int(sample["label"]) for sample in samples])
+    with torch.inference_mode():
+        logits = model(torch.tensor(np.stack([sample["image"] for sample in samples])).permute(0, 3, 1, 2))
+    predicted = logits.argmax(1)
+    assert len(set(predicted.tolist())) > 3  # else the rest would say little
+    confusion = np.zeros((10, 10), int)
+    np.add.at(confusion, (labels.numpy(), predicted.numpy()), 1)
+    top5 = (logits.topk(5).indices == labels[:, None]).any(1).float().mean().item()
+
+    result = _result(folder)
+    assert (result["images"], result["bad_images"]) == (359, 0)
+    assert result["top1"] == pytest.approx(100 * np.trace(confusion) / 359)
+    assert result["top5"] == pytest.approx(100 * top5)
+    assert result["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-5)
+    assert f"top-1       {result['top1']:.2f} %" in out
+
+    head, *rows = _rows(folder / "confusion.csv")
+    assert head[1:] == [row[0] for row in rows] == list(_DIGITS)
+    np.testing.assert_array_equal(np.array([row[1:] for row in rows], int), confusion)
+    _, *rows = _rows(folder / "per_class.csv")
+    assert [row[0] for row in rows] == list(_DIGITS)
+    np.testing.assert_array_equal([int(row[1]) for row in rows], confusion.sum(1))
+    np.testing.assert_allclose([float(row[2]) for row in rows], 100 * np.diag(confusion) / confusion.sum(1), atol=0.01)
+    assert (folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_weights_in_any_format_are_evaluated_alike(evaluate, pictures, tmp_path):
+    results = []
+    for name in ("timm.safetensors", "ours.flax.safetensors", "orbax"):
+        weights = save_small(tmp_path / name, "abc")
+        status, _, error, folder = evaluate(
+            f"--weights={weights}", f"--dataset=folder:{pictures}", "--split=all", name=f"evaluation-{name}"
+        )
+        assert (status, error) == (0, "")
+        result = _result(folder)
+        results.append([result[key] for key in ("top1", "loss", "images", "model")])
+        assert result["top5"] is None  # of three classes it would tell nothing
+    assert results[0] == results[1] == results[2]
+    assert results[0][2] == 24
+
+
+def test_classes_in_another_order_are_matched_by_name(evaluate, pictures, tmp_path):
+    results = {}
+    for order in ("abc", "cab"):
+        weights = save_small(tmp_path / f"{order}.safetensors", "abc", order=order)
+        status, _, error, folder = evaluate(
+            f"--weights={weights}", f"--dataset=folder:{pictures}", "--split=all", name=order
+        )
+        assert status == 0
+        assert ("in another order" in error) == (order == "cab")
+        results[order] = _result(folder), {row[0]: row[1:] for row in _rows(folder / "per_class.csv")}
+        assert "".join(row[0] for row in _rows(folder / "per_class.csv")[1:]) == order
+    (first, per_class), (second, per_class_too) = results.values()
+    assert second["loss"] == pytest.approx(first["loss"], abs=1e-6)
+    assert (second["top1"], per_class_too) == (first["top1"], per_class)
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ("abc", [0, 1, 2]),
+        ("cab", [1, 2, 0]),
+        (None, [0, 1, 2]),
+    ],
+)
+def test_each_label_finds_its_output(weights, expected):
+    classes, _ = match_classes("abc", weights, 3)
+    assert classes.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "message"),
+    [
+        ("abd", None, "only in the data set: c; only in the weights: d"),
+        ("ab", None, "the data set has 3 classes, the weights have 2; only in the data set: c"),
+        ("abcdefgh", None, "the weights have 8; only in the weights: d, e, f and 2 more"),
+        (None, 4, "the data set has 3 classes, the weights have 4"),
+    ],
+)
+def test_other_classes_are_refused_with_the_difference(evaluate, pictures, tmp_path, names, classes, message):
+    weights = save_small(tmp_path / "w.safetensors", names, classes=classes)
+    status, out, error, folder = evaluate(f"--weights={weights}", f"--dataset=folder:{pictures}")
+    assert (status, out) == (2, "")
+    assert message in error
+    assert not folder.exists()
+
+
+def test_the_held_out_images_are_those_of_training_unless_all_are_asked_for(evaluate, pictures, tmp_path):
+    weights = save_small(tmp_path / "w.safetensors", "abc")
+
+    def images(*flags):
+        status, _, error, folder = evaluate(
+            f"--weights={weights}", f"--dataset=folder:{pictures}", "--val-fraction=0.25", *flags
+        )
+        assert status == 0
+        return _result(folder)["images"], "--split all takes all" in error
+
+    assert images() == (6, True)
+    assert images("--split=train") == (18, True)
+    assert images("--split=all") == (24, False)
+
+
+def test_unreadable_images_are_named_and_left_out(evaluate, pictures, tmp_path):
+    weights = save_small(tmp_path / "w.safetensors", "abc")
+    flags = f"--weights={weights}", f"--dataset=folder:{pictures}", "--split=all"
+    (pictures / "b" / "04.png").write_bytes(b"no image")
+    status, out, error, folder = evaluate(*flags)
+    assert status == 0
+    assert error.count("04.png") == 1
+    assert "unreadable: 1" in out
+    (pictures / "b" / "04.png").unlink()
+    _, _, _, without = evaluate(*flags, name="without")
+    result, expected = _result(folder), _result(without)
+    assert (result["images"], result["bad_images"]) == (23, 1)
+    assert result["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    assert result["top1"] == expected["top1"]
+
+
+def test_image_size_and_crop_change_what_the_model_sees(evaluate, pictures, tmp_path):
+    weights = save_small(tmp_path / "w.safetensors", "abc")
+    losses = []
+    for flags in ([], ["--crop-pct=0.5"], ["--image-size=48x96"]):
+        status, out, error, folder = evaluate(
+            f"--weights={weights}", f"--dataset=folder:{pictures}", "--split=all", *flags
+        )
+        assert status == 0
+        assert ("position embeddings resampled" in error) == ("--image-size" in str(flags))
+        losses.append(_result(folder)["loss"])
+    assert "at 48 x 96 pixels (crop 1)" in out
+    assert _result(folder)["image_size"] == [48, 96]
+    assert len(set(losses)) == 3
+
+
+def test_the_files_of_an_earlier_evaluation_are_replaced_and_nothing_else(evaluate, pictures, tmp_path):
+    weights = save_small(tmp_path / "w.safetensors", "abc")
+    flags = f"--weights={weights}", f"--dataset=folder:{pictures}", "--val-fraction=0.25"
+    _, _, _, folder = evaluate(*flags)
+    (folder / "notes.txt").write_text("mine")
+    before = _result(folder)
+    _, _, _, folder = evaluate(*flags, "--split=all")
+    assert _result(folder)["images"] > before["images"]
+    assert {path.name for path in folder.iterdir()} == {
+        *("evaluation.json", "per_class.csv", "confusion.csv", "confusion.png", "notes.txt")
+    }
+
+
+def test_without_output_nothing_is_written(pictures, tmp_path, monkeypatch, capsys):
+    weights = save_small(tmp_path / "w.safetensors", "abc")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main([f"--weights={weights}", f"--dataset=folder:{pictures}", "--batch-size=6", "--split=all"]) == 0
+    assert "top-1" in capsys.readouterr().out
+    assert not list((tmp_path / "here").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--weights=/nowhere.pth"], "/nowhere.pth does not exist"),
+        (["--dataset=folder:/nowhere"], "there is no folder /nowhere"),
+        (["--dataset=cifar1O"], "did you mean 'cifar10'"),
+        (["--dataset=digits", "--split=all"], "--split all is for a folder:PATH"),
+        (["--image-size=50"], "does not divide into whole patches"),
+        (["--image-size=0"], "argument --image-size: must be pixels"),
+        (["--crop-pct=1.5"], "argument --crop-pct: must be above 0 and at most 1; got '1.5'"),
+        (["--crop-pct=nan"], "argument --crop-pct: must be above 0"),
+        (["--batch-size=0"], "argument --batch-size: must be a whole number, 1 or more; got '0'"),
+        (["--workers=-1"], "argument --workers: must be a whole number, 0 or more"),
+        (["--val-fraction=1"], "val_fraction must be above 0 and below 1"),
+        (["--precision=float16"], "argument --precision: invalid choice: 'float16'"),
+        (["stray"], "unrecognized arguments: stray"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_status_2(pictures, tmp_path, capsys, flags, message):
+    weights = save_small(tmp_path / "w.safetensors", "abc")
+    try:
+        status = main([f"--weights={weights}", f"--dataset=folder:{pictures}", *flags])
+    except SystemExit as exit:
+        status = exit.code
+    out, error = capsys.readouterr()
+    assert (status, out) == (2, "")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_an_output_that_cannot_be_a_folder_is_one_line_and_status_2(evaluate, pictures, tmp_path):
+    weights = save_small(tmp_path / "w.safetensors", "abc")
+    (tmp_path / "evaluation").write_text("a file")
+    status, out, error, _ = evaluate(f"--weights={weights}", f"--dataset=folder:{pictures}", "--split=all")
+    assert (status, out) == (2, "")
+    assert "evaluation: File exists" in error
+    assert error.count("\n") == 1
+
+
+def test_weights_that_are_no_numbers_are_refused(evaluate, pictures, tmp_path, monkeypatch):
+    state = small_timm_model(3).state_dict()
+    state["head.0.weight"][0, 0] = float("nan")
+    monkeypatch.setattr("tests.train.small_weights.small_timm_model", lambda _: _Holding(state))
+    weights = save_small(tmp_path / "w.safetensors", "abc")
+    status, _, error, _ = evaluate(f"--weights={weights}", f"--dataset=folder:{pictures}")
+    assert status == 2
+    assert "weights are NaN or infinite: head.0.weight (1)" in error
+
+
+class _Holding:
+    def __init__(self, state):
+        self.state_dict = lambda: state
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"),
+            2,
+            "choose a smaller --batch-size",
+        ),
+        (MemoryError(), 2, "choose a smaller --batch-size"),
+        (OSError(28, "No space left on device", "x"), 2, "x: No space left on device"),
+    ],
+)
+def test_what_stops_it_halfway_is_one_line(pictures, tmp_path, monkeypatch, capsys, error, status, message):
+    def fail(*_, **__):
+        raise error
+
+    weights = save_small(tmp_path / "w.safetensors", "abc")
+    monkeypatch.setattr(Classifier, "compile", fail)
+    assert main([f"--weights={weights}", f"--dataset=folder:{pictures}", "--split=all"]) == status
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_eight_devices_and_worker_processes_evaluate_and_predict_as_one(pictures, tmp_path):
+    weights = save_small(tmp_path / "w.safetensors", "abc")
+    (pictures / "c" / "23.png").write_bytes(b"no image")
+
+    def run(devices, workers):
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        folder = tmp_path / f"{devices}"
+        flags = ["--weights", weights, "--dataset", f"folder:{pictures}", "--split=all", "--output", folder]
+        options = [f"--workers={workers}", "--batch-size=9"]  # 23 images fill no batches, 9 no eight devices
+        evaluation = [sys.executable, "-m", "train.evaluate", *flags, *options]
+        told = subprocess.run(evaluation, check=True, capture_output=True, text=True, env=environment)
+        assert f"{devices} device" in told.stdout
+        prediction = [sys.executable, "-m", "train.predict", "--weights", weights, "--format=csv", pictures / "a"]
+        predicted = subprocess.run(prediction, check=True, capture_output=True, text=True, env=environment).stdout
+        return _result(folder), (folder / "confusion.csv").read_text(), predicted
+
+    (one, confusion, predicted), (eight, confusion_too, predicted_too) = run(1, 0), run(8, 1)
+    assert confusion == confusion_too
+    assert eight["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert (one["images"], one["bad_images"]) == (eight["images"], eight["bad_images"]) == (23, 1)
+    rows, rows_too = ([line.split(",") for line in text.splitlines()[1:]] for text in (predicted, predicted_too))
+    assert [row[:4] for row in rows] == [row[:4] for row in rows_too]
+    np.testing.assert_allclose([float(row[4]) for row in rows], [float(row[4]) for row in rows_too], atol=1e-5)

@@ -1,0 +1,128 @@
+"""What the commands `train.evaluate` and `train.predict` share: flags of the model, and how a failure is told."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+
+from convert.command_line import Parser
+from convert.errors import ConversionError, one_line
+from train.config import SettingsError
+
+SOURCES = """\
+SOURCE: hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub), a .safetensors, .pth or .bin file with timm's,
+IBM's or Flax's names, or an Orbax folder"""
+
+
+def add_model_flags(parser: Parser) -> None:
+    """--weights, --image-size, --crop-pct, --precision and --batch-size."""
+    parser.add_argument("--weights", required=True, metavar="SOURCE", help="the weights to use")
+    parser.add_argument(
+        "--image-size",
+        type=image_size,
+        metavar="N|HxW",
+        help="resample the position embeddings to this size (default: the weights' own)",
+    )
+    parser.add_argument(
+        "--crop-pct", type=share, metavar="F", help="share of the resized image that is kept (default: the weights')"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        help="arithmetic; parameters are float32 (default: bfloat16 on accelerators, float32 otherwise)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=at_least_one,
+        metavar="N",
+        help="images at a time, over all devices (default: what suits the devices)",
+    )
+
+
+def run(prog: str, command: Callable[[], int]) -> int:
+    """The exit status of a command: its own, or 2 if an error stopped it, told in one line on stderr.
+
+    130 for Ctrl-C, and 141 where nobody reads standard output any more, both as a shell has it.
+    """
+    try:
+        status = command()
+        sys.stdout.flush()
+        return status
+    except (ConversionError, SettingsError) as error:
+        return _fail(prog, error)
+    except BrokenPipeError:
+        _let_go_of_stdout()
+        return 141
+    except OSError as error:
+        _let_go_of_stdout()
+        reason = error.strerror or one_line(error)
+        return _fail(prog, f"{error.filename}: {reason}" if error.filename else reason)
+    except MemoryError:
+        return _fail(prog, "out of memory: choose a smaller --batch-size")
+    except RuntimeError as error:
+        from train.sources import DataError  # late, as it takes its time
+
+        if isinstance(error, DataError):
+            return _fail(prog, error)
+        if "RESOURCE_EXHAUSTED" in str(error):  # XLA's way to say that the devices have too little memory
+            return _fail(prog, "the devices are out of memory: choose a smaller --batch-size")
+        raise
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _fail(prog: str, error: object) -> int:
+    print(f"{prog}: error: {error}", file=sys.stderr)
+    return 2
+
+
+def _let_go_of_stdout() -> None:
+    """Where standard output takes nothing more, throw away what it holds: Python would complain on its way out."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def tell_notes(prog: str, notes: Iterable[str]) -> None:
+    """What the user should know about the weights, on stderr."""
+    for note in notes:
+        print(f"{prog}: note: {note}", file=sys.stderr)
+
+
+# --- the types of flags ---
+
+
+def at_least_one(text: str) -> int:
+    """A whole number, 1 or more."""
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more; got {text!r}")
+    return int(text)
+
+
+def at_least_zero(text: str) -> int:
+    """A whole number, 0 or more."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more; got {text!r}")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """A number above 0 and at most 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1; got {text!r}")
+    return value
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """`240` or `240x480` as (height, width)."""
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text, re.ASCII)
+    if not match:
+        raise argparse.ArgumentTypeError(f"must be pixels such as 240, or HEIGHTxWIDTH such as 240x480; got {text!r}")
+    return int(match[1]), int(match[2] or match[1])
