@@ -1,0 +1,266 @@
+"""Predictions: the model's own, for files, folders and lists, in their order, whatever else lies there."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from contextlib import closing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+import train.decode
+from convert import load_flax
+from tests.train.small_weights import save_small
+from train.inference import load_classifier
+from train.predict import classify, main
+from train.transforms import channels_last, eval_transform
+
+
+@pytest.fixture
+def weights(tmp_path):
+    return save_small(tmp_path / "w.safetensors", "abcdefgh")
+
+
+@pytest.fixture
+def predict(weights, capsys):
+    """Runs the command: status, output and errors."""
+
+    def _predict(*arguments):
+        # images come four at a time, so that the tests share a compiled program
+        status = main([f"--weights={weights}", "--batch-size=4", *map(str, arguments)])
+        return status, *capsys.readouterr()
+
+    return _predict
+
+
+@pytest.fixture
+def photos(image_folder):
+    """Six images in folders, and what is none."""
+    for i, name in enumerate(("b.png", "a.png", "deep/c.jpg", "deep/er/d.PNG", "e.webp", "z/a.png")):
+        image_folder(f"photos/{name}", seed=i)
+    folder = image_folder() / "photos"
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.png").write_bytes(b"")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "x.png").write_bytes(b"")
+    return folder
+
+
+_IN_ORDER = ["a.png", "b.png", "e.webp", "deep/c.jpg", "deep/er/d.PNG", "z/a.png"]
+
+
+def _stdin(monkeypatch, content):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def _lines(out):
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_probabilities_are_the_models_own_the_best_first(predict, weights, photos):
+    status, out, error = predict("--format=jsonl", "--top-k=3", photos)
+    assert (status, error) == (0, "")
+    lines = _lines(out)
+    assert [line["path"] for line in lines] == [str(photos / name) for name in _IN_ORDER]
+
+    model = load_flax(weights)
+    transform = eval_transform(model.config).timm_transform
+    images = [
+        channels_last(transform(train.decode.decode_image((photos / name).read_bytes(), name))) for name in _IN_ORDER
+    ]
+    expected = np.asarray(jax.nn.softmax(nnx.jit(lambda m, x: m(x))(model, jnp.stack(images))))
+    assert len(set(expected.argmax(1))) > 1  # else the order of the images would not be seen
+    for line, row in zip(lines, expected, strict=True):
+        best = np.argsort(-row)[:3]
+        assert [(p["class"], p["index"]) for p in line["predictions"]] == [("abcdefgh"[i], i) for i in best]
+        np.testing.assert_allclose([p["probability"] for p in line["predictions"]], row[best], atol=1e-5)
+        assert "attention" not in line
+
+
+def test_the_same_in_three_formats(predict, photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    file = "z/a.png"
+    (line,) = _lines(predict("--format=jsonl", file)[1])
+    predictions = line["predictions"]
+    assert len(predictions) == 5
+
+    head, *rows = csv.reader(io.StringIO(predict("--format=csv", file)[1]))
+    assert head == ["path", "rank", "class", "index", "probability"]
+    assert [(row[0], int(row[1]), row[2], int(row[3]), float(row[4])) for row in rows] == [
+        (file, rank, p["class"], p["index"], p["probability"]) for rank, p in enumerate(predictions, start=1)
+    ]
+
+    head, *rows = predict(file)[1].splitlines()
+    assert head.split() == ["image", "class", "probability"]
+    assert [row.split()[-3:] for row in rows] == [
+        [p["class"], f"{100 * p['probability']:.2f}", "%"] for p in predictions
+    ]
+    assert [row.startswith(file) for row in rows] == [True, False, False, False, False]
+    assert len({row.index(p["class"], len(file)) for row, p in zip(rows, predictions, strict=True)}) == 1
+
+
+def test_more_classes_than_there_are_is_all_of_them(predict, photos):
+    (line,) = _lines(predict("--format=jsonl", "--top-k=100", photos / "a.png")[1])
+    assert sorted(p["class"] for p in line["predictions"]) == list("abcdefgh")
+    assert sum(p["probability"] for p in line["predictions"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_without_names_a_class_is_its_index(photos, tmp_path, capsys):
+    weights = save_small(tmp_path / "nameless.safetensors", None, classes=8)
+    assert main([f"--weights={weights}", "--format=jsonl", "--batch-size=4", str(photos / "a.png")]) == 0
+    (line,) = _lines(capsys.readouterr().out)
+    assert [p["class"] for p in line["predictions"]] == [str(p["index"]) for p in line["predictions"]]
+
+
+def test_paths_come_from_standard_input_too(predict, photos, monkeypatch):
+    names = [photos / "e.webp", photos / "deep", photos / "gone.png", photos / "a.png"]
+    _stdin(monkeypatch, "".join(f"{name}\r\n\n" for name in names).encode())
+    status, out, error = predict("--format=jsonl", photos / "b.png", "-", photos / "e.webp")
+    assert status == 1  # a file that went away is no mistake in the command, but told like any unreadable image
+    assert [os.path.relpath(line["path"], photos) for line in _lines(out)] == [
+        *("b.png", "e.webp", "deep/c.jpg", "deep/er/d.PNG", "a.png", "e.webp")
+    ]
+    assert f"cannot read image {photos / 'gone.png'}: No such file or directory" in error
+
+
+def test_unreadable_images_are_told_and_skipped(predict, photos):
+    (photos / "b.png").write_bytes(b"")
+    (photos / "deep" / "c.jpg").write_bytes(b"no image")
+    whole = (photos / "e.webp").read_bytes()
+    (photos / "e.webp").write_bytes(whole[: len(whole) // 2])
+    status, out, error = predict("--format=jsonl", photos)
+    assert status == 1
+    assert [os.path.relpath(line["path"], photos) for line in _lines(out)] == ["a.png", "deep/er/d.PNG", "z/a.png"]
+    told = error.splitlines()
+    assert len(told) == 4
+    for line, name in zip(told, ("b.png", "e.webp", "deep/c.jpg"), strict=False):
+        assert f"cannot read image {photos / name}: " in line
+    assert "3 of 6 images could not be read" in told[3]
+
+
+def test_when_no_image_can_be_read_only_the_header_is_there(predict, photos):
+    status, out, error = predict("--format=csv", photos / "notes.txt")
+    assert status == 1
+    assert out == "path,rank,class,index,probability\n"
+    assert "notes.txt" in error
+
+
+def test_file_names_of_any_bytes_are_found_again(weights, photos, capsysbinary):
+    odd = os.fsencode(photos) + b"/\xff\n,\xc3\xa9.png"
+    os.rename(photos / "a.png", odd)
+
+    def run(*flags):
+        assert main([f"--weights={weights}", *flags, os.fsdecode(odd)]) == 0
+        return capsysbinary.readouterr().out
+
+    _, row, *_ = csv.reader(io.StringIO(run("--format=csv").decode("utf-8", "surrogateescape")))
+    assert os.fsencode(row[0]) == odd
+    (line,) = _lines(run("--format=jsonl").decode("ascii"))
+    assert os.fsencode(line["path"]) == odd
+
+
+def test_in_a_table_a_file_name_cannot_break_the_line(predict, image_folder):
+    file = image_folder("a\nb\x1b[2J.png")
+    _, out, _ = predict("--top-k=1", file)
+    assert len(out.splitlines()) == 2
+    assert "a\\nb\\x1b[2J.png" in out
+
+
+def test_results_come_long_before_the_last_image_is_read(weights, photos, monkeypatch):
+    read = []
+    decode = train.decode.decode_image
+    monkeypatch.setattr(
+        train.decode, "decode_image", lambda encoded, name: (read.append(name), decode(encoded, name))[1]
+    )
+    classifier = load_classifier(str(weights))
+    paths = [str(photos / name) for name in (*_IN_ORDER, *(40 * ["a.png"]))]
+    with closing(classify(classifier, paths, batch_size=4, top_k=1, skip=pytest.fail)) as batches:
+        first = next(batches)
+        assert [result.path for result in first] == paths[:4]
+        assert len(read) < len(paths)
+        assert [result.path for results in batches for result in results] == paths[4:]
+    assert len(read) == len(paths)
+
+
+def test_links_that_lead_in_circles_end(predict, photos):
+    (photos / "deep" / "back").symlink_to(photos)
+    (photos / "elsewhere").symlink_to(photos / "z")
+    status, out, _ = predict("--format=jsonl", photos)
+    names = [os.path.relpath(line["path"], photos) for line in _lines(out)]
+    assert status == 0
+    assert sorted(names) == sorted([*_IN_ORDER, "elsewhere/a.png"])
+
+
+def test_pictures_of_attention_are_one_per_image_even_of_the_same_name(predict, photos, tmp_path):
+    pictures = tmp_path / "made" / "pictures"
+    images = [photos / name for name in ("a.png", "e.webp", "z/a.png")]
+    status, out, _ = predict("--format=jsonl", f"--attention={pictures}", *images)
+    assert status == 0
+    named = [line["attention"] for line in _lines(out)]
+    names = ["a.png", "e.png", "a-2.png"]
+    assert named == [str(pictures / name) for name in names]
+    assert sorted(path.name for path in pictures.iterdir()) == sorted(names)
+    for path in pictures.iterdir():
+        with Image.open(path) as image:
+            assert image.format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: PATH"),
+        (["/nowhere.png"], "there is no file or folder /nowhere.png"),
+        (["/dev/null"], "/dev/null is neither a file nor a folder"),
+        (["{empty}"], "no images in "),
+        (["--top-k=0", "{photos}"], "argument --top-k: must be a whole number, 1 or more; got '0'"),
+        (["--format=xml", "{photos}"], "argument --format: invalid choice: 'xml'"),
+        (["--image-size=50", "{photos}"], "does not divide into whole patches"),
+        (["--crop-pct=0", "{photos}"], "argument --crop-pct: must be above 0"),
+        (["--attention={photos}/a.png", "{photos}"], "a.png: File exists"),
+        (["--weights=/nowhere.pth", "{photos}"], "/nowhere.pth does not exist"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_status_2(weights, photos, tmp_path, capsys, arguments, message):
+    (tmp_path / "empty").mkdir()
+    arguments = [argument.format(photos=photos, empty=tmp_path / "empty") for argument in arguments]
+    try:
+        status = main([f"--weights={weights}", *arguments])
+    except SystemExit as exit:
+        status = exit.code
+    out, error = capsys.readouterr()
+    assert (status, out) == (2, "")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_an_empty_list_is_a_mistake(predict, monkeypatch):
+    _stdin(monkeypatch, b"\n")
+    status, out, error = predict("-")
+    assert (status, out) == (2, "")
+    assert "no images in -" in error
+
+
+@pytest.mark.slow
+def test_nobody_reading_is_no_error_to_tell(weights, photos):
+    command = f"{sys.executable} -m train.predict --weights {weights} --batch-size=4 {photos} | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["image", "class", "probability"]
+    assert done.stderr == ""
+
+
+def test_help_needs_no_framework(capsys):
+    for module in ("train.predict", "train.evaluate"):
+        script = (
+            f"import sys; sys.argv[1:] = ['--help']; import {module} as m\ntry: m.main()\nexcept SystemExit: pass\n"
+        )
+        script += "print('loaded', 'jax' in sys.modules or 'torch' in sys.modules or 'matplotlib' in sys.modules)"
+        out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+        assert "exit status" in out
+        assert out.endswith("loaded False\n")
