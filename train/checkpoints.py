@@ -4,6 +4,7 @@ A checkpoint has the training state, what the loop must remember beside it (`pro
 so that every one of them is a SOURCE of `python -m convert`.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,8 @@ class Checkpoints:
             self._manager.delete(step)
 
     def close(self) -> None:
-        """Wait for what is being written, and end the threads."""
-        with quiet("absl"):
+        """Wait for what is being written, and end the threads. What went wrong there is told by `save` and `wait`."""
+        with quiet("absl"), contextlib.suppress(Exception):
             self._manager.close()
 
     def restore(self, shapes: State) -> tuple[State, dict[str, Any]] | None:

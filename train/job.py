@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from convert import ConversionError
 from convert.metadata import describe, understand
 from convert.weights import Weights
 from crossvit_jax import CrossViTConfig, get_config
@@ -55,7 +56,8 @@ def prepare(config: TrainConfig) -> Job:
     Raises SettingsError for the first mistake. The digits are prepared here if they never were.
     """
     saved = read_run(config.output)
-    config.model_config(num_classes=1)  # the variant and the image size; the classes are not known yet
+    if saved is None and config.init is None:
+        config.model_config(num_classes=1)  # the variant and the image size; the classes are not known yet
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise SettingsError("--wandb needs the package wandb, which is not installed: pip install wandb")
     mesh = _mesh(config)
@@ -73,7 +75,7 @@ def prepare(config: TrainConfig) -> Job:
 
     weights = None
     if saved is not None:  # --init need not be there any more
-        begun, _ = understand(saved["model"])
+        begun = _begun_model(saved, config)
         wanted = {"name": get_config(config.variant or begun.name).name, "num_classes": len(image_sets.class_names)}
         model_config = dataclasses.replace(begun, **wanted, **config.model_overrides())
     elif config.init is not None:
@@ -92,10 +94,17 @@ def prepare(config: TrainConfig) -> Job:
     described = describe_run(
         config, model=describe(model_config, image_sets.class_names), data=_describe_data(config, image_sets)
     )
-    described["id"] = uuid.uuid4().hex[:8] if saved is None else saved["id"]
+    described["id"] = uuid.uuid4().hex[:8] if saved is None else saved.get("id")
     if saved is not None:
         check_same_run(saved, described, config.output)
     return Job(config, model_config, image_sets, mesh, weights, described, resumed=saved is not None)
+
+
+def _begun_model(saved: dict[str, Any], config: TrainConfig) -> CrossViTConfig:
+    try:
+        return understand(saved["model"])[0]
+    except (KeyError, TypeError, ConversionError) as error:
+        raise SettingsError(f"the run in {config.output} was begun by another version: {error}") from error
 
 
 def _mesh(config: TrainConfig) -> Mesh:

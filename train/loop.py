@@ -22,6 +22,7 @@ from train.data import eval_batches, train_batches
 from train.hosts import is_main
 from train.interruption import Interrupted, Interruption
 from train.job import Job
+from train.memory import available_memory, check_fits, memory_errors_explained, step_memory
 from train.meter import STEPS_BEHIND, Meter
 from train.metrics import MetricsLog, NoLog, read_metrics
 from train.optimizer import make_optimizer
@@ -70,6 +71,7 @@ def train(job: Job) -> Result:
 
     with ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
+        stack.enter_context(memory_errors_explained(config, mesh))
         if job.resumed:  # whoever has it already is found before anything is compiled
             folder = _claim_folder(job, stack)
 
@@ -117,6 +119,8 @@ def train(job: Job) -> Result:
             eval_step = jit_eval_step(make_eval_step(model), mesh, shapes["params"])
             eval_step = eval_step.lower(shapes["params"], eval_shapes).compile()
             state, train_step = init.result(), compiling.result()
+        memory, available = step_memory(train_step), available_memory(mesh)
+        check_fits(memory, available, config, mesh)
 
         # --- the run's folder, and the state that an earlier run left there ---
         if not job.resumed:
@@ -131,6 +135,7 @@ def train(job: Job) -> Result:
         step, best = progress["step"], progress["best"]
         checkpoints.best_step = best["step"]
         _say(_headline(job, folder))
+        _say(memory.describe(available))
         if job.resumed:
             _say(f"continued after step {step} of {train_steps}")
 

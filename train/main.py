@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(config) -> int:
+    from convert import ConversionError
     from train import hosts
     from train.bad_images import TooManyBadImages
     from train.checkpoints import CheckpointError
@@ -40,8 +41,8 @@ def _run(config) -> int:
         return _fail(error, status=2)
     except Interrupted as error:
         return _fail(error, status=error.status)
-    except (TrainingFailed, CheckpointError, TooManyBadImages, DataError) as error:
-        return _fail(error, status=1)
+    except (TrainingFailed, CheckpointError, TooManyBadImages, DataError, ConversionError, OSError) as error:
+        return _fail(error, status=1)  # OSError: a full disk, when something else than a checkpoint was written
     if hosts.is_main():
         print(result.summary())
     return 0

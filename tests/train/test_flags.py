@@ -30,7 +30,8 @@ def test_every_setting_has_a_flag_with_help_that_shows_the_recipes_default(capsy
     assert exit.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(TrainConfig):
-        assert f"--{field.name.replace('_', '-')} {field.name.upper()}" in text
+        takes = "" if field.metadata["parse"] is bool else f" {field.name.upper()}"
+        assert f"--{field.name.replace('_', '-')}{takes}" in text
         assert field.metadata["help"].split("%")[0] in text
     for default in ("300", "4096", "0.0005", "0.08,1", "rand-m9-mstd0.5-inc1"):
         assert f"(default: {default})" in text
@@ -40,6 +41,8 @@ def test_values_are_read_by_the_type_of_the_setting():
     config = parse_flags(["--lr=2e-3", "--image-scale=1,2/3", "--image-size=96", "--data-dir=here", "--mixup", "0.5"])
     assert (config.lr, config.image_scale, config.image_size) == (2e-3, (1.0, 2 / 3), 96)
     assert (config.data_dir, config.mixup) == ("here", 0.5)
+    assert parse_flags(["--freeze-backbone"]).freeze_backbone
+    assert not parse_flags(["--recipe=imagenet-ibm", "--no-decay-tokens"]).decay_tokens
 
 
 def test_the_warm_up_shrinks_with_the_epochs_unless_it_is_given():
@@ -67,7 +70,13 @@ def test_the_warm_up_shrinks_with_the_epochs_unless_it_is_given():
         (["--image-scale=1,2/0"], "argument --image-scale"),
         (["--crop-scale=0.5,0.1"], "crop_scale must be two rising numbers"),
         (["--warmup-epochs=20", "--epochs=20"], "warmup_epochs must be below the 20 epochs; got 20"),
-        (["--lr-stepping=epoch"], "lr_stepping must be timm or ibm"),
+        (["--lr-stepping=timm"], "lr_stepping must be epoch or step or epoch-late; got timm"),
+        (["--optimizer=adam"], "optimizer must be adamw or sgd; got adam"),
+        (["--loss=mse"], "loss must be softmax or bce"),
+        (["--layer-decay=0"], "layer_decay must be above 0 and at most 1"),
+        (["--clip-grad=0"], "clip_grad must be above 0"),
+        (["--coordinator=here:1"], "coordinator, num_processes and process_id go together"),
+        (["--coordinator=here:1", "--num-processes=2", "--process-id=2"], "process_id must be below num_processes 2"),
         (["--val-fraction=1"], "val_fraction must be above 0 and below 1"),
         (["stray"], "unrecognized arguments: stray"),
     ],

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from convert import load_flax
+from convert.__main__ import main as convert_main
 from convert.metadata import understand
 from train.config import RECIPES
 from train.main import main
@@ -36,14 +37,15 @@ def run(digits_dir, tmp_path, capsys):
 def test_a_run_leaves_settings_metrics_and_weights_and_tells_the_result(run, small_variant):
     status, out, _, folder = run(*_SHORT)
     assert status == 0
-    assert {path.name.split(".")[0] for path in folder.iterdir()} == {"config", "metrics", "events", "weights"}
+    names = {path.name.split(".")[0] for path in folder.iterdir() if path.name != ".lock"}
+    assert names == {"config", "metrics", "events", "weights", "checkpoints", "curves"}
 
     training = [line for line in _lines(folder) if "train/loss" in line]
     (evaluation,) = [line for line in _lines(folder) if "eval/loss" in line]
     # 5 steps an epoch: a line every 2 steps and at the end of each epoch
     assert [(line["step"], line["epoch"]) for line in training] == [(2, 1), (4, 1), (5, 1), (6, 2), (8, 2), (10, 2)]
     assert all(set(line) == {"step", "epoch", *_TRAINING} for line in training)
-    assert set(evaluation) == {"step", "epoch", "eval/loss", "eval/top1", "eval/top5"}
+    assert set(evaluation) == {"step", "epoch", "eval/loss", "eval/top1", "eval/top5", "eval/bad_images"}
     assert evaluation["step"] == 10
     assert 0 <= evaluation["eval/top1"] <= evaluation["eval/top5"] <= 100
 
@@ -57,24 +59,27 @@ def test_a_run_leaves_settings_metrics_and_weights_and_tells_the_result(run, sma
         assert understand(file.metadata()["crossvit"]) == (model_config, class_names)
     assert load_flax(folder / "weights.safetensors").config == model_config
 
-    for told in (f"top-1 {evaluation['eval/top1']:.2f} %", str(folder), "epoch 2/2", "images/s", "left"):
+    for told in (
+        f"top-1 {evaluation['eval/top1']:.2f} %",
+        str(folder),
+        "epoch 2/2",
+        "images/s",
+        "left",
+        "memory per device",
+    ):
         assert told in out
 
 
-_TRAINING = ("train/loss", "train/top1", "train/lr", "train/images_per_s")
+_TRAINING = ("train/loss", "train/top1", "train/lr", "train/bad_images")
 
 
 def test_the_same_seed_gives_the_same_run_with_and_without_workers(run, small_variant):
-    def results(folder):
-        timing = "train/images_per_s"
-        return [{name: value for name, value in line.items() if name != timing} for line in _lines(folder)]
-
     first, again, other = (
         run(*_SHORT, f"--workers={workers}", f"--seed={seed}", name=name)[-1]
         for name, workers, seed in (("first", 0, 0), ("again", 1, 0), ("other", 0, 1))
     )
-    assert results(first) == results(again)
-    assert results(first) != results(other)
+    assert _lines(first) == _lines(again)
+    assert _lines(first) != _lines(other)
     weights, others = (load_file(folder / "weights.safetensors") for folder in (first, again))
     for name, tensor in weights.items():
         np.testing.assert_array_equal(tensor, others[name])
@@ -100,15 +105,79 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(run, small_variant
     assert not (folder / "weights.safetensors").exists()
 
 
-def test_an_unreadable_image_ends_the_run_with_its_name(run, small_variant, image_folder):
-    for i in range(8):
-        image_folder(f"pictures/only/{i}.png")
-    (image_folder() / "pictures" / "only" / "3.png").write_bytes(b"no image")
-    dataset = f"--dataset=folder:{image_folder() / 'pictures'}"
-    status, _, error, _ = run(dataset, "--recipe=digits", "--epochs=1", "--batch-size=2", "--log-every=1")
+def _folder_with_bad_images(image_folder):
+    for i in range(60):
+        image_folder(f"pictures/{'ab'[i % 2]}/{i}.png", seed=i)
+    pictures = image_folder() / "pictures"
+    (pictures / "a" / "4.png").write_bytes(b"no image")
+    (pictures / "b" / "7.png").write_bytes(b"")
+    whole = (pictures / "b" / "9.png").read_bytes()
+    (pictures / "b" / "9.png").write_bytes(whole[: len(whole) // 2])
+    return [f"--dataset=folder:{pictures}", "--recipe=digits", "--epochs=3", "--batch-size=8", "--val-fraction=0.2"]
+
+
+def test_unreadable_images_are_named_once_and_counted_and_the_run_goes_on(run, small_variant, image_folder):
+    flags = _folder_with_bad_images(image_folder)
+    status, out, _, folder = run(*flags, "--max-bad-images=0.2", "--workers=1")
+    assert status == 0
+    for name in ("4.png", "7.png", "9.png"):
+        assert out.count(name) == 1
+    lines = _lines(folder)
+    bad = [line["train/bad_images"] for line in lines if "train/loss" in line]
+    assert len(bad) == 3  # an epoch each
+    assert 1 <= max(bad) <= 3
+    held_out = {line["eval/bad_images"] for line in lines if "eval/loss" in line}
+    assert len(held_out) == 1
+    assert 3 - max(bad) >= held_out.pop() >= 0
+
+
+def test_too_many_unreadable_images_end_the_run_with_their_names(run, small_variant, image_folder):
+    status, _, error, _ = run(*_folder_with_bad_images(image_folder))
     assert status == 1
-    assert "cannot read image" in error
-    assert "3.png" in error
+    assert error.count("\n") == 1
+    assert "cannot be read, more than the share of 0.01 that is accepted (--max-bad-images)" in error
+    assert ".png" in error
+
+
+@pytest.fixture
+def timm_checkpoint(run, small_variant, tmp_path):
+    """A file as timm saves it, for the ten digits at 48 pixels."""
+    *_, folder = run("--epochs=1", name="pretrained")
+    path = tmp_path / "pretrained.pth"
+    assert convert_main([str(folder / "weights.safetensors"), str(path)]) == 0
+    return path
+
+
+def test_fine_tuning_takes_the_weights_a_new_head_and_a_new_size_and_says_so(run, timm_checkpoint, image_folder):
+    for i in range(24):
+        image_folder(f"pictures/{'abc'[i % 3]}/{i}.png", seed=i)
+    data = [f"--dataset=folder:{image_folder() / 'pictures'}", "--recipe=digits", "--epochs=1", "--batch-size=8"]
+    status, out, error, folder = run(*data, f"--init={timm_checkpoint}", "--image-size=96", "--lr=1e-9", "--min-lr=0")
+    assert status == 0, error
+    assert "note: new head for 3 classes instead of 10" in out
+    assert "note: position embeddings resampled from 4 x 4 and 2 x 2 patches to 8 x 8 and 4 x 4" in out
+    before, after = load_flax(timm_checkpoint), load_flax(folder / "weights.safetensors")
+    assert after.config.image_size == (96, 96)
+    kernels = [np.asarray(model.blocks[0].blocks[1][0].mlp.fc1.kernel[...]) for model in (before, after)]
+    np.testing.assert_allclose(*kernels, atol=1e-6)
+    status, out, error, _ = run(*data, f"--init={timm_checkpoint}", "--variant=s", name="other")
+    assert status == 2
+    assert "holds ti, not the variant s" in error
+
+
+def test_the_head_is_kept_for_the_same_classes_and_replaced_for_others_of_the_same_number(
+    run, timm_checkpoint, image_folder
+):
+    _, out, _, folder = run(f"--init={timm_checkpoint}", "--epochs=1", "--lr=1e-9", "--min-lr=0", name="nameless")
+    assert "note: the head is kept: it has 10 classes too, and their names are not known" in out
+    _, out, _, _ = run(f"--init={folder / 'weights.safetensors'}", "--epochs=1", name="named")
+    assert "note: the head is kept: it is for these classes" in out
+    for i in range(40):
+        image_folder(f"pictures/class {i % 10}/{i}.png", seed=i)
+    data = [f"--dataset=folder:{image_folder() / 'pictures'}", "--recipe=digits", "--epochs=1", "--batch-size=8"]
+    status, out, error, _ = run(*data, f"--init={folder / 'weights.safetensors'}", name="others")
+    assert status == 0, error
+    assert "note: new head: the 10 classes are others than those of the weights" in out
 
 
 @pytest.mark.parametrize(
@@ -121,6 +190,11 @@ def test_an_unreadable_image_ends_the_run_with_its_name(run, small_variant, imag
         (["--batch-size=2000"], "batch_size 2000 is more than the 1438 training images"),
         (["--auto-augment=rand-q9"], "timm does not understand auto_augment 'rand-q9'"),
         (["--epochs=0"], "epochs must be at least 1"),
+        (["--mesh=data=3"], "mesh data=3 takes 3 devices; there are 1"),
+        (["--init=nowhere.safetensors"], "nowhere.safetensors"),
+        (["--wandb=project"], "--wandb needs the package wandb"),
+        (["--resume=nowhere"], "there is no run in nowhere"),
+        (["--batch-size=64", "--grad-accum=3"], "batch_size 64 cannot be cut into grad_accum 3 parts"),
     ],
 )
 def test_what_cannot_work_is_one_line_and_status_2_and_leaves_nothing(run, tmp_path, flags, message, capsys):
@@ -139,7 +213,7 @@ def test_a_folder_that_holds_something_is_refused(run, tmp_path):
     (tmp_path / "run" / "notes.txt").write_text("mine")
     status, _, error, _ = run()
     assert status == 2
-    assert "is not an empty folder" in error
+    assert "holds something, but no run to continue" in error
 
 
 def test_without_output_a_new_folder_under_runs_is_made(digits_dir, small_variant, tmp_path, monkeypatch):
