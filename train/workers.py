@@ -10,7 +10,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 
 import grain
 import jax
@@ -51,7 +50,6 @@ def _signals_held() -> Iterator[None]:
     Workers take seconds to import what they need, and would die of the signals before they can prepare for them. For
     the calling thread the signals wait until the end of the block.
     """
-    resource_tracker.ensure_running()  # when it starts by itself, it lets the signals through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
