@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 from convert.command_line import Parser
 from train.config import SettingsError, TrainConfig
-from train.inference_command import SOURCES, add_model_flags, at_least_zero, run, tell_notes
+from train.inference_command import SOURCES, add_model_flags, at_least_zero, progress_bar, run, tell_notes
 
 if TYPE_CHECKING:
     from train.evaluation import Evaluation
@@ -182,13 +182,15 @@ def match_classes(
         return same, ["the weights know no class names: output i is taken for the data set's class i"]
     if tuple(data_names) == tuple(weight_names):
         return same, []
+    in_data, in_weights = set(data_names), set(weight_names)
     only = {
-        "the data set": [name for name in data_names if name not in set(weight_names)],
-        "the weights": [name for name in weight_names if name not in set(data_names)],
+        "the data set": [name for name in data_names if name not in in_weights],
+        "the weights": [name for name in weight_names if name not in in_data],
     }
-    if any(only.values()) or len(set(data_names)) != len(data_names) or len(data_names) != num_classes:
+    # a name that stands for two classes tells neither
+    if any(only.values()) or not len(in_data) == len(in_weights) == len(data_names) == num_classes:
         differences = [f"only in {place}: {listed(names[:3], len(names))}" for place, names in only.items() if names]
-        raise SettingsError("; ".join([counts, *differences]))
+        raise SettingsError("; ".join([counts, *(differences or ["some have the same name"])]))
     place = {name: index for index, name in enumerate(weight_names)}
     note = "the data set has the weights' classes in another order: they are matched by name"
     return np.array([place[name] for name in data_names]), [note]
@@ -213,7 +215,6 @@ def evaluate(
     """
     import jax
     import jax.numpy as jnp
-    from tqdm import tqdm
 
     from train.bad_images import BadImages
     from train.data import eval_batches
@@ -238,15 +239,13 @@ def evaluate(
     sums = {"images": 0, "top5": 0, "loss": 0.0}
     confusion = np.zeros((config.num_classes, config.num_classes), np.int64)
 
-    def count(outputs: dict[str, jax.Array]) -> int:
+    def count(outputs: dict[str, jax.Array]) -> None:
         outputs = jax.device_get(outputs)
         counted = outputs["mask"] > 0
-        images = int(counted.sum())
-        sums["images"] += images
+        sums["images"] += int(counted.sum())
         sums["top5"] += int(outputs["top5"][counted].sum())
         sums["loss"] += float(outputs["loss"][counted].sum(dtype=np.float64))
         np.add.at(confusion, (outputs["label"][counted], outputs["predicted"][counted]), 1)
-        return images
 
     one_torch_thread()
     batches = eval_batches(source, eval_transform(config), batch_size=batch_size, workers=workers)
@@ -254,7 +253,7 @@ def evaluate(
     pending: deque[dict[str, jax.Array]] = deque()
     with (
         closing(device_batches(batches, classifier.mesh)) as stream,
-        tqdm(total=len(source), unit="image", disable=None, leave=False) as bar,  # none where stderr is no terminal
+        progress_bar(len(source)) as bar,
     ):
         bad_images = BadImages(source, lambda line: bar.write(f"{_PROGRAM}: {line}", file=sys.stderr))
         shapes = {
@@ -263,14 +262,16 @@ def evaluate(
             "mask": jax.ShapeDtypeStruct((batch_size,), jnp.float32),
         }
         compiled = classifier.compile(forward, shapes)  # while the first images are read
-        start = time.perf_counter()
+        start = None  # when the first images are there: the start of worker processes says nothing about speed
         for step in range(steps + _BATCHES_BEHIND):
             if step < steps:
                 batch = next(stream)
+                start = start or time.perf_counter()
                 bad_images.add(batch["bad_indices"])
                 pending.append(compiled({name: batch[name] for name in shapes}))
             if step >= _BATCHES_BEHIND:
-                bar.update(count(pending.popleft()))
+                count(pending.popleft())
+                bar.update(min(batch_size, len(source) - bar.n))
         seconds = time.perf_counter() - start
     images = sums["images"]
     if not images:

@@ -1,14 +1,19 @@
-"""What the commands `train.evaluate` and `train.predict` share: flags of the model, and how a failure is told."""
+"""What the commands `train.evaluate` and `train.predict` share: flags, a progress bar, and how failures are told."""
 
 import argparse
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from convert.command_line import Parser
 from convert.errors import ConversionError, one_line
 from train.config import SettingsError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 SOURCES = """\
 SOURCE: hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub), a .safetensors, .pth or .bin file with timm's,
@@ -90,6 +95,14 @@ def tell_notes(prog: str, notes: Iterable[str]) -> None:
     """What the user should know about the weights, on stderr."""
     for note in notes:
         print(f"{prog}: note: {note}", file=sys.stderr)
+
+
+def progress_bar(images: int) -> "tqdm":
+    """A bar that counts images, gone when it is closed; none where stderr is no terminal."""
+    from tqdm import tqdm
+
+    size = shutil.get_terminal_size()  # unlike tqdm's own guess never 0, with which tqdm shows nothing
+    return tqdm(total=images, unit=" images", disable=None, leave=False, ncols=size.columns, nrows=size.lines)
 
 
 # --- the types of flags ---

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.command_line import Parser
-from train.inference_command import SOURCES, add_model_flags, at_least_one, run, tell_notes
+from train.inference_command import SOURCES, add_model_flags, at_least_one, progress_bar, run, tell_notes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,8 +65,6 @@ def _predict(args: argparse.Namespace) -> int:
     if pictures:
         pictures.mkdir(parents=True, exist_ok=True)
 
-    from tqdm import tqdm
-
     from train.inference import load_classifier
     from train.predictions import FORMATS
 
@@ -79,7 +77,7 @@ def _predict(args: argparse.Namespace) -> int:
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
     failures = 0
-    with tqdm(total=len(paths), unit="image", disable=None, leave=False) as bar:  # none where stderr is no terminal
+    with progress_bar(len(paths)) as bar:
 
         def skip(reason: str) -> None:
             nonlocal failures
@@ -92,8 +90,8 @@ def _predict(args: argparse.Namespace) -> int:
         for results in classify(
             classifier, paths, batch_size=batch_size, top_k=args.top_k, pictures=pictures, skip=skip
         ):
-            for result in results:
-                bar.write(text.entry(result.path, result.predictions, result.picture), end="")
+            entries = (text.entry(result.path, result.predictions, result.picture) for result in results)
+            bar.write("".join(entries), end="")
             sys.stdout.flush()
             bar.update(len(results))
     if failures:

@@ -12,6 +12,7 @@ import torch
 
 import train.predict
 from tests.train.small_weights import save_small, small_config, small_timm_model
+from train.config import SettingsError
 from train.evaluate import main, match_classes
 from train.inference import Classifier
 from train.sources import open_digits
@@ -148,6 +149,13 @@ def test_other_classes_are_refused_with_the_difference(evaluate, pictures, tmp_p
     assert (status, out) == (2, "")
     assert message in error
     assert not folder.exists()
+
+
+def test_a_name_that_stands_for_two_classes_only_matches_in_the_same_order():
+    names = ["crane", "crane", "heron"]
+    assert match_classes(names, names, 3)[0].tolist() == [0, 1, 2]
+    with pytest.raises(SettingsError, match="the data set has 3 classes, the weights have 3"):
+        match_classes(names, names[::-1], 3)
 
 
 def test_the_held_out_images_are_those_of_training_unless_all_are_asked_for(evaluate, pictures, tmp_path):
