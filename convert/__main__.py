@@ -1,13 +1,12 @@
 """The command `python -m convert SOURCE DESTINATION`."""
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert.command_line import Parser
+from convert.command_line import Parser, at_least_zero, image_size
 from convert.errors import ConversionError
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 SOURCE       hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub), a .safetensors, .pth or .bin file with
-             timm's, IBM's or Flax's names, or an Orbax folder
+             timm's, IBM's or Flax's names, an Orbax folder, or the folder of a training run
 DESTINATION  .safetensors or .pth for timm and the torch twin, .flax.safetensors, or no ending for an Orbax folder
 
 exit status: 0 done; 1 --verify found the twins apart; 2 nothing was written, and one line on stderr says why
@@ -46,9 +45,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("destination", metavar="DESTINATION")
-    parser.add_argument("--num-classes", type=_whole_number, metavar="N", help="new head for N classes; 0: no head")
+    parser.add_argument("--num-classes", type=at_least_zero, metavar="N", help="new head for N classes; 0: no head")
     parser.add_argument(
-        "--image-size", type=_image_size, metavar="N|HxW", help="resample the position embeddings to this size"
+        "--image-size", type=image_size, metavar="N|HxW", help="resample the position embeddings to this size"
     )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: as stored")
     parser.add_argument("--verify", action="store_true", help="run both twins on what was written and compare")
@@ -128,19 +127,6 @@ def _verify(weights: "Weights", path: Path) -> int:
     passed = difference <= BOUND  # not so for NaN either
     print("" if passed else ": TOO MUCH")
     return 0 if passed else 1
-
-
-def _whole_number(text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more; got {text!r}")
-    return int(text)
-
-
-def _image_size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text, re.ASCII)
-    if not match or int(match[1]) < 1 or int(match[2] or 1) < 1:
-        raise argparse.ArgumentTypeError(f"must be pixels such as 240, or HEIGHTxWIDTH such as 240x480; got {text!r}")
-    return int(match[1]), int(match[2] or match[1])
 
 
 if __name__ == "__main__":

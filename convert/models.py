@@ -68,7 +68,7 @@ def load_weights(source: str | Path, *, seed: int = 0, **overrides: Any) -> Weig
     """The weights in a source with their settings, checked and adapted, in the stored dtype.
 
     Args:
-        source: `hf-hub:owner/repo`, a `.safetensors`, `.pth` or `.bin` file, or an Orbax folder.
+        source: `hf-hub:owner/repo`, a `.safetensors`, `.pth` or `.bin` file, an Orbax folder, or a run's folder.
         seed: of a new head.
         **overrides: fields of `CrossViTConfig`, see `convert.adapt.adapt`.
 

@@ -16,6 +16,7 @@ from crossvit_jax.config import TIMM_NAMES, get_config
 
 _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
+RUN_WEIGHTS = "weights.safetensors"  # what a training run leaves in its folder
 _LONGEST_HEADER = 100_000_000  # bytes; the safetensors format sets this limit
 
 
@@ -29,7 +30,8 @@ class Stored:
 
 
 def read(source: str | Path) -> Stored:
-    """Reads `hf-hub:owner/repo`, a safetensors file with timm's or Flax's names, a torch checkpoint or an Orbax folder.
+    """Reads `hf-hub:owner/repo`, a safetensors file with timm's or Flax's names, a torch checkpoint, or a folder:
+    of Orbax, or of a training run.
 
     Files are told apart by their content, not by their names.
 
@@ -43,6 +45,8 @@ def read(source: str | Path) -> Stored:
 
 def _read_path(path: Path) -> Stored:
     try:
+        if (path / RUN_WEIGHTS).is_file():
+            path = path / RUN_WEIGHTS
         if path.is_dir():
             params, description, notes = read_orbax(path)
             return Stored(tensors=flatten(params), description=description, notes=notes)

@@ -54,6 +54,11 @@ class Checkpoints:
     def best_step(self, step: int | None) -> None:
         self._keep.best_step = step
 
+    @property
+    def latest_step(self) -> int:
+        """The step of the newest checkpoint, whole or damaged; 0: there is none."""
+        return self._manager.latest_step() or 0
+
     def save(self, step: int, state: State, progress: dict[str, Any]) -> None:
         """Write a checkpoint; returns when the state may change, and goes on in the background.
 

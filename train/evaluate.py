@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int
 
-from convert.command_line import Parser
+from convert.command_line import Parser, at_least_zero
 from train.config import SettingsError, TrainConfig
-from train.inference_command import SOURCES, add_model_flags, at_least_zero, progress_bar, run, tell_notes
+from train.inference_command import SOURCES, add_model_flags, progress_bar, run, tell_notes
 
 if TYPE_CHECKING:
     from train.evaluation import Evaluation

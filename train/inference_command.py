@@ -1,14 +1,12 @@
 """What the commands `train.evaluate` and `train.predict` share: flags, a progress bar, and how failures are told."""
 
-import argparse
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from convert.command_line import Parser
+from convert.command_line import Parser, at_least_one, image_size, share
 from convert.errors import ConversionError, one_line
 from train.config import SettingsError
 
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
 
 SOURCES = """\
 SOURCE: hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub), a .safetensors, .pth or .bin file with timm's,
-IBM's or Flax's names, or an Orbax folder"""
+IBM's or Flax's names, an Orbax folder, or the folder of a training run"""
 
 
 def add_model_flags(parser: Parser) -> None:
@@ -103,39 +101,3 @@ def progress_bar(images: int) -> "tqdm":
 
     size = shutil.get_terminal_size()  # unlike tqdm's own guess never 0, with which tqdm shows nothing
     return tqdm(total=images, unit=" images", disable=None, leave=False, ncols=size.columns, nrows=size.lines)
-
-
-# --- the types of flags ---
-
-
-def at_least_one(text: str) -> int:
-    """A whole number, 1 or more."""
-    if not (text.isascii() and text.isdigit() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more; got {text!r}")
-    return int(text)
-
-
-def at_least_zero(text: str) -> int:
-    """A whole number, 0 or more."""
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more; got {text!r}")
-    return int(text)
-
-
-def share(text: str) -> float:
-    """A number above 0 and at most 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1; got {text!r}")
-    return value
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """`240` or `240x480` as (height, width)."""
-    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text, re.ASCII)
-    if not match:
-        raise argparse.ArgumentTypeError(f"must be pixels such as 240, or HEIGHTxWIDTH such as 240x480; got {text!r}")
-    return int(match[1]), int(match[2] or match[1])

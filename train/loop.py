@@ -28,7 +28,7 @@ from train.metrics import MetricsLog, NoLog, read_metrics
 from train.optimizer import make_optimizer
 from train.plots import draw_curves
 from train.progress import Progress
-from train.run_folder import Claim, make_run_folder, read_run, write_config
+from train.run_folder import claim_run_folder, read_run, write_config
 from train.schedule import learning_rate
 from train.sharding import device_batches, fetch, state_shardings
 from train.state import abstract_model, abstract_state, init_state
@@ -72,8 +72,11 @@ def train(job: Job) -> Result:
     with ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
         stack.enter_context(memory_errors_explained(config, mesh))
-        if job.resumed:  # whoever has it already is found before anything is compiled
-            folder = _claim_folder(job, stack)
+
+        # --- the run's folder: taken now, written to when nothing can go wrong any more ---
+        folder = _claim_folder(job, stack)
+        description = describe(model_config, class_names)
+        checkpoints = stack.enter_context(closing(Checkpoints(folder, description=description, say=_say)))
 
         # --- data: Grain decodes and augments in its workers, and brings batches to the devices ahead of time ---
         one_torch_thread()
@@ -93,6 +96,8 @@ def train(job: Job) -> Result:
             )
             return stack.enter_context(closing(device_batches(batches, mesh)))
 
+        newest_step = checkpoints.latest_step
+        train_stream = open_train_stream(newest_step)
         eval_stream = device_batches(
             eval_batches(
                 job.image_sets.held_out,
@@ -122,17 +127,18 @@ def train(job: Job) -> Result:
         memory, available = step_memory(train_step), available_memory(mesh)
         check_fits(memory, available, config, mesh)
 
-        # --- the run's folder, and the state that an earlier run left there ---
-        if not job.resumed:
-            folder = _claim_folder(job, stack)
+        # --- the state that an earlier run left ---
+        if is_main() and not job.resumed:
+            write_config(folder, job.described)
         progress = {"step": 0, "log_bytes": 0, "meter": None, "best": {"top1": -1.0, "epoch": 0, "step": None}}
-        description = describe(model_config, class_names)
-        checkpoints = stack.enter_context(closing(Checkpoints(folder, description=description, say=_say)))
         wanted = jax.tree.map(_with_sharding, shapes, state_shardings(shapes, mesh))
         restored = checkpoints.restore(wanted)
         if restored is not None:
             state, progress = restored
         step, best = progress["step"], progress["best"]
+        if step != newest_step:  # the newest checkpoint was damaged
+            train_stream.close()
+            train_stream = open_train_stream(step)
         checkpoints.best_step = best["step"]
         _say(_headline(job, folder))
         _say(memory.describe(available))
@@ -140,7 +146,6 @@ def train(job: Job) -> Result:
             _say(f"continued after step {step} of {train_steps}")
 
         # --- epochs ---
-        train_stream = open_train_stream(step)
         bad_train, bad_held_out = BadImages(job.image_sets.train, _say), BadImages(job.image_sets.held_out, _say)
         log = stack.enter_context(_open_log(job, folder, progress))
         shown = Progress(epochs=config.epochs, steps_per_epoch=job.steps_per_epoch, done=step, silent=not is_main())
@@ -253,15 +258,10 @@ def _claim_folder(job: Job, stack: ExitStack) -> Path:
     """The run's folder, taken by the main process; the others go on when it is there."""
     folder = Path(job.config.output) if job.config.output else None
     if is_main():
-        folder = make_run_folder(job.config)
-        stack.enter_context(closing(Claim(folder)))
-        if not job.resumed:
-            if job.config.output is not None and read_run(job.config.output) is not None:
-                raise SettingsError(f"another run was begun in {folder} meanwhile: name another --output")
-            try:
-                write_config(folder, job.described)
-            except OSError as error:
-                raise SettingsError(f"cannot write to {folder}: {error.strerror}") from error
+        claim = stack.enter_context(closing(claim_run_folder(job.config)))
+        folder = claim.folder
+        if not job.resumed and read_run(str(folder)) is not None:
+            raise SettingsError(f"another run was begun in {folder} meanwhile: name another --output")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("run folder")
     return folder

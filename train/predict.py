@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.command_line import Parser
-from train.inference_command import SOURCES, add_model_flags, at_least_one, progress_bar, run, tell_notes
+from convert.command_line import Parser, at_least_one
+from train.inference_command import SOURCES, add_model_flags, progress_bar, run, tell_notes
 
 if TYPE_CHECKING:
     import numpy as np

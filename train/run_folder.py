@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def read_run(output: str | None) -> dict[str, Any] | None:
         return None
     folder = Path(output)
     try:
-        if not os.path.lexists(folder) or (folder.is_dir() and set(os.listdir(folder)) <= {_LOCK}):
+        if not os.path.lexists(folder) or (folder.is_dir() and _is_unused(folder)):
             return None
         return json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -97,20 +98,24 @@ def write_config(folder: Path, described: dict[str, Any]) -> None:
     write_whole(folder / _CONFIG, (json.dumps(described, indent=2) + "\n").encode())
 
 
-def make_run_folder(config: TrainConfig) -> Path:
-    """Make the folder: `config.output`, or `runs/VARIANT-DATASET-TIME`. Raises SettingsError if that is impossible."""
+def claim_run_folder(config: TrainConfig) -> "Claim":
+    """Make the folder `config.output`, or `runs/VARIANT-DATASET-TIME`, and take it.
+
+    Raises SettingsError if that is impossible, or another run has it.
+    """
     try:
         if config.output:
             folder = Path(config.output)
+            is_new = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
-            return folder
+            return Claim(folder, is_new=is_new)
         dataset = re.sub(r"\W+", "-", Path(config.dataset).name.split(":")[-1]).strip("-")
         name = f"{config.variant}-{dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
         for attempt in range(100):  # two runs may start in the same second
             folder = Path("runs") / (name if attempt == 0 else f"{name}-{attempt + 1}")
             try:
                 folder.mkdir(parents=True)
-                return folder
+                return Claim(folder, is_new=True)
             except FileExistsError:
                 continue
         raise FileExistsError(f"runs/{name} and a hundred more exist")
@@ -121,8 +126,9 @@ def make_run_folder(config: TrainConfig) -> Path:
 class Claim:
     """A run's folder belongs to one run at a time: as long as this is not closed, and the process lives."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, is_new: bool = False):
         """Raises SettingsError if another run has the folder, or nothing can be written there."""
+        self.folder, self._is_new = folder, is_new
         try:
             self._file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -133,8 +139,14 @@ class Claim:
             raise SettingsError(f"cannot write to {folder}: {error.strerror}") from error
 
     def close(self) -> None:
-        """Let others have the folder."""
+        """Let others have the folder. One that was new, and got nothing, is removed."""
+        if self._is_new and _is_unused(self.folder):
+            shutil.rmtree(self.folder)
         os.close(self._file)
+
+
+def _is_unused(folder: Path) -> bool:
+    return all(path.is_dir() or path.name == _LOCK for path in folder.rglob("*"))
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -55,7 +55,7 @@ def test_speed_is_told_beside_the_lines(tmp_path):
 
 def test_weights_and_biases_gets_the_same(tmp_path):
     class Run:
-        told, finished = [], False  # noqa: RUF012
+        told, finished = [], False
 
         def log(self, values, step):
             self.told.append((step, values))
