@@ -1,0 +1,207 @@
+"""`python -m train.compile`: for the devices here, and for slices of TPUs where libtpu is installed."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from crossvit_jax.config import VARIANTS
+from train import slices
+from train.compile import compile_step, main
+from train.config import RECIPES
+from train.memory import DoesNotFit, available_memory, memory_errors_explained
+from train.sharding import make_mesh, replicated
+from train.slices import slice_devices
+from train.state import abstract_model
+
+_DIGITS = ("--recipe=digits", "--num-classes=10")
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command with flags: status, standard output and error."""
+
+    def _run(*flags):
+        try:
+            status = main(flags)
+        except SystemExit as exit:
+            status = exit.code
+        return status, *capsys.readouterr()
+
+    return _run
+
+
+def test_the_figures_of_a_step_on_the_devices_here(run, small_variant):
+    status, out, err = run(*_DIGITS, "--batch-size=16")
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "CrossViT ti, 10 classes, float32, batch 16 on 1 x cpu (local), mesh data=1,fsdp=1"
+    assert lines[1].startswith("memory per device: ")
+    told = re.fullmatch(r"FLOPs per step: ([\d.]+) M in matrix products and convolutions; ([\d.]+) M by .*", lines[2])
+    assert float(told[1]) < float(told[2]) < 1.3 * float(told[1])
+    assert lines[3] == "communication per step and device: none"
+    assert re.fullmatch(r"compiled in \d+ s", lines[4])
+    assert lines[5] == "fits"
+
+
+def test_a_step_that_does_not_fit_says_so_with_its_own_status(run, small_variant, monkeypatch):
+    monkeypatch.setattr("train.memory.available_memory", lambda mesh: 2**20)
+    status, out, _ = run(*_DIGITS, "--batch-size=16")
+    assert status == 1
+    assert re.search(r"^does not fit: a step needs .* more than the 1 MiB that it has; what would help: --", out, re.M)
+
+
+def test_a_program_that_the_compiler_refuses_is_told_as_far_as_it_is_known(run, small_variant, monkeypatch):
+    def refuse(self):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (26.86G) "
+            "exceeds available HBM (15.75G)."
+        )
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    status, out, _ = run(*_DIGITS, "--batch-size=16")
+    assert status == 1
+    assert "FLOPs per step: " in out
+    assert "does not fit: a step needs 26.9 GiB on each device, 11.1 GiB more" in out
+    status, out, _ = run(*_DIGITS, "--batch-size=16", "--variant", "ti", "ti")
+    assert (status, out.count("| too much |")) == (1, 2)
+
+
+def test_several_variants_are_a_table(run, small_variant, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "s", dataclasses.replace(VARIANTS["ti"], name="s"))
+    status, out, _ = run(*_DIGITS, "--batch-size=16", "--variant", "ti", "crossvit_small_240")
+    assert status == 0
+    head, rule, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines())
+    assert set(rule) == {"---"}
+    assert [row[0] for row in rows] == ["ti", "s"]
+    for row in rows:
+        cells = dict(zip(head, row, strict=True))
+        assert (cells["slice"], cells["devices"], cells["fits"]) == ("local", "1 x cpu", "yes")
+        assert cells["all-reduce"] == cells["sent"] == "0 KiB"
+
+
+def test_flags_that_change_the_program_change_the_figures(small_variant):
+    def figures(**changes):
+        return compile_step(dataclasses.replace(RECIPES["digits"], batch_size=16, **changes), num_classes=10)
+
+    plain, other = figures(), figures(grad_accum=4, ema_decay=0.9)
+    assert other.memory.activations < plain.memory.activations
+    assert other.memory.state == pytest.approx(plain.memory.state * 4 / 3, rel=0.01)  # parameters, 2 moments, average
+    assert other.flops == pytest.approx(plain.flops, rel=0.01)
+    assert other.compiler_flops is None  # XLA counts a loop once
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--variant", "ti", "huge"], "unknown CrossViT variant 'huge'"),
+        (["--batch-size=10", "--mesh=fsdp=3"], "mesh fsdp=3 takes 3 devices; there are 1"),
+        (["--num-classes=0"], "--num-classes: must be at least 1; got 0"),
+        (["--image-size=100"], "image height 100 does not divide into whole patches"),
+        (["--recipe=paper"], "invalid choice: 'paper'"),
+        (["--topologie=v5e:4x4"], "unrecognized arguments"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(run, flags, message):
+    status, out, err = run(*flags)
+    assert (status, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith("python -m train.compile: error: ")
+    assert message in line
+
+
+def test_without_libtpu_the_extra_is_named(run, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    status, _, err = run("--topology=v5e:2x2")
+    assert status == 2
+    assert err == (
+        "python -m train.compile: error: --topology needs libtpu, the TPU's compiler: pip install 'crossvit-jax[tpu]'\n"
+    )
+
+
+def test_what_the_environment_says_stays(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: type("Spec", (), {"origin": "libtpu.py"}))
+    monkeypatch.setattr(os, "environ", {"JAX_PLATFORMS": "tpu"})
+    slices.prepare_environment()
+    assert os.environ["JAX_PLATFORMS"] == "tpu"
+    assert os.environ["TPU_SKIP_MDS_QUERY"] == "1"
+
+
+def test_help_needs_no_jax():
+    code = (
+        "import sys, train.compile as c\ntry: c.main(['--help'])\n"
+        "except SystemExit: assert not {'jax', 'torch', 'grain'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "--topology SLICE [SLICE ...]" in result.stdout
+
+
+# --- with the TPU's own compiler ---
+
+_spec = importlib.util.find_spec("libtpu")
+needs_libtpu = pytest.mark.skipif(
+    _spec is None or _spec.origin is None, reason="needs libtpu: pip install 'crossvit-jax[tpu]'"
+)
+
+
+@pytest.fixture
+def without_tpu(monkeypatch):
+    """The environment in which TPUs that are not there are compiled for; as it was afterwards."""
+    for name, value in slices._ENVIRONMENT.items():
+        monkeypatch.setenv(name, os.environ.get(name, value))
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_the_memory_of_a_chip_is_what_its_compiler_allows(without_tpu, topology):
+    mesh = make_mesh(None, slice_devices(topology))
+    assert mesh.size == 4
+    too_large = jax.jit(lambda x: jnp.sin(x) @ x, in_shardings=replicated(mesh))
+    shape = jax.ShapeDtypeStruct((200_000, 200_000), jnp.float32)
+    with pytest.raises(DoesNotFit) as error, memory_errors_explained(RECIPES["imagenet"], mesh):
+        too_large.lower(shape).compile()
+    available = re.search(r"\(([\d.]+)G\)\.", str(error.value.__cause__))[1]
+    assert available_memory(mesh) == int(float(available) * 2**30)
+
+
+@needs_libtpu
+def test_a_slice_that_does_not_exist_is_one_line(without_tpu, run):
+    status, _, err = run("--topology=v5e:3x3")
+    assert status == 2
+    (line,) = err.splitlines()
+    assert "no topology 'v5e:3x3', write it like v5e:4x4 or v5p:4x4x4" in line
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_gradients_are_summed_once_and_fsdp_divides_the_state_on_a_slice(without_tpu, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "ti", dataclasses.replace(VARIANTS["ti"], depth=(1, 1), stages=1))
+    config = dataclasses.replace(RECIPES["digits"], batch_size=32)
+
+    def figures(mesh):
+        return compile_step(dataclasses.replace(config, mesh=mesh), 10, "v5e:2x2")
+
+    data, fsdp = figures("data=4"), figures("fsdp=4")
+    model = abstract_model(config.model_config(10))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert (data.devices, data.device_kind, data.config.precision) == (4, "TPU v5 lite", "bfloat16")
+    assert data.available == int(15.75 * 2**30)
+    assert data.too_much is fsdp.too_much is None
+
+    # gradients travel in the arithmetic's two bytes, those of norms and tokens in four
+    assert 2 * parameters <= data.traffic["all-reduce"].volume < 2.3 * parameters
+    assert "all-gather" not in data.traffic
+    assert data.memory.state >= 3 * 4 * parameters
+    assert fsdp.memory.state < 0.4 * data.memory.state
+    # every parameter that is cut up is put together at least once
+    assert fsdp.traffic["all-gather"].volume > 1.5 * parameters
+    assert data.flops == fsdp.flops
+    assert data.compiler_flops == pytest.approx(data.flops, rel=0.2)

@@ -1,0 +1,253 @@
+"""`python -m train.compile --variant b --topology v5e:4x4 --batch-size 4096`: what a step costs, before renting it.
+
+Compiles the training step itself for a slice of TPUs that is not there, or for the devices of this machine, and says
+what it takes: memory, arithmetic, communication.
+"""
+
+# jax is imported when it is needed: `--help` is instant, and the environment is prepared first.
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from convert.command_line import Parser
+from train.config import RECIPES, SettingsError, TrainConfig
+from train.flags import add_settings, apply_flags
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from train.communication import Traffic
+    from train.memory import StepMemory
+
+_PROGRAM = "python -m train.compile"
+_IMAGENET = 1_281_167  # training images, which decide the steps of an epoch; any number gives the same figures
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a compiled step takes."""
+
+    config: TrainConfig
+    slice: str  # the topology, or "local"
+    devices: int
+    device_kind: str
+    mesh: str
+    flops: int  # of a step, over all devices, by `train.flops`
+    seconds: float  # that compiling took
+    available: int | None  # bytes of memory of a device, if known
+    memory: "StepMemory | None"  # None where the compiler refused the program
+    traffic: "dict[str, Traffic] | None"  # as above
+    compiler_flops: float | None  # of a step, over all devices, by XLA; None also where it does not count loops
+    too_much: str | None  # why it does not fit
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 0, 1 if a step does not fit, or 2 for a mistake in what was asked."""
+    argv = sys.argv[1:] if argv is None else argv
+    early = Parser(prog=_PROGRAM, add_help=False)
+    early.add_argument("--recipe", choices=RECIPES, default="imagenet")
+    recipe = RECIPES[early.parse_known_args(argv)[0].recipe]
+    parser = _parser(recipe)
+    given = vars(parser.parse_args(argv))
+    num_classes, topologies = given.pop("num_classes"), given.pop("topology")
+    if num_classes < 1:
+        parser.error(f"argument --num-classes: must be at least 1; got {num_classes}")
+    variants = given.pop("variant", None) or ["ti"]
+    try:
+        configs = [apply_flags(recipe, given | {"variant": variant}) for variant in variants]
+        for config in configs:
+            config.model_config(num_classes)
+        cases = [(config, topology) for topology in topologies or [None] for config in configs]
+        return _report(cases, num_classes)
+    except SettingsError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print(f"{_PROGRAM}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser(recipe: TrainConfig) -> Parser:
+    parser = Parser(
+        prog=_PROGRAM,
+        description="Compile the training step for TPUs that are not there (--topology) or for the devices of this "
+        "machine, and print its memory, arithmetic and communication. With several variants or topologies: as a table.",
+        epilog="The other flags are those of python -m train.main, so that a command can be tried by changing the "
+        "name of the module; here the ones about data, logging, checkpoints and hosts change nothing. Exit status: "
+        "0 fits, 1 does not fit, 2 wrong usage.",
+        conflict_handler="resolve",  # --variant, which train.main has once
+    )
+    add_settings(parser, recipe)
+    parser.add_argument(
+        "--variant",
+        nargs="+",
+        default=argparse.SUPPRESS,
+        metavar="VARIANT",
+        help="CrossViT variants, by their short names, timm's or IBM's (default: ti)",
+    )
+    parser.add_argument(
+        "--topology",
+        nargs="+",
+        metavar="SLICE",
+        help="slices of TPUs such as v5e:4x4, v5p:4x4x4, v6e:8x8: needs libtpu, but no TPU (default: the devices here)",
+    )
+    parser.add_argument("--num-classes", type=int, default=1000, metavar="N", help="classes (default: 1000)")
+    return parser
+
+
+def _report(cases: list[tuple[TrainConfig, str | None]], num_classes: int) -> int:
+    if cases[0][1] is not None:
+        from train.slices import prepare_environment
+
+        prepare_environment()
+    fits = True
+    for number, (config, topology) in enumerate(cases):
+        figures = compile_step(config, num_classes, topology)
+        fits &= figures.too_much is None
+        if len(cases) == 1:
+            print(describe(figures, num_classes))
+        else:
+            print(table_row(figures) if number else f"{TABLE_HEAD}\n{table_row(figures)}", flush=True)
+    return 0 if fits else 1
+
+
+def compile_step(config: TrainConfig, num_classes: int, topology: str | None = None) -> Figures:
+    """Compile the training step of some settings.
+
+    Args:
+        topology: a slice of TPUs (see `train.slices`); none: the devices of this machine.
+
+    Raises:
+        SettingsError: there is no such slice, or the settings do not suit it.
+    """
+    from train.communication import communication
+    from train.flops import matrix_flops
+    from train.memory import DoesNotFit, available_memory, check_fits, memory_errors_explained, step_memory
+    from train.optimizer import make_optimizer
+    from train.sharding import make_mesh
+    from train.slices import slice_devices
+    from train.state import abstract_model, abstract_state
+    from train.step import abstract_batch, jit_train_step, make_train_step
+
+    try:
+        mesh = make_mesh(config.mesh, None if topology is None else slice_devices(topology))
+    except RuntimeError as error:  # jax found no usable device
+        raise SettingsError(f"jax cannot start: {str(error).splitlines()[0]}") from error
+    device = mesh.devices.flat[0]
+    if config.batch_size % (mesh.size * config.grad_accum):
+        parts = f" in {config.grad_accum} parts" if config.grad_accum > 1 else ""
+        raise SettingsError(f"batch_size {config.batch_size} cannot be divided among {mesh.size} devices{parts}")
+    precision = config.precision or ("float32" if device.platform == "cpu" else "bfloat16")
+    config = dataclasses.replace(config, precision=precision)
+
+    # --- the same as in train.loop ---
+    model_config = config.model_config(num_classes)
+    model = abstract_model(model_config, config)
+    steps_per_epoch = max(1, _IMAGENET // config.batch_size)
+    optimizer = make_optimizer(config, steps_per_epoch=steps_per_epoch, no_weight_decay=model.no_weight_decay())
+    state = abstract_state(model, optimizer, config)
+    batch = abstract_batch(model_config.image_size, config.batch_size, masked=False)
+    traced = jit_train_step(make_train_step(model, optimizer, config), mesh, state).trace(state, batch)
+
+    available = available_memory(mesh)
+    memory = traffic = compiler_flops = too_much = None
+    start = time.perf_counter()
+    try:
+        with memory_errors_explained(config, mesh):
+            compiled = traced.lower().compile()
+        seconds = time.perf_counter() - start
+        memory, traffic = step_memory(compiled), communication(compiled.as_text())
+        if config.grad_accum == 1:
+            compiler_flops = compiled.cost_analysis()["flops"] * mesh.size  # XLA's are one device's, and loops once
+        check_fits(memory, available, config, mesh)
+    except DoesNotFit as error:
+        too_much = str(error)
+        seconds = time.perf_counter() - start if memory is None else seconds
+    return Figures(
+        config=dataclasses.replace(config, variant=model_config.name),
+        slice=topology or "local",
+        devices=mesh.size,
+        device_kind=device.device_kind,
+        mesh=_mesh_in_words(mesh),
+        flops=matrix_flops(traced.jaxpr),
+        seconds=seconds,
+        available=available,
+        memory=memory,
+        traffic=traffic,
+        compiler_flops=compiler_flops,
+        too_much=too_much,
+    )
+
+
+def describe(figures: Figures, num_classes: int) -> str:
+    """A few lines for the user."""
+    from train.memory import amount
+
+    config = figures.config
+    lines = [
+        f"CrossViT {config.variant}, {num_classes} classes, {config.precision}, batch {config.batch_size} on "
+        f"{figures.devices} x {figures.device_kind} ({figures.slice}), mesh {figures.mesh}"
+    ]
+    if figures.memory is not None:
+        lines.append(figures.memory.describe(figures.available))
+    by_xla = "" if figures.compiler_flops is None else f"; {_count(figures.compiler_flops)} by XLA's own count"
+    lines.append(f"FLOPs per step: {_count(figures.flops)} in matrix products and convolutions{by_xla}")
+    if figures.traffic is not None:
+        kinds = [f"{kind} {amount(t.volume)} in {t.calls}" for kind, t in figures.traffic.items()]
+        sent = amount(sum(t.sent for t in figures.traffic.values()))
+        told = f"{', '.join(kinds)}; {sent} sent on rings" if kinds else "none"
+        lines.append(f"communication per step and device: {told}")
+    lines.append(f"compiled in {figures.seconds:.0f} s")
+    lines.append(f"does not fit: {figures.too_much}" if figures.too_much else "fits")
+    return "\n".join(lines)
+
+
+TABLE_HEAD = """\
+| variant | slice | devices | memory per device | available | FLOPs per step | all-reduce | other collectives | sent | \
+compiled in | fits |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+
+
+def table_row(figures: Figures) -> str:
+    """The figures as a row under `TABLE_HEAD`."""
+    from train.memory import amount
+
+    memory, traffic = figures.memory, figures.traffic
+    reduced = others = sent = "-"
+    if traffic is not None:
+        reduced = amount(sum(t.volume for kind, t in traffic.items() if kind == "all-reduce"))
+        others = amount(sum(t.volume for kind, t in traffic.items() if kind != "all-reduce"))
+        sent = amount(sum(t.sent for t in traffic.values()))
+    cells = [
+        figures.config.variant,
+        figures.slice,
+        f"{figures.devices} x {figures.device_kind}",
+        "too much" if memory is None else amount(memory.total),
+        "unknown" if figures.available is None else amount(figures.available),
+        _count(figures.flops),
+        reduced,
+        others,
+        sent,
+        f"{figures.seconds:.0f} s",
+        "no" if figures.too_much else "yes",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _mesh_in_words(mesh: "Mesh") -> str:
+    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+
+
+def _count(number: float) -> str:
+    """A large number in words: `38.3 T`."""
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
