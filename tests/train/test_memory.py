@@ -204,7 +204,7 @@ def test_a_real_allocation_that_fails_is_told_in_one_line():
         jax.block_until_ready(huge(jnp.float32(1)))
 
 
-def test_a_run_that_does_not_fit_is_refused_before_anything_is_written(
+def test_a_run_that_does_not_fit_is_refused_before_it_begins(
     small_variant, digits_dir, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr("train.loop.available_memory", lambda mesh: 2**20)
@@ -214,4 +214,4 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_written(
     assert status == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "more than the 1 MiB that it has; what would help: " in line
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "config.json").exists()
