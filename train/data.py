@@ -137,7 +137,7 @@ class _ForTraining:
                 bad, last = np.int32(index), error
             else:
                 return {**sample, "bad": bad}
-        raise DataError(f"{tries} images in a row cannot be read; of the last one it says: {last}")
+        raise DataError(f"{tries} images in a row cannot be read; the last of them: {last}")
 
 
 @dataclass(frozen=True)

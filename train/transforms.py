@@ -19,7 +19,6 @@ from PIL import Image, ImageOps
 
 from crossvit_jax.config import CrossViTConfig
 from train.config import TrainConfig
-from train.decode import UnreadableImage as UnreadableImage  # what the transforms raise
 from train.decode import decode_image
 
 # The generators belong to one image at a time: reader threads take turns. Reading and decoding are outside.

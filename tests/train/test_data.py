@@ -87,8 +87,16 @@ def test_the_stream_is_the_same_with_any_number_of_workers(pictures, workers):
 
 def test_augmented_images_are_the_same_in_a_worker(pictures):
     transform = train_transform(_CONFIG, _MODEL)
+
+    def and_threads(sample, rng):
+        import torch
+
+        return {**transform(sample, rng), "threads": np.int32(torch.get_num_threads())}
+
     batches = _training(pictures, transform, batches=3)
-    _assert_equal(batches, _training(pictures, transform, batches=3, workers=1))
+    in_worker = _training(pictures, and_threads, batches=3, workers=1)
+    assert [set(batch.pop("threads").tolist()) for batch in in_worker] == [{1}] * 3  # the cores are for others
+    _assert_equal(batches, in_worker)
     assert (batches[0]["image"].shape, batches[0]["image"].dtype) == ((16, 48, 48, 3), np.float32)
     assert (batches[0]["label"].shape, batches[0]["label"].dtype) == ((16,), np.int32)
     assert (batches[0]["bad"].tolist(), batches[0]["bad"].dtype) == ([-1] * 16, np.int32)
