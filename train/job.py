@@ -69,7 +69,8 @@ def prepare(config: TrainConfig) -> Job:
     image_sets = open_image_sets(config)
     if steps_per_epoch(len(image_sets.train), config.batch_size, config.repeated_aug) < 1:
         raise SettingsError(
-            f"batch_size {config.batch_size} is more than the {len(image_sets.train)} training images: "
+            f"batch_size {config.batch_size} is more than the {len(image_sets.train)} training images"
+            f"{', rounded down to a multiple of 256 with --repeated-aug' * (config.repeated_aug > 1)}: "
             "choose a smaller --batch-size"
         )
 

@@ -23,7 +23,7 @@ from train.hosts import is_main
 from train.interruption import Interrupted, Interruption
 from train.job import Job
 from train.memory import available_memory, check_fits, memory_errors_explained, step_memory
-from train.meter import STEPS_BEHIND, Meter
+from train.meter import STEPS_BEHIND, Meter, TrainingFailed
 from train.metrics import MetricsLog, NoLog, read_metrics
 from train.optimizer import make_optimizer
 from train.plots import draw_curves
@@ -225,7 +225,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss, and top-1 and (from 6 classes on) top-5 in percent, over the images of the next `steps` batches.
 
-    Under `eval/images` also how many images that were.
+    Under `eval/images` also how many images that were. Raises TrainingFailed if there were none.
     """
     sums: Counter[str] = Counter()
     pending: deque[dict[str, jax.Array]] = deque()
@@ -236,6 +236,8 @@ def evaluate(
     for values in pending:
         sums.update(jax.device_get(values))
     images = float(sums["count"])
+    if not images:
+        raise TrainingFailed("none of the held-out images can be read")
     percent = {f"{prefix}{name}": 100 * float(sums[name]) / images for name in ("top1", "top5") if name in sums}
     return {f"{prefix}loss": float(sums["loss"]) / images, **percent, "eval/images": images}
 

@@ -5,10 +5,11 @@ import os
 
 from train.config import SettingsError
 
-# Without a TPU, its library looks for one, complains at length and leaves files in /tmp/tpu_logs. Told all that, it is
-# silent. Nothing is computed on the devices of this machine, and they stay free for others.
+# Without a TPU, libtpu looks for one, complains at length and leaves files in /tmp/tpu_logs. Told all that, it is silent.
+# It would also refuse to be loaded by a second process, because two cannot share a TPU; but nothing is run on one here.
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",

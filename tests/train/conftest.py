@@ -28,6 +28,14 @@ def compile_once(tmp_path_factory):
     reset_cache()
 
 
+@pytest.fixture(autouse=True)
+def compile_quickly():
+    """What these tests compile runs for moments; how fast it would be does not matter."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory):
     """A data folder in which the digits are prepared."""

@@ -90,6 +90,13 @@ def test_a_mistake_is_one_line_and_status_2(capsys, flags, message):
     assert error.count("\n") == 1
 
 
+def test_a_folder_without_a_run_cannot_be_resumed(capsys, tmp_path):
+    with pytest.raises(SystemExit) as exit:
+        parse_flags([f"--resume={tmp_path / 'nowhere'}"])
+    assert exit.value.code == 2
+    assert f"there is no run in {tmp_path / 'nowhere'}" in capsys.readouterr().err
+
+
 def test_settings_are_checked_without_flags_too():
     with pytest.raises(SettingsError, match="drop_path"):
         TrainConfig(drop_path=1.0)

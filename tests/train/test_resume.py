@@ -249,7 +249,7 @@ def test_a_folder_that_cannot_be_written_is_a_clear_error(capsys, digits_dir, sm
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkpoint(start, tmp_path):
     folder = tmp_path / "run"
     flags = ["--lr-stepping=step", "--lr-schedule=linear", "--warmup-epochs=3", "--lr=1e30", "--precision=float32"]
-    run = start(folder, *flags, "--checkpoint-every=1")
+    run = start(folder, *flags, "--checkpoint-every=1", "--log-every=1")
     assert run.wait() == 1
     assert "the loss became" in run.output
     failed = int(run.output.partition(" in step ")[2].split()[0])

@@ -193,7 +193,8 @@ def test_the_head_is_kept_for_the_same_classes_and_replaced_for_others_of_the_sa
         (["--mesh=data=3"], "mesh data=3 takes 3 devices; there are 1"),
         (["--init=nowhere.safetensors"], "nowhere.safetensors"),
         (["--wandb=project"], "--wandb needs the package wandb"),
-        (["--resume=nowhere"], "there is no run in nowhere"),
+        (["--resume=nowhere"], "name two folders"),
+        (["--batch-size=1438", "--repeated-aug=3"], "rounded down to a multiple of 256"),
         (["--batch-size=64", "--grad-accum=3"], "batch_size 64 cannot be cut into grad_accum 3 parts"),
     ],
 )
