@@ -209,6 +209,42 @@ def test_what_cannot_work_is_one_line_and_status_2_and_leaves_nothing(run, tmp_p
     assert not folder.exists()
 
 
+_WANDB = """
+calls = []
+
+class Run:
+    def log(self, values, step):
+        calls.append((step, values))
+
+    def finish(self):
+        calls.append("finished")
+
+def init(**settings):
+    calls.append(settings)
+    return Run()
+"""
+
+
+def test_weights_and_biases_gets_the_metrics_and_a_continued_run_the_same_name(
+    run, small_variant, tmp_path, monkeypatch
+):
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "wandb.py").write_text(_WANDB)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    for _ in range(2):
+        status, _, error, _ = run(*_SHORT, "--wandb=digits")
+        assert status == 0, error
+    import wandb
+
+    first, second = (call for call in wandb.calls if isinstance(call, dict))
+    assert first["project"] == "digits"
+    assert first["id"] == second["id"]
+    assert first["config"]["train"]["epochs"] == 2
+    logged = [call for call in wandb.calls if isinstance(call, tuple)]
+    assert {"train/loss", "train/images_per_s", "eval/top1"} <= {name for _, values in logged for name in values}
+    assert wandb.calls[-1] == "finished"
+
+
 def test_a_folder_that_holds_something_is_refused(run, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
