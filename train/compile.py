@@ -39,7 +39,8 @@ class Figures:
     flops: int  # of a step, over all devices, by `train.flops`
     seconds: float  # that compiling took
     available: int | None  # bytes of memory of a device, if known
-    memory: "StepMemory | None"  # None where the compiler refused the program
+    needed: float | None  # bytes of memory on each device, if known
+    memory: "StepMemory | None"  # what it is needed for; None where the compiler refused the program
     traffic: "dict[str, Traffic] | None"  # as above
     compiler_flops: float | None  # of a step, over all devices, by XLA; None also where it does not count loops
     too_much: str | None  # why it does not fit
@@ -103,15 +104,18 @@ def _report(cases: list[tuple[TrainConfig, str | None]], num_classes: int) -> in
         from train.slices import prepare_environment
 
         prepare_environment()
-    fits = True
+    refused = []
     for number, (config, topology) in enumerate(cases):
         figures = compile_step(config, num_classes, topology)
-        fits &= figures.too_much is None
+        if figures.too_much is not None:
+            refused.append(f"{figures.config.variant} on {figures.slice} does not fit: {figures.too_much}")
         if len(cases) == 1:
             print(describe(figures, num_classes))
         else:
             print(table_row(figures) if number else f"{TABLE_HEAD}\n{table_row(figures)}", flush=True)
-    return 0 if fits else 1
+    if len(cases) > 1 and refused:
+        print("", *refused, sep="\n")
+    return 1 if refused else 0
 
 
 def compile_step(config: TrainConfig, num_classes: int, topology: str | None = None) -> Figures:
@@ -153,18 +157,19 @@ def compile_step(config: TrainConfig, num_classes: int, topology: str | None = N
     traced = jit_train_step(make_train_step(model, optimizer, config), mesh, state).trace(state, batch)
 
     available = available_memory(mesh)
-    memory = traffic = compiler_flops = too_much = None
+    memory = needed = traffic = compiler_flops = too_much = None
     start = time.perf_counter()
     try:
         with memory_errors_explained(config, mesh):
             compiled = traced.lower().compile()
         seconds = time.perf_counter() - start
         memory, traffic = step_memory(compiled), communication(compiled.as_text())
+        needed = memory.total
         if config.grad_accum == 1:
             compiler_flops = compiled.cost_analysis()["flops"] * mesh.size  # XLA's are one device's, and loops once
         check_fits(memory, available, config, mesh)
     except DoesNotFit as error:
-        too_much = str(error)
+        too_much, needed = str(error), error.needed
         seconds = time.perf_counter() - start if memory is None else seconds
     return Figures(
         config=dataclasses.replace(config, variant=model_config.name),
@@ -175,6 +180,7 @@ def compile_step(config: TrainConfig, num_classes: int, topology: str | None = N
         flops=matrix_flops(traced.jaxpr),
         seconds=seconds,
         available=available,
+        needed=needed,
         memory=memory,
         traffic=traffic,
         compiler_flops=compiler_flops,
@@ -215,7 +221,7 @@ def table_row(figures: Figures) -> str:
     """The figures as a row under `TABLE_HEAD`."""
     from train.memory import amount
 
-    memory, traffic = figures.memory, figures.traffic
+    needed, traffic = figures.needed, figures.traffic
     reduced = others = sent = "-"
     if traffic is not None:
         reduced = amount(sum(t.volume for kind, t in traffic.items() if kind == "all-reduce"))
@@ -225,7 +231,7 @@ def table_row(figures: Figures) -> str:
         figures.config.variant,
         figures.slice,
         f"{figures.devices} x {figures.device_kind}",
-        "too much" if memory is None else amount(memory.total),
+        "unknown" if needed is None else amount(needed),
         "unknown" if figures.available is None else amount(figures.available),
         _count(figures.flops),
         reduced,

@@ -23,7 +23,14 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class DoesNotFit(SettingsError):
-    """A step needs more memory than a device has; the message says how much, and which flags would help."""
+    """A step needs more memory than a device has; the message says how much, and which flags would help.
+
+    `needed` is the number of bytes on each device, if known.
+    """
+
+    def __init__(self, message: str, needed: float | None = None):
+        super().__init__(message)
+        self.needed = needed
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,8 @@ def _too_much(
     remedies = _remedies(config, mesh, factor=factor, sharding_helps=sharding_helps)
     return DoesNotFit(
         f"a step needs {amount(needed)} on each device, {amount(needed - available)} more than the "
-        f"{amount(available)} that it has; what would help: {', '.join(remedies)}"
+        f"{amount(available)} that it has; what would help: {', '.join(remedies)}",
+        needed,
     )
 
 

@@ -71,7 +71,8 @@ def test_a_program_that_the_compiler_refuses_is_told_as_far_as_it_is_known(run, 
     assert "FLOPs per step: " in out
     assert "does not fit: a step needs 26.9 GiB on each device, 11.1 GiB more" in out
     status, out, _ = run(*_DIGITS, "--batch-size=16", "--variant", "ti", "ti")
-    assert (status, out.count("| too much |")) == (1, 2)
+    assert (status, out.count("| 26.9 GiB |")) == (1, 2)
+    assert out.count("\nti on local does not fit: a step needs 26.9 GiB") == 2
 
 
 def test_several_variants_are_a_table(run, small_variant, monkeypatch):
