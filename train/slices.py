@@ -5,7 +5,7 @@ import os
 
 from train.config import SettingsError
 
-# Without a TPU, libtpu looks for one, complains at length and leaves files in /tmp/tpu_logs. Told all that, it is silent.
+# Without a TPU, libtpu looks for one, complains at length and leaves log files in /tmp. Told all that, it is silent.
 # It would also refuse to be loaded by a second process, because two cannot share a TPU; but nothing is run on one here.
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
