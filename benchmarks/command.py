@@ -13,7 +13,7 @@ from benchmarks.measure import SidesDisagree, fits_all, largest_batch, measure
 from benchmarks.report import as_json, as_markdown
 from benchmarks.task import SIDES, Task
 from benchmarks.worker import SideFailed
-from convert.command_line import Parser
+from convert.command_line import Parser, at_least_one
 from crossvit_jax.config import get_config
 
 _EPILOG = """\
@@ -48,9 +48,9 @@ def _parser(benchmark: str) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--variants", "--variant", nargs="+", type=_variant, default=["ti"], metavar="NAME", help="default: ti"
+        "--variants", "--variant", nargs="+", type=variant_name, default=["ti"], metavar="NAME", help="default: ti"
     )
-    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--batch-size", type=at_least_one, default=8, metavar="N", help="default: 8")
     parser.add_argument(
         "--find-largest-batch",
         action="store_true",
@@ -59,7 +59,9 @@ def _parser(benchmark: str) -> Parser:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu where torch and jax can use one")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="default: all")
-    parser.add_argument("--repeats", type=_positive, default=10, metavar="N", help="rounds of about 1 s; default: 10")
+    parser.add_argument(
+        "--repeats", type=at_least_one, default=10, metavar="N", help="rounds of about 1 s; default: 10"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
     return parser
 
@@ -86,8 +88,7 @@ def _check(parser: Parser, args: argparse.Namespace, benchmark: str, device: str
         parser.error(f"--batch-size must be even for training (timm mixes images in pairs); got {args.batch_size}")
     if len(set(args.sides)) < len(args.sides):
         parser.error("--sides names a side twice")
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        parser.error(f"--json {args.json}: not a file in an existing folder")
+    writable_json(parser, args.json)
 
 
 def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
@@ -155,14 +156,15 @@ def _environment(device: str, folder: Path, *, one_at_a_time: bool) -> dict[str,
     return variables
 
 
-def _variant(text: str) -> str:
+def writable_json(parser: Parser, file: Path | None) -> None:
+    """Ends the program if nothing can be written there."""
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        parser.error(f"--json {file}: not a file in an existing folder")
+
+
+def variant_name(text: str) -> str:
+    """A flag's value: any name of a variant."""
     try:
         return get_config(text).name
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more; got {text!r}")
-    return int(text)

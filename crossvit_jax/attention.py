@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from crossvit_jax.dot_product_attention import dot_product_attention
 from crossvit_jax.layers import Linear, dropout_is_active
 
 
@@ -46,10 +47,10 @@ class Attention(nnx.Module):
         """Each token attends over all. If `attn_maps` is given, (batch, heads, tokens, tokens) is appended to it."""
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = (qkv[:, :, i] for i in range(3))
-        # the fused kernel shows no weights and has no dropout, softmaxes float64 in float32, and lacks float16 on CPU
-        if attn_maps is None and not dropout_is_active(self.attn_drop) and x.dtype in (jnp.float32, jnp.bfloat16):
-            x = jax.nn.dot_product_attention(q, k, v, scale=self.scale)
+        q, k, v = (x[:, :, 0] for x in jax.lax.split(qkv, (1, 1, 1), axis=2))  # whose gradient is a mere concatenation
+        # weights that somebody wants to see, or that dropout thins, have to be computed as such
+        if attn_maps is None and not dropout_is_active(self.attn_drop):
+            x = dot_product_attention(q, k, v)
         else:
             attn = softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * self.scale)
             if attn_maps is not None:

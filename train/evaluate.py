@@ -89,8 +89,10 @@ def _parser() -> Parser:
 def _evaluate(args: argparse.Namespace) -> int:
     source, data_names, split, split_note = _open_data(args)
 
+    from train.compilation_cache import keep_compiled_programs
     from train.inference import load_classifier
 
+    keep_compiled_programs()
     classifier = load_classifier(
         args.weights, image_size=args.image_size, crop_pct=args.crop_pct, precision=args.precision
     )

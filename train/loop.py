@@ -150,6 +150,7 @@ def train(job: Job) -> Result:
         log = stack.enter_context(_open_log(job, folder, progress))
         shown = Progress(epochs=config.epochs, steps_per_epoch=job.steps_per_epoch, done=step, silent=not is_main())
         stack.enter_context(closing(shown))
+        first_step = True
         final: dict[str, float] = {}
         drawn = time.perf_counter()
 
@@ -184,6 +185,10 @@ def train(job: Job) -> Result:
                 bad_train.add(batch.pop("bad_indices"))
                 state, metrics = train_step(state, batch)
                 step += 1
+                if first_step:
+                    jax.block_until_ready(metrics)
+                    _say(f"the first step was done after {time.perf_counter() - start:.1f} s")
+                    first_step = False
                 meter.add(metrics)
                 if step % config.checkpoint_every == 0 or step % job.steps_per_epoch == 0 or interruption.wanted(step):
                     save(meter)

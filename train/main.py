@@ -28,6 +28,7 @@ def _run(config) -> int:
     from train import hosts
     from train.bad_images import TooManyBadImages
     from train.checkpoints import CheckpointError
+    from train.compilation_cache import keep_compiled_programs
     from train.interruption import Interrupted
     from train.job import prepare
     from train.loop import train
@@ -35,6 +36,7 @@ def _run(config) -> int:
     from train.sources import DataError
 
     try:
+        keep_compiled_programs()
         hosts.start(config)
         result = train(prepare(config))
     except SettingsError as error:

@@ -1,0 +1,63 @@
+"""The attention whose gradient is written by hand: same numbers as the plain one, and nothing large kept for it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crossvit_jax.dot_product_attention import dot_product_attention
+from tests.parity.reference import random_array
+
+TOKENS = 19
+
+
+def plain(q, k, v):
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), v)
+
+
+def heads(dtype, *, scale=1.0):
+    return [scale * jnp.asarray(random_array(seed, 2, TOKENS, 3, 8), dtype) for seed in (1, 2, 3)]
+
+
+def weighted_sum(attend):
+    """A scalar whose gradient differs from place to place."""
+    weights = jnp.asarray(random_array(4, 2, TOKENS, 3, 8))
+    return lambda *qkv: (attend(*qkv).astype(jnp.float32) * weights).sum()
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])  # the second: scores in the thousands, whose exponential would overflow
+def test_outputs_gradients_and_second_derivatives_equal_plain_attentions_in_float64(scale):
+    with jax.enable_x64():
+        qkv = heads(jnp.float64, scale=scale)
+
+        def second(attend):
+            first = jax.grad(lambda *x: attend(*x).sum())
+            return jax.grad(lambda *x: (first(*x) ** 2).sum(), argnums=(0, 1, 2))
+
+        for ours, expected in (
+            (dot_product_attention(*qkv), plain(*qkv)),
+            (
+                jax.grad(weighted_sum(dot_product_attention), (0, 1, 2))(*qkv),
+                jax.grad(weighted_sum(plain), (0, 1, 2))(*qkv),
+            ),
+            (second(dot_product_attention)(*qkv), second(plain)(*qkv)),
+        ):
+            for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12 * max(1.0, float(jnp.abs(b).max())))
+
+
+def test_half_precision_is_as_near_to_float64_as_plain_attention_is():
+    rounded = heads(jnp.bfloat16)
+    with jax.enable_x64():
+        exact = plain(*(x.astype(jnp.float64) for x in rounded))
+        error = jnp.abs(dot_product_attention(*rounded).astype(jnp.float64) - exact).max()
+        error_of_plain = jnp.abs(plain(*rounded).astype(jnp.float64) - exact).max()
+    assert dot_product_attention(*rounded).dtype == jnp.bfloat16
+    assert error <= 1.02 * error_of_plain
+
+
+@pytest.mark.parametrize(("attend", "keeps"), [(dot_product_attention, False), (plain, True)])
+def test_nothing_of_tokens_times_tokens_is_kept_for_the_gradient(attend, keeps):
+    _, vjp = jax.vjp(attend, *heads(jnp.float32))
+    assert any(leaf.shape[-2:] == (TOKENS, TOKENS) for leaf in jax.tree.leaves(vjp)) is keeps
