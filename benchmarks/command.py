@@ -57,6 +57,12 @@ def _parser(benchmark: str) -> Parser:
         help="double --batch-size until a side runs out of GPU memory, and time the last that fits all",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    parser.add_argument(
+        "--attention",
+        choices=("xla", "cudnn"),
+        default="xla",
+        help="of Flax; cudnn: GPU, bfloat16; default: xla",
+    )
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu where torch and jax can use one")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="default: all")
     parser.add_argument(
@@ -84,6 +90,8 @@ def _check(parser: Parser, args: argparse.Namespace, benchmark: str, device: str
     """Ends the program for flags that do not go together."""
     if args.find_largest_batch and device == "cpu":
         parser.error("--find-largest-batch needs a GPU: a CPU has no memory of its own to run out of")
+    if args.attention == "cudnn" and (device, args.dtype) != ("gpu", "bfloat16"):
+        parser.error(f"--attention cudnn needs a GPU and --dtype bfloat16; this is {device}, {args.dtype}")
     if benchmark == "training" and args.batch_size % 2:
         parser.error(f"--batch-size must be even for training (timm mixes images in pairs); got {args.batch_size}")
     if len(set(args.sides)) < len(args.sides):
@@ -110,6 +118,7 @@ def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
                 dtype=args.dtype,
                 device=device,
                 weights=str(weights),
+                attention=args.attention,
             )
             say(f"CrossViT {variant}, {benchmark}, {args.dtype}, {device}")
             if args.find_largest_batch:

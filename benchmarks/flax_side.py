@@ -27,7 +27,9 @@ def load(task: Task) -> Program:
 
 def _inference(task: Task) -> Program:
     dtype = jnp.dtype(task.dtype)
-    graphdef, params = nnx.split(load_flax(task.weights, dtype=dtype, param_dtype=dtype))
+    model = load_flax(task.weights, dtype=dtype, param_dtype=dtype)
+    model.set_attention(task.attention)
+    graphdef, params = nnx.split(model)
     params = nnx.to_pure_dict(params)
     images = jnp.asarray(task.images(), dtype)
 
@@ -46,6 +48,7 @@ def _training(task: Task) -> Program:
     config = task.recipe()
     unmixed = dataclasses.replace(config, mixup=0.0, cutmix=0.0)
     model = load_flax(task.weights, dtype=jnp.dtype(task.dtype))
+    model.set_attention(task.attention)
     optimizer = make_optimizer(config, steps_per_epoch=_NEVER, no_weight_decay=model.no_weight_decay())
     mesh = make_mesh(devices=jax.devices()[:1])
     state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)

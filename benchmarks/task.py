@@ -23,6 +23,7 @@ class Task:
     dtype: str  # float32 or bfloat16
     device: str  # cpu or gpu
     weights: str  # a safetensors file with timm's names
+    attention: str = "xla"  # or cudnn: what Flax's self-attention runs on; torch chooses by itself
 
     def images(self) -> np.ndarray:
         """(batch, height, width, 3), float32: the same numbers in every process."""

@@ -32,6 +32,7 @@ class Attention(nnx.Module):
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
+        self.implementation = "xla"
         self.qkv = Linear(dim, 3 * dim, use_bias=qkv_bias, **kwargs)
         self.attn_drop = nnx.Dropout(attn_drop)
         self.proj = Linear(dim, dim, **kwargs)
@@ -50,7 +51,7 @@ class Attention(nnx.Module):
         q, k, v = (x[:, :, 0] for x in jax.lax.split(qkv, (1, 1, 1), axis=2))  # whose gradient is a mere concatenation
         # weights that somebody wants to see, or that dropout thins, have to be computed as such
         if attn_maps is None and not dropout_is_active(self.attn_drop):
-            x = dot_product_attention(q, k, v)
+            x = dot_product_attention(q, k, v, self.implementation)
         else:
             attn = softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * self.scale)
             if attn_maps is not None:

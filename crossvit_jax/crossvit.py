@@ -1,6 +1,7 @@
 """The whole model."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -188,6 +189,17 @@ class CrossViT(nnx.Module):
         """Trades memory for time in training: each block's activations are computed again in the backward pass."""
         for stage in self.blocks:
             stage.grad_checkpointing = enable
+
+    def set_attention(self, implementation: str) -> None:
+        """Which kernel self-attention takes: "xla" (any device), or "cudnn" (NVIDIA GPUs, half precision only).
+
+        Raises ValueError for anything else. What "cudnn" cannot do is found when the model is first called.
+        """
+        if implementation not in ("xla", "cudnn"):
+            raise ValueError(f"implementation must be 'xla' or 'cudnn'; got {implementation!r}")
+        for stage in self.blocks:
+            for block in itertools.chain.from_iterable(stage.blocks):
+                block.attn.implementation = implementation
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves out, besides biases and norms (timm `no_weight_decay`)."""

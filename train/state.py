@@ -18,10 +18,21 @@ from train.sharding import put, state_shardings
 State = dict[str, Any]
 
 
+class _Keys:
+    """The keys of `nnx.Rngs(params=key)`, counted in Python: its own counter makes tracing thrice as slow."""
+
+    def __init__(self, key: jax.Array):
+        self._key, self._count = key, 0
+
+    def params(self) -> jax.Array:
+        self._count += 1
+        return jax.random.fold_in(self._key, self._count - 1)
+
+
 def abstract_model(model_config: CrossViTConfig, config: TrainConfig | None = None) -> CrossViT:
     """The model with shapes instead of arrays: its structure, at no cost. Computes as the run's settings want it."""
     dtype = jnp.bfloat16 if config is not None and config.precision == "bfloat16" else None
-    model = nnx.eval_shape(lambda: CrossViT(model_config, dtype=dtype, rngs=nnx.Rngs(params=0)))
+    model = nnx.eval_shape(lambda: CrossViT(model_config, dtype=dtype, rngs=_Keys(jax.random.key(0))))
     if config is not None:
         model.set_grad_checkpointing(config.grad_checkpointing)
     return model
@@ -58,7 +69,7 @@ def init_state(
     """
 
     def init(key: jax.Array) -> State:
-        model = CrossViT(model_config, rngs=nnx.Rngs(params=key))
+        model = CrossViT(model_config, rngs=_Keys(key))
         return make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)
 
     key = jax.random.key(config.seed)

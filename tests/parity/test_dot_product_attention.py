@@ -4,7 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
 
+from crossvit_jax import create_model
 from crossvit_jax.dot_product_attention import dot_product_attention
 from tests.parity.reference import random_array
 
@@ -61,3 +64,27 @@ def test_half_precision_is_as_near_to_float64_as_plain_attention_is():
 def test_nothing_of_tokens_times_tokens_is_kept_for_the_gradient(attend, keeps):
     _, vjp = jax.vjp(attend, *heads(jnp.float32))
     assert any(leaf.shape[-2:] == (TOKENS, TOKENS) for leaf in jax.tree.leaves(vjp)) is keeps
+
+
+def test_with_cudnn_every_self_attention_of_a_model_is_nvidias_kernel_forwards_and_backwards(monkeypatch):
+    """For a GPU that is not here: of the program one can at least see what it would call."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    settings = {"image_size": 120, "stages": 1, "depth": (1, 2), "dtype": jnp.bfloat16}
+    model = create_model("ti", **settings, rngs=nnx.Rngs(0))
+    model.eval()
+    model.set_attention("cudnn")
+    graphdef, params = nnx.split(model)
+
+    def loss(params, images):
+        return nnx.merge(graphdef, params)(images).sum()
+
+    images = jnp.zeros((2, 120, 120, 3))
+    # 101 and 50 tokens: of an odd number jax takes no gradient by itself
+    program = jax.jit(jax.grad(loss)).trace(params, images).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("@__cudnn$fmhaSoftmax(") == program.count("@__cudnn$fmhaSoftmaxBackward(") == 3
+
+
+def test_an_unknown_implementation_is_refused():
+    model = create_model("ti", image_size=120, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="must be 'xla' or 'cudnn'; got 'flash'"):
+        model.set_attention("flash")

@@ -8,6 +8,7 @@ from flax import nnx
 
 import crossvit_jax
 import crossvit_torch
+from crossvit_jax import attention
 from tests.parity.reference import (
     GRADIENT_BOUND,
     OUTPUT_BOUND,
@@ -139,8 +140,8 @@ def test_attention_maps_cost_nothing_when_not_requested(flax):
 
 def test_self_attention_goes_through_dot_product_attention(monkeypatch):
     calls = []
-    kernel = jax.nn.dot_product_attention
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: calls.append(1) or kernel(*a, **k))
+    kernel = attention.dot_product_attention
+    monkeypatch.setattr(attention, "dot_product_attention", lambda *a: calls.append(1) or kernel(*a))
     model = nnx.eval_shape(lambda: crossvit_jax.create_model("9", image_size=SIZE, rngs=nnx.Rngs(0)))
     nnx.eval_shape(lambda m, x: m(x), model, jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32))
     assert len(calls) == 3 * (1 + 3)
