@@ -56,13 +56,13 @@ def _attend(q: Heads, k: Heads, v: Heads) -> Heads:
 
 
 def _forward(q: Heads, k: Heads, v: Heads) -> tuple[Heads, tuple[Array, ...]]:
-    scores = _matmul(q, _transposed(k)) * _scale(q)
+    scores = _matmul(q, _transposed(k))
     largest = scores.max(-1, keepdims=True)
-    weights = jnp.exp(scores - largest)
+    weights = jnp.exp((scores - largest) * _scale(q))  # scaled here, scores need not be written twice
     total = weights.sum(-1, keepdims=True)
     # dividing the (tokens, width) result is less work than dividing the (tokens, tokens) weights
     out = (_matmul(weights.astype(q.dtype), v) / total).astype(q.dtype)
-    return out, (q, k, v, out, largest + jnp.log(total))
+    return out, (q, k, v, out, largest * _scale(q) + jnp.log(total))
 
 
 def _backward(residuals: tuple[Array, ...], d_out: Heads) -> tuple[Heads, Heads, Heads]:
