@@ -86,11 +86,12 @@ def prepare(config: TrainConfig) -> Job:
         model_config = config.model_config(num_classes=len(image_sets.class_names))
     config = dataclasses.replace(
         config,
+        augment_on=config.augment_on or _augment_on(config, saved),
         variant=model_config.name,
         workers=(os.cpu_count() or 1) if config.workers is None else config.workers,
         precision=config.precision or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
     )
-    if config.auto_augment not in {recipe.auto_augment for recipe in RECIPES.values()}:
+    if config.augment_on == "host" and config.auto_augment not in {recipe.auto_augment for recipe in RECIPES.values()}:
         _check_auto_augment(config, model_config)
     described = describe_run(
         config, model=describe(model_config, image_sets.class_names), data=_describe_data(config, image_sets)
@@ -99,6 +100,13 @@ def prepare(config: TrainConfig) -> Job:
     if saved is not None:
         check_same_run(saved, described, config.output)
     return Job(config, model_config, image_sets, mesh, weights, described, resumed=saved is not None)
+
+
+def _augment_on(config: TrainConfig, saved: dict[str, Any] | None) -> str:
+    """Where to augment: where the run that is continued did, or where it is faster (see benchmarks.data)."""
+    if saved is not None and saved["train"].get("augment_on"):
+        return saved["train"]["augment_on"]
+    return "device" if jax.default_backend() == "gpu" and config.device_can_augment else "host"
 
 
 def _begun_model(saved: dict[str, Any], config: TrainConfig) -> CrossViTConfig:
