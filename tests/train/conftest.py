@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from crossvit_jax.config import VARIANTS
 from train.sources import open_digits
@@ -54,6 +55,12 @@ def photo():
     file = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, format="PNG")
     return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def photographs():
+    """Two real photographs, 640 × 427: a temple before the sky, and a flower."""
+    return [Image.fromarray(pixels) for pixels in load_sample_images().images]
 
 
 @pytest.fixture
