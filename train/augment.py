@@ -71,6 +71,12 @@ def draw(key: Key[Array, ""], config: TrainConfig, size: tuple[int, int]) -> Dra
     )
 
 
+def draw_batch(config: TrainConfig, step: Int[Array, ""], places: Int[Array, " batch"], size: tuple[int, int]) -> Draws:
+    """What `draw` gives for the images at some places of the batch of a step."""
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    return jax.vmap(lambda place: draw(jax.random.fold_in(key, place), config, size))(places)
+
+
 def _draw_box(shares: Float32[Array, " shares"], prob: float, size: tuple[int, int]) -> Int[Array, "4"]:
     """timm's `RandomErasing._erase`: of ten boxes the first that is smaller than the image. An empty one for none."""
     height, width = size
@@ -196,9 +202,7 @@ def compile_augment(
 
     def own(images: Array, step: Array) -> Array:
         places = jax.lax.axis_index(AXES) * len(images) + jnp.arange(len(images))
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
-        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(places)
-        draws = jax.vmap(lambda key: draw(key, config, images.shape[1:3]))(keys)
+        draws = draw_batch(config, step, places, images.shape[1:3])
         return augment(images, draws, increasing=increasing)
 
     cut, shared = PartitionSpec(AXES), PartitionSpec()

@@ -86,7 +86,7 @@ def prepare(config: TrainConfig) -> Job:
         model_config = config.model_config(num_classes=len(image_sets.class_names))
     config = dataclasses.replace(
         config,
-        augment_on=config.augment_on or _augment_on(config, saved),
+        augment_on=augment_on(config, saved),
         variant=model_config.name,
         workers=(os.cpu_count() or 1) if config.workers is None else config.workers,
         precision=config.precision or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
@@ -102,8 +102,14 @@ def prepare(config: TrainConfig) -> Job:
     return Job(config, model_config, image_sets, mesh, weights, described, resumed=saved is not None)
 
 
-def _augment_on(config: TrainConfig, saved: dict[str, Any] | None) -> str:
-    """Where to augment: where the run that is continued did, or where it is faster (see benchmarks.data)."""
+def augment_on(config: TrainConfig, saved: dict[str, Any] | None) -> str:
+    """Where to augment: where it was asked for, where the run that is continued did, or where it is faster.
+
+    That is a GPU, whose few cores of the host could not feed it. Hosts of TPUs have many; there, the device's gathers
+    are slow.
+    """
+    if config.augment_on is not None:
+        return config.augment_on
     if saved is not None and saved["train"].get("augment_on"):
         return saved["train"]["augment_on"]
     return "device" if jax.default_backend() == "gpu" and config.device_can_augment else "host"
