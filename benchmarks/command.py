@@ -50,7 +50,7 @@ def _parser(benchmark: str) -> Parser:
     parser.add_argument(
         "--variants", "--variant", nargs="+", type=_variant, default=["ti"], metavar="NAME", help="default: ti"
     )
-    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default: 8")
     parser.add_argument(
         "--find-largest-batch",
         action="store_true",
@@ -59,7 +59,7 @@ def _parser(benchmark: str) -> Parser:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu where torch and jax can use one")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="default: all")
-    parser.add_argument("--repeats", type=_positive, default=10, metavar="N", help="rounds of about 1 s; default: 10")
+    parser.add_argument("--repeats", type=positive, default=10, metavar="N", help="rounds of about 1 s; default: 10")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
     return parser
 
@@ -162,7 +162,7 @@ def _variant(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more; got {text!r}")
     return int(text)
