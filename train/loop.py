@@ -79,7 +79,7 @@ def train(job: Job) -> Result:
         description = describe(model_config, class_names)
         checkpoints = stack.enter_context(closing(Checkpoints(folder, description=description, say=_say)))
 
-        # --- data: Grain decodes and augments in its workers, and brings batches to the devices ahead of time ---
+        # --- data: Grain decodes and crops or augments in workers, and brings batches to the devices ahead of time ---
         one_torch_thread()
         hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         train_steps = config.epochs * job.steps_per_epoch
@@ -122,10 +122,9 @@ def train(job: Job) -> Result:
             init = threads.submit(init_state, model_config, optimizer, config, mesh, initial)
             train_step = jit_train_step(make_train_step(model, optimizer, config), mesh, shapes)
             compiling = threads.submit(train_step.lower(shapes, train_shapes).compile)
-            on_device = config.augment_on == "device"
-            augmenting = (
-                threads.submit(compile_augment, train_shapes["image"].shape, config, mesh) if on_device else None
-            )
+            augmenting = None
+            if config.augment_on == "device":
+                augmenting = threads.submit(compile_augment, train_shapes["image"].shape, config, mesh)
             eval_step = jit_eval_step(make_eval_step(model), mesh, shapes["params"])
             eval_step = eval_step.lower(shapes["params"], eval_shapes).compile()
             state, train_step = init.result(), compiling.result()

@@ -25,6 +25,7 @@ sys.exit(main(sys.argv[1:]))
 # 20 steps, with all that is random in them
 _FLAGS = ["--recipe=digits", "--epochs=4", "--batch-size=256", "--log-every=1", "--checkpoint-every=7"]
 _FLAGS += ["--mixup=0.8", "--cutmix=1", "--drop-path=0.1", "--dropout=0.1", "--ema-decay=0.9"]
+_FLAGS += ["--augment-on=device", "--auto-augment=rand-m9-mstd0.5-inc1", "--hflip=0.5", "--erase-prob=0.25"]
 
 
 def _start(folder, digits_dir, cache, *flags, devices):
