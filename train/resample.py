@@ -89,4 +89,7 @@ def resize(
     pixels: UInt8[np.ndarray, "height width 3"], size: tuple[int, int]
 ) -> UInt8[np.ndarray, "out_height out_width 3"]:
     """Image.resize((width, height), BICUBIC), for a size (height, width)."""
+    height, width, _ = pixels.shape
+    if height > 100 * width and size[0] < height:  # in Pillow too, then, columns come first
+        pixels = _resize(pixels, size[0], width)
     return _resize(pixels, *size)
