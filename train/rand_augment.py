@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 ACCEPTED = "rand with -mN (0 to 10), -mstdX (up to 100), -nN, -pX or -inc1, such as rand-m9-mstd0.5-inc1, or none"
 
-_FIELD = re.compile(r"(mstd|inc|m|n|p)([0-9]+(?:\.[0-9]*)?)", re.ASCII)
+_FIELD = re.compile(r"(mstd|m|n|p)([0-9]+(?:\.[0-9]*)?)|(inc)([01])")
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,11 @@ def parse_rand_augment(text: str) -> RandAugment:
         return RandAugment(layers=0)
     name, *fields = text.split("-")
     found = [_FIELD.fullmatch(field) for field in fields]
-    if name != "rand" or not all(found) or len({match[1] for match in found}) < len(found):
+    if name != "rand" or not all(found):
         raise ValueError(text)
-    values = {match[1]: match[2] for match in found}
+    values = {match[1] or match[3]: match[2] or match[4] for match in found}
+    if len(values) < len(found):
+        raise ValueError(text)
     settings = RandAugment(
         magnitude=int(values.get("m", 10)),
         noise=float(values.get("mstd", 0)),

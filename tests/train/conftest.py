@@ -11,6 +11,8 @@ from sklearn.datasets import load_sample_images
 from crossvit_jax.config import VARIANTS
 from train.sources import open_digits
 
+QUICK = {"xla_backend_optimization_level": 0}  # for what a fixture of a module compiles, before `compile_quickly`
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):

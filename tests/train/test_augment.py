@@ -13,6 +13,7 @@ import scipy.stats
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment
 
+from tests.train.conftest import QUICK
 from train.augment import FINENESS, OPERATIONS, augment, compile_augment, draw_batch
 from train.config import RECIPES
 from train.pillow_ops import FILL, ONE
@@ -36,7 +37,8 @@ def crops(photographs):
 def augmented(crops):
     """What was drawn for each crop, and what came of it."""
     draws = draw_batch(_CONFIG, 0, np.arange(len(crops)), _SIZE)
-    return draws, np.asarray(jax.jit(functools.partial(augment, increasing=True))(crops, draws))
+    function = jax.jit(functools.partial(augment, increasing=True), compiler_options=QUICK)
+    return draws, np.asarray(function(crops, draws))
 
 
 @functools.cache
@@ -128,17 +130,16 @@ from train.config import RECIPES
 from train.sharding import batch_sharding, make_mesh
 crops = np.load(sys.argv[1])
 images = {}
-for mesh, devices in (("data=1", 1), ("data=8", 8), ("data=2,fsdp=4", 8)):
+for mesh, devices in (("data=1", 1), ("data=2,fsdp=4", 8)):
     mesh = make_mesh(mesh, jax.devices()[:devices])
     compiled = compile_augment(crops.shape, RECIPES["imagenet"], mesh)
     assert not communication(compiled.as_text()), communication(compiled.as_text())
     images[str(mesh)] = np.asarray(compiled(jax.device_put(crops, batch_sharding(mesh)), 7))
-one, *others = images.values()
-for other in others:
-    np.testing.assert_allclose(one, other, atol=1e-6)
+np.testing.assert_allclose(*images.values(), atol=1e-6)
 """
 
 
+@pytest.mark.slow
 def test_every_number_of_devices_gives_the_same_without_communication(crops, tmp_path):
     np.save(tmp_path / "crops.npy", crops[::3])
     flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageFilter, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment
 
+from tests.train.conftest import QUICK
 from train import pillow_ops
 from train.augment import FINENESS, OPERATIONS, Draws, augment
 
@@ -42,7 +43,8 @@ def augmented(request, crops):
         box=np.zeros((len(cases), 4), np.int32),
         noise=jax.random.split(jax.random.key(0), len(cases)),
     )
-    pixels = jax.jit(functools.partial(augment, increasing=increasing))(images, jax.tree.map(jnp.asarray, draws))
+    function = jax.jit(functools.partial(augment, increasing=increasing), compiler_options=QUICK)
+    pixels = function(images, jax.tree.map(jnp.asarray, draws))
     pixels = np.rint((np.asarray(pixels) * IMAGENET_DEFAULT_STD + IMAGENET_DEFAULT_MEAN) * 255).astype(int)
     return increasing, pixels.reshape(len(OPERATIONS), len(_LEVELS), 2, *np.shape(crops))
 
