@@ -339,8 +339,8 @@ def test_a_slightly_different_recipe_is_noticed(our_draws, timms):
     wrong = dataclasses.replace(
         _IMAGENET,
         auto_augment="rand-m8-mstd0.6-p0.45-inc1",
-        erase_prob=0.3,
-        hflip=0.45,
+        erase_prob=0.35,
+        hflip=0.4,
         crop_scale=(0.12, 1.0),
         crop_ratio=(0.7, 1 / 0.7),
     )
