@@ -52,8 +52,9 @@ def _measure(task: DataTask, rounds: int) -> dict[str, Times]:
     """Every side in turn, A B C A B C …, never two at once. Raises SidesDisagree and SideFailed."""
     sides = {side: Times() for side in SIDES}
     with contextlib.ExitStack() as processes:
-        workers = {side: processes.enter_context(Worker(side, task, {})) for side in SIDES}
+        workers = {}
         for side, times in sides.items():
+            workers[side] = processes.enter_context(Worker(side, task, {}))
             times.ready = workers[side].ready
             print(f"{side}: ready after {times.ready.load_s + times.ready.first_s:.1f} s", file=sys.stderr, flush=True)
         compare({side: times.ready.check for side, times in sides.items()})
