@@ -37,7 +37,7 @@ def as_json(benchmark: str, results: Sequence[Measured]) -> dict[str, Any]:
                 "disturbed": measured.disturbed,
                 "best_timm": measured.best_timm,
                 "flax_times_as_fast": {
-                    side: _spread(ratio)
+                    side: spread(ratio)
                     for side in measured.timed
                     if side != "flax" and (ratio := measured.ratio(side)) is not None
                 },
@@ -90,7 +90,7 @@ def _side(measured: Measured, side: str) -> dict[str, Any]:
         known |= {"calls_per_round": ready.calls, "difference": times.difference, "rounds_s_per_call": times.seconds}
         known["others_cores"] = [turn.others for turn in times.rounds]
     if times.failure is None:
-        known |= {f"{name}_s_per_call": value for name, value in _spread(times.seconds).items()}
+        known |= {f"{name}_s_per_call": value for name, value in spread(times.seconds).items()}
         known["images_per_s"] = measured.task.batch_size / times.median
     return known
 
@@ -100,10 +100,10 @@ def _cells(measured: Measured, side: str) -> list[str]:
     cells = [task.variant, str(task.batch_size), task.dtype, side]
     if times.failure is not None:
         return [*cells, f"failed: {times.failure.replace('|', '/')}", "", "", ""]
-    spread = {name: 1000 * value for name, value in _spread(times.seconds).items()}
+    milliseconds = {name: 1000 * value for name, value in spread(times.seconds).items()}
     return [
         *cells,
-        "{median:.2f} ({min:.2f}-{max:.2f})".format(**spread),
+        "{median:.2f} ({min:.2f}-{max:.2f})".format(**milliseconds),
         f"{task.batch_size / times.median:.1f}",
         _ratio(measured, side),
         _difference(measured, side, times),
@@ -116,7 +116,7 @@ def _ratio(measured: Measured, side: str) -> str:
     if ratios is None:
         return ""
     best = " **← best of timm**" if side == measured.best_timm else ""
-    return "{median:.2f}x as fast ({min:.2f}-{max:.2f})".format(**_spread(ratios)) + best
+    return "{median:.2f}x as fast ({min:.2f}-{max:.2f})".format(**spread(ratios)) + best
 
 
 def _difference(measured: Measured, side: str, times: Times) -> str:
@@ -125,7 +125,7 @@ def _difference(measured: Measured, side: str, times: Times) -> str:
     return "" if times.difference is None else f"{times.difference:.1e}"
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 

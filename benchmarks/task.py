@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,16 @@ class Task:
     device: str  # cpu or gpu
     weights: str  # a safetensors file with timm's names
     attention: str = "xla"  # or cudnn: what Flax's self-attention runs on; torch chooses by itself
+
+    def load(self, side: str) -> "Program":
+        """The program of a side. Imports its framework."""
+        if side == "flax":
+            from benchmarks import flax_side
+
+            return flax_side.load(self)
+        from benchmarks import timm_side
+
+        return timm_side.load(self, compiled=side == "timm-compile")
 
     def images(self) -> np.ndarray:
         """(batch, height, width, 3), float32: the same numbers in every process."""
@@ -50,6 +61,6 @@ class Task:
 class Program:
     """A task, loaded and ready on one side."""
 
-    check: Callable[[], np.ndarray]  # what the sides must agree on: logits, or losses of unmixed steps
+    check: Callable[[], Any]  # what the sides must agree on: logits, losses of unmixed steps, or pixels
     run: Callable[[int], None]  # that many calls; returns when the results are there
     facts: dict[str, str]  # versions, threads, device

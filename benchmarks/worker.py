@@ -10,8 +10,7 @@ import os
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-
-import numpy as np
+from typing import Any
 
 from benchmarks.task import Program, Task
 
@@ -35,7 +34,7 @@ class SideFailed(RuntimeError):
 class Ready:
     """What a side says when it is compiled and warm."""
 
-    check: np.ndarray  # see `Program.check`
+    check: Any  # see `Program.check`
     facts: dict[str, str]  # see `Program.facts`
     calls: int  # in a round
     load_s: float  # imports, weights
@@ -111,14 +110,7 @@ def _serve(side: str, task: Task, environment: dict[str, str], pipe: Connection)
 
 def _prepare(side: str, task: Task) -> tuple[Ready, Program]:
     start = time.perf_counter()
-    if side == "flax":
-        from benchmarks import flax_side
-
-        program = flax_side.load(task)
-    else:
-        from benchmarks import timm_side
-
-        program = timm_side.load(task, compiled=side == "timm-compile")
+    program = task.load(side)
     loaded = time.perf_counter()
     check = program.check()
     first = time.perf_counter()

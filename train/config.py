@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from crossvit_jax.config import CrossViTConfig, get_config
+from train.rand_augment import ACCEPTED, parse_rand_augment
 
 
 class SettingsError(ValueError):
@@ -58,6 +59,9 @@ class TrainConfig:
     hflip: float = setting(0.5, "probability of a horizontal flip")
     auto_augment: str = setting("rand-m9-mstd0.5-inc1", "timm's RandAugment or AutoAugment string; none: no such step")
     erase_prob: float = setting(0.25, "probability of random erasing (a box of normal noise)")
+    augment_on: str | None = setting(
+        None, "where images are flipped, augmented and erased: device or host; none: device on GPUs", str
+    )
     repeated_aug: int = setting(1, "differently augmented copies of an image in an epoch of as many fewer images")
     # mixing and regularisation
     mixup: float = setting(0.8, "Mixup's alpha; 0: no Mixup")
@@ -132,6 +136,8 @@ class TrainConfig:
         _require(self, "warmup_epochs", lambda value: value < self.epochs, f"below the {self.epochs} epochs")
         if self.batch_size % self.grad_accum:
             raise SettingsError(f"batch_size {self.batch_size} cannot be cut into grad_accum {self.grad_accum} parts")
+        if self.augment_on == "device" and not self.device_can_augment:
+            raise SettingsError(f"augment_on device takes as auto_augment {ACCEPTED}; got {self.auto_augment!r}")
         distributed = (self.coordinator, self.num_processes, self.process_id)
         if any(value is None for value in distributed) != all(value is None for value in distributed):
             raise SettingsError("coordinator, num_processes and process_id go together: give all three or none")
@@ -142,6 +148,15 @@ class TrainConfig:
     def peak_lr(self) -> float:
         """The learning rate after the warm-up, for this batch size (IBM main.py:245)."""
         return self.lr * self.batch_size / self.lr_batch_size
+
+    @property
+    def device_can_augment(self) -> bool:
+        """Whether `auto_augment` is among the policies that the device knows; the host knows all of timm's."""
+        try:
+            parse_rand_augment(self.auto_augment)
+        except ValueError:
+            return False
+        return True
 
     def model_overrides(self) -> dict[str, Any]:
         """The fields of `CrossViTConfig` that these settings decide."""
@@ -171,6 +186,7 @@ def _require(config: TrainConfig, name: str, accepted: Callable[[Any], bool], de
 _RECIPE_NAMES = ("imagenet", "imagenet-ibm", "finetune-408", "finetune", "transfer", "digits")
 _CHOICES = {
     "recipe": _RECIPE_NAMES,
+    "augment_on": ("device", "host"),
     "loss": ("softmax", "bce"),
     "optimizer": ("adamw", "sgd"),
     "lr_schedule": ("cosine", "linear", "constant"),

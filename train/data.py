@@ -49,7 +49,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.IterDataset:
-    """Endless batches of `image` (batch, height, width, channels) float32, `label` (batch,) int32 and `bad`.
+    """Endless batches of `image` (batch, height, width, channels) as transformed, `label` (batch,) int32 and `bad`.
 
     Every `steps_per_epoch` batches hold each image at most `repeats` times, in an order of that epoch's own.
 
@@ -89,9 +89,9 @@ def eval_batches(
 ) -> grain.IterDataset:
     """Every image once, in order, again and again: each round has ceil(images / batch_size) batches on every process.
 
-    Like training batches, with `mask` (batch,) float32: 1 for an image; 0 for what fills up the last batch and for an
-    image that could not be read, whose pixels and label are 0. They repeat so that the workers stay alive between two
-    evaluations.
+    Like training batches, `image` in float32, with `mask` (batch,) float32: 1 for an image; 0 for what fills up the
+    last batch and for an image that could not be read, whose pixels and label are 0. They repeat so that the workers
+    stay alive between two evaluations.
     """
     rounds = -(-len(source) // batch_size)
     batches = (

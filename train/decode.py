@@ -4,11 +4,17 @@ import io
 import warnings
 
 import numpy as np
+import simplejpeg
+from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 # Every worker would print them, in every epoch. What cannot be used is an error; the rest (odd metadata, many pixels)
 # does no harm. Not `catch_warnings`: reader threads would undo each other's.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+_JPEG = b"\xff\xd8\xff"
+_ORDINARY = 2**26  # pixels; about many more than that Pillow has its own mind
 
 
 class UnreadableImage(ValueError):
@@ -37,6 +43,21 @@ def decode_image(encoded: bytes, name: str) -> Image.Image:
         raise UnreadableImage(name, "it is in no image format that Pillow knows") from error
     except Exception as error:  # over damaged files Pillow's parsers stumble in any way: TypeError, OverflowError
         raise UnreadableImage(name, " ".join(str(error).split()) or type(error).__name__) from error
+
+
+def decode_pixels(encoded: bytes, name: str) -> UInt8[np.ndarray, "height width 3"]:
+    """The pixels of `decode_image`. Those of an ordinary JPEG file cost a third less, by the same library as Pillow's.
+
+    Raises UnreadableImage as it does.
+    """
+    if encoded.startswith(_JPEG):
+        try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
+            if colours in ("YCbCr", "Gray") and height * width <= _ORDINARY:
+                return simplejpeg.decode_jpeg(encoded)
+        except ValueError:
+            pass  # Pillow may be able to use it, or says what is wrong
+    return np.array(decode_image(encoded, name))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

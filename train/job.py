@@ -17,7 +17,7 @@ from crossvit_jax import CrossViTConfig, get_config
 from train.config import RECIPES, SettingsError, TrainConfig
 from train.data import steps_per_epoch
 from train.initial_weights import initial_weights
-from train.run_folder import check_same_run, describe_run, read_run
+from train.run_folder import BEFORE, check_same_run, describe_run, read_run
 from train.sharding import make_mesh
 from train.sources import ImageSets, open_image_sets
 from train.transforms import train_transform
@@ -86,11 +86,12 @@ def prepare(config: TrainConfig) -> Job:
         model_config = config.model_config(num_classes=len(image_sets.class_names))
     config = dataclasses.replace(
         config,
+        augment_on=augment_on(config, saved),
         variant=model_config.name,
         workers=(os.cpu_count() or 1) if config.workers is None else config.workers,
         precision=config.precision or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
     )
-    if config.auto_augment not in {recipe.auto_augment for recipe in RECIPES.values()}:
+    if config.augment_on == "host" and config.auto_augment not in {recipe.auto_augment for recipe in RECIPES.values()}:
         _check_auto_augment(config, model_config)
     described = describe_run(
         config, model=describe(model_config, image_sets.class_names), data=_describe_data(config, image_sets)
@@ -99,6 +100,19 @@ def prepare(config: TrainConfig) -> Job:
     if saved is not None:
         check_same_run(saved, described, config.output)
     return Job(config, model_config, image_sets, mesh, weights, described, resumed=saved is not None)
+
+
+def augment_on(config: TrainConfig, saved: dict[str, Any] | None) -> str:
+    """Where to augment: where it was asked for, where the run that is continued did, or where it is faster.
+
+    That is a GPU, whose few cores of the host could not feed it. Hosts of TPUs have many; there, the device's gathers
+    are slow.
+    """
+    if config.augment_on is not None:
+        return config.augment_on
+    if saved is not None:
+        return (BEFORE | saved["train"])["augment_on"]
+    return "device" if jax.default_backend() == "gpu" and config.device_can_augment else "host"
 
 
 def _begun_model(saved: dict[str, Any], config: TrainConfig) -> CrossViTConfig:

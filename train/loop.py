@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 import convert
 from convert.metadata import describe
 from convert.tree import nest
+from train.augment import compile_augment
 from train.bad_images import BadImages, too_many
 from train.checkpoints import Checkpoints
 from train.config import SettingsError
@@ -78,7 +79,7 @@ def train(job: Job) -> Result:
         description = describe(model_config, class_names)
         checkpoints = stack.enter_context(closing(Checkpoints(folder, description=description, say=_say)))
 
-        # --- data: Grain decodes and augments in its workers, and brings batches to the devices ahead of time ---
+        # --- data: Grain decodes and crops or augments in workers, and brings batches to the devices ahead of time ---
         one_torch_thread()
         hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         train_steps = config.epochs * job.steps_per_epoch
@@ -121,9 +122,13 @@ def train(job: Job) -> Result:
             init = threads.submit(init_state, model_config, optimizer, config, mesh, initial)
             train_step = jit_train_step(make_train_step(model, optimizer, config), mesh, shapes)
             compiling = threads.submit(train_step.lower(shapes, train_shapes).compile)
+            augmenting = None
+            if config.augment_on == "device":
+                augmenting = threads.submit(compile_augment, train_shapes["image"].shape, config, mesh)
             eval_step = jit_eval_step(make_eval_step(model), mesh, shapes["params"])
             eval_step = eval_step.lower(shapes["params"], eval_shapes).compile()
             state, train_step = init.result(), compiling.result()
+            augment = augmenting and augmenting.result()
         memory, available = step_memory(train_step), available_memory(mesh)
         check_fits(memory, available, config, mesh)
 
@@ -183,6 +188,8 @@ def train(job: Job) -> Result:
             while step < epoch * job.steps_per_epoch:
                 batch = next(train_stream)
                 bad_train.add(batch.pop("bad_indices"))
+                if augment is not None:
+                    batch["image"] = augment(batch["image"], step)
                 state, metrics = train_step(state, batch)
                 step += 1
                 if first_step:

@@ -20,6 +20,7 @@ _CONFIG, _LOCK = "config.json", ".lock"
 # what may differ when a run is continued: none of it changes what is computed
 _FREE = {"output", "data_dir", "dataset", "init", "workers", "mesh", "coordinator", "num_processes", "process_id"}
 _FREE |= {"checkpoint_every", "max_bad_images", "wandb"}
+BEFORE = {"augment_on": "host"}  # what runs did that were begun before there was the setting
 
 
 def read_run(output: str | None) -> dict[str, Any] | None:
@@ -60,9 +61,10 @@ def check_same_run(saved: dict[str, Any], described: dict[str, Any], output: str
         described: what `describe_run` says of the run that shall continue it.
     """
     differences = []
+    begun = {**saved, "train": BEFORE | saved.get("train", {})}
     for part in ("train", "model", "data"):
         # through JSON, where tuples are lists
-        old, new = _flat(saved.get(part, {})), _flat(json.loads(json.dumps(described[part])))
+        old, new = _flat(begun.get(part, {})), _flat(json.loads(json.dumps(described[part])))
         differences += [
             f"{name.rpartition('.')[2]} was {old.get(name)!r} and is {new.get(name)!r}"
             for name in sorted(old | new)

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from crossvit_jax.config import CrossViTConfig
 from train.config import TrainConfig
+from train.crop import CropTransform
 from train.decode import decode_image
 
 # The generators belong to one image at a time: reader threads take turns. Reading and decoding are outside.
@@ -113,8 +114,10 @@ def channels_last(pixels) -> Float32[np.ndarray, "height width channels"]:
     return np.ascontiguousarray(pixels.numpy().transpose(1, 2, 0))
 
 
-def train_transform(config: TrainConfig, model_config: CrossViTConfig) -> TrainTransform:
-    """The transform of the training images of a run."""
+def train_transform(config: TrainConfig, model_config: CrossViTConfig) -> TrainTransform | CropTransform:
+    """What the workers of a run do to its training images: all of it, or what `train.augment` leaves to them."""
+    if config.augment_on == "device":
+        return CropTransform(model_config.image_size, config.crop_scale, config.crop_ratio)
     return TrainTransform(config, model_config.image_size)
 
 

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from crossvit_jax.config import VARIANTS
 from train.sources import open_digits
+
+QUICK = {"xla_backend_optimization_level": 0}  # for what a fixture of a module compiles, before `compile_quickly`
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,6 +57,12 @@ def photo():
     file = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, format="PNG")
     return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def photographs():
+    """Two real photographs, 640 × 427: a temple before the sky, and a flower."""
+    return [Image.fromarray(pixels) for pixels in load_sample_images().images]
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """What our training images draw has the distribution of what timm draws: it is seeded otherwise, not distorted.
 
 The steps of timm's transform are watched while they run, once from our pipeline's generators, image by image, and once
-from timm's own global ones, seeded a single time. That the same draws give the same pixels is tested elsewhere.
+from timm's own global ones, seeded a single time. Where the device augments, its draws are looked at, and those of the
+workers' crops. That the same draws give the same pixels is tested elsewhere.
 """
 
 import dataclasses
@@ -14,14 +15,17 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import grain
+import jax
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform
 
+from train.augment import FINENESS, OPERATIONS, draw_batch
 from train.config import RECIPES
+from train.crop import draw_crop
 from train.data import train_batches
 from train.transforms import TrainTransform
 
@@ -115,7 +119,8 @@ class Same:
         return self.sample
 
 
-def _our_draws(config):
+def _on_host(config):
+    """The draws of our pipeline where the workers augment."""
     transform = TrainTransform(config, (_SIZE, _SIZE))
     images = _watch(transform.timm_transform)
     with pytest.MonkeyPatch.context() as patch:
@@ -128,9 +133,50 @@ def _our_draws(config):
     return images[:_IMAGES]
 
 
+def _on_device(config):
+    """The draws of our pipeline where the device augments."""
+    batch = draw_batch(config, 3, np.arange(_IMAGES), (_SIZE, _SIZE))
+    batch = jax.device_get(batch._replace(noise=batch.flip))  # keys are no numpy arrays
+    images = []
+    for number in range(_IMAGES):
+        drawn = jax.tree.map(lambda values, number=number: values[number], batch)
+        rng = np.random.default_rng((config.seed, number))
+        crop = draw_crop(rng, (_LARGE.height, _LARGE.width), config.crop_scale, config.crop_ratio)
+        image = Draws(crop=crop, flipped=bool(drawn.flip))
+        for place, applied, level, negative in zip(*drawn[1:5], strict=True):
+            name = OPERATIONS[place]
+            name += "Increasing" * (f"{name}Increasing" in auto_augment.NAME_TO_OP)
+            image.drawn.append(name)
+            if applied:
+                image.applied.append(name)
+                _note_arguments(image, name, level / FINENESS, negative)
+        top, bottom, left, right = drawn.box
+        if bottom:
+            image.erased = (top, left, bottom - top, right - left)
+        images.append(image)
+    return images
+
+
+def _note_arguments(image, name, magnitude, negative):
+    to_arguments = auto_augment.LEVEL_TO_ARG[name]
+    arguments = ()
+    if to_arguments is not None:
+        image.magnitudes.append(magnitude)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(auto_augment, "_randomly_negate", lambda value: -value if negative else value)
+            arguments = to_arguments(magnitude, {})
+    image.arguments.setdefault(name, []).extend(arguments)
+
+
+@pytest.fixture(scope="module", params=[_on_host, _on_device])
+def our_draws(request):
+    """Gives our draws with some settings."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def ours():
-    return _our_draws(_IMAGENET)
+def ours(our_draws):
+    return our_draws(_IMAGENET)
 
 
 @pytest.fixture(scope="module")
@@ -289,16 +335,16 @@ def test_every_figure_is_distributed_as_the_recipe_says(ours):
     assert 0.28 < np.exp(figures["erased aspect"]).min() < 0.4 < 2.5 < np.exp(figures["erased aspect"]).max() < 3.6
 
 
-def test_a_slightly_different_recipe_is_noticed(timms):
+def test_a_slightly_different_recipe_is_noticed(our_draws, timms):
     wrong = dataclasses.replace(
         _IMAGENET,
         auto_augment="rand-m8-mstd0.6-p0.45-inc1",
-        erase_prob=0.3,
-        hflip=0.45,
+        erase_prob=0.35,
+        hflip=0.4,
         crop_scale=(0.12, 1.0),
         crop_ratio=(0.7, 1 / 0.7),
     )
-    found = _probabilities(_our_draws(wrong), timms)
+    found = _probabilities(our_draws(wrong), timms)
     changed = {"how many applied", "flipped", "erased", "magnitude", "magnitude at the limit"}
     changed |= {"crop area", "crop aspect", *(name for name in found if name.startswith("argument of"))}
     assert {name for name in changed if not found[name] < _SURE} == set()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.decode import UnreadableImage, decode_image
+from train.decode import UnreadableImage, decode_image, decode_pixels
 
 _RNG = np.random.default_rng(0)
 _COLOUR = _RNG.integers(0, 256, (6, 5, 3), dtype=np.uint8)
@@ -28,6 +28,7 @@ def _file(image, format="PNG", **options):
 def _pixels(encoded):
     image = decode_image(encoded, "some")
     assert image.mode == "RGB"
+    np.testing.assert_array_equal(decode_pixels(encoded, "some"), image)
     return np.asarray(image)
 
 
@@ -103,6 +104,22 @@ def test_cmyk_is_ink_on_white(format):
     np.testing.assert_allclose(pixels, np.broadcast_to(expected[:, None, None], pixels.shape), atol=4)
 
 
+@pytest.mark.parametrize("options", [{"progressive": True}, {"exif": True}, {"restart_marker_blocks": 2}], ids=list)
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("size", [(427, 640), (33, 17), (1, 1)])
+def test_jpeg_files_of_all_kinds_have_pillows_pixels(photographs, size, subsampling, options):
+    """Those that are not left to Pillow: a turned one too, which stays as it is stored."""
+    if "exif" in options:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        options = {"exif": exif}
+    for image in (photographs[0].resize(size[::-1]), photographs[1].resize(size[::-1]).convert("L")):
+        kind = {"subsampling": subsampling} if image.mode == "RGB" else {}
+        encoded = _file(image, "JPEG", quality=85, **kind, **options)
+        assert _pixels(encoded).shape == (*size, 3)
+        np.testing.assert_array_equal(_pixels(encoded + b"more"), _pixels(encoded))
+
+
 _DEEP = np.array([[0, 255, 256, 1000], [0x7FFF, 0x8000, 0xFF00, 0xFFFF]], np.uint16)
 
 
@@ -176,6 +193,9 @@ def test_an_unreadable_image_is_named_with_the_reason(encoded, reason):
     assert str(error.value).startswith("cannot read image cat/1.png: ")
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
+    with pytest.raises(UnreadableImage) as same:
+        decode_pixels(encoded, "cat/1.png")
+    assert str(same.value) == str(error.value)
     again = pickle.loads(pickle.dumps(error.value))  # as it comes out of a worker
     assert (str(again), again.name, again.reason) == (str(error.value), "cat/1.png", error.value.reason)
 
@@ -188,8 +208,15 @@ def test_a_damaged_byte_anywhere_is_read_over_or_refused():
         whole = _file(Image.fromarray(_COLOUR), format)
         for place in range(len(whole)):
             for value in (0, 2, 12, 255):
+                damaged = whole[:place] + bytes([value]) + whole[place + 1 :]
                 try:
-                    decode_image(whole[:place] + bytes([value]) + whole[place + 1 :], "")
+                    image = decode_image(damaged, "")
                 except UnreadableImage:
                     refused += 1
+                    if format == "JPEG":  # the others are left to Pillow
+                        with pytest.raises(UnreadableImage):
+                            decode_pixels(damaged, "")
+                else:
+                    if format == "JPEG":
+                        np.testing.assert_array_equal(decode_pixels(damaged, ""), image)
     assert refused > 500

@@ -183,6 +183,7 @@ def test_when_all_checkpoints_are_damaged_the_run_is_not_begun_again(start, unin
     [
         (["--variant=s"], "variant was 'ti' and is 's'"),
         (["--epochs=5"], "epochs was 4 and is 5"),
+        (["--augment-on=device"], "augment_on was 'host' and is 'device'"),
         (["--lr=2e-3", "--seed=1"], "lr was 0.001 and is 0.002; seed was 0 and is 1"),
     ],
 )

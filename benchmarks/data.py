@@ -1,0 +1,144 @@
+"""The command `python -m benchmarks.data`: encoded photographs to training batches, ours against timm's transform.
+
+A process of each side makes batches on one core, in turn with the others: `timm`; `host`, our workers where they
+augment; `device-worker`, our workers where the device augments; and `device-augment`, what the device then does, which
+runs beside the workers and is no rival of theirs. Nothing is timed before pixels made from the same draws are equal.
+"""
+
+import contextlib
+import json
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.command import writable_json
+from benchmarks.data_task import SIDES, SIDES_ON_A_CORE, DataTask
+from benchmarks.measure import ACCEPTED_OTHERS, SidesDisagree, Times
+from benchmarks.report import machine, spread
+from benchmarks.worker import SideFailed, Worker
+from convert.command_line import Parser, at_least_one
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit status: 0 done; 1 the sides disagree or one failed; 2 wrong flags."""
+    parser = Parser(prog="python -m benchmarks.data", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--photographs", type=at_least_one, default=48, metavar="N", help="images in a batch; default: 48"
+    )
+    parser.add_argument(
+        "--repeats", type=at_least_one, default=10, metavar="N", help="rounds of about 1 s; default: 10"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
+    args = parser.parse_args(argv)
+    writable_json(parser, args.json)
+    task = DataTask(photographs=args.photographs)
+    try:
+        sides = _measure(task, args.repeats)
+    except (SidesDisagree, SideFailed) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    if args.json:
+        args.json.write_text(json.dumps(as_json(task, sides), indent=2) + "\n")
+    print(as_markdown(task, sides))
+    return 0
+
+
+def _measure(task: DataTask, rounds: int) -> dict[str, Times]:
+    """Every side in turn, A B C A B C …, never two at once. Raises SidesDisagree and SideFailed."""
+    sides = {side: Times() for side in SIDES}
+    with contextlib.ExitStack() as processes:
+        workers = {}
+        for side, times in sides.items():
+            workers[side] = processes.enter_context(Worker(side, task, {}))
+            times.ready = workers[side].ready
+            print(f"{side}: ready after {times.ready.load_s + times.ready.first_s:.1f} s", file=sys.stderr, flush=True)
+        compare({side: times.ready.check for side, times in sides.items()})
+        for number in range(1, rounds + 1):
+            for side, times in sides.items():
+                times.rounds.append(workers[side].round())
+            print(f"round {number} of {rounds} done", file=sys.stderr, flush=True)
+    return sides
+
+
+def compare(checks: dict[str, dict[str, np.ndarray]]) -> None:
+    """Raises SidesDisagree if two sides have other pixels under the same name."""
+    for side, check in checks.items():
+        for name, pixels in check.items():
+            if not np.array_equal(pixels, checks["timm"][name]):
+                raise SidesDisagree(f"the {name} of {side} are not those of timm: nothing is timed")
+
+
+def rates(task: DataTask, times: Times) -> list[float]:
+    """Images per second, round by round."""
+    return [task.photographs / seconds for seconds in times.seconds]
+
+
+def ratios(sides: dict[str, Times], side: str) -> list[float]:
+    """How many times as fast as timm a side is, round by round: neighbours share the machine's mood."""
+    return [a / b for a, b in zip(sides["timm"].seconds, sides[side].seconds, strict=True)]
+
+
+def others(sides: dict[str, Times]) -> float | None:
+    """Cores that other programs kept busy: the median over all rounds. None where the system does not tell."""
+    known = [turn.others for times in sides.values() for turn in times.rounds if turn.others is not None]
+    return statistics.median(known) if known else None
+
+
+def as_json(task: DataTask, sides: dict[str, Times]) -> dict[str, Any]:
+    """Everything measured, with every round, in plain types."""
+    return {
+        "benchmark": "data",
+        "machine": machine(),
+        "software": _software(sides),
+        "photographs": task.photographs,
+        "others_cores": others(sides),
+        "sides": {
+            side: {
+                "images_per_s": spread(rates(task, times)),
+                "times_as_fast_as_timm": spread(ratios(sides, side)) if side in SIDES_ON_A_CORE else None,
+                "rounds_images_per_s": rates(task, times),
+                "calls_per_round": times.ready.calls,
+                "load_s": times.ready.load_s,
+                "first_result_s": times.ready.first_s,
+            }
+            for side, times in sides.items()
+        },
+    }
+
+
+def as_markdown(task: DataTask, sides: dict[str, Times]) -> str:
+    """A line on the machine and a table with a row per side."""
+    about = machine()
+    lines = [
+        f"{task.photographs} JPEG photographs of 500 x 375 to a training batch at 240 pixels; {about['cpu']}, "
+        f"{about['cores']} cores; {', '.join(f'{name} {version}' for name, version in _software(sides).items())}",
+        "",
+        "| side | images/s, median (min-max) | times as fast as timm, median (min-max) |",
+        "| --- | --- | --- |",
+    ]
+    for side, times in sides.items():
+        rate = "{median:.0f} ({min:.0f}-{max:.0f})".format(**spread(rates(task, times)))
+        ratio = "beside the workers"
+        if side in SIDES_ON_A_CORE:
+            ratio = "{median:.2f} ({min:.2f}-{max:.2f})".format(**spread(ratios(sides, side)))
+        lines.append(f"| {side} | {rate} | {ratio} |")
+    busy = others(sides)
+    if busy is not None and busy > os.cpu_count() - 1 + ACCEPTED_OTHERS:  # each side needs a core for itself
+        lines += ["", f"**Not valid as a comparison**: other programs kept {busy:.1f} cores busy meanwhile."]
+    return "\n".join(lines)
+
+
+def _software(sides: dict[str, Times]) -> dict[str, str]:
+    return {name: version for times in sides.values() for name, version in times.ready.facts.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

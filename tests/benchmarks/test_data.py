@@ -1,0 +1,64 @@
+"""The benchmark of the input pipeline: what it refuses, what it compares, and a whole small run."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.data import as_json, as_markdown, compare, main
+from benchmarks.data_task import SIDES, SIDES_ON_A_CORE, DataTask
+from benchmarks.measure import SidesDisagree, Times
+from benchmarks.worker import Ready, Round
+
+
+def _times(*seconds, others=0.0):
+    return Times(Ready({}, {"pillow": "1"}, 1, 1.0, 2.0, 3.0), [Round(s, others) for s in seconds])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--repeats 0", "--repeats"),
+        ("--json /no/such/folder/x.json", "existing folder"),
+        ("--sides timm", "unrecognized arguments"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_status_2(flags, says, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(flags.split())
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_sides_with_other_pixels_are_not_timed():
+    pixels = np.arange(12.0)
+    compare({"timm": {"images": pixels, "crops": pixels}, "host": {"images": pixels.copy()}, "device-augment": {}})
+    with pytest.raises(SidesDisagree, match="the crops of device-worker are not those of timm"):
+        compare({"timm": {"images": pixels, "crops": pixels}, "device-worker": {"crops": pixels + 1e-6}})
+
+
+def test_rates_and_ratios_are_of_neighbouring_rounds():
+    task = DataTask(photographs=10)
+    sides = {"timm": _times(1.0, 2.0), "host": _times(1.0, 2.0), "device-worker": _times(0.5, 0.5)}
+    sides["device-augment"] = _times(0.1, 0.1)
+    result = as_json(task, sides)["sides"]
+    assert result["timm"]["images_per_s"] == {"median": 7.5, "min": 5.0, "max": 10.0}
+    assert result["device-worker"]["times_as_fast_as_timm"] == {"median": 3.0, "min": 2.0, "max": 4.0}
+    assert result["device-augment"]["times_as_fast_as_timm"] is None
+    table = as_markdown(task, sides)
+    assert "| device-worker | 20 (20-20) | 3.00 (2.00-4.00) |" in table
+    assert "Not valid" not in table
+    assert "Not valid" in as_markdown(task, dict.fromkeys(SIDES, _times(1.0, others=1e3)))
+
+
+@pytest.mark.slow
+def test_a_small_run(tmp_path, capsys):
+    path = tmp_path / "result.json"
+    assert main(["--photographs", "4", "--repeats", "1", "--json", str(path)]) == 0
+    written = json.loads(path.read_text())
+    assert written["machine"]["cores"] >= 1
+    assert {"jax", "torch", "timm", "pillow", "numba", "simplejpeg"} <= written["software"].keys()
+    assert all(written["sides"][side]["images_per_s"]["median"] > 0 for side in SIDES)
+    assert all(written["sides"][side]["times_as_fast_as_timm"]["median"] > 0 for side in SIDES_ON_A_CORE)
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) == 2 + len(SIDES)
