@@ -13,9 +13,11 @@ from safetensors.numpy import load_file
 
 from convert import load_weights
 from tests.train.runner import Run
+from train.config import RECIPES, SettingsError
+from train.job import augment_on
 from train.main import main
 from train.metrics import read_metrics
-from train.run_folder import Claim
+from train.run_folder import Claim, check_same_run
 
 _EPOCHS, _STEPS_PER_EPOCH = 4, 22
 # everything random, everything stateful: mixing, stochastic depth, the average of the weights, lines within an epoch
@@ -272,3 +274,11 @@ def test_a_data_set_that_vanishes_is_a_clear_error(start, image_folder, tmp_path
     assert f"{pictures}" in run.output.splitlines()[-1]
     assert "Traceback" not in run.output
     assert _steps(folder)
+
+
+def test_a_run_begun_before_a_setting_existed_goes_on_as_it_did():
+    saved = {"train": {"lr": 1.0}, "model": {}, "data": {}}
+    assert augment_on(RECIPES["digits"], saved) == "host"
+    check_same_run(saved, {"train": {"lr": 1.0, "augment_on": "host"}, "model": {}, "data": {}}, "runs/old")
+    with pytest.raises(SettingsError, match="augment_on was 'host' and is 'device'"):
+        check_same_run(saved, {"train": {"lr": 1.0, "augment_on": "device"}, "model": {}, "data": {}}, "runs/old")
