@@ -28,7 +28,7 @@ def main(benchmark: str, argv: Sequence[str] | None = None) -> int:
     """Runs a benchmark (inference or training) as the arguments say; returns the exit status."""
     parser = _parser(benchmark)
     args = parser.parse_args(argv)
-    device = _device(parser, args)
+    device = pick_device(parser, args)
     _check(parser, args, benchmark, device)
     try:
         return _run(benchmark, args, device)
@@ -72,7 +72,8 @@ def _parser(benchmark: str) -> Parser:
     return parser
 
 
-def _device(parser: Parser, args: argparse.Namespace) -> str:
+def pick_device(parser: Parser, args: argparse.Namespace) -> str:
+    """cpu or gpu: as asked for, or as there is. Ends the program if a GPU is asked for that cannot be used."""
     if args.device == "cpu":
         return "cpu"
     import torch  # takes seconds, which wrong flags need not wait for
