@@ -6,7 +6,7 @@ import importlib.util
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.measure import SidesDisagree, fits_all, largest_batch, measure
@@ -30,8 +30,13 @@ def main(benchmark: str, argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = pick_device(parser, args)
     _check(parser, args, benchmark, device)
+    return exit_status(parser, lambda: _run(benchmark, args, device))
+
+
+def exit_status(parser: Parser, run: Callable[[], int]) -> int:
+    """What `run` returns; 1 if a side failed or the sides disagree, 130 after Ctrl-C, each told in one line."""
     try:
-        return _run(benchmark, args, device)
+        return run()
     except (SidesDisagree, SideFailed) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1

@@ -5,6 +5,7 @@ augment; `device-worker`, our workers where the device augments; and `device-aug
 runs beside the workers and is no rival of theirs. Nothing is timed before pixels made from the same draws are equal.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -16,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.command import writable_json
+from benchmarks.command import exit_status, writable_json
 from benchmarks.data_task import SIDES, SIDES_ON_A_CORE, DataTask
 from benchmarks.measure import ACCEPTED_OTHERS, SidesDisagree, Times
 from benchmarks.report import machine, spread
-from benchmarks.worker import SideFailed, Worker
+from benchmarks.worker import Worker
 from convert.command_line import Parser, at_least_one
 
 
@@ -36,15 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
     args = parser.parse_args(argv)
     writable_json(parser, args.json)
-    task = DataTask(photographs=args.photographs)
-    try:
-        sides = _measure(task, args.repeats)
-    except (SidesDisagree, SideFailed) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 130
+    return exit_status(parser, lambda: _run(DataTask(photographs=args.photographs), args))
+
+
+def _run(task: DataTask, args: argparse.Namespace) -> int:
+    sides = _measure(task, args.repeats)
     if args.json:
         args.json.write_text(json.dumps(as_json(task, sides), indent=2) + "\n")
     print(as_markdown(task, sides))

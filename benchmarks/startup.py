@@ -9,8 +9,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.command import variant_name, writable_json
+from benchmarks.command import exit_status, variant_name, writable_json
 from benchmarks.report import machine
+from benchmarks.worker import SideFailed
 from convert.command_line import Parser, at_least_one
 
 _FIRST_STEP = "the first step was done"
@@ -24,7 +25,6 @@ def main() -> int:
     parser = Parser(
         prog="python -m benchmarks.startup",
         description="Time the start of training on the digits, without and with the cache of compiled programs.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--variant", type=variant_name, default="ti", metavar="NAME", help="default: ti")
     parser.add_argument("--image-size", type=at_least_one, default=240, metavar="PIXELS", help="default: 240")
@@ -32,17 +32,16 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured to FILE")
     args = parser.parse_args()
     writable_json(parser, args.json)
+    return exit_status(parser, lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
     flags = ["--variant", args.variant, "--image-size", str(args.image_size), "--batch-size", str(args.batch_size)]
     with tempfile.TemporaryDirectory(prefix="crossvit-startup-") as folder:
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled"}
-        try:
-            _seconds(
-                flags, f"{folder}/data", dict(os.environ, JAX_ENABLE_COMPILATION_CACHE="false")
-            )  # files into memory
-            first, second = (_seconds(flags, f"{folder}/run-{turn}", environment) for turn in (1, 2))
-        except RuntimeError as error:
-            print(f"{parser.prog}: error: {error}", file=sys.stderr)
-            return 1
+        uncached = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+        _seconds(flags, f"{folder}/warm-up", uncached)  # the packages' files come into memory
+        cached = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled"}
+        first, second = (_seconds(flags, f"{folder}/run-{turn}", cached) for turn in (1, 2))
     measured = {"flags": flags, "first_start_s": first, "second_start_s": second, "share": second / first}
     print(f"`python -m train.main {' '.join(flags)}`, to the end of the first step:\n")
     print("| start | seconds | share of the first |\n| --- | --- | --- |")
@@ -53,7 +52,7 @@ def main() -> int:
 
 
 def _seconds(flags: list[str], output: str, environment: dict[str, str]) -> float:
-    """From the start of the process until it says that its first step is done. Raises RuntimeError if it never does."""
+    """From the start of the process until it says that its first step is done. Raises SideFailed if it never does."""
     start = time.perf_counter()
     command = [sys.executable, "-u", "-m", "train.main", *flags, "--output", output]
     with subprocess.Popen(
@@ -66,7 +65,7 @@ def _seconds(flags: list[str], output: str, environment: dict[str, str]) -> floa
                 process.kill()
                 return seconds
             last = line.strip() or last
-    raise RuntimeError(f"train.main ended before its first step: {last}")
+    raise SideFailed(f"train.main ended before its first step: {last}")
 
 
 if __name__ == "__main__":
