@@ -10,8 +10,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 def matrix_flops(program: ClosedJaxpr | Jaxpr) -> int:
     """FLOPs of a program's matrix products and convolutions, two per multiply-add, over all devices together.
 
-    Loops count as often as they run, a choice as its dearest branch. What gradient checkpointing computes again counts
-    again. Everything else (norms, softmax, GELU, the optimiser) is left out, as is usual; it is a percent or two.
+    Loops count as often as they run, a choice as its dearest branch. What gradient checkpointing or attention's
+    gradient computes again counts again. Everything else (norms, softmax, GELU, the optimiser) is left out, as is
+    usual; it is a percent or two.
     """
     return sum(_flops(equation) for equation in getattr(program, "jaxpr", program).eqns)
 

@@ -18,15 +18,16 @@ from train.sharding import put, state_shardings
 State = dict[str, Any]
 
 
-class _Keys:
+class _Keys(nnx.Rngs):
     """The keys of `nnx.Rngs(params=key)`, counted in Python: its own counter makes tracing thrice as slow."""
 
     def __init__(self, key: jax.Array):
         self._key, self._count = key, 0
 
     def params(self) -> jax.Array:
+        key = jax.random.fold_in(self._key, self._count)
         self._count += 1
-        return jax.random.fold_in(self._key, self._count - 1)
+        return key
 
 
 def abstract_model(model_config: CrossViTConfig, config: TrainConfig | None = None) -> CrossViT:
