@@ -5,6 +5,8 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
+from train.hlo import instructions, runs
+
 _KINDS = (
     "all-reduce",
     "all-gather",
@@ -14,16 +16,9 @@ _KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _COLLECTIVE = re.compile(rf" ({'|'.join(_KINDS)})(-start|-done)?\([^%]*(?:%([\w.\-]+))?")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
-_CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-_CALLED_LIST = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
-_LOOP = re.compile(r"\bcondition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_LIMIT = re.compile(r"^s32\[\]\S* constant\((\d+)\)")
 
 
 @dataclass(frozen=True)
@@ -49,32 +44,8 @@ def communication(hlo: str) -> dict[str, Traffic]:
     """
     operations: dict[tuple[str, str], tuple[str, int, float]] = {}  # by kind and channel: computation, volume, sent
     started: dict[str, tuple[str, int]] = {}  # channel and devices of an operation that is completed later, by its name
-    callers: dict[str, list[tuple[str, int]]] = defaultdict(list)  # computation, times that it calls this one
-    loops: list[tuple[str, str, str]] = []  # computation, condition, body
-    limits: dict[str, list[int]] = defaultdict(list)  # the whole numbers that a computation mentions
     devices = int(match[1]) if (match := re.search(r"\bnum_partitions=(\d+)", hlo)) else 1
-    computation = entry = ""
-    for line in hlo.splitlines():
-        if header := _COMPUTATION.match(line):
-            computation = header[2]
-            entry = computation if header[1] else entry
-        instruction = _INSTRUCTION.match(line)
-        if not instruction:
-            continue
-        name, rest = instruction.groups()
-        if limit := _LIMIT.match(rest):
-            limits[computation].append(int(limit[1]))
-        if loop := _LOOP.search(rest):
-            if trips := _TRIPS.search(rest):
-                callers[loop[2]].append((computation, int(trips[1])))
-            else:
-                loops.append((computation, *loop.groups()))
-        if " async-done(" not in rest and " async-update(" not in rest:  # these repeat what their start calls
-            called = _CALLED.findall(rest)
-            for names in _CALLED_LIST.findall(rest):
-                called += re.findall(r"[\w.\-]+", names)
-            for other in called:
-                callers[other].append((computation, 1))
+    for computation, name, rest in instructions(hlo):
         if collective := _COLLECTIVE.search(rest):
             kind, phase, operand = collective.groups()
             if phase == "-done":
@@ -92,21 +63,11 @@ def communication(hlo: str) -> dict[str, Traffic]:
                     kind = "reduce-scatter"
                 # a TPU works on one operation in several fusions, each of which repeats it
                 operations[kind, channel] = computation, volume, volume * _sent(kind, group)
-    for computation, condition, body in loops:
-        # a TPU's program does not say how often; jax.lax.scan counts up to the one number in the condition
-        callers[body].append((computation, limits[condition][0] if len(limits[condition]) == 1 else 1))
-
-    runs: dict[str, int] = {entry: 1}
-
-    def count(computation: str) -> int:
-        if computation not in runs:
-            runs[computation] = sum(times * count(caller) for caller, times in callers[computation])
-        return runs[computation]
-
+    times = runs(hlo)
     totals: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0])
     for (kind, _), (computation, volume, sent) in operations.items():
         for i, value in enumerate((1, volume, sent)):
-            totals[kind][i] += count(computation) * value
+            totals[kind][i] += times.get(computation, 0) * value
     by_volume = sorted(totals.items(), key=lambda item: -item[1][1])
     return {kind: Traffic(int(calls), int(volume), sent) for kind, (calls, volume, sent) in by_volume}
 

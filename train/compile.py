@@ -43,6 +43,7 @@ class Figures:
     memory: "StepMemory | None"  # what it is needed for; None where the compiler refused the program
     traffic: "dict[str, Traffic] | None"  # as above
     compiler_flops: float | None  # of a step, over all devices, by XLA; None also where it does not count loops
+    cycles: int | None  # of a device without communication, as a TPU's compiler estimates them; None for others
     too_much: str | None  # why it does not fit
 
 
@@ -129,6 +130,7 @@ def compile_step(config: TrainConfig, num_classes: int, topology: str | None = N
     """
     from train.communication import communication
     from train.flops import matrix_flops
+    from train.hlo import estimated_cycles
     from train.memory import DoesNotFit, available_memory, check_fits, memory_errors_explained, step_memory
     from train.optimizer import make_optimizer
     from train.sharding import make_mesh
@@ -157,13 +159,14 @@ def compile_step(config: TrainConfig, num_classes: int, topology: str | None = N
     traced = jit_train_step(make_train_step(model, optimizer, config), mesh, state).trace(state, batch)
 
     available = available_memory(mesh)
-    memory = needed = traffic = compiler_flops = too_much = None
+    memory = needed = traffic = compiler_flops = cycles = too_much = None
     start = time.perf_counter()
     try:
         with memory_errors_explained(config, mesh):
             compiled = traced.lower().compile()
         seconds = time.perf_counter() - start
-        memory, traffic = step_memory(compiled), communication(compiled.as_text())
+        memory, hlo = step_memory(compiled), compiled.as_text()
+        traffic, cycles = communication(hlo), estimated_cycles(hlo)
         needed = memory.total
         if config.grad_accum == 1:
             compiler_flops = compiled.cost_analysis()["flops"] * mesh.size  # XLA's are one device's, and loops once
@@ -184,6 +187,7 @@ def compile_step(config: TrainConfig, num_classes: int, topology: str | None = N
         memory=memory,
         traffic=traffic,
         compiler_flops=compiler_flops,
+        cycles=cycles,
         too_much=too_much,
     )
 
@@ -201,6 +205,8 @@ def describe(figures: Figures, num_classes: int) -> str:
         lines.append(figures.memory.describe(figures.available))
     by_xla = "" if figures.compiler_flops is None else f"; {_count(figures.compiler_flops)} by XLA's own count"
     lines.append(f"FLOPs per step: {_count(figures.flops)} in matrix products and convolutions{by_xla}")
+    if figures.cycles is not None:
+        lines.append(f"clock cycles per step by the compiler's own estimate: {_count(figures.cycles)}")
     if figures.traffic is not None:
         kinds = [f"{kind} {amount(t.volume)} in {t.calls}" for kind, t in figures.traffic.items()]
         sent = amount(sum(t.sent for t in figures.traffic.values()))
