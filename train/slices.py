@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 
 from train.config import SettingsError
 
@@ -39,6 +40,8 @@ def slice_devices(topology: str) -> list:
 
     # both cores of a v4 chip as one device, as jax has them on a machine with such chips
     options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    if part := re.fullmatch(r"v\w+:(1x1|1x2|2x1)", topology):  # less than the four chips of a host
+        options["chips_per_host_bounds"] = [*map(int, part[1].split("x")), 1]
     try:
         return get_topology_desc(topology, platform="tpu", **options).devices
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
