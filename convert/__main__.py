@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 _EPILOG = """\
 SOURCE       hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub), a .safetensors, .pth or .bin file with
              timm's, IBM's or Flax's names, an Orbax folder, or the folder of a training run
-DESTINATION  .safetensors or .pth for timm and the torch twin, .flax.safetensors, or no ending for an Orbax folder
+DESTINATION  .safetensors or .pth for timm and the torch twin, .flax.safetensors, or no ending for an Orbax folder;
+             .onnx exports the whole model, and keeps the file only if it computes what SOURCE does
 
-exit status: 0 done; 1 --verify found the twins apart; 2 nothing was written, and one line on stderr says why
+exit status: 0 done; 1 --verify found the twins apart, or the exported file was not kept; 2 nothing was written, and
+one line on stderr says why
 """
 
 
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m convert",
-        description="Convert CrossViT weights between timm, torch, Flax, safetensors and Orbax.",
+        description="Convert CrossViT weights between timm, torch, Flax, safetensors and Orbax, or export them.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -49,7 +51,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--image-size", type=image_size, metavar="N|HxW", help="resample the position embeddings to this size"
     )
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: as stored")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: as stored; .onnx: float32"
+    )
     parser.add_argument("--verify", action="store_true", help="run both twins on what was written and compare")
     parser.add_argument("--overwrite", action="store_true", help="replace DESTINATION if it exists")
     return parser
@@ -57,13 +61,13 @@ def _parser() -> Parser:
 
 def _convert(args: argparse.Namespace) -> int:
     # imported late: --help and a mistyped command line need not wait for the frameworks
-    from convert.destinations import check_destination, write
-    from convert.models import load_weights
+    from convert.destinations import EXPORTED, check_destination, write
     from convert.tensors import DTYPES
 
+    if args.destination.endswith(EXPORTED):
+        return _export(args)
     check_destination(args.destination, overwrite=args.overwrite)
-    changes = {"num_classes": args.num_classes, "image_size": args.image_size}
-    weights = load_weights(args.source, **{key: value for key, value in changes.items() if value is not None})
+    weights = _load(args)
     stored = ", ".join(weights.dtypes)
     if args.dtype:
         weights = weights.astype(DTYPES[args.dtype])
@@ -71,6 +75,30 @@ def _convert(args: argparse.Namespace) -> int:
     path = write(weights, args.destination, overwrite=args.overwrite)
     print(f"written     {path}")
     return _verify(weights, path) if args.verify else 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from convert.export import check_export, export
+    from convert.tensors import DTYPES
+
+    if args.verify:
+        raise ConversionError("--verify is for weights; an exported file is always run against its source")
+    dtype = args.dtype or "float32"
+    check_export(args.destination, dtype, overwrite=args.overwrite)
+    weights = _load(args)
+    _report(weights.astype(DTYPES[dtype]), ", ".join(weights.dtypes))
+    path, comparison = export(weights, args.destination, dtype=dtype, overwrite=args.overwrite)
+    size = f", {path.stat().st_size:,} bytes" if comparison.passed else ""
+    print(f"{'written    ' if comparison.passed else 'NOT written'} {path}{size}")
+    print(f"compared    {comparison}")
+    return 0 if comparison.passed else 1
+
+
+def _load(args: argparse.Namespace) -> "Weights":
+    from convert.models import load_weights
+
+    changes = {"num_classes": args.num_classes, "image_size": args.image_size}
+    return load_weights(args.source, **{key: value for key, value in changes.items() if value is not None})
 
 
 def _report(weights: "Weights", stored: str) -> None:

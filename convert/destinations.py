@@ -1,10 +1,11 @@
 """Writes weights in the format that the destination's ending names: whole, or not at all."""
 
+import contextlib
 import io
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from convert.tensors import as_tensor
 from convert.tree import nest, to_flax_paths
 from convert.weights import Weights
 
+EXPORTED = (".onnx",)  # endings of whole models, see convert.export
+
 
 def check_destination(destination: str | Path, *, overwrite: bool = False) -> Path:
     """The destination as a path, before any work is done for it.
@@ -24,14 +27,22 @@ def check_destination(destination: str | Path, *, overwrite: bool = False) -> Pa
         ConversionError: an unknown ending, a missing folder, or something is there that may not be replaced.
     """
     path = Path(destination).expanduser()
-    writer = _writer(path)
+    return check_place(path, is_folder=_writer(path) is _write_orbax, overwrite=overwrite)
+
+
+def check_place(path: Path, *, is_folder: bool = False, overwrite: bool = False) -> Path:
+    """The path, if a file or a folder can be written there.
+
+    Raises:
+        ConversionError: a missing folder, or something is there that may not be replaced.
+    """
     if not path.parent.is_dir():
         raise ConversionError(f"{path}: the folder {path.parent} does not exist")
     if not os.path.lexists(path):
         return path
     if not overwrite:
         raise ConversionError(f"{path} exists; --overwrite (overwrite=True) replaces it")
-    if path.is_dir() != (writer is _write_orbax):
+    if path.is_dir() != is_folder:
         raise ConversionError(f"{path} is a {'folder' if path.is_dir() else 'file'}, and is not replaced by the other")
     if path.is_dir() and any(path.iterdir()) and not is_orbax(path):
         raise ConversionError(f"{path} is a folder but no Orbax checkpoint, and is not replaced")
@@ -51,23 +62,38 @@ def write(weights: Weights, destination: str | Path, *, overwrite: bool = False)
         ConversionError: see `check_destination`; or the disk is full, or writing fails otherwise.
     """
     path = check_destination(destination, overwrite=overwrite)
-    _require_space(weights, path)
+    require_space(weights, path)
+    with replacing(path) as new:
+        _writer(path)(weights, new)
+    return path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to. What is there at the end is moved to `path`, if anything is.
+
+    Raises:
+        ConversionError: anything at all was raised while it was written.
+    """
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as partial:
             new = Path(partial, "new")
-            _writer(path)(weights, new)
-            _move(new, path, aside=Path(partial, "replaced"))
-    except Exception as error:  # besides OSError, whatever Orbax and tensorstore raise
+            yield new
+            if new.exists():
+                _move(new, path, aside=Path(partial, "replaced"))
+    except Exception as error:  # besides OSError, whatever Orbax, tensorstore and exporters raise
         raise ConversionError(f"{path} could not be written: {_reason(error)}") from None
-    return path
 
 
 def _writer(path: Path) -> Callable[[Weights, Path], None]:
     for ending, writer in _WRITERS.items():
         if path.name.endswith(ending):
             return writer
+    if path.suffix in EXPORTED:
+        raise ConversionError(f"{path}: {path.suffix} holds no weights to load again; python -m convert exports it")
     if path.suffix or not path.name:
-        raise ConversionError(f"{path}: unknown ending {path.suffix!r}; known: {', '.join(_WRITERS)}, none for Orbax")
+        known = ", ".join((*_WRITERS, *EXPORTED))
+        raise ConversionError(f"{path}: unknown ending {path.suffix!r}; known: {known}, none for Orbax")
     return _write_orbax
 
 
@@ -84,7 +110,7 @@ def _save_safetensors(arrays: Mapping[str, np.ndarray], weights: Weights, layout
 
     description = metadata.to_json(weights.config, weights.class_names)
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    _write_bytes(path, save(contiguous, metadata={"format": layout, metadata.KEY: description}))
+    write_bytes(path, save(contiguous, metadata={"format": layout, metadata.KEY: description}))
 
 
 def _write_pth(weights: Weights, path: Path) -> None:
@@ -92,7 +118,7 @@ def _write_pth(weights: Weights, path: Path) -> None:
 
     buffer = io.BytesIO()  # torch's own file writer reports a full disk as an internal assertion
     torch.save({name: as_tensor(np.ascontiguousarray(array)) for name, array in weights.tensors.items()}, buffer)
-    _write_bytes(path, buffer.getbuffer())
+    write_bytes(path, buffer.getbuffer())
 
 
 def _write_orbax(weights: Weights, path: Path) -> None:
@@ -103,7 +129,8 @@ def _write_orbax(weights: Weights, path: Path) -> None:
 _WRITERS = {".flax.safetensors": _write_flax_safetensors, ".safetensors": _write_safetensors, ".pth": _write_pth}
 
 
-def _write_bytes(path: Path, data: bytes | memoryview) -> None:
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Writes a file, and waits until the disk has it."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -123,7 +150,8 @@ def _move(new: Path, path: Path, aside: Path) -> None:
         raise
 
 
-def _require_space(weights: Weights, path: Path) -> None:
+def require_space(weights: Weights, path: Path) -> None:
+    """Raises ConversionError where the disk has no room for the weights."""
     needed = sum(array.nbytes for array in weights.tensors.values())
     free = shutil.disk_usage(path.parent).free
     if free < needed:

@@ -117,7 +117,7 @@ def test_other_things_are_never_replaced(folder, weights):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("out.onnx", "unknown ending '.onnx'"), ("missing/out.pth", "does not exist"), ("..", "exists")],
+    [("out.tflite", "unknown ending '.tflite'"), ("missing/out.pth", "does not exist"), ("..", "exists")],
 )
 def test_impossible_destinations_are_told(folder, weights, name, message):
     with pytest.raises(ConversionError, match=message):

@@ -1,0 +1,218 @@
+"""ONNX files: they compute what their source does, say what they are, and are not kept otherwise."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import convert.onnx_export
+from convert import ConversionError, load_weights, save
+from convert.__main__ import main
+from convert.check_export import photographs
+from convert.destinations import write
+from convert.export import export
+from convert.models import torch_model
+from convert.tensorrt import unsupported
+from crossvit_torch import create_model
+from tests.convert.conftest import perturb
+
+NAMES = [f"klasse {i} ä" for i in range(5)]
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A model of one stage: exporting takes seconds per stage."""
+    model = perturb(create_model("ti", image_size=48, image_scale=(1.0, 2 / 3), num_classes=5, stages=1, depth=(1, 1)))
+    return save(model.state_dict(), model.config, tmp_path_factory.mktemp("small") / "s.safetensors", class_names=NAMES)
+
+
+@pytest.fixture(scope="session", params=["float32", "float16"])
+def exported(request, small, tmp_path_factory):
+    """(dtype, path, standard output) of the command."""
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    command = [sys.executable, "-m", "convert", str(small), str(path), "--dtype", request.param]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return request.param, path, done.stdout
+
+
+def test_logits_are_the_twins_for_any_batch(exported, small):
+    dtype, path, _ = exported
+    weights = load_weights(small)
+    session = onnxruntime.InferenceSession(path)
+    for batch in (1, 3):
+        images = torch.from_numpy(photographs(weights.config, batch)).permute(0, 3, 1, 2).contiguous()
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        with torch.inference_mode():
+            expected = torch_model(weights)(images).numpy()
+        assert logits.shape == (batch, 5)
+        assert logits.dtype == np.float32
+        np.testing.assert_allclose(logits, expected, atol={"float32": 1e-5, "float16": 0.01}[dtype] * expected.max())
+
+
+def test_the_command_tells_how_far_the_file_is_from_its_source(exported):
+    dtype, path, out = exported
+    assert f"written     {path}, {path.stat().st_size:,} bytes\n" in out
+    difference = float(out.split("differ from the source's by ")[1].split()[0])
+    assert 0 < difference < {"float32": 1e-5, "float16": 0.01}[dtype]
+    assert "top-1 agreement 100.0%" in out
+    assert ("float16 (stored as float32)" in out) == (dtype == "float16")
+
+
+def test_the_file_says_what_it_is(exported):
+    dtype, path, _ = exported
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    described = {entry.key: entry.value for entry in model.metadata_props}
+    assert described["variant"] == "ti"
+    assert json.loads(described["class_names"]) == NAMES
+    assert json.loads(described["image_size"]) == [48, 48]
+    assert json.loads(described["mean"]) == [0.485, 0.456, 0.406]
+    assert json.loads(described["std"]) == [0.229, 0.224, 0.225]
+    assert described["license"] == "Apache-2.0"
+    assert described["library"].startswith("crossvit-jax 0.")
+    assert described["dtype"] == dtype
+    (images,), (logits,) = model.graph.input, model.graph.output
+    assert [d.dim_param or d.dim_value for d in images.type.tensor_type.shape.dim] == ["batch", 3, 48, 48]
+    assert [d.dim_param or d.dim_value for d in logits.type.tensor_type.shape.dim] == ["batch", 5]
+
+
+def test_weights_are_stored_in_the_dtype_asked_for(exported):
+    dtype, path, _ = exported
+    sizes = {}
+    for tensor in onnx.load(path).graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor)
+        sizes[array.dtype.name] = sizes.get(array.dtype.name, 0) + array.size
+    assert max(sizes, key=sizes.get) == dtype
+    assert sizes[dtype] > 0.98 * sum(sizes.values())
+
+
+def test_nothing_of_this_machine_is_in_the_file(exported):
+    _, path, _ = exported
+    data = path.read_bytes()
+    assert os.path.dirname(convert.onnx_export.__file__).encode() not in data
+    assert b"stack_trace" not in data
+
+
+def test_tensorrts_parser_has_every_operator_of_the_graph(exported):
+    assert unsupported(onnx.load(exported[1])) == []
+
+
+def test_what_tensorrt_refuses_is_found():
+    helper = onnx.helper
+    zeros = onnx.numpy_helper.from_array(np.array(3, np.int8), "three")
+    unsigned = onnx.numpy_helper.from_array(np.array(0, np.uint8), "unsigned")
+    nodes = [
+        helper.make_node("Resize", ["x", "", "s"], ["a"], mode="cubic"),
+        helper.make_node("Resize", ["x", "", "s"], ["b"], mode="linear", antialias=1),
+        helper.make_node("Attention", ["x", "x", "x"], ["c"]),
+        helper.make_node("FusedMatMul", ["x", "x"], ["d"], domain="com.microsoft"),
+        helper.make_node("QuantizeLinear", ["x", "s", "three"], ["e"]),
+        helper.make_node("DequantizeLinear", ["x", "s", "unsigned"], ["f"]),
+        helper.make_node("QuantizeLinear", ["x", "s", "x"], ["g"]),
+        helper.make_node("MatMul", ["x", "x"], ["h"]),
+    ]
+    graph = helper.make_graph(nodes, "g", [], [], [zeros, unsigned])
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+    assert unsupported(helper.make_model(graph, opset_imports=opsets)) == [
+        "opset 23 of ai.onnx",
+        "opset 1 of com.microsoft",
+        "Resize with mode cubic",
+        "Resize with mode linear and antialiasing",
+        "operator ai.onnx.Attention",
+        "operator com.microsoft.FusedMatMul",
+        "QuantizeLinear with a zero point other than 0",
+        "DequantizeLinear to uint8",
+    ]
+
+
+@pytest.fixture
+def quick(monkeypatch, exported):
+    """The exporter returns what it has returned before, for tests of what comes after it."""
+    graph = onnx.load(exported[1])
+    monkeypatch.setattr(convert.onnx_export, "onnx_graph", lambda weights, dtype: graph)
+    return graph
+
+
+def _run(capsys, *args):
+    status = main([str(arg) for arg in args])
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("exported", ["float32"], indirect=True)
+def test_a_file_that_computes_something_else_is_not_kept(capsys, quick, small, tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"what was there")
+    bias = next(tensor for tensor in quick.graph.initializer if tensor.name.endswith("head.0.bias"))
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 10, bias.name))
+    status, out, err = _run(capsys, small, path, "--overwrite")
+    assert (status, err) == (1, "")
+    assert f"NOT written {path}\n" in out
+    assert "TOO MUCH" in out
+    assert os.listdir(tmp_path) == ["model.onnx"]
+    assert path.read_bytes() == b"what was there"
+
+
+@pytest.mark.parametrize("exported", ["float32"], indirect=True)
+def test_weights_that_are_not_finite_are_not_exported(capsys, quick, small, tmp_path):
+    weights = load_weights(small)
+    tensors = dict(weights.tensors) | {"head.0.bias": np.full(5, np.nan, np.float32)}
+    source = save(tensors, weights.config, tmp_path / "nan.safetensors")
+    status, out, err = _run(capsys, source, tmp_path / "model.onnx")
+    assert status == 1
+    assert err.startswith("warning: 5 of")
+    assert "by nan of the largest" in out
+    assert os.listdir(tmp_path) == ["nan.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x.onnx", "--dtype", "bfloat16"], "compute in float32 or float16, not in bfloat16"),
+        (["x.onnx", "--verify"], "--verify is for weights"),
+        (["missing/x.onnx"], "the folder missing does not exist"),
+        (["there.onnx"], "exists; --overwrite"),
+        (["folder.onnx", "--overwrite"], "is a folder, and is not replaced"),
+        (["x.tflite"], "unknown ending '.tflite'; known: .flax.safetensors, .safetensors, .pth, .onnx"),
+    ],
+)
+def test_refusals_come_before_the_source_is_read(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.onnx").touch()
+    (tmp_path / "folder.onnx").mkdir()
+    status, out, err = _run(capsys, "no-such-source.pth", *arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == ["folder.onnx", "there.onnx"]
+
+
+def test_without_the_extra_its_name_is_told(capsys, tmp_path, monkeypatch):
+    find_spec = convert.export.importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *args: None if name == "onnxscript" else find_spec(name, *args)
+    )
+    status, _, err = _run(capsys, "no-such-source.pth", tmp_path / "x.onnx")
+    assert status == 2
+    assert "needs onnxscript: pip install 'crossvit-jax[onnx]'" in err
+
+
+def test_save_keeps_to_weights(small, tmp_path):
+    with pytest.raises(ConversionError, match="holds no weights to load again; python -m convert exports it"):
+        write(load_weights(small), tmp_path / "x.onnx")
+
+
+def test_a_failing_exporter_leaves_nothing(small, tmp_path, monkeypatch):
+    def fail(weights, dtype):
+        raise RuntimeError("no translation\nof something")
+
+    monkeypatch.setattr(convert.onnx_export, "onnx_graph", fail)
+    with pytest.raises(ConversionError, match=r"x\.onnx could not be written: no translation$"):
+        export(load_weights(small), tmp_path / "x.onnx")
+    assert os.listdir(tmp_path) == []
