@@ -49,10 +49,27 @@ def _cudnn(q: Array, k: Array, v: Array) -> Array:
 
 Heads = Float[Array, "batch heads tokens width"]
 
+_PIECE = 8 * 2**20
+_MAX_PIECES = 8  # each is compiled on its own
+
 
 @jax.custom_vjp
 def _attend(q: Heads, k: Heads, v: Heads) -> Heads:
-    return _forward(q, k, v)[0]
+    if not isinstance(q.shape[0], int):  # a symbolic batch, under jax.export, cannot be cut
+        return _forward(q, k, v)[0]
+    return jax.lax.platform_dependent(q, k, v, cpu=_in_pieces, default=lambda q, k, v: _forward(q, k, v)[0])
+
+
+def _in_pieces(q: Heads, k: Heads, v: Heads) -> Heads:
+    """The batch cut so that a piece's scores have at most `_PIECE` bytes, in at most `_MAX_PIECES` pieces.
+
+    XLA fuses all of attention on a CPU, and asks the system for the scores' memory every time: a large piece of it
+    comes as fresh pages, and to fetch those takes longer than attention itself.
+    """
+    batch, heads, tokens, _ = q.shape
+    images = max(_PIECE // (4 * heads * tokens**2), -(-batch // _MAX_PIECES), 1)
+    pieces = [_forward(q[i : i + images], k[i : i + images], v[i : i + images])[0] for i in range(0, batch, images)]
+    return jnp.concatenate(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def _forward(q: Heads, k: Heads, v: Heads) -> tuple[Heads, tuple[Array, ...]]:

@@ -8,6 +8,7 @@ from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 
 from crossvit_jax import create_model
+from crossvit_jax import dot_product_attention as attention
 from crossvit_jax.dot_product_attention import dot_product_attention
 from tests.parity.reference import random_array
 
@@ -58,6 +59,25 @@ def test_half_precision_is_as_near_to_float64_as_plain_attention_is():
         error_of_plain = jnp.abs(plain(*rounded).astype(jnp.float64) - exact).max()
     assert dot_product_attention(*rounded).dtype == jnp.bfloat16
     assert error <= 1.02 * error_of_plain
+
+
+def test_on_a_cpu_a_large_batch_is_attended_in_pieces_that_give_what_the_whole_gives(monkeypatch):
+    qkv = [jnp.asarray(random_array(seed, 7, TOKENS, 3, 8)) for seed in (1, 2, 3)]
+    monkeypatch.setattr(attention, "_PIECE", 2 * 4 * 3 * TOKENS**2)  # the scores of two images
+    cut = jax.jit(dot_product_attention).trace(*qkv)
+    assert cut.jaxpr.pretty_print(use_color=False).count(f"f32[2,3,{TOKENS},{TOKENS}] = dot_general") == 3
+    np.testing.assert_allclose(cut.lower().compile()(*qkv), plain(*qkv), rtol=0, atol=2e-6)
+    for_gpus = cut.lower(lowering_platforms=("cuda",)).as_text()
+    assert f"tensor<7x3x{TOKENS}x{TOKENS}xf32>" in for_gpus
+    assert f"tensor<2x3x{TOKENS}x{TOKENS}xf32>" not in for_gpus
+
+
+def test_a_batch_is_cut_into_no_more_pieces_than_are_worth_compiling(monkeypatch):
+    monkeypatch.setattr(attention, "_PIECE", 1)
+    qkv = [jnp.zeros((20, TOKENS, 3, 8))] * 3
+    program = jax.jit(dot_product_attention).trace(*qkv).jaxpr.pretty_print(use_color=False)
+    assert program.count(f"f32[3,3,{TOKENS},{TOKENS}] = dot_general") == 6  # of 3 images each, and one of 2
+    assert program.count(f"f32[2,3,{TOKENS},{TOKENS}] = dot_general") == 1
 
 
 @pytest.mark.parametrize(("attend", "keeps"), [(dot_product_attention, False), (plain, True)])
