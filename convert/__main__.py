@@ -6,18 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert.command_line import Parser, at_least_zero, image_size
+from convert.command_line import Parser, at_least_one, at_least_zero, image_size
 from convert.errors import ConversionError
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
 
 if TYPE_CHECKING:
+    from convert.check_export import Comparison
+    from convert.quantized_export import Difference, Quantization
     from convert.weights import Weights
 
 _EPILOG = """\
 SOURCE       hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub), a .safetensors, .pth or .bin file with
              timm's, IBM's or Flax's names, an Orbax folder, or the folder of a training run
 DESTINATION  .safetensors or .pth for timm and the torch twin, .flax.safetensors, or no ending for an Orbax folder;
-             .onnx exports the whole model, and keeps the file only if it computes what SOURCE does
+             .onnx exports the whole model, and keeps the file only if it computes what SOURCE does; with
+             --quantize in int8
 
 exit status: 0 done; 1 --verify found the twins apart, or the exported file was not kept; 2 nothing was written, and
 one line on stderr says why
@@ -54,6 +57,16 @@ def _parser() -> Parser:
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="default: as stored; .onnx: float32"
     )
+    parser.add_argument(
+        "--quantize", choices=("dynamic", "static"), help=".onnx in int8: activations' ranges found anew, or fixed ones"
+    )
+    parser.add_argument(
+        "--calibrate", metavar="digits|FOLDER", help="images for static ranges: scikit-learn's digits, or image files"
+    )
+    parser.add_argument(
+        "--calibration-images", type=at_least_one, metavar="N", help="how many of them at most; default: 128"
+    )
+    parser.add_argument("--target", choices=("cpu", "tensorrt"), help="what reads the static file; default: cpu")
     parser.add_argument("--verify", action="store_true", help="run both twins on what was written and compare")
     parser.add_argument("--overwrite", action="store_true", help="replace DESTINATION if it exists")
     return parser
@@ -64,6 +77,9 @@ def _convert(args: argparse.Namespace) -> int:
     from convert.destinations import EXPORTED, check_destination, write
     from convert.tensors import DTYPES
 
+    how = _quantization(args)
+    if how:
+        return _quantize(args, how)
     if args.destination.endswith(EXPORTED):
         return _export(args)
     check_destination(args.destination, overwrite=args.overwrite)
@@ -87,7 +103,48 @@ def _export(args: argparse.Namespace) -> int:
     check_export(args.destination, dtype, overwrite=args.overwrite)
     weights = _load(args)
     _report(weights.astype(DTYPES[dtype]), ", ".join(weights.dtypes))
-    path, comparison = export(weights, args.destination, dtype=dtype, overwrite=args.overwrite)
+    return _compared(*export(weights, args.destination, dtype=dtype, overwrite=args.overwrite))
+
+
+def _quantization(args: argparse.Namespace) -> "Quantization | None":
+    """What the flags of quantisation ask for, if it can be done."""
+    given = {"--calibrate": args.calibrate, "--calibration-images": args.calibration_images, "--target": args.target}
+    for flag, value in given.items():
+        if value is not None and args.quantize != "static":
+            raise ConversionError(f"{flag} is for --quantize static")
+    if args.quantize is None:
+        return None
+    if args.quantize == "static" and args.calibrate is None:
+        raise ConversionError("--quantize static needs images to calibrate with: --calibrate digits, or a folder")
+    if args.dtype not in (None, "float32"):
+        raise ConversionError(f"--quantize makes int8 from float32, not from --dtype {args.dtype}")
+    from convert.quantized_export import Quantization
+
+    chosen = {"target": args.target, "images": args.calibration_images}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    return Quantization(kind=args.quantize, calibrate=args.calibrate, **chosen)
+
+
+def _quantize(args: argparse.Namespace, how: "Quantization") -> int:
+    from convert.quantized_export import check_quantization, check_weights, export_quantized
+    from convert.tensors import DTYPES
+
+    if args.verify:
+        raise ConversionError("--verify is for weights; a quantised file is always run against its source")
+    check_quantization(how, args.destination, overwrite=args.overwrite)
+    weights = _load(args)
+    stored = ", ".join(weights.dtypes)
+    if args.dtype:
+        weights = weights.astype(DTYPES[args.dtype])
+    check_weights(weights)
+    _report(weights, stored)
+    done = export_quantized(weights, args.destination, how, overwrite=args.overwrite)
+    if done.warning:
+        print(f"warning: {done.warning}", file=sys.stderr)
+    return _compared(done.path, done.difference)
+
+
+def _compared(path: Path, comparison: "Comparison | Difference") -> int:
     size = f", {path.stat().st_size:,} bytes" if comparison.passed else ""
     print(f"{'written    ' if comparison.passed else 'NOT written'} {path}{size}")
     print(f"compared    {comparison}")

@@ -10,8 +10,6 @@ What comes out of a layer stays float: only what goes into one is rounded.
 """
 
 import importlib
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Float32
 
+from convert.destinations import replacing, write_bytes
 from convert.errors import ConversionError, one_line, quiet
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def quantize_dynamic(source: Path, destination: Path) -> None:
     """
     model = _load(source)
     tools = _module("onnxruntime.quantization")
-    with _complete(destination) as new, quiet("root"):
+    with replacing(destination) as new, quiet("root"):
         tools.quantize_dynamic(
             model,
             new,
@@ -54,6 +53,7 @@ def quantize_dynamic(source: Path, destination: Path) -> None:
             reduce_range=True,
             nodes_to_exclude=float_products(model),
         )
+        _describe(new, "dynamic")
 
 
 def quantize_static(
@@ -85,7 +85,7 @@ def quantize_static(
     options: dict[str, Any] = {"OpTypesToExcludeOutputQuantization": list(_OPERATORS)}
     if not for_cpu:
         options |= {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
-    with _complete(destination) as new, quiet("root"):
+    with replacing(destination) as new, quiet("root"):
         tools.quantize_static(
             model,
             new,
@@ -99,6 +99,7 @@ def quantize_static(
             nodes_to_exclude=float_products(model),
             extra_options=options,
         )
+        _describe(new, f"static, for {target}")
 
 
 def float_products(model: "onnx.ModelProto") -> list[str]:
@@ -162,26 +163,14 @@ def _check_images(model: "onnx.ModelProto", images: np.ndarray, source: Path) ->
         )
 
 
-class _complete:
-    """A path to write to, which becomes `destination` when all went well, and else leaves nothing behind."""
-
-    def __init__(self, destination: Path):
-        self._destination = destination
-
-    def __enter__(self) -> Path:
-        path = self._destination
-        try:
-            self._folder = tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        except OSError as error:
-            raise ConversionError(f"{path} could not be written: {error.strerror}") from None
-        return Path(self._folder.name, "new.onnx")
-
-    def __exit__(self, kind, error, traceback) -> None:
-        with self._folder as folder:
-            if error is None:
-                os.replace(Path(folder, "new.onnx"), self._destination)
-        if isinstance(error, Exception):
-            raise ConversionError(f"{self._destination} could not be written: {one_line(error)}") from None
+def _describe(path: Path, kind: str) -> None:
+    """Says in the metadata what the file is now; the exporter's was of the float32 model."""
+    onnx = _module("onnx")
+    model = onnx.load(path)
+    properties = {entry.key: entry.value for entry in model.metadata_props} | {"dtype": "int8", "quantization": kind}
+    properties.pop("onnx.infer", None)  # a note of ONNX Runtime's to itself
+    onnx.helper.set_model_props(model, properties)
+    write_bytes(path, model.SerializeToString())
 
 
 def _module(name: str) -> ModuleType:

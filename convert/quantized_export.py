@@ -1,0 +1,177 @@
+"""int8 ONNX files from weights: exported, quantised, run against their source on images, and kept if they agree."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float32
+
+from convert.calibration import calibration_images, find_images, shortage
+from convert.check_export import photographs
+from convert.destinations import replacing, require_space, write_bytes
+from convert.errors import ConversionError
+from convert.export import check_export
+from convert.onnx_quantize import quantize_dynamic, quantize_static
+from convert.weights import Weights
+
+BOUND = 0.12  # of the root mean square difference, relative to the spread of the source's logits
+
+_COMPARED = 64  # images
+_BATCH = 7  # the last batch has another size, which a graph of one size would refuse
+
+Images = Float32[np.ndarray, "images channels height width"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """How to make int8 of a model."""
+
+    kind: Literal["dynamic", "static"]
+    target: Literal["cpu", "tensorrt"] = "cpu"  # of static
+    calibrate: str | None = None  # of static: `digits`, or a folder of images
+    images: int = 128  # to calibrate with
+
+    def __post_init__(self):
+        if (self.kind == "static") != (self.calibrate is not None):
+            raise ConversionError("calibration images are for static quantisation, which needs them")
+        if self.kind == "dynamic" and self.target == "tensorrt":
+            raise ConversionError("TensorRT reads static quantisation only")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the logits of an int8 file are from its source's."""
+
+    spread: float  # the root mean square difference, relative to the standard deviation of the source's logits
+    largest: float  # the largest difference, relative to the source's largest logit
+    agreement: float  # share of the images with the same most probable class
+    images: str  # which ones
+
+    @property
+    def passed(self) -> bool:
+        return self.spread <= BOUND  # not so for NaN either
+
+    def __str__(self) -> str:
+        return (
+            f"on {self.images} its logits differ from the source's by {self.spread:.3f} of their spread "
+            f"(bound {BOUND}){'' if self.passed else ': TOO MUCH'}, at most by {self.largest:.3f} of the largest; "
+            f"top-1 agreement {self.agreement:.1%}"
+        )
+
+
+@dataclass(frozen=True)
+class Int8Export:
+    """What came of it; the file was only kept if the difference has `passed`."""
+
+    path: Path
+    difference: Difference
+    warning: str | None = None
+
+
+def check_quantization(how: Quantization, destination: str | Path, *, overwrite: bool = False) -> Path:
+    """The destination as a path, before any work is done for it.
+
+    Raises:
+        ConversionError: see `convert.export.check_export`; or the ending is not `.onnx`, or there are no images to
+            calibrate with.
+    """
+    path = Path(destination).expanduser()
+    if path.suffix != ".onnx":
+        raise ConversionError(f"{path}: only .onnx files are quantised")
+    if how.calibrate is not None:
+        find_images(how.calibrate)
+    return check_export(path, "float32", overwrite=overwrite)
+
+
+def check_weights(weights: Weights) -> None:
+    """Raises ConversionError for weights in half precision: they are rounded once already, and want `astype` first."""
+    if weights.dtypes != ["float32"]:
+        raise ConversionError(
+            f"int8 is made from float32, and the weights are {' and '.join(weights.dtypes)}; --dtype float32 takes them"
+        )
+
+
+def export_quantized(
+    weights: Weights, destination: str | Path, how: Quantization, *, overwrite: bool = False
+) -> Int8Export:
+    """Writes an int8 `.onnx` and runs it against the twin in float32; what differs too much is not kept.
+
+    Compared are photographs for dynamic quantisation, and for static other images from where the calibration's come:
+    on pictures of another kind, the ranges would not fit.
+
+    Args:
+        weights: in float32.
+
+    Raises:
+        ConversionError: see `check_quantization` and `check_weights`; an image cannot be read; the disk is
+            full, or writing fails otherwise.
+    """
+    from convert.onnx_export import onnx_graph
+
+    path = check_quantization(how, destination, overwrite=overwrite)
+    check_weights(weights)
+    calibration, compared, named, warning = _images(weights, how)
+    require_space(weights, path)
+    with replacing(path) as new:
+        exported = new.with_name("float32.onnx")
+        write_bytes(exported, onnx_graph(weights).SerializeToString())
+        if how.kind == "static":
+            quantize_static(exported, new, calibration, target=how.target)
+        else:
+            quantize_dynamic(exported, new)
+        difference = _difference(_run_source(weights, compared), _run_quantized(new, compared, how), named)
+        if not difference.passed:
+            new.unlink()
+    return Int8Export(path, difference, warning)
+
+
+def _images(weights: Weights, how: Quantization) -> tuple[Images, Images, str, str | None]:
+    """Those to calibrate with, those to compare on and what these are, and a warning if there are too few."""
+    if how.calibrate is None:
+        pictures = np.ascontiguousarray(photographs(weights.config, _COMPARED).transpose(0, 3, 1, 2))
+        return pictures[:0], pictures, f"{len(pictures)} photographs", None
+    images = calibration_images(how.calibrate, weights.config, how.images + _COMPARED)
+    spare = len(images) - how.images
+    if spare <= 0:
+        warning = shortage(len(images), how.images)
+        return images, images, f"the {len(images)} calibration images themselves", warning
+    # at even steps, as the images of one class may lie together
+    held_out = np.zeros(len(images), bool)
+    held_out[np.arange(spare) * len(images) // spare] = True
+    named = f"{spare} images that it was not calibrated on"
+    return images[~held_out], images[held_out], named, shortage(how.images, how.images)
+
+
+def _run_source(weights: Weights, images: Images) -> Float32[np.ndarray, "images out"]:
+    from convert.onnx_export import run_torch
+
+    run = run_torch(weights)
+    return np.concatenate([run(batch.transpose(0, 2, 3, 1)) for batch in _batches(images)])
+
+
+def _run_quantized(path: Path, images: Images, how: Quantization) -> Float32[np.ndarray, "images out"]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    if how.target == "tensorrt":
+        # to the letter: in the int8 arithmetic of processors without VNNI, weights of 8 bits overflow
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return np.concatenate([session.run(None, {name: batch})[0] for batch in _batches(images)])
+
+
+def _batches(images: Images) -> list[Images]:
+    return [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
+
+
+def _difference(expected: np.ndarray, got: np.ndarray, named: str) -> Difference:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = got - expected
+        return Difference(
+            spread=float(np.sqrt(np.mean(error**2)) / expected.std()),
+            largest=float(np.abs(error).max() / np.abs(expected).max()),
+            agreement=float((got.argmax(axis=1) == expected.argmax(axis=1)).mean()),
+            images=named,
+        )

@@ -1,0 +1,212 @@
+"""`python -m convert SOURCE DEST.onnx --quantize`: what it writes, prints and refuses."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from convert import load_weights
+from convert.__main__ import main
+from convert.models import save
+from convert.onnx_export import onnx_graph
+from convert.onnx_quantize import float_products
+from convert.quantized_export import BOUND, Difference, Quantization, export_quantized
+from crossvit_jax.config import get_config
+from crossvit_torch import create_model
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+CONFIG = get_config("ti", num_classes=10, image_size=48, image_scale=(1.0, 2 / 3), depth=(1, 2), stages=1)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """The weights of one stage, with a head that is large enough for the classes to lie apart."""
+    torch.manual_seed(0)
+    model = create_model("ti", **{name: getattr(CONFIG, name) for name in _CHANGED})
+    with torch.no_grad():
+        for head in model.head:
+            head.weight.mul_(50)
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    save(model.state_dict(), model.config, path)
+    return path
+
+
+_CHANGED = ("num_classes", "image_size", "image_scale", "depth", "stages")
+
+
+@pytest.fixture(scope="session")
+def exported(small):
+    return onnx_graph(load_weights(small))
+
+
+@pytest.fixture(autouse=True)
+def exported_once(exported, monkeypatch):
+    """The export takes most of the time and is tested elsewhere."""
+    monkeypatch.setattr("convert.onnx_export.onnx_graph", lambda weights: exported)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of 12 image files."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index in range(12):
+        coarse = np.random.default_rng(index).integers(0, 256, (6, 8, 3), np.uint8)
+        Image.fromarray(coarse).resize((80, 60), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
+    return folder
+
+
+def _run(capsys, *args):
+    status = main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def _refused(capsys, *args):
+    """The one line of a refusal."""
+    try:
+        status = main([str(arg) for arg in args])
+    except SystemExit as exit:
+        status = exit.code
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert out == ""
+    assert err.startswith("python -m convert: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def _operators(path):
+    return {node.op_type for node in onnx.load(path).graph.node}
+
+
+def test_dynamic_needs_no_images(capsys, small, tmp_path):
+    path = tmp_path / "int8.onnx"
+    status, out, err = _run(capsys, small, path, "--quantize", "dynamic")
+    assert (status, err) == (0, "")
+    assert f"written     {path}, {path.stat().st_size:,} bytes\n" in out
+    assert "on 64 photographs its logits differ" in out
+    assert "top-1 agreement" in out
+    assert "MatMulInteger" in _operators(path)
+    assert path.stat().st_size < small.stat().st_size / 2.5
+
+
+def test_the_exporters_resize_and_products_of_activations_are_found(exported):
+    # two of the resize, and of each attention's scores and weighted values: 3 self-attentions, 2 cross-attentions
+    assert len(float_products(exported)) == 2 + 2 * 5
+
+
+@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
+def test_static_is_calibrated_and_compared_on_other_images(capsys, small, tmp_path, target):
+    path = tmp_path / "int8.onnx"
+    args = ("--quantize", "static", "--calibrate", "digits", "--calibration-images", 32, "--target", target)
+    status, out, err = _run(capsys, small, path, *args)
+    assert (status, err) == (0, "")
+    assert "on 64 images that it was not calibrated on its logits differ" in out
+    properties = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert properties["quantization"] == f"static, for {target}"
+    assert json.loads(properties["image_size"]) == [48, 48]
+    assert "QuantizeLinear" in _operators(path)
+
+
+def test_too_few_images_are_told(capsys, small, pictures, tmp_path):
+    args = ("--quantize", "static", "--calibrate", pictures, "--calibration-images", 20)
+    status, out, err = _run(capsys, small, tmp_path / "int8.onnx", *args)
+    assert status == 0
+    assert err.startswith("warning: calibrated on 12 images, 20 were asked for; with fewer than 32 ")
+    assert "on the 12 calibration images themselves" in out
+
+
+def test_what_differs_too_much_is_not_kept(capsys, small, tmp_path, monkeypatch):
+    monkeypatch.setattr("convert.quantized_export.BOUND", 1e-6)
+    (tmp_path / "int8.onnx").write_bytes(b"old")
+    status, out, _ = _run(capsys, small, tmp_path / "int8.onnx", "--quantize", "dynamic", "--overwrite")
+    assert status == 1
+    assert "NOT written" in out and "TOO MUCH" in out
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+def test_logits_that_are_not_finite_do_not_pass():
+    assert not Difference(float("nan"), 0.0, 1.0, "").passed
+    assert not Difference(BOUND * 1.01, 0.0, 1.0, "").passed
+    assert Difference(BOUND, 0.0, 0.0, "").passed
+
+
+@pytest.mark.parametrize(
+    ("ending", "flags", "reason"),
+    [
+        (".safetensors", "--quantize dynamic", "only .onnx files are quantised"),
+        ("", "--quantize dynamic", "only .onnx files are quantised"),
+        (".onnx", "--calibrate digits", "--calibrate is for --quantize static"),
+        (".onnx", "--quantize dynamic --calibrate digits", "--calibrate is for --quantize static"),
+        (".onnx", "--quantize dynamic --calibration-images 8", "--calibration-images is for --quantize static"),
+        (".onnx", "--quantize dynamic --target tensorrt", "--target is for --quantize static"),
+        (".safetensors", "--target cpu", "--target is for --quantize static"),
+        (".onnx", "--quantize static", "--quantize static needs images to calibrate with: --calibrate"),
+        (".onnx", "--quantize static --calibrate nowhere", "nowhere"),
+        (".onnx", "--quantize static --calibrate EMPTY", "no calibration images in it"),
+        (".onnx", "--quantize static --calibrate digits --calibration-images 0", "--calibration-images"),
+        (".onnx", "--quantize dynamic --dtype float16", "--dtype float16"),
+        (".onnx", "--quantize dynamic --dtype bfloat16", "--dtype bfloat16"),
+        (".onnx", "--quantize int4", "--quantize"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_before_the_source_is_read(capsys, tmp_path, ending, flags, reason):
+    (tmp_path / "empty").mkdir()
+    flags = flags.replace("EMPTY", str(tmp_path / "empty")).split()
+    assert reason in _refused(capsys, tmp_path / "no such source", tmp_path / f"new{ending}", *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_int8_of_half_precision_is_refused_unless_asked_for(capsys, small, tmp_path, dtype):
+    half = tmp_path / "half.safetensors"
+    assert main([str(small), str(half), "--dtype", dtype]) == 0
+    capsys.readouterr()
+    line = _refused(capsys, half, tmp_path / "int8.onnx", "--quantize", "dynamic")
+    assert f"the weights are {dtype}; --dtype float32 takes them" in line
+    status, out, _ = _run(capsys, half, tmp_path / "int8.onnx", "--quantize", "dynamic", "--dtype", "float32")
+    assert status == 0
+    assert f"float32 (stored as {dtype})" in out
+
+
+def test_a_broken_image_is_named_and_nothing_written(capsys, small, pictures, tmp_path):
+    (pictures / "5.png").write_bytes(b"broken")
+    args = ("--quantize", "static", "--calibrate", pictures)
+    status, _, err = _run(capsys, small, tmp_path / "int8.onnx", *args)
+    assert status == 2
+    assert "5.png cannot be read as an image" in err and err.count("\n") == 1
+    assert not (tmp_path / "int8.onnx").exists()
+
+
+def test_a_missing_package_is_named(capsys, small, tmp_path, monkeypatch):
+    from importlib import util
+
+    found = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name, *rest: None if name == "onnxruntime" else found(name, *rest))
+    line = _refused(capsys, small, tmp_path / "int8.onnx", "--quantize", "dynamic")
+    assert "needs onnxruntime: pip install 'crossvit-jax[onnx]'" in line
+
+
+def test_the_images_compared_on_are_of_all_folders_and_not_the_calibrations(small, pictures, tmp_path, monkeypatch):
+    used = {}
+
+    def quantize(source, destination, images, *, target):
+        used["calibration"] = images
+        destination.write_bytes(source.read_bytes())
+
+    monkeypatch.setattr("convert.quantized_export.quantize_static", quantize)
+    monkeypatch.setattr(
+        "convert.quantized_export._run_source", lambda weights, images: used.setdefault("to", images)[:, 0, 0]
+    )
+    monkeypatch.setattr("convert.quantized_export._run_quantized", lambda path, images, how: images[:, 0, 0])
+    how = Quantization(kind="static", calibrate=str(pictures), images=8)
+    result = export_quantized(load_weights(small), tmp_path / "int8.onnx", how)
+    assert result.difference.passed and result.difference.spread == 0
+    assert (len(used["calibration"]), len(used["to"])) == (8, 4)
+    assert len(np.unique(np.concatenate([used["calibration"], used["to"]]), axis=0)) == 12
