@@ -97,6 +97,9 @@ class TrainConfig:
     precision: str | None = setting(
         None, "bfloat16 or float32 arithmetic, parameters are float32; none: bfloat16 on accelerators", str
     )
+    qat: str | None = setting(
+        None, "int8 or int4: the weights learn to be rounded to it, see docs/quantisation-aware-training.md", str
+    )
     grad_checkpointing: bool = setting(False, "compute each block again in the backward pass, to save memory")
     mesh: str | None = setting(None, "devices by axis, such as data=4,fsdp=2; none: all on data", str)
     coordinator: str | None = setting(
@@ -138,6 +141,8 @@ class TrainConfig:
             raise SettingsError(f"batch_size {self.batch_size} cannot be cut into grad_accum {self.grad_accum} parts")
         if self.augment_on == "device" and not self.device_can_augment:
             raise SettingsError(f"augment_on device takes as auto_augment {ACCEPTED}; got {self.auto_augment!r}")
+        if self.qat is not None and self.init is None:
+            raise SettingsError(f"qat {self.qat} is for weights that are trained already: name them with --init")
         distributed = (self.coordinator, self.num_processes, self.process_id)
         if any(value is None for value in distributed) != all(value is None for value in distributed):
             raise SettingsError("coordinator, num_processes and process_id go together: give all three or none")
@@ -192,6 +197,7 @@ _CHOICES = {
     "lr_schedule": ("cosine", "linear", "constant"),
     "lr_stepping": ("epoch", "step", "epoch-late"),
     "precision": ("bfloat16", "float32"),
+    "qat": ("int8", "int4"),
 }
 
 RECIPES: dict[str, TrainConfig] = {

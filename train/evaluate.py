@@ -51,6 +51,11 @@ def _parser() -> Parser:
     )
     add_model_flags(parser)
     parser.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="round the linear layers' weights to this, and what they multiply to int8 (default: as they are)",
+    )
+    parser.add_argument(
         "--dataset", required=True, metavar="DATA", help="digits, a prepared tensorflow-datasets name, or folder:PATH"
     )
     parser.add_argument("--data-dir", metavar="DIR", help="where prepared data sets lie (default: tfds' own folder)")
@@ -94,7 +99,11 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     keep_compiled_programs()
     classifier = load_classifier(
-        args.weights, image_size=args.image_size, crop_pct=args.crop_pct, precision=args.precision
+        args.weights,
+        image_size=args.image_size,
+        crop_pct=args.crop_pct,
+        precision=args.precision,
+        quantize=args.quantize,
     )
     config = classifier.config
     classes, class_note = match_classes(data_names, classifier.class_names, config.num_classes)
@@ -105,7 +114,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     height, width = config.image_size
     print(
         f"CrossViT {config.name} at {height} x {width} pixels (crop {config.crop_pct:g}), "
-        f"{config.num_classes} classes, {classifier.precision}, {classifier.devices}\n"
+        f"{config.num_classes} classes, {classifier.precision}"
+        f"{f', weights rounded to {args.quantize}' * (args.quantize is not None)}, {classifier.devices}\n"
         f"{args.dataset}: {len(source)} images ({split})",
         flush=True,
     )
@@ -127,6 +137,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             "image_size": config.image_size,
             "crop_pct": config.crop_pct,
             "precision": classifier.precision,
+            "quantize": args.quantize,
         }
         print(f"written     {', '.join(write_evaluation(evaluation, output, names=names, about=about))} in {output}")
     return 0

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -12,6 +13,8 @@ from convert import load_weights
 from convert.models import flax_model
 from crossvit_jax import CrossViT, CrossViTConfig
 from train.config import SettingsError
+from train.ptq import quantised
+from train.qat import require_qwix
 from train.sharding import batch_sharding, make_mesh, replicated
 
 Batch = Mapping[str, Any]
@@ -73,6 +76,9 @@ class Classifier:
         whole, cut = replicated(self.mesh), batch_sharding(self.mesh)
         # the parameters are an argument: closed over, they would become constants of the program
         jitted = jax.jit(run, in_shardings=(whole, cut), out_shardings=cut)
+        if any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(self.params)):
+            # what is compiled ahead compares layouts when it is called, and jax tells a wrong one for 4 bits
+            return lambda batch: jitted(self.params, batch)
         compiled = jitted.lower(self.params, batch).compile()
         return lambda batch: compiled(self.params, batch)
 
@@ -87,6 +93,7 @@ def load_classifier(
     image_size: tuple[int, int] | None = None,
     crop_pct: float | None = None,
     precision: str | None = None,
+    quantize: str | None = None,
 ) -> Classifier:
     """The classifier in any source that `convert.load_weights` reads.
 
@@ -94,11 +101,15 @@ def load_classifier(
         image_size: (height, width) to resample the position embeddings to; none: as stored.
         crop_pct: share of the resized image that the evaluation crop keeps; none: as stored.
         precision: float32 or bfloat16; none: bfloat16 on accelerators, float32 otherwise.
+        quantize: int8 or int4 to round the linear layers' weights to, see `train.ptq`; none: as stored.
 
     Raises:
         ConversionError: the source cannot be read or adapted.
-        SettingsError: the weights classify no colour images, or hold NaN or infinity; or jax finds no device.
+        SettingsError: the weights classify no colour images, or hold NaN or infinity; or jax finds no device; or qwix
+            is needed and not installed.
     """
+    if quantize is not None:
+        require_qwix("--quantize")
     changes = {"image_size": image_size, "crop_pct": crop_pct}
     weights = load_weights(source, **{field: value for field, value in changes.items() if value is not None})
     if weights.config.num_classes == 0:
@@ -116,4 +127,7 @@ def load_classifier(
         precision = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     graphdef, state = nnx.split(flax_model(weights, dtype=precision))
     params = jax.device_put(nnx.to_pure_dict(state), replicated(mesh))
+    if quantize is not None:
+        graphdef, state = nnx.split(quantised(nnx.merge(graphdef, params), quantize))
+        params = nnx.to_pure_dict(state)
     return Classifier(weights.config, weights.class_names, weights.notes, precision, graphdef, params, mesh)

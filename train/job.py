@@ -17,6 +17,7 @@ from crossvit_jax import CrossViTConfig, get_config
 from train.config import RECIPES, SettingsError, TrainConfig
 from train.data import steps_per_epoch
 from train.initial_weights import initial_weights
+from train.qat import require_qwix
 from train.run_folder import BEFORE, check_same_run, describe_run, read_run
 from train.sharding import make_mesh
 from train.sources import ImageSets, open_image_sets
@@ -60,6 +61,8 @@ def prepare(config: TrainConfig) -> Job:
         config.model_config(num_classes=1)  # the variant and the image size; the classes are not known yet
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise SettingsError("--wandb needs the package wandb, which is not installed: pip install wandb")
+    if config.qat is not None:
+        require_qwix("--qat")
     mesh = _mesh(config)
     if jax.process_count() > 1 and config.output is None:
         raise SettingsError("with several processes, --output must name the run's folder, on a disk that all share")

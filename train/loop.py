@@ -122,11 +122,12 @@ def train(job: Job) -> Result:
             init = threads.submit(init_state, model_config, optimizer, config, mesh, initial)
             train_step = jit_train_step(make_train_step(model, optimizer, config), mesh, shapes)
             compiling = threads.submit(train_step.lower(shapes, train_shapes).compile)
-            augmenting = None
-            if config.augment_on == "device":
-                augmenting = threads.submit(compile_augment, train_shapes["image"].shape, config, mesh)
             eval_step = jit_eval_step(make_eval_step(model), mesh, shapes["params"])
-            eval_step = eval_step.lower(shapes["params"], eval_shapes).compile()
+            eval_step = eval_step.lower(shapes["params"], eval_shapes)
+            augmenting = None
+            if config.augment_on == "device":  # not before: while qwix traces the model, it has its hands on jax itself
+                augmenting = threads.submit(compile_augment, train_shapes["image"].shape, config, mesh)
+            eval_step = eval_step.compile()
             state, train_step = init.result(), compiling.result()
             augment = augmenting and augmenting.result()
         memory, available = step_memory(train_step), available_memory(mesh)
@@ -311,7 +312,7 @@ def _headline(job: Job, folder: Path) -> str:
         [
             f"CrossViT {model.name} at {model.image_size[0]} pixels, {model.num_classes} classes{start}, "
             f"recipe {config.recipe}, batch {config.batch_size}, peak learning rate {config.peak_lr:g}, "
-            f"{config.precision}",
+            f"{config.precision}{f', weights rounded to {config.qat}' * (config.qat is not None)}",
             *(f"note: {note}" for note in notes),
             f"{config.dataset}: {len(sets.train)} training images, {len(sets.held_out)} held out "
             f"({sets.held_out_split}); {mesh} ({devices.flat[0].device_kind}), {config.workers} workers",

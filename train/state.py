@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from crossvit_jax import CrossViT, CrossViTConfig
 from train.config import TrainConfig
+from train.qat import fake_quantised
 from train.sharding import put, state_shardings
 
 State = dict[str, Any]
@@ -36,6 +37,8 @@ def abstract_model(model_config: CrossViTConfig, config: TrainConfig | None = No
     model = nnx.eval_shape(lambda: CrossViT(model_config, dtype=dtype, rngs=_Keys(jax.random.key(0))))
     if config is not None:
         model.set_grad_checkpointing(config.grad_checkpointing)
+        if config.qat is not None:
+            model = fake_quantised(model, config.qat)
     return model
 
 

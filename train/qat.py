@@ -1,0 +1,56 @@
+"""Quantisation-aware training with qwix: which products are quantised, and how a model is made to train with that.
+
+Quantised are the linear layers of the transformer: their weights to int8 or int4 with a scale for each output, what
+they multiply to int8 with a scale for each token, found anew for every batch. All else stays as it is: convolutions,
+the image resize, norms, attention's scores and weighted sums (among them the key and value projections of
+cross-attention, which fold into these), and the heads, which are small and decide.
+"""
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+
+from crossvit_jax import CrossViT
+from train.config import SettingsError
+
+if TYPE_CHECKING:
+    import qwix
+
+_LAYERS = r"blocks/.*/(qkv|wq|proj|fc1|fc2|(revert_)?projs/\d+/\d+)"  # paths as qwix has them
+
+
+def require_qwix(flag: str) -> None:
+    """Raises SettingsError, naming the flag that needs it, if qwix is not installed."""
+    if importlib.util.find_spec("qwix") is None:
+        raise SettingsError(f"{flag} needs the package qwix, which is not installed: pip install 'crossvit-jax[qat]'")
+
+
+def rules(weights: str) -> "list[qwix.QtRule]":
+    """The rules of qwix for weights in `weights`: "int8" or "int4"."""
+    import qwix
+
+    rule = qwix.QtRule(
+        module_path=_LAYERS,
+        op_names=("dot_general",),
+        weight_qtype=jnp.dtype(weights),
+        act_qtype=jnp.int8,
+        # the gradient is that of the rounded operands; by itself, qwix rounds them forwards only
+        additional_qt_config={"use_original_residuals": False},
+    )
+    return [rule]
+
+
+def fake_quantised(model: CrossViT, weights: str) -> CrossViT:
+    """A copy of the model whose linear layers round their operands as they multiply; gradients pass straight through.
+
+    Its parameters are those of the model, in float32, by the same names.
+
+    Args:
+        model: with arrays or only their shapes.
+        weights: "int8" or "int4".
+    """
+    import qwix
+
+    # qwix would call the model to find the scales of activations, but here these belong to a batch
+    return qwix.quantize_model(model, qwix.QtProvider(rules(weights)), skip_nnx_init=True)
