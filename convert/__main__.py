@@ -19,8 +19,8 @@ _EPILOG = """\
 SOURCE       hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub), a .safetensors, .pth or .bin file with
              timm's, IBM's or Flax's names, an Orbax folder, or the folder of a training run
 DESTINATION  .safetensors or .pth for timm and the torch twin, .flax.safetensors, or no ending for an Orbax folder;
-             .onnx exports the whole model, and keeps the file only if it computes what SOURCE does; with
-             --quantize in int8
+             .onnx or .stablehlo exports the whole model, and keeps the file only if it computes what SOURCE
+             does; .onnx with --quantize in int8
 
 exit status: 0 done; 1 --verify found the twins apart, or the exported file was not kept; 2 nothing was written, and
 one line on stderr says why
@@ -55,7 +55,7 @@ def _parser() -> Parser:
         "--image-size", type=image_size, metavar="N|HxW", help="resample the position embeddings to this size"
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: as stored; .onnx: float32"
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: as stored; exported: float32"
     )
     parser.add_argument(
         "--quantize", choices=("dynamic", "static"), help=".onnx in int8: activations' ranges found anew, or fixed ones"

@@ -3,14 +3,19 @@
 import importlib.util
 from pathlib import Path
 
-from convert.check_export import Comparison, compare
+from convert.check_export import Comparison, Run, compare
 from convert.destinations import EXPORTED, check_place, replacing, require_space, write_bytes
 from convert.errors import ConversionError
 from convert.tensors import DTYPES
 from convert.weights import Weights
 
 # the largest difference of logits, relative to the largest logit, by the dtype that the file computes in
-BOUNDS = {"float32": 1e-4, "float16": 0.03}
+BOUNDS = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.2}
+
+# onnxruntime has no bfloat16 on CPUs: nobody could check such a file
+_DTYPES = {".onnx": ("float32", "float16"), ".stablehlo": ("float32", "float16", "bfloat16")}
+
+_PACKAGES = {".onnx": ("onnx", "onnxruntime", "onnxscript"), ".stablehlo": ()}  # those that are an extra
 
 
 def check_export(destination: str | Path, dtype: str, *, overwrite: bool = False) -> Path:
@@ -23,11 +28,10 @@ def check_export(destination: str | Path, dtype: str, *, overwrite: bool = False
     path = Path(destination).expanduser()
     if path.suffix not in EXPORTED:
         raise ConversionError(f"{path}: unknown ending {path.suffix!r}; exported: {', '.join(EXPORTED)}")
-    if dtype not in BOUNDS:
-        raise ConversionError(f"{path}: exported graphs compute in {' or '.join(BOUNDS)}, not in {dtype}")
-    from convert.onnx_export import PACKAGES
-
-    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    dtypes = _DTYPES[path.suffix]
+    if dtype not in dtypes:
+        raise ConversionError(f"{path}: {path.suffix} files compute in {' or '.join(dtypes)}, not in {dtype}")
+    missing = [package for package in _PACKAGES[path.suffix] if importlib.util.find_spec(package) is None]
     if missing:
         raise ConversionError(f"{path} needs {', '.join(missing)}: pip install 'crossvit-jax[onnx]'")
     return check_place(path, overwrite=overwrite)
@@ -36,13 +40,14 @@ def check_export(destination: str | Path, dtype: str, *, overwrite: bool = False
 def export(
     weights: Weights, destination: str | Path, *, dtype: str = "float32", overwrite: bool = False
 ) -> tuple[Path, Comparison]:
-    """Writes `.onnx` (see `onnx_export.onnx_graph`) and runs the file against its source in float32.
+    """Writes `.onnx` (see `onnx_export.onnx_graph`) or `.stablehlo` (see `stablehlo.stablehlo_program`), and runs the
+    file against its source in float32: the PyTorch twin or the Flax model.
 
     The file is written under a temporary name and only kept if they agree.
 
     Args:
         weights: in any dtype.
-        dtype: that the file computes in, "float32" or "float16".
+        dtype: that the file computes in, "float32", "float16" or, `.stablehlo` only, "bfloat16".
 
     Returns:
         The path, and how far the file is from its source; nothing was written if that has not `passed`.
@@ -50,13 +55,28 @@ def export(
     Raises:
         ConversionError: see `check_export`; or the disk is full, or writing fails otherwise.
     """
-    from convert.onnx_export import onnx_graph, run_onnx, run_torch
-
     path = check_export(destination, dtype, overwrite=overwrite)
     require_space(weights.astype(DTYPES[dtype]), path)
     with replacing(path) as new:
-        write_bytes(new, onnx_graph(weights, dtype).SerializeToString())
-        comparison = compare(run_onnx(new), run_torch(weights), weights.config, BOUNDS[dtype])
+        exporter = {".onnx": _export_onnx, ".stablehlo": _export_stablehlo}[path.suffix]
+        run, source = exporter(weights, dtype, new)
+        comparison = compare(run, source, weights.config, BOUNDS[dtype])
         if not comparison.passed:
             new.unlink()
     return path, comparison
+
+
+def _export_onnx(weights: Weights, dtype: str, path: Path) -> tuple[Run, Run]:
+    """Writes the file; returns how it and its source are run."""
+    from convert.onnx_export import onnx_graph, run_onnx, run_torch
+
+    write_bytes(path, onnx_graph(weights, dtype).SerializeToString())
+    return run_onnx(path), run_torch(weights)
+
+
+def _export_stablehlo(weights: Weights, dtype: str, path: Path) -> tuple[Run, Run]:
+    """Writes the file; returns how it and its source are run."""
+    from convert.stablehlo import run_source, run_stablehlo, stablehlo_program
+
+    write_bytes(path, stablehlo_program(weights, dtype))
+    return run_stablehlo(path), run_source(weights)

@@ -17,9 +17,7 @@ from crossvit_jax.resize import bicubic_matrix
 if TYPE_CHECKING:
     import onnx
 
-OPSET = 20  # the newest that TensorRT 10.1 reads; also the first with Gelu
-
-PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # the extra `onnx`
+OPSET = 20  # the newest that TensorRT 10.1 reads, and the first with Gelu
 
 
 def onnx_graph(weights: Weights, dtype: str = "float32") -> "onnx.ModelProto":

@@ -8,9 +8,11 @@ import pytest
 import timm
 import torch
 
-from convert import load_weights
+from convert import load_weights, save
+from crossvit_torch import create_model
 
 TIMM_SETTINGS = {"num_classes": 10, "img_size": 48, "img_scale": (1.0, 2 / 3)}
+CLASS_NAMES = tuple(f"klasse {i} ä" for i in range(5))
 
 
 def perturb(model: torch.nn.Module) -> torch.nn.Module:
@@ -67,6 +69,14 @@ def weights_file(_saved, tmp_path):
 def weights(_saved):
     """What the file holds; not to be changed."""
     return load_weights(_saved)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Path:
+    """A file of a model of one stage, which exporters are quick with; not to be changed."""
+    model = perturb(create_model("ti", image_size=48, image_scale=(1.0, 2 / 3), num_classes=5, stages=1, depth=(1, 1)))
+    path = tmp_path_factory.mktemp("small") / "small.safetensors"
+    return save(model.state_dict(), model.config, path, class_names=CLASS_NAMES)
 
 
 @pytest.fixture(autouse=True)

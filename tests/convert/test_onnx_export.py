@@ -1,9 +1,9 @@
 """ONNX files: they compute what their source does, say what they are, and are not kept otherwise."""
 
+import contextlib
+import io
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import onnx
@@ -19,27 +19,18 @@ from convert.destinations import write
 from convert.export import export
 from convert.models import torch_model
 from convert.tensorrt import unsupported
-from crossvit_torch import create_model
-from tests.convert.conftest import perturb
-
-NAMES = [f"klasse {i} ä" for i in range(5)]
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """A model of one stage: exporting takes seconds per stage."""
-    model = perturb(create_model("ti", image_size=48, image_scale=(1.0, 2 / 3), num_classes=5, stages=1, depth=(1, 1)))
-    return save(model.state_dict(), model.config, tmp_path_factory.mktemp("small") / "s.safetensors", class_names=NAMES)
+from tests.convert.conftest import CLASS_NAMES
 
 
 @pytest.fixture(scope="session", params=["float32", "float16"])
 def exported(request, small, tmp_path_factory):
     """(dtype, path, standard output) of the command."""
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    command = [sys.executable, "-m", "convert", str(small), str(path), "--dtype", request.param]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    return request.param, path, done.stdout
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert main([str(small), str(path), "--dtype", request.param]) == 0
+    assert err.getvalue() == ""
+    return request.param, path, out.getvalue()
 
 
 def test_logits_are_the_twins_for_any_batch(exported, small):
@@ -71,7 +62,7 @@ def test_the_file_says_what_it_is(exported):
     onnx.checker.check_model(model, full_check=True)
     described = {entry.key: entry.value for entry in model.metadata_props}
     assert described["variant"] == "ti"
-    assert json.loads(described["class_names"]) == NAMES
+    assert tuple(json.loads(described["class_names"])) == CLASS_NAMES
     assert json.loads(described["image_size"]) == [48, 48]
     assert json.loads(described["mean"]) == [0.485, 0.456, 0.406]
     assert json.loads(described["std"]) == [0.229, 0.224, 0.225]
@@ -179,7 +170,7 @@ def test_weights_that_are_not_finite_are_not_exported(capsys, quick, small, tmp_
         (["missing/x.onnx"], "the folder missing does not exist"),
         (["there.onnx"], "exists; --overwrite"),
         (["folder.onnx", "--overwrite"], "is a folder, and is not replaced"),
-        (["x.tflite"], "unknown ending '.tflite'; known: .flax.safetensors, .safetensors, .pth, .onnx"),
+        (["x.tflite"], "unknown ending '.tflite'; known: .flax.safetensors, .safetensors, .pth, .onnx, .stablehlo"),
     ],
 )
 def test_refusals_come_before_the_source_is_read(capsys, tmp_path, monkeypatch, arguments, message):
