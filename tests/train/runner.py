@@ -24,13 +24,13 @@ class Run:
     def output(self):
         return self._log.read_text() if self._log.exists() else ""
 
-    def wait(self, timeout=300):
+    def wait(self, timeout=900):
         """The exit status; negative: the signal that ended it."""
         self._process.join(timeout)
         assert self._process.exitcode is not None, f"still running after {timeout} s: {self.output}"
         return self._process.exitcode
 
-    def wait_for(self, condition, timeout=300):
+    def wait_for(self, condition, timeout=900):
         """Return as soon as the condition holds or the run has ended; whether it still runs."""
         end = time.monotonic() + timeout
         while self._process.is_alive() and not condition():

@@ -40,7 +40,7 @@ def _start(folder, digits_dir, cache, *flags, devices):
 
 def _end(*processes):
     """The output of processes that must end well."""
-    outputs = [process.communicate(timeout=400)[0] for process in processes]
+    outputs = [process.communicate(timeout=1200)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
     return outputs
 
@@ -101,7 +101,7 @@ def test_two_processes_train_as_one_does_stop_together_and_go_on(one_device, dig
         assert [process.poll() for process in processes] == [None, None], processes[0].communicate()[0]
         time.sleep(0.01)
     processes[1].send_signal(signal.SIGTERM)  # one is told, both save and end
-    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    outputs = [process.communicate(timeout=1200)[0] for process in processes]
     assert [process.returncode for process in processes] == [143, 143], "\n".join(outputs)
     steps = sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
     assert 0 < steps[-1] < 20
