@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 
 import numpy as np
 import onnx
@@ -14,12 +15,13 @@ import torch
 import convert.onnx_export
 from convert import ConversionError, load_weights, save
 from convert.__main__ import main
-from convert.check_export import photographs
+from convert.check_export import MEAN, STD, photographs
 from convert.destinations import write
 from convert.export import export
 from convert.models import torch_model
 from convert.tensorrt import unsupported
 from tests.convert.conftest import CLASS_NAMES
+from tests.convert.test_stablehlo import code_block, run_without_this_library
 
 
 @pytest.fixture(scope="session", params=["float32", "float16"])
@@ -93,6 +95,17 @@ def test_nothing_of_this_machine_is_in_the_file(exported):
 
 def test_tensorrts_parser_has_every_operator_of_the_graph(exported):
     assert unsupported(onnx.load(exported[1])) == []
+
+
+@pytest.mark.parametrize("exported", ["float32"], indirect=True)
+def test_the_code_in_the_documentation_names_the_classes(exported, small, tmp_path):
+    shutil.copy(exported[1], tmp_path / "model.onnx")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 48, 48, 3), np.uint8)
+    np.save(tmp_path / "pixels.npy", pixels)
+    printed = run_without_this_library(code_block("ONNX"), tmp_path)
+    images = (pixels / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
+    best = convert.onnx_export.run_torch(load_weights(small))(images).argmax(axis=1)
+    assert printed == f"{[CLASS_NAMES[index] for index in best]}\n"
 
 
 def test_what_tensorrt_refuses_is_found():

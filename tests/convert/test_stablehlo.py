@@ -40,8 +40,8 @@ def code_block(section: str) -> str:
 def run_without_this_library(code: str, folder: Path) -> str:
     """What the code prints, run in a folder by a Python that cannot import this library, Flax or torch."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-I", "-c", WITHOUT + code]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-I", "-X", "utf8", "-c", WITHOUT + code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
