@@ -11,13 +11,13 @@ import numpy as np
 from jaxtyping import Float32
 from PIL import Image, UnidentifiedImageError
 
+from convert.check_export import MEAN, STD
 from convert.errors import ConversionError, one_line
 from crossvit_jax.config import CrossViTConfig
 
 DIGITS = "digits"
 FEW = 32  # with fewer images than this, the ranges seen are a matter of chance
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_MEAN, _STD = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))  # ImageNet's
 
 # odd metadata, many pixels: what cannot be used is an error, and the rest does no harm
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -130,4 +130,4 @@ def _prepare(image: Image.Image, config: CrossViTConfig) -> Float32[np.ndarray, 
     image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / 255
-    return np.ascontiguousarray(((pixels - _MEAN) / _STD).transpose(2, 0, 1))
+    return np.ascontiguousarray(((pixels - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1))

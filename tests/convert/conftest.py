@@ -9,6 +9,7 @@ import timm
 import torch
 
 from convert import load_weights, save
+from convert.__main__ import main
 from crossvit_torch import create_model
 
 TIMM_SETTINGS = {"num_classes": 10, "img_size": 48, "img_scale": (1.0, 2 / 3)}
@@ -26,6 +27,27 @@ def perturb(model: torch.nn.Module) -> torch.nn.Module:
 def tiny() -> torch.nn.Module:
     """timm's own Ti at 48 pixels, freshly made."""
     return timm.create_model("crossvit_tiny_240", **TIMM_SETTINGS)
+
+
+def run(capsys, *args):
+    """`python -m convert` with these arguments: status, standard output and error."""
+    status = main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def refused(capsys, *args):
+    """The one line of a refusal."""
+    try:
+        status = main([str(arg) for arg in args])
+    except SystemExit as exit:
+        status = exit.code
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert out == ""
+    assert err.startswith("python -m convert: error: ")
+    assert err.count("\n") == 1
+    return err
 
 
 @pytest.fixture(scope="session")

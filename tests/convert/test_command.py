@@ -9,33 +9,12 @@ import pytest
 import torch
 
 from convert import load_weights
-from convert.__main__ import main
 from convert.verify import read_back
-from tests.convert.conftest import tiny
-
-
-def _run(capsys, *args):
-    status = main([str(arg) for arg in args])
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
-def _refused(capsys, *args):
-    """The one line of a refusal."""
-    try:
-        status = main([str(arg) for arg in args])
-    except SystemExit as exit:
-        status = exit.code
-    out, err = capsys.readouterr()
-    assert status == 2
-    assert out == ""
-    assert err.startswith("python -m convert: error: ")
-    assert err.count("\n") == 1
-    return err
+from tests.convert.conftest import refused, run, tiny
 
 
 def test_it_prints_what_it_found_and_did(capsys, weights_file, tmp_path):
-    status, out, err = _run(capsys, weights_file, tmp_path / "out.safetensors")
+    status, out, err = run(capsys, weights_file, tmp_path / "out.safetensors")
     assert (status, err) == (0, "")
     assert "ti; in timm: timm.create_model('crossvit_tiny_240', num_classes=10, img_size=48, img_scale=(1, 2/3))" in out
     assert "48 x 48 pixels (the branches see 48 x 48 and 32 x 32), 3 channels" in out
@@ -47,7 +26,7 @@ def test_it_prints_what_it_found_and_did(capsys, weights_file, tmp_path):
 def test_the_printed_call_makes_the_model_in_timm(capsys, weights_file, tmp_path):
     import timm
 
-    _, out, _ = _run(capsys, weights_file, tmp_path / "out.pth", "--num-classes", 4, "--image-size", 96)
+    _, out, _ = run(capsys, weights_file, tmp_path / "out.pth", "--num-classes", 4, "--image-size", 96)
     call = out.split("in timm: ")[1].split("\n")[0]
     model = eval(call, {"timm": timm})
     model.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True), strict=True)
@@ -57,7 +36,7 @@ def test_the_printed_call_makes_the_model_in_timm(capsys, weights_file, tmp_path
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth", ".flax.safetensors", ""])
 def test_verify_reads_back_and_runs_both_twins(capsys, weights_file, tmp_path, ending):
-    status, out, err = _run(capsys, weights_file, tmp_path / f"out{ending}", "--verify")
+    status, out, err = run(capsys, weights_file, tmp_path / f"out{ending}", "--verify")
     assert (status, err) == (0, "")
     assert "every tensor comes back bit for bit" in out
     assert float(out.split("differ by ")[1].split()[0]) <= 1e-5
@@ -65,10 +44,10 @@ def test_verify_reads_back_and_runs_both_twins(capsys, weights_file, tmp_path, e
 
 def test_a_pth_file_does_not_tell_its_rectangle(capsys, weights_file, tmp_path):
     path = tmp_path / "out.pth"
-    assert _run(capsys, weights_file, path, "--image-size", "48x96")[0] == 0
+    assert run(capsys, weights_file, path, "--image-size", "48x96")[0] == 0
     assert read_back(load_weights(weights_file, image_size=(48, 96)), path)[1] == []
-    assert "--image-size HxW" in _refused(capsys, path, tmp_path / "again.pth")
-    status, out, _ = _run(capsys, path, tmp_path / "again.pth", "--image-size", "48x96")
+    assert "--image-size HxW" in refused(capsys, path, tmp_path / "again.pth")
+    status, out, _ = run(capsys, path, tmp_path / "again.pth", "--image-size", "48x96")
     assert status == 0
     assert "48 x 96 pixels (the branches see 48 x 96 and 32 x 64)" in out
 
@@ -85,7 +64,7 @@ def test_verify_fails_where_the_twins_differ(capsys, weights_file, tmp_path, mon
         return model
 
     monkeypatch.setattr(convert.verify, "torch_model", changed)
-    status, out, _ = _run(capsys, weights_file, tmp_path / "out.pth", "--verify")
+    status, out, _ = run(capsys, weights_file, tmp_path / "out.pth", "--verify")
     assert status == 1
     assert "TOO MUCH" in out
 
@@ -96,7 +75,7 @@ def test_verify_fails_where_the_file_differs(capsys, weights_file, tmp_path, mon
     monkeypatch.setattr(
         convert.destinations, "as_tensor", lambda array: torch.from_numpy(np.where(array == array.flat[0], 0, array))
     )
-    status, out, _ = _run(capsys, weights_file, tmp_path / "out.pth", "--verify")
+    status, out, _ = run(capsys, weights_file, tmp_path / "out.pth", "--verify")
     assert status == 1
     assert "NOT as converted" in out
 
@@ -104,37 +83,37 @@ def test_verify_fails_where_the_file_differs(capsys, weights_file, tmp_path, mon
 def test_nan_weights_are_a_warning_and_fail_verification(capsys, state, tmp_path):
     state["head.0.bias"][:] = torch.nan
     torch.save(state, tmp_path / "nan.pth")
-    status, out, err = _run(capsys, tmp_path / "nan.pth", tmp_path / "out.pth", "--verify")
+    status, out, err = run(capsys, tmp_path / "nan.pth", tmp_path / "out.pth", "--verify")
     assert status == 1
     assert err.startswith("warning: 10 of")
     assert "TOO MUCH" in out
 
 
 def test_dtype_is_kept_or_changed_on_request(capsys, weights_file, tmp_path):
-    _, out, _ = _run(capsys, weights_file, tmp_path / "half", "--dtype", "bfloat16")
+    _, out, _ = run(capsys, weights_file, tmp_path / "half", "--dtype", "bfloat16")
     assert "bfloat16 (stored as float32)" in out
-    _, out, _ = _run(capsys, tmp_path / "half", tmp_path / "half.pth")
+    _, out, _ = run(capsys, tmp_path / "half", tmp_path / "half.pth")
     assert "parameters, bfloat16\n" in out
     assert load_weights(tmp_path / "half.pth").dtypes == ["bfloat16"]
 
 
 def test_refusals_are_one_line_and_exit_status_2(capsys, weights_file, tmp_path, state):
     out = tmp_path / "out.pth"
-    assert "DESTINATION" in _refused(capsys, weights_file)
-    assert "--num-classes" in _refused(capsys, weights_file, out, "--num-classes", "-1")
-    assert "--image-size" in _refused(capsys, weights_file, out, "--image-size", "240,240")
-    assert "unrecognized arguments: --over" in _refused(capsys, weights_file, out, "--over")
-    assert "nearest valid sizes" in _refused(capsys, weights_file, out, "--image-size", "50")
-    assert "does not exist" in _refused(capsys, tmp_path / "none.pth", out)
-    assert "exists; --overwrite" in _refused(capsys, tmp_path / "none.pth", weights_file)
+    assert "DESTINATION" in refused(capsys, weights_file)
+    assert "--num-classes" in refused(capsys, weights_file, out, "--num-classes", "-1")
+    assert "--image-size" in refused(capsys, weights_file, out, "--image-size", "240,240")
+    assert "unrecognized arguments: --over" in refused(capsys, weights_file, out, "--over")
+    assert "nearest valid sizes" in refused(capsys, weights_file, out, "--image-size", "50")
+    assert "does not exist" in refused(capsys, tmp_path / "none.pth", out)
+    assert "exists; --overwrite" in refused(capsys, tmp_path / "none.pth", weights_file)
     del state["norm.0.bias"]
     torch.save(state, tmp_path / "bad.pth")
-    assert "1 missing (norm.0.bias)" in _refused(capsys, tmp_path / "bad.pth", out)
+    assert "1 missing (norm.0.bias)" in refused(capsys, tmp_path / "bad.pth", out)
     assert sorted(os.listdir(tmp_path)) == ["bad.pth", "weights.pth"]
 
 
 def test_a_file_can_be_converted_in_place(capsys, weights_file):
-    status, _, _ = _run(capsys, weights_file, weights_file, "--overwrite", "--dtype", "float16", "--num-classes", 3)
+    status, _, _ = run(capsys, weights_file, weights_file, "--overwrite", "--dtype", "float16", "--num-classes", 3)
     assert status == 0
     assert load_weights(weights_file).config.num_classes == 3
 
@@ -144,7 +123,7 @@ def test_an_interrupt_is_one_line(capsys, weights_file, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("convert.models.load_weights", interrupted)
-    assert _run(capsys, weights_file, tmp_path / "out.pth") == (130, "", "python -m convert: interrupted\n")
+    assert run(capsys, weights_file, tmp_path / "out.pth") == (130, "", "python -m convert: interrupted\n")
 
 
 def test_the_command_runs_in_a_process_of_its_own(weights_file, tmp_path, images, logits):

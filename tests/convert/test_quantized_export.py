@@ -15,6 +15,7 @@ from convert.onnx_quantize import float_products
 from convert.quantized_export import BOUND, Difference, Quantization, export_quantized
 from crossvit_jax.config import get_config
 from crossvit_torch import create_model
+from tests.convert.conftest import refused, run
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -61,33 +62,13 @@ def pictures(tmp_path):
     return folder
 
 
-def _run(capsys, *args):
-    status = main([str(arg) for arg in args])
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
-def _refused(capsys, *args):
-    """The one line of a refusal."""
-    try:
-        status = main([str(arg) for arg in args])
-    except SystemExit as exit:
-        status = exit.code
-    out, err = capsys.readouterr()
-    assert status == 2
-    assert out == ""
-    assert err.startswith("python -m convert: error: ")
-    assert err.count("\n") == 1
-    return err
-
-
 def _operators(path):
     return {node.op_type for node in onnx.load(path).graph.node}
 
 
 def test_dynamic_needs_no_images(capsys, small, tmp_path):
     path = tmp_path / "int8.onnx"
-    status, out, err = _run(capsys, small, path, "--quantize", "dynamic")
+    status, out, err = run(capsys, small, path, "--quantize", "dynamic")
     assert (status, err) == (0, "")
     assert f"written     {path}, {path.stat().st_size:,} bytes\n" in out
     assert "on 64 photographs its logits differ" in out
@@ -105,7 +86,7 @@ def test_the_exporters_resize_and_products_of_activations_are_found(exported):
 def test_static_is_calibrated_and_compared_on_other_images(capsys, small, tmp_path, target):
     path = tmp_path / "int8.onnx"
     args = ("--quantize", "static", "--calibrate", "digits", "--calibration-images", 32, "--target", target)
-    status, out, err = _run(capsys, small, path, *args)
+    status, out, err = run(capsys, small, path, *args)
     assert (status, err) == (0, "")
     assert "on 64 images that it was not calibrated on its logits differ" in out
     properties = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
@@ -116,7 +97,7 @@ def test_static_is_calibrated_and_compared_on_other_images(capsys, small, tmp_pa
 
 def test_too_few_images_are_told(capsys, small, pictures, tmp_path):
     args = ("--quantize", "static", "--calibrate", pictures, "--calibration-images", 20)
-    status, out, err = _run(capsys, small, tmp_path / "int8.onnx", *args)
+    status, out, err = run(capsys, small, tmp_path / "int8.onnx", *args)
     assert status == 0
     assert err.startswith("warning: calibrated on 12 images, 20 were asked for; with fewer than 32 ")
     assert "on the 12 calibration images themselves" in out
@@ -125,7 +106,7 @@ def test_too_few_images_are_told(capsys, small, pictures, tmp_path):
 def test_what_differs_too_much_is_not_kept(capsys, small, tmp_path, monkeypatch):
     monkeypatch.setattr("convert.quantized_export.BOUND", 1e-6)
     (tmp_path / "int8.onnx").write_bytes(b"old")
-    status, out, _ = _run(capsys, small, tmp_path / "int8.onnx", "--quantize", "dynamic", "--overwrite")
+    status, out, _ = run(capsys, small, tmp_path / "int8.onnx", "--quantize", "dynamic", "--overwrite")
     assert status == 1
     assert "NOT written" in out and "TOO MUCH" in out
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
@@ -159,7 +140,7 @@ def test_logits_that_are_not_finite_do_not_pass():
 def test_what_cannot_be_honoured_is_refused_before_the_source_is_read(capsys, tmp_path, ending, flags, reason):
     (tmp_path / "empty").mkdir()
     flags = flags.replace("EMPTY", str(tmp_path / "empty")).split()
-    assert reason in _refused(capsys, tmp_path / "no such source", tmp_path / f"new{ending}", *flags)
+    assert reason in refused(capsys, tmp_path / "no such source", tmp_path / f"new{ending}", *flags)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
@@ -168,9 +149,9 @@ def test_int8_of_half_precision_is_refused_unless_asked_for(capsys, small, tmp_p
     half = tmp_path / "half.safetensors"
     assert main([str(small), str(half), "--dtype", dtype]) == 0
     capsys.readouterr()
-    line = _refused(capsys, half, tmp_path / "int8.onnx", "--quantize", "dynamic")
+    line = refused(capsys, half, tmp_path / "int8.onnx", "--quantize", "dynamic")
     assert f"the weights are {dtype}; --dtype float32 takes them" in line
-    status, out, _ = _run(capsys, half, tmp_path / "int8.onnx", "--quantize", "dynamic", "--dtype", "float32")
+    status, out, _ = run(capsys, half, tmp_path / "int8.onnx", "--quantize", "dynamic", "--dtype", "float32")
     assert status == 0
     assert f"float32 (stored as {dtype})" in out
 
@@ -178,7 +159,7 @@ def test_int8_of_half_precision_is_refused_unless_asked_for(capsys, small, tmp_p
 def test_a_broken_image_is_named_and_nothing_written(capsys, small, pictures, tmp_path):
     (pictures / "5.png").write_bytes(b"broken")
     args = ("--quantize", "static", "--calibrate", pictures)
-    status, _, err = _run(capsys, small, tmp_path / "int8.onnx", *args)
+    status, _, err = run(capsys, small, tmp_path / "int8.onnx", *args)
     assert status == 2
     assert "5.png cannot be read as an image" in err and err.count("\n") == 1
     assert not (tmp_path / "int8.onnx").exists()
@@ -189,7 +170,7 @@ def test_a_missing_package_is_named(capsys, small, tmp_path, monkeypatch):
 
     found = util.find_spec
     monkeypatch.setattr(util, "find_spec", lambda name, *rest: None if name == "onnxruntime" else found(name, *rest))
-    line = _refused(capsys, small, tmp_path / "int8.onnx", "--quantize", "dynamic")
+    line = refused(capsys, small, tmp_path / "int8.onnx", "--quantize", "dynamic")
     assert "needs onnxruntime: pip install 'crossvit-jax[onnx]'" in line
 
 
