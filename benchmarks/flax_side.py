@@ -10,6 +10,7 @@ from flax import nnx
 
 from benchmarks.task import CHECKED_STEPS, Program, Task
 from convert import load_flax
+from train.host_memory import keep_freed_memory
 from train.optimizer import make_optimizer
 from train.sharding import make_mesh
 from train.state import make_state
@@ -20,6 +21,8 @@ _NEVER = 1_000_000_000  # steps per epoch: the learning rate stays that of the f
 
 def load(task: Task) -> Program:
     """The task's program, not compiled yet."""
+    if task.device == "cpu":
+        keep_freed_memory()  # as the commands of train do
     if task.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")  # a GPU's default is TF32
     return {"inference": _inference, "training": _training}[task.benchmark](task)

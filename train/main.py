@@ -29,6 +29,7 @@ def _run(config) -> int:
     from train.bad_images import TooManyBadImages
     from train.checkpoints import CheckpointError
     from train.compilation_cache import keep_compiled_programs
+    from train.host_memory import keep_freed_memory
     from train.interruption import Interrupted
     from train.job import prepare
     from train.loop import train
@@ -36,6 +37,7 @@ def _run(config) -> int:
     from train.sources import DataError
 
     try:
+        keep_freed_memory()
         keep_compiled_programs()
         hosts.start(config)
         result = train(prepare(config))

@@ -66,9 +66,11 @@ def _predict(args: argparse.Namespace) -> int:
         pictures.mkdir(parents=True, exist_ok=True)
 
     from train.compilation_cache import keep_compiled_programs
+    from train.host_memory import keep_freed_memory
     from train.inference import load_classifier
     from train.predictions import FORMATS
 
+    keep_freed_memory()
     keep_compiled_programs()
     classifier = load_classifier(
         args.weights, image_size=args.image_size, crop_pct=args.crop_pct, precision=args.precision

@@ -1,0 +1,51 @@
+"""Programs on CPUs compute in memory that the process already has."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from train.host_memory import keep_freed_memory
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the setting is glibc's")
+
+# the product is 128 MiB of temporary memory, 32,768 pages
+PROGRAM = """
+import resource
+from train.host_memory import keep_freed_memory
+print(keep_freed_memory())
+import jax, jax.numpy as jnp
+largest = jax.jit(lambda a, b: (a @ b).max(0))
+a, b = jnp.ones((8192, 16)), jnp.ones((16, 4096))
+largest(a, b).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    largest(a, b).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def changed_and_page_faults(**variables: str) -> tuple[bool, int]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment |= {"PYTHONPATH": ":".join(p for p in sys.path if p), "JAX_PLATFORMS": "cpu"} | variables
+    result = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    changed, faults = result.stdout.split()
+    return changed == "True", int(faults)
+
+
+def test_no_fresh_pages_are_taken_for_a_programs_temporary_memory():
+    changed, faults = changed_and_page_faults()
+    assert changed and faults < 10_000
+
+
+def test_a_setting_of_the_users_is_left_alone():
+    changed, faults = changed_and_page_faults(MALLOC_TOP_PAD_="131072")  # glibc's default: as without the call
+    assert not changed and faults > 30_000
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "tpu,cpu"])
+def test_nothing_is_changed_where_an_accelerator_computes(platforms, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert keep_freed_memory() is False
