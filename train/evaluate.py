@@ -95,8 +95,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     source, data_names, split, split_note = _open_data(args)
 
     from train.compilation_cache import keep_compiled_programs
+    from train.host_memory import keep_freed_memory
     from train.inference import load_classifier
 
+    keep_freed_memory()
     keep_compiled_programs()
     classifier = load_classifier(
         args.weights,
