@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import json
 import os
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 
 from benchmarks.command import exit_status, writable_json
 from benchmarks.data_task import SIDES, SIDES_ON_A_CORE, DataTask
-from benchmarks.measure import ACCEPTED_OTHERS, SidesDisagree, Times
+from benchmarks.measure import ACCEPTED_OTHERS, SidesDisagree, Times, cores_of_others, times_as_fast
 from benchmarks.report import machine, spread
 from benchmarks.worker import Worker
 from convert.command_line import Parser, at_least_one
@@ -79,14 +78,8 @@ def rates(task: DataTask, times: Times) -> list[float]:
 
 
 def ratios(sides: dict[str, Times], side: str) -> list[float]:
-    """How many times as fast as timm a side is, round by round: neighbours share the machine's mood."""
-    return [a / b for a, b in zip(sides["timm"].seconds, sides[side].seconds, strict=True)]
-
-
-def others(sides: dict[str, Times]) -> float | None:
-    """Cores that other programs kept busy: the median over all rounds. None where the system does not tell."""
-    known = [turn.others for times in sides.values() for turn in times.rounds if turn.others is not None]
-    return statistics.median(known) if known else None
+    """How many times as fast as timm a side is, round by round."""
+    return times_as_fast(sides[side], sides["timm"])
 
 
 def as_json(task: DataTask, sides: dict[str, Times]) -> dict[str, Any]:
@@ -96,7 +89,7 @@ def as_json(task: DataTask, sides: dict[str, Times]) -> dict[str, Any]:
         "machine": machine(),
         "software": _software(sides),
         "photographs": task.photographs,
-        "others_cores": others(sides),
+        "others_cores": cores_of_others(sides),
         "sides": {
             side: {
                 "images_per_s": spread(rates(task, times)),
@@ -127,7 +120,7 @@ def as_markdown(task: DataTask, sides: dict[str, Times]) -> str:
         if side in SIDES_ON_A_CORE:
             ratio = "{median:.2f} ({min:.2f}-{max:.2f})".format(**spread(ratios(sides, side)))
         lines.append(f"| {side} | {rate} | {ratio} |")
-    busy = others(sides)
+    busy = cores_of_others(sides)
     if busy is not None and busy > os.cpu_count() - 1 + ACCEPTED_OTHERS:  # each side needs a core for itself
         lines += ["", f"**Not valid as a comparison**: other programs kept {busy:.1f} cores busy meanwhile."]
     return "\n".join(lines)

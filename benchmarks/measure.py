@@ -3,8 +3,9 @@
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,23 @@ class Times:
         return statistics.median(self.seconds)
 
 
+def times_as_fast(side: Times, other: Times) -> list[float]:
+    """How many times as fast a side is as another, round by round: neighbours share the machine's mood."""
+    return [b / a for a, b in zip(side.seconds, other.seconds, strict=True)]
+
+
+def not_failed(sides: Mapping[str, Times]) -> dict[str, Times]:
+    """Those that did not fail."""
+    return {side: times for side, times in sides.items() if times.failure is None}
+
+
+def cores_of_others(sides: Mapping[str, Times]) -> float | None:
+    """Cores that other programs kept busy: the median over all rounds. None where the system does not tell."""
+    rounds = [turn for times in not_failed(sides).values() for turn in times.rounds]
+    known = [turn.others for turn in rounds if turn.others is not None]
+    return statistics.median(known) if known else None
+
+
 @dataclass(frozen=True)
 class Measured:
     """A task, measured on each side."""
@@ -51,7 +69,7 @@ class Measured:
     @property
     def timed(self) -> dict[str, Times]:
         """The sides that did not fail."""
-        return {side: times for side, times in self.sides.items() if times.failure is None}
+        return not_failed(self.sides)
 
     @property
     def best_timm(self) -> str | None:
@@ -63,8 +81,7 @@ class Measured:
     @property
     def others(self) -> float | None:
         """Cores that other programs kept busy: the median over all rounds. None where the system does not tell."""
-        known = [turn.others for times in self.timed.values() for turn in times.rounds if turn.others is not None]
-        return statistics.median(known) if known else None
+        return cores_of_others(self.sides)
 
     @property
     def disturbed(self) -> bool:
@@ -80,7 +97,7 @@ class Measured:
         """How many times as fast Flax is as another side, round by round: neighbours share the machine's mood."""
         if not {"flax", side} <= self.timed.keys():
             return None
-        return [b / a for a, b in zip(self.sides["flax"].seconds, self.sides[side].seconds, strict=True)]
+        return times_as_fast(self.sides["flax"], self.sides[side])
 
 
 def measure(
@@ -92,20 +109,48 @@ def measure(
     environment: dict[str, str],
     say: Callable[[str], None],
 ) -> Measured:
+    """Times the sides of a model or training step, see `take_turns`.
+
+    Raises:
+        SidesDisagree: before any round, the sides' logits or losses differ by more than the bound.
+    """
+    reference = next((side for side in ("timm", "timm-compile") if side in sides), sides[0])
+    measured = Measured(task, reference, {side: Times() for side in sides})
+    take_turns(
+        task,
+        measured.sides,
+        compare=lambda: _compare(measured),
+        rounds=rounds,
+        keep=keep,
+        environment=environment,
+        say=say,
+    )
+    return measured
+
+
+def take_turns(
+    task: Any,
+    sides: Mapping[str, Times],
+    *,
+    compare: Callable[[], None],
+    rounds: int,
+    keep: bool = True,
+    environment: dict[str, str],
+    say: Callable[[str], None],
+) -> None:
     """Times the sides in turn, A B C A B C …, never two at once.
 
     A side that fails is left out of the rest, and says why.
 
     Args:
+        task: what `Worker` takes.
+        sides: in the order of their turns, with nothing known yet: is filled in.
+        compare: is called when all sides are ready, before any round; it may raise, or note failures in `sides`.
         keep: let each side's process live through all rounds; otherwise a turn starts one anew, so that only one holds
             memory on the device at a time.
         environment: for the processes.
         say: is told about progress.
-
-    Raises:
-        SidesDisagree: before any round, the sides' logits or losses differ by more than the bound.
     """
-    measured = Measured(task, next((side for side in ("timm", "timm-compile") if side in sides), sides[0]), {})
     with contextlib.ExitStack() as processes:
         workers: dict[str, Worker] = {}
 
@@ -117,18 +162,16 @@ def measure(
                 workers[side] = processes.enter_context(Worker(side, task, environment))
             return workers[side]
 
-        for side in sides:
-            times = measured.sides[side] = Times()
+        for side, times in sides.items():
             with _noting_failure(times):
                 times.ready = worker(side).ready
             say(f"{side}: {times.failure or _readiness(times.ready)}")
-        _compare(measured)
+        compare()
         for number in range(1, rounds + 1):
-            for side, times in measured.timed.items():
+            for side, times in not_failed(sides).items():
                 with _noting_failure(times):
                     times.rounds.append(worker(side).round())
             say(f"round {number} of {rounds} done")
-    return measured
 
 
 def largest_batch(start: int, fits: Callable[[int], bool]) -> int | None:

@@ -120,10 +120,24 @@ def export_quantized(
             quantize_static(exported, new, calibration, target=how.target)
         else:
             quantize_dynamic(exported, new)
-        difference = _difference(_run_source(weights, compared), _run_quantized(new, compared, how), named)
+        difference = difference_of(_run_source(weights, compared), _run_quantized(new, compared, how), named)
         if not difference.passed:
             new.unlink()
     return Int8Export(path, difference, warning)
+
+
+def difference_of(
+    expected: Float32[np.ndarray, "images out"], got: Float32[np.ndarray, "images out"], named: str
+) -> Difference:
+    """How far the logits of an int8 model are from its source's, on images that `named` tells the user."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = got - expected
+        return Difference(
+            spread=float(np.sqrt(np.mean(error**2)) / expected.std()),
+            largest=float(np.abs(error).max() / np.abs(expected).max()),
+            agreement=float((got.argmax(axis=1) == expected.argmax(axis=1)).mean()),
+            images=named,
+        )
 
 
 def _images(weights: Weights, how: Quantization) -> tuple[Images, Images, str, str | None]:
@@ -164,14 +178,3 @@ def _run_quantized(path: Path, images: Images, how: Quantization) -> Float32[np.
 
 def _batches(images: Images) -> list[Images]:
     return [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
-
-
-def _difference(expected: np.ndarray, got: np.ndarray, named: str) -> Difference:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        error = got - expected
-        return Difference(
-            spread=float(np.sqrt(np.mean(error**2)) / expected.std()),
-            largest=float(np.abs(error).max() / np.abs(expected).max()),
-            agreement=float((got.argmax(axis=1) == expected.argmax(axis=1)).mean()),
-            images=named,
-        )

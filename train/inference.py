@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from convert import load_weights
 from convert.models import flax_model
+from convert.weights import Weights
 from crossvit_jax import CrossViT, CrossViTConfig
 from train.config import SettingsError
 from train.ptq import quantised
@@ -104,21 +105,13 @@ def load_classifier(
         quantize: int8 or int4 to round the linear layers' weights to, see `train.ptq`; none: as stored.
 
     Raises:
-        ConversionError: the source cannot be read or adapted.
-        SettingsError: the weights classify no colour images, or hold NaN or infinity; or jax finds no device; or qwix
-            is needed and not installed.
+        ConversionError, SettingsError: see `load_classifier_weights`; or jax finds no device; or qwix is needed and not
+            installed.
     """
     if quantize is not None:
         require_qwix("--quantize")
     changes = {"image_size": image_size, "crop_pct": crop_pct}
-    weights = load_weights(source, **{field: value for field, value in changes.items() if value is not None})
-    if weights.config.num_classes == 0:
-        raise SettingsError(f"{source} has no head: it gives features, not classes")
-    if weights.config.in_chans != 3:
-        raise SettingsError(f"{source} is for images with {weights.config.in_chans} channels, not for colour images")
-    non_finite = weights.non_finite()
-    if non_finite:
-        raise SettingsError(f"{source}: {non_finite}")
+    weights = load_classifier_weights(source, **{field: value for field, value in changes.items() if value is not None})
     try:
         mesh = make_mesh()
     except RuntimeError as error:  # jax found no usable device
@@ -131,3 +124,24 @@ def load_classifier(
         graphdef, state = nnx.split(quantised(nnx.merge(graphdef, params), quantize))
         params = nnx.to_pure_dict(state)
     return Classifier(weights.config, weights.class_names, weights.notes, precision, graphdef, params, mesh)
+
+
+def load_classifier_weights(source: str, **overrides: Any) -> Weights:
+    """The weights in a source, if they classify colour images.
+
+    Args:
+        source, overrides: see `convert.load_weights`.
+
+    Raises:
+        ConversionError: the source cannot be read or adapted.
+        SettingsError: the weights classify no colour images, or hold NaN or infinity.
+    """
+    weights = load_weights(source, **overrides)
+    if weights.config.num_classes == 0:
+        raise SettingsError(f"{source} has no head: it gives features, not classes")
+    if weights.config.in_chans != 3:
+        raise SettingsError(f"{source} is for images with {weights.config.in_chans} channels, not for colour images")
+    non_finite = weights.non_finite()
+    if non_finite:
+        raise SettingsError(f"{source}: {non_finite}")
+    return weights

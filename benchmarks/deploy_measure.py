@@ -1,0 +1,113 @@
+"""The shipped forms of a model in turn: compared with their weights in float32 first, then timed."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+
+from benchmarks.deploy_task import DeployTask, Form
+from benchmarks.measure import Times, not_failed, take_turns
+from convert.export import BOUNDS
+from convert.onnx_export import run_torch
+from convert.quantized_export import BOUND as INT8_BOUND
+from convert.quantized_export import difference_of
+from convert.weights import Weights
+
+BATCHES = (1, 8)
+_CHECKED_ONE_BY_ONE = 16  # images; all of them in the larger batches
+
+Logits = Float32[np.ndarray, "images classes"]
+
+
+@dataclass
+class Measured:
+    """All sides at one batch size."""
+
+    batch_size: int
+    sides: dict[str, Times]
+    distances: dict[str, "Distance"] = field(default_factory=dict)  # of those that gave logits
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far the logits of a form are from those of its weights in float32."""
+
+    value: float
+    kind: str  # of what: the largest difference of the largest logit; the root mean square of the logits' spread
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.value <= self.bound  # not so for NaN either
+
+    def __str__(self) -> str:
+        return f"{self.value:.1e} of the {self.kind}"
+
+
+def measure_forms(
+    forms: Mapping[str, Form],
+    weights: Mapping[bool, Weights],
+    images: Path,
+    count: int,
+    *,
+    rounds: int,
+    say: Callable[[str], None],
+) -> tuple[list[Measured], dict[str, Logits]]:
+    """Times all forms at each of `BATCHES`, once their logits are within the converters' bounds.
+
+    A form that fails, or whose logits are not within them, is left out of the rest; its `Times.failure` says why.
+
+    Args:
+        forms: by name; each is a side.
+        weights: by `Form.qat`.
+        images, count: see `DeployTask`.
+
+    Returns:
+        What was measured at each batch size, and the logits of all images by each form that gave any.
+    """
+
+    def task(batch_size: int) -> DeployTask:
+        checked = count if batch_size == max(BATCHES) else min(count, _CHECKED_ONE_BY_ONE)
+        return DeployTask(forms=dict(forms), images=str(images), checked=checked, batch_size=batch_size)
+
+    say(f"classifying {count} images with the weights in float32")
+    expected = {qat: _logits(these, task(max(BATCHES))) for qat, these in weights.items()}
+    measured = [Measured(batch_size, {name: Times() for name in forms}) for batch_size in BATCHES]
+    for at in reversed(measured):  # the larger batch first: there all images are classified
+        say(f"batch {at.batch_size}: each form classifies {task(at.batch_size).checked} images before it is timed")
+        take_turns(
+            task(at.batch_size),
+            at.sides,
+            compare=functools.partial(_compare, at, forms, expected),
+            rounds=rounds,
+            environment={"JAX_PLATFORMS": "cpu"},
+            say=say,
+        )
+    ready = {name: times.ready for name, times in measured[-1].sides.items() if times.ready is not None}
+    return measured, {name: known.check for name, known in ready.items()}
+
+
+def _compare(measured: Measured, forms: Mapping[str, Form], expected: Mapping[bool, Logits]) -> None:
+    """Fills in the distances, and failures where they are too large."""
+    for name, times in not_failed(measured.sides).items():
+        got = times.ready.check
+        distance = distance_of(forms[name], expected[forms[name].qat][: len(got)], got)
+        measured.distances[name] = distance
+        if not distance.passed:
+            times.failure = f"its logits are off by {distance}, the bound is {distance.bound:g}: not timed"
+
+
+def distance_of(form: Form, expected: Logits, got: Logits) -> Distance:
+    """By the measure and bound that the converters have for this dtype."""
+    difference = difference_of(expected, got, "the held-out images")
+    if form.dtype == "int8":
+        return Distance(difference.spread, "logits' spread", INT8_BOUND)
+    return Distance(difference.largest, "largest logit", BOUNDS[form.dtype])
+
+
+def _logits(weights: Weights, task: DeployTask) -> Logits:
+    run = run_torch(weights)
+    return np.concatenate([run(batch) for batch in task.batches()])[: task.checked]

@@ -1,0 +1,178 @@
+"""The shipped forms of models as Markdown for people and as JSON for everything else."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.deploy_forms import REFERENCE
+from benchmarks.deploy_measure import Measured
+from benchmarks.deploy_runs import Model
+from benchmarks.deploy_task import Form
+from benchmarks.measure import ACCEPTED_OTHERS, Times, cores_of_others, times_as_fast
+from benchmarks.report import machine, spread
+
+_FASTER = "times as fast as torch (min-max)"
+_HEADER = ["form", "MB", "batch 1: ms", _FASTER, "batch 8: images/s", _FASTER, "top-1, %", "points", "logits differ by"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployed:
+    """What is known of a model's forms."""
+
+    model: Model
+    forms: dict[str, Form]
+    measured: list[Measured]  # at batch 1, and at batch 8
+    right: dict[str, int]  # held-out images that a form classifies rightly
+    images: int  # held out, and read
+    unreadable: int
+    calibrated_on: int  # training images
+
+    def top1(self, form: str) -> float | None:
+        """In percent; None for a form that gave no logits."""
+        return 100 * self.right[form] / self.images if form in self.right else None
+
+    def points(self, form: str) -> float | None:
+        """How much higher its top-1 is than that of the float32 weights."""
+        known = form in self.right and REFERENCE in self.right
+        return 100 * (self.right[form] - self.right[REFERENCE]) / self.images if known else None
+
+    @property
+    def failures(self) -> list[str]:
+        """What went wrong, with the form's name and batch size."""
+        return [
+            f"{form} at batch {measured.batch_size}: {times.failure}"
+            for measured in self.measured
+            for form, times in measured.sides.items()
+            if times.failure is not None
+        ]
+
+    @property
+    def others(self) -> float | None:
+        """Cores that other programs kept busy, at the worse of the batch sizes."""
+        known = [cores_of_others(measured.sides) for measured in self.measured]
+        return max((cores for cores in known if cores is not None), default=None)
+
+
+def as_json(results: Sequence[Deployed]) -> dict[str, Any]:
+    """Everything measured, with every round, in plain types."""
+    return {
+        "benchmark": "deploy",
+        "machine": machine(),
+        "software": _software(results),
+        "results": [
+            {
+                "run": result.model.run.source,
+                "qat_run": result.model.qat and result.model.qat.source,
+                "variant": result.model.config.name,
+                "image_size": result.model.config.image_size,
+                "classes": result.model.config.num_classes,
+                "dataset": result.model.run.settings.dataset,
+                "held_out_split": result.model.sets.held_out_split,
+                "held_out_images": len(result.model.sets.held_out),
+                "images": result.images,
+                "unreadable_images": result.unreadable,
+                "calibration_images": result.calibrated_on,
+                "others_cores": result.others,
+                "compared_with": REFERENCE,
+                "forms": {
+                    name: {
+                        "runs_in": form.runs_in,
+                        "dtype": form.dtype,
+                        "qat": form.qat,
+                        "bytes": form.size,
+                        "top1": result.top1(name),
+                        "points_from_float32": result.points(name),
+                        "batches": {str(m.batch_size): _side(m, name) for m in result.measured},
+                    }
+                    for name, form in result.forms.items()
+                },
+            }
+            for result in results
+        ],
+    }
+
+
+def as_markdown(results: Sequence[Deployed]) -> str:
+    """For each model, a line on what was measured and a table with a row per form; at the end a line on the machine."""
+    lines = []
+    for result in results:
+        model, split = result.model, result.model.sets.held_out_split
+        images = f"{result.images} of {len(model.sets.held_out)} held-out images ({split})"
+        unreadable = f", {result.unreadable} more could not be read" if result.unreadable else ""
+        lines += [
+            f"CrossViT {model.config.name} at {' x '.join(map(str, model.config.image_size))} pixels, "
+            f"{model.run.source}; top-1 on {images}{unreadable}; static int8 calibrated on {result.calibrated_on} "
+            "training images",
+            "",
+            _row(_HEADER),
+            _row("---" for _ in _HEADER),
+            *(_row(_cells(result, name)) for name in result.forms),
+            "",
+            *(f"{failure}\n" for failure in result.failures),
+        ]
+        if result.others is not None and result.others > ACCEPTED_OTHERS:
+            lines += [f"**Times not valid**: other programs kept {result.others:.1f} cores busy meanwhile.", ""]
+    about, software = machine(), _software(results)
+    versions = ", ".join(f"{name} {version}" for name, version in software.items())
+    lines.append(
+        "Points: how far top-1 is above that of float32. Logits: the largest difference, for int8 the root mean square "
+        f"one. {about['cpu']}, {about['usable_cores']} of {about['cores']} cores; {versions}"
+    )
+    return "\n".join(lines)
+
+
+def _cells(result: Deployed, name: str) -> list[str]:
+    form = result.forms[name]
+    cells = [name, f"{form.size / 1e6:.1f}{' in memory' if form.runs_in == 'qwix' else ''}"]
+    for measured in result.measured:
+        times = measured.sides[name]
+        if times.failure is not None:
+            cells += ["failed", ""]
+            continue
+        per_image = times.median / measured.batch_size
+        cells.append(f"{1000 * times.median:.2f}" if measured.batch_size == 1 else f"{1 / per_image:.1f}")
+        ratios = None if name == REFERENCE else _ratios(measured, name)
+        cells.append("{median:.2f} ({min:.2f}-{max:.2f})".format(**spread(ratios)) if ratios else "")
+    top1, points = result.top1(name), result.points(name)
+    cells.append("" if top1 is None else f"{top1:.2f}")
+    cells.append("" if points is None or name == REFERENCE else f"{points:+.2f}")
+    distances = [measured.distances[name] for measured in result.measured if name in measured.distances]
+    far = max(distances, key=lambda distance: distance.value, default=None)
+    return [*cells, str(far or "")]
+
+
+def _side(measured: Measured, name: str) -> dict[str, Any]:
+    times = measured.sides[name]
+    known: dict[str, Any] = {"failure": times.failure}
+    if name in measured.distances:
+        distance = measured.distances[name]
+        known |= {"difference": distance.value, "difference_of": distance.kind, "bound": distance.bound}
+    if times.ready:
+        ready = times.ready
+        known |= {"load_s": ready.load_s, "first_result_s": ready.first_s, "calls_per_round": ready.calls}
+        known |= {"rounds_s_per_call": times.seconds, "others_cores": [turn.others for turn in times.rounds]}
+    if times.failure is None:
+        known |= {f"{key}_s_per_call": value for key, value in spread(times.seconds).items()}
+        known["images_per_s"] = measured.batch_size / times.median
+        ratios = _ratios(measured, name)
+        known["times_as_fast_as_torch"] = spread(ratios) if ratios else None
+    return known
+
+
+def _ratios(measured: Measured, name: str) -> list[float] | None:
+    reference: Times = measured.sides[REFERENCE]
+    return times_as_fast(measured.sides[name], reference) if reference.failure is None else None
+
+
+def _software(results: Sequence[Deployed]) -> dict[str, str]:
+    """Versions and threads, as the sides told them."""
+    facts: dict[str, str] = {}
+    for result in results:
+        for measured in result.measured:
+            for times in measured.sides.values():
+                facts |= times.ready.facts if times.ready else {}
+    return facts
+
+
+def _row(cells) -> str:
+    return f"| {' | '.join(cells)} |"

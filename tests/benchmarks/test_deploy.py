@@ -1,0 +1,328 @@
+"""The benchmark of shipped forms: what it refuses, which images it takes, what it compares, and a whole small run."""
+
+import dataclasses
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import measure
+from benchmarks.deploy import main
+from benchmarks.deploy_forms import REFERENCE
+from benchmarks.deploy_measure import BATCHES, measure_forms
+from benchmarks.deploy_report import Deployed, as_json, as_markdown
+from benchmarks.deploy_runs import Run, evenly, open_model, open_run, pair
+from benchmarks.deploy_task import DeployTask, Form
+from benchmarks.worker import Ready, Round, SideFailed
+from convert import load_weights, save
+from tests.train.small_weights import save_small
+from train.config import SettingsError, TrainConfig
+from train.evaluate import main as evaluate
+from train.run_folder import write_config
+
+_CLASSES = "abc"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A data set of three classes: 12 training images and 9 held-out ones; their blue tells them apart."""
+    rng = np.random.default_rng(0)
+    for split, count, blue in (("train", 4, 40), ("val", 3, 200)):
+        for name in _CLASSES:
+            folder = tmp_path / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
+                pixels = np.array(coarse.resize((48, 48), Image.Resampling.BICUBIC))
+                pixels[..., 2] = blue
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    return f"folder:{tmp_path / 'pictures'}"
+
+
+@pytest.fixture
+def weights(tmp_path):
+    return save_small(tmp_path / "small.safetensors", _CLASSES)
+
+
+def _run_folder(folder, weights, **settings):
+    folder.mkdir()
+    (folder / "weights.safetensors").write_bytes(weights.read_bytes())
+    write_config(folder, {"train": dataclasses.asdict(TrainConfig(init="x", **settings))})
+    return str(folder)
+
+
+class _HereWorker:
+    """A side in this process: loads and checks as a worker does, and times nothing."""
+
+    def __init__(self, side, task, environment):
+        self.side, self.task = side, task
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    @property
+    def ready(self):
+        program = self.task.load(self.side)
+        program.run(1)
+        return Ready(program.check(), program.facts, 1, 0.0, 0.0, 0.0)
+
+    def round(self):
+        return Round(0.5 if self.side == REFERENCE else 0.25, 0.0)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(measure, "Worker", _HereWorker)
+
+
+def _refusal(capsys, *args):
+    """The one line of a refusal."""
+    try:
+        status = main([str(arg) for arg in args])
+    except SystemExit as stopped:
+        status = stopped.code
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert out == ""
+    assert err.startswith("python -m benchmarks.deploy: error: ") and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("", "--runs"),
+        ("--runs x --repeats 0", "--repeats"),
+        ("--runs x --device gpu", "--device"),
+        ("--runs x --json /no/such/folder/x.json", "existing folder"),
+        ("--runs /no/such/run", "name what it was trained on with --dataset"),
+        ("--runs /no/such/run --dataset digits", "does not exist"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_status_2(flags, says, capsys):
+    assert says in _refusal(capsys, *flags.split())
+
+
+def test_without_the_packages_the_extra_is_named(monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "onnxruntime" else found(name, *rest)
+    )
+    assert "need onnxruntime: pip install 'crossvit-jax[onnx]'" in _refusal(capsys, "--runs", "x")
+
+
+def test_a_run_knows_its_data_set_and_other_weights_are_told_it(tmp_path, weights):
+    run = open_run(_run_folder(tmp_path / "run", weights, dataset="folder:x"), dataset=None, data_dir=None)
+    assert run.settings.dataset == "folder:x" and not run.is_qat
+    assert open_run(str(weights), dataset="folder:y", data_dir="z").settings == TrainConfig(
+        dataset="folder:y", data_dir="z"
+    )
+
+
+def test_a_qat_run_for_other_integers_is_refused(tmp_path, weights, capsys):
+    run = _run_folder(tmp_path / "run", weights, qat="int4")
+    assert "was trained with --qat int4" in _refusal(capsys, "--runs", run)
+
+
+def test_classes_of_another_data_set_are_refused(tmp_path, pictures, capsys):
+    weights = save_small(tmp_path / "other.safetensors", "abcd")
+    assert "3 classes, the weights have 4" in _refusal(capsys, "--runs", weights, "--dataset", pictures)
+
+
+def _run(source, weights, **settings):
+    return Run(source, TrainConfig(init="x", **settings), load_weights(weights))
+
+
+def test_a_qat_run_joins_the_last_run_of_its_model_and_data_set(weights):
+    a, b = _run("a", weights), _run("b", weights)
+    other = _run("other", weights, dataset="folder:x")
+    a8, b8 = _run("a8", weights, qat="int8"), _run("b8", weights, qat="int8")
+    assert pair([a, a8, b, other, b8]) == [(a, a8), (b, b8), (other, None)]
+    with pytest.raises(SettingsError, match="a8 was trained with --qat: name a run without it before"):
+        pair([other, a8])
+    with pytest.raises(SettingsError, match="b8 is a second run with --qat for a"):
+        pair([a, a8, b8])
+
+
+def test_fewer_images_are_taken_at_even_steps():
+    assert evenly(range(12), 4) == [0, 3, 6, 9]
+    assert evenly(range(3), 4) == [0, 1, 2]
+
+
+def test_a_batch_is_filled_up_and_only_checked_images_are_in_it(tmp_path):
+    images = np.arange(5, dtype=np.float32).reshape(5, 1, 1, 1)
+    np.save(tmp_path / "images.npy", images)
+    task = DeployTask(forms={}, images=str(tmp_path / "images.npy"), checked=3, batch_size=2)
+    assert [batch.ravel().tolist() for batch in task.batches()] == [[0, 1], [2, 2]]
+
+
+# --- what is compared ---
+
+
+_FORMS = {
+    REFERENCE: Form(runs_in="torch", file="", size=4_000_000, dtype="float32"),
+    "half": Form(runs_in="onnxruntime", file="", size=2_000_000, dtype="float16"),
+    "int8": Form(runs_in="onnxruntime", file="", size=1_000_000, dtype="int8"),
+    "int8 of qat": Form(runs_in="qwix", file="", size=1_000_000, dtype="int8", qat=True),
+}
+
+
+@pytest.fixture
+def scripted(monkeypatch, tmp_path):
+    """Measures `_FORMS` with sides that answer as told: added to the logits that are expected, or a failure."""
+    rng = np.random.default_rng(0)
+    expected = {False: rng.normal(size=(20, 3)).astype(np.float32), True: rng.normal(size=(20, 3)).astype(np.float32)}
+    monkeypatch.setattr("benchmarks.deploy_measure._logits", lambda weights, task: expected[weights])
+
+    def measured(**answers):
+        class Scripted(_HereWorker):
+            @property
+            def ready(self):
+                answer = answers.get(self.side.replace(" ", "_"), 0.0)
+                if isinstance(answer, SideFailed):
+                    raise answer
+                logits = expected[self.task.forms[self.side].qat][: self.task.checked]
+                return Ready(logits + np.float32(answer), {"torch": "2"}, 1, 0.0, 0.0, 0.0)
+
+        monkeypatch.setattr(measure, "Worker", Scripted)
+        weights = {False: False, True: True}
+        return measure_forms(_FORMS, weights, tmp_path / "x.npy", 20, rounds=2, say=lambda _: None)
+
+    return measured
+
+
+def test_each_form_is_compared_with_its_own_weights_and_timed_at_both_batch_sizes(scripted):
+    measured, logits = scripted()
+    assert [at.batch_size for at in measured] == list(BATCHES)
+    assert all(len(at.sides[name].rounds) == 2 for at in measured for name in _FORMS)
+    assert {name: len(answers) for name, answers in logits.items()} == dict.fromkeys(_FORMS, 20)
+
+
+@pytest.mark.parametrize(
+    ("answers", "off"),
+    [({"half": 0.2}, "half"), ({"int8": 0.2}, "int8"), ({"int8_of_qat": np.nan}, "int8 of qat")],
+)
+def test_a_form_beyond_its_bound_is_not_timed_and_the_others_are(scripted, answers, off):
+    measured, _ = scripted(**answers)
+    for at in measured:
+        assert "not timed" in at.sides[off].failure
+        assert {name: len(times.rounds) for name, times in at.sides.items()} == {
+            name: 0 if name == off else 2 for name in _FORMS
+        }
+
+
+def _deployed(scripted, weights, pictures, right, **answers):
+    measured, _ = scripted(**answers)
+    run = _run("runs/x", weights, dataset=pictures)
+    return Deployed(
+        model=open_model(run, None),
+        forms=_FORMS,
+        measured=measured,
+        right=right,
+        images=20,
+        unreadable=1,
+        calibrated_on=12,
+    )
+
+
+def test_the_table_has_size_ratios_and_points(scripted, weights, pictures):
+    result = _deployed(scripted, weights, pictures, {REFERENCE: 16, "half": 17, "int8": 14}, int8=0.05)
+    rows = {cells[1]: cells[2:-1] for cells in _cells(as_markdown([result]))}
+    assert rows[REFERENCE] == ["4.0", "500.00", "", "16.0", "", "80.00", "", "0.0e+00 of the largest logit"]
+    assert rows["half"][:7] == ["2.0", "250.00", "2.00 (2.00-2.00)", "32.0", "2.00 (2.00-2.00)", "85.00", "+5.00"]
+    assert rows["int8"][6] == "-10.00" and rows["int8"][7].endswith("of the logits' spread")
+    assert rows["int8 of qat"][0] == "1.0 in memory"
+    told = json.loads(json.dumps(as_json([result])))["results"][0]
+    assert told["forms"]["half"]["batches"]["8"]["times_as_fast_as_torch"] == {"median": 2, "min": 2, "max": 2}
+    assert (told["held_out_images"], told["images"], told["unreadable_images"]) == (9, 20, 1)
+
+
+def test_a_failure_is_a_row_and_told_below(scripted, weights, pictures):
+    result = _deployed(scripted, weights, pictures, {REFERENCE: 16}, half=SideFailed("no such | operator"))
+    rows = {cells[1]: cells[2:-1] for cells in _cells(as_markdown([result]))}
+    assert rows["half"] == ["2.0", "failed", "", "failed", "", "", "", ""]
+    assert "half at batch 8: no such | operator" in as_markdown([result])
+    assert len(result.failures) == 2
+
+
+def _cells(table):
+    return [[cell.strip() for cell in line.split("|")] for line in table.splitlines() if line.startswith("| ")]
+
+
+# --- whole runs ---
+
+
+@pytest.mark.slow
+def test_a_small_run_of_a_model_and_its_qat_run(tmp_path, pictures, weights, here, capsys, monkeypatch):
+    for package in ("onnx", "onnxruntime", "onnxscript", "qwix"):
+        pytest.importorskip(package)
+    calibration = []
+    from benchmarks import deploy_forms
+
+    quantize_static = deploy_forms.quantize_static
+    monkeypatch.setattr(
+        deploy_forms, "quantize_static", lambda *args: (calibration.append(args[2]), quantize_static(*args))
+    )
+    run = _run_folder(tmp_path / "run", weights, dataset=pictures)
+    qat = _run_folder(tmp_path / "qat", weights, dataset=pictures, qat="int8")
+    assert main(["--runs", run, qat, "--repeats", "1", "--json", str(tmp_path / "deploy.json")]) == 0, (
+        capsys.readouterr().out
+    )
+    written = json.loads((tmp_path / "deploy.json").read_text())
+    (result,) = written["results"]
+    assert written["machine"]["cpu"] and {"torch", "onnxruntime", "jax", "qwix"} <= written["software"].keys()
+    assert (result["run"], result["qat_run"]) == (run, qat)
+    assert (result["images"], result["calibration_images"]) == (9, 12)
+
+    # blue tells the training images from those held out
+    blue = (np.array([40, 200], np.float32) / 255 - 0.406) / 0.225
+    assert len(calibration) == 2
+    for images in calibration:
+        np.testing.assert_allclose(images[:, 2], np.full_like(images[:, 2], blue[0]), rtol=1e-5)
+
+    assert evaluate([f"--weights={run}", f"--dataset={pictures}", f"--output={tmp_path / 'evaluation'}"]) == 0
+    expected = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["top1"]
+    forms = result["forms"]
+    assert len(forms) == 9 and forms[REFERENCE]["top1"] == pytest.approx(expected)
+    assert forms["ONNX float32"]["top1"] == forms["StableHLO float32"]["top1"] == forms[REFERENCE]["top1"]
+    sizes = {name: form["bytes"] for name, form in forms.items()}
+    assert sizes["ONNX float16"] < sizes["ONNX float32"]
+    assert sizes["QAT int8, qwix in JAX"] < sizes[REFERENCE]
+    for form in forms.values():
+        for batch in form["batches"].values():
+            assert batch["failure"] is None and 0 <= batch["difference"] <= batch["bound"]
+    out = capsys.readouterr().out
+    assert f"{run}; top-1 on 9 of 9 held-out images (val)" in out and len(_cells(out)) == 2 + 9
+
+
+def test_unreadable_images_are_named_and_not_counted(tmp_path, pictures, weights, here, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "benchmarks.deploy_forms.float_forms", lambda weights, folder, *_: {REFERENCE: _saved(weights, folder)}
+    )
+    broken = tmp_path / "pictures" / "val" / "b" / "1.png"
+    broken.write_bytes(b"broken")
+    file = tmp_path / "deploy.json"
+    assert main(["--runs", str(weights), "--dataset", pictures, "--repeats", "1", "--json", str(file)]) == 0
+    assert str(broken) in capsys.readouterr().err
+    (result,) = json.loads(file.read_text())["results"]
+    assert (result["images"], result["unreadable_images"]) == (8, 1)
+
+
+def _saved(weights, folder):
+    file = save(weights.tensors, weights.config, folder / "float32.safetensors")
+    return Form(runs_in="torch", file=str(file), size=1, dtype="float32")
+
+
+@pytest.mark.slow
+def test_sides_in_processes_of_their_own(tmp_path, pictures, weights):
+    file = tmp_path / "deploy.json"
+    flags = ["--runs", str(weights), "--dataset", pictures, "--images", "5", "--repeats", "1", "--json", str(file)]
+    assert main(flags) == 0
+    (result,) = json.loads(file.read_text())["results"]
+    assert result["images"] == 5
+    assert all(b["images_per_s"] > 0 for form in result["forms"].values() for b in form["batches"].values())
