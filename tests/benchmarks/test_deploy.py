@@ -17,6 +17,7 @@ from benchmarks.deploy_runs import Run, evenly, open_model, open_run, pair
 from benchmarks.deploy_task import DeployTask, Form
 from benchmarks.worker import Ready, Round, SideFailed
 from convert import load_weights, save
+from convert.stablehlo import stablehlo_program
 from tests.train.small_weights import save_small
 from train.config import SettingsError, TrainConfig
 from train.evaluate import main as evaluate
@@ -319,7 +320,14 @@ def _saved(weights, folder):
 
 
 @pytest.mark.slow
-def test_sides_in_processes_of_their_own(tmp_path, pictures, weights):
+def test_sides_in_processes_of_their_own(tmp_path, pictures, weights, monkeypatch):
+    def forms(weights, folder, *_):
+        program = folder / "float32.stablehlo"
+        program.write_bytes(stablehlo_program(weights))
+        stablehlo = Form(runs_in="stablehlo", file=str(program), size=1, dtype="float32")
+        return {REFERENCE: _saved(weights, folder), "StableHLO float32": stablehlo}
+
+    monkeypatch.setattr("benchmarks.deploy_forms.float_forms", forms)
     file = tmp_path / "deploy.json"
     flags = ["--runs", str(weights), "--dataset", pictures, "--images", "5", "--repeats", "1", "--json", str(file)]
     assert main(flags) == 0
