@@ -16,8 +16,8 @@ def keep_freed_memory() -> bool:
     XLA asks for the whole temporary memory of a program at every call, as one block: half a gigabyte for a training
     step of Ti at batch 8. By default malloc takes a block this large from the system and gives it back afterwards, and
     each of its 4 KB pages is cleared again when it is first touched: a fifth of the step's CPU time
-    (benchmarks/NOTES.md). The same without Python: MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=9999999999.
-    A setting by one of these variables is left alone.
+    (benchmarks/NOTES.md). The same from outside: MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0
+    MALLOC_TRIM_THRESHOLD_=9999999999. A setting by one of these variables is left alone.
 
     Returns:
         Whether anything was changed: not for accelerators, whose memory is not malloc's, nor without glibc.
