@@ -71,19 +71,13 @@ def run_torch(weights: Weights) -> Run:
 
 
 def run_onnx(path: Path) -> Run:
-    """The graph in a file, as a function from images (batch, height, width, channels) to outputs (batch, out).
-
-    A graph with preprocessing takes pictures in their place, see `onnx_preprocess`.
-    """
+    """The graph in a file, as a function from images (batch, height, width, channels) to outputs (batch, out)."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
-    (takes,) = session.get_inputs()
-
     def run(images):
-        given = images.transpose(0, 3, 1, 2) if takes.name == "images" else images
-        (outputs,) = session.run(None, {takes.name: np.ascontiguousarray(given)})
+        (outputs,) = session.run(None, {"images": np.ascontiguousarray(images.transpose(0, 3, 1, 2))})
         return outputs
 
     return run
@@ -126,7 +120,6 @@ def _description(weights: Weights, dtype: str) -> dict[str, str]:
     description = {
         "variant": config.name,
         "class_names": json.dumps(weights.class_names),
-        "input": "normalised float32 images (batch, channels, height, width) of image_size",
         "image_size": json.dumps(config.image_size),
         "crop_pct": json.dumps(config.crop_pct),
         "dtype": dtype,
