@@ -67,6 +67,11 @@ def _parser() -> Parser:
         "--calibration-images", type=at_least_one, metavar="N", help="how many of them at most; default: 128"
     )
     parser.add_argument("--target", choices=("cpu", "tensorrt"), help="what reads the static file; default: cpu")
+    parser.add_argument(
+        "--preprocess",
+        action="store_true",
+        help=".onnx takes uint8 pictures of any size: resize and crop are in it",
+    )
     parser.add_argument("--verify", action="store_true", help="run both twins on what was written and compare")
     parser.add_argument("--overwrite", action="store_true", help="replace DESTINATION if it exists")
     return parser
@@ -82,6 +87,8 @@ def _convert(args: argparse.Namespace) -> int:
         return _quantize(args, how)
     if args.destination.endswith(EXPORTED):
         return _export(args)
+    if args.preprocess:
+        raise ConversionError("--preprocess is for .onnx files")
     check_destination(args.destination, overwrite=args.overwrite)
     weights = _load(args)
     stored = ", ".join(weights.dtypes)
@@ -100,10 +107,11 @@ def _export(args: argparse.Namespace) -> int:
     if args.verify:
         raise ConversionError("--verify is for weights; an exported file is always run against its source")
     dtype = args.dtype or "float32"
-    check_export(args.destination, dtype, overwrite=args.overwrite)
+    check_export(args.destination, dtype, preprocess=args.preprocess, overwrite=args.overwrite)
     weights = _load(args)
     _report(weights.astype(DTYPES[dtype]), ", ".join(weights.dtypes))
-    return _compared(*export(weights, args.destination, dtype=dtype, overwrite=args.overwrite))
+    how = {"dtype": dtype, "preprocess": args.preprocess, "overwrite": args.overwrite}
+    return _compared(*export(weights, args.destination, **how))
 
 
 def _quantization(args: argparse.Namespace) -> "Quantization | None":
@@ -122,7 +130,7 @@ def _quantization(args: argparse.Namespace) -> "Quantization | None":
 
     chosen = {"target": args.target, "images": args.calibration_images}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    return Quantization(kind=args.quantize, calibrate=args.calibrate, **chosen)
+    return Quantization(kind=args.quantize, calibrate=args.calibrate, preprocess=args.preprocess, **chosen)
 
 
 def _quantize(args: argparse.Namespace, how: "Quantization") -> int:

@@ -1,6 +1,5 @@
 """Real images for the ranges of static quantisation: from a folder, or the digits that scikit-learn carries."""
 
-import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32
 from PIL import Image, UnidentifiedImageError
 
-from convert.check_export import MEAN, STD
+from convert.check_export import evaluation_image
 from convert.errors import ConversionError, one_line
 from crossvit_jax.config import CrossViTConfig
 
@@ -65,7 +64,7 @@ def calibration_images(
     else:
         chosen = [paths[index * len(paths) // count] for index in range(count)] if len(paths) > count else paths
         pictures = map(_read, chosen)
-    return np.stack([_prepare(picture, config) for picture in pictures])
+    return np.stack([evaluation_image(picture, config) for picture in pictures])
 
 
 def shortage(found: int, asked: int) -> str | None:
@@ -116,18 +115,3 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if values.min() < 0 or values.max() > 0xFFFF:
         raise ValueError("32-bit pixels have no known range")
     return Image.fromarray((values >> 8).astype(np.uint8))
-
-
-def _prepare(image: Image.Image, config: CrossViTConfig) -> Float32[np.ndarray, "channels height width"]:
-    """timm's evaluation transform: the shorter side resized to size / crop_pct, bicubic, and the centre cut out."""
-    height, width = config.image_size
-    goal_height, goal_width = (math.floor(side / config.crop_pct) for side in (height, width))
-    if goal_height == goal_width:
-        size = tuple(side * goal_width // min(image.size) for side in image.size)
-    else:  # here timm rounds to the nearest
-        ratio = min(image.height / goal_height, image.width / goal_width)
-        size = tuple(round(side / ratio) for side in image.size)
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / 255
-    return np.ascontiguousarray(((pixels - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1))

@@ -1,18 +1,26 @@
 """Whether an exported graph computes what its source does, on photographs."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Num
 
 from convert.errors import ConversionError
 from crossvit_jax.config import CrossViTConfig
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's: what every published CrossViT was trained with
 
-# batches of images (batch, height, width, channels) to outputs (batch, out)
-Run = Callable[[Float32[np.ndarray, "batch height width channels"]], Float[np.ndarray, "batch out"]]
+# batches of images or pictures (batch, height, width, channels) to outputs (batch, out)
+Run = Callable[[Num[np.ndarray, "batch height width channels"]], Float[np.ndarray, "batch out"]]
+
+# what a graph is given, and the images that its source sees in place of that
+Batch = tuple[Num[np.ndarray, "batch rows columns channels"], Float32[np.ndarray, "batch height width channels"]]
 
 _BATCHES = (1, 15)  # sizes: a graph that fixed its batch dimension fails at one of them
 
@@ -38,21 +46,44 @@ class Comparison:
         )
 
 
-def compare(exported: Run, source: Run, config: CrossViTConfig, bound: float) -> Comparison:
-    """Runs both on the same photographs, in batches of two sizes.
+def compare(exported: Run, source: Run, batches: Sequence[Batch], bound: float) -> Comparison:
+    """Runs both on the same photographs, batch by batch.
 
     Raises:
         ConversionError: the outputs have other shapes than the source's.
     """
-    images = photographs(config, sum(_BATCHES))
-    expected = source(images)
-    got = np.concatenate([exported(batch) for batch in np.split(images, np.cumsum(_BATCHES)[:-1])])
+    got = np.concatenate([exported(given) for given, _ in batches])
+    expected = np.concatenate([source(seen) for _, seen in batches])
     if got.shape != expected.shape:
         raise ConversionError(f"the exported graph returns {got.shape}, and its source {expected.shape}")
     with np.errstate(invalid="ignore"):
         difference = float(np.abs(got - expected).max() / np.abs(expected).max())
     agreement = float((got.argmax(axis=1) == expected.argmax(axis=1)).mean())
-    return Comparison(difference, agreement, len(images), bound)
+    return Comparison(difference, agreement, len(expected), bound)
+
+
+def image_batches(config: CrossViTConfig) -> list[Batch]:
+    """Photographs for a graph of normalised images, in batches of two sizes."""
+    return [(part, part) for part in np.split(photographs(config, sum(_BATCHES)), np.cumsum(_BATCHES)[:-1])]
+
+
+def picture_batches(config: CrossViTConfig) -> list[Batch]:
+    """Photographs for a graph with preprocessing: pictures of several sizes, each with what evaluation makes of it.
+
+    There are small ones that are enlarged, upright ones, and batches of 1, 2 and 13.
+    """
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    landscapes = np.stack(load_sample_images().images)
+    rng = np.random.default_rng(0)
+    corners = zip(rng.integers(427 - 90, size=13), rng.integers(640 - 71, size=13), strict=True)
+    small = np.stack([landscapes[i % 2, top : top + 90, left : left + 71] for i, (top, left) in enumerate(corners)])
+    upright = np.ascontiguousarray(landscapes[:1].swapaxes(1, 2))
+    return [
+        (pictures, np.stack([evaluation_image(Image.fromarray(one), config).transpose(1, 2, 0) for one in pictures]))
+        for pictures in (upright, landscapes, small)
+    ]
 
 
 def photographs(config: CrossViTConfig, count: int) -> Float32[np.ndarray, "count height width channels"]:
@@ -77,3 +108,20 @@ def photographs(config: CrossViTConfig, count: int) -> Float32[np.ndarray, "coun
     normalised = (np.stack(pictures) / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
     # a model of other than three channels sees them in turn
     return normalised[..., np.arange(config.in_chans) % 3]
+
+
+def evaluation_image(image: "Image.Image", config: CrossViTConfig) -> Float32[np.ndarray, "channels height width"]:
+    """timm's evaluation transform: the shorter side resized to size / crop_pct, bicubic; centre cut out; normalised."""
+    from PIL.Image import Resampling
+
+    height, width = config.image_size
+    goal_height, goal_width = (math.floor(side / config.crop_pct) for side in (height, width))
+    if goal_height == goal_width:
+        size = tuple(side * goal_width // min(image.size) for side in image.size)
+    else:  # here timm rounds to the nearest
+        ratio = min(image.height / goal_height, image.width / goal_width)
+        size = tuple(round(side / ratio) for side in image.size)
+    image = image.resize(size, Resampling.BICUBIC)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / 255
+    return np.ascontiguousarray(((pixels - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1))

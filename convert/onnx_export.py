@@ -71,13 +71,19 @@ def run_torch(weights: Weights) -> Run:
 
 
 def run_onnx(path: Path) -> Run:
-    """The graph in a file, as a function from images (batch, height, width, channels) to outputs (batch, out)."""
+    """The graph in a file, as a function from images (batch, height, width, channels) to outputs (batch, out).
+
+    A graph with preprocessing takes pictures in their place, see `onnx_preprocess`.
+    """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
+    (takes,) = session.get_inputs()
+
     def run(images):
-        (outputs,) = session.run(None, {"images": np.ascontiguousarray(images.transpose(0, 3, 1, 2))})
+        given = images.transpose(0, 3, 1, 2) if takes.name == "images" else images
+        (outputs,) = session.run(None, {takes.name: np.ascontiguousarray(given)})
         return outputs
 
     return run
@@ -120,6 +126,7 @@ def _description(weights: Weights, dtype: str) -> dict[str, str]:
     description = {
         "variant": config.name,
         "class_names": json.dumps(weights.class_names),
+        "input": "normalised float32 images (batch, channels, height, width) of image_size",
         "image_size": json.dumps(config.image_size),
         "crop_pct": json.dumps(config.crop_pct),
         "dtype": dtype,

@@ -8,12 +8,13 @@ import numpy as np
 from jaxtyping import Float32
 
 from convert.calibration import calibration_images, find_images, shortage
-from convert.check_export import photographs
+from convert.check_export import compare, photographs, picture_batches
 from convert.destinations import replacing, require_space, write_bytes
 from convert.errors import ConversionError
-from convert.export import check_export
+from convert.export import BOUNDS, check_export
 from convert.onnx_quantize import quantize_dynamic, quantize_static
 from convert.weights import Weights
+from crossvit_jax.config import CrossViTConfig
 
 BOUND = 0.12  # of the root mean square difference, relative to the spread of the source's logits
 
@@ -31,12 +32,15 @@ class Quantization:
     target: Literal["cpu", "tensorrt"] = "cpu"  # of static
     calibrate: str | None = None  # of static: `digits`, or a folder of images
     images: int = 128  # to calibrate with
+    preprocess: bool = False  # the file takes pictures of any size, see `onnx_preprocess.with_preprocessing`
 
     def __post_init__(self):
         if (self.kind == "static") != (self.calibrate is not None):
             raise ConversionError("calibration images are for static quantisation, which needs them")
         if self.kind == "dynamic" and self.target == "tensorrt":
             raise ConversionError("TensorRT reads static quantisation only")
+        if self.preprocess and self.target == "tensorrt":
+            raise ConversionError("--preprocess computes in float64, which TensorRT does not have")
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,17 @@ def export_quantized(
         weights: in float32.
 
     Raises:
-        ConversionError: see `check_quantization` and `check_weights`; an image cannot be read; the disk is
-            full, or writing fails otherwise.
+        ConversionError: see `check_quantization`, `check_weights` and `onnx_preprocess.check_pictures`; an image cannot
+            be read; the disk is full, or writing fails otherwise.
     """
     from convert.onnx_export import onnx_graph
 
     path = check_quantization(how, destination, overwrite=overwrite)
     check_weights(weights)
+    if how.preprocess:
+        from convert.onnx_preprocess import check_pictures
+
+        check_pictures(weights.config)
     calibration, compared, named, warning = _images(weights, how)
     require_space(weights, path)
     with replacing(path) as new:
@@ -123,6 +131,8 @@ def export_quantized(
         difference = difference_of(_run_source(weights, compared), _run_quantized(new, compared, how), named)
         if not difference.passed:
             new.unlink()
+        elif how.preprocess:
+            _add_preprocessing(new, weights.config)
     return Int8Export(path, difference, warning)
 
 
@@ -138,6 +148,24 @@ def difference_of(
             agreement=float((got.argmax(axis=1) == expected.argmax(axis=1)).mean()),
             images=named,
         )
+
+
+def _add_preprocessing(path: Path, config: CrossViTConfig) -> None:
+    """Puts the preprocessing before the model in a file.
+
+    Raises:
+        ConversionError: with pictures of several sizes it computes something else than without, given their images.
+    """
+    import onnx
+
+    from convert.onnx_export import run_onnx
+    from convert.onnx_preprocess import with_preprocessing
+
+    without = run_onnx(path)
+    write_bytes(path, with_preprocessing(onnx.load(path), config).SerializeToString())
+    comparison = compare(run_onnx(path), without, picture_batches(config), BOUNDS["float32"])
+    if not comparison.passed:
+        raise ConversionError(f"with the preprocessing, {comparison}")
 
 
 def _images(weights: Weights, how: Quantization) -> tuple[Images, Images, str, str | None]:
