@@ -1,0 +1,100 @@
+"""The command `python -m benchmarks.fusion`: what ONNX Runtime and XLA make of a model's operations, as Markdown."""
+
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from benchmarks.command import variant_name
+from convert.command_line import Parser
+from convert.destinations import write_bytes
+from convert.tree import flatten
+from convert.weights import Weights
+from crossvit_jax import CrossViT, create_model
+
+# of ONNX Runtime, which calls them ORT_…
+LEVELS = {"disabled": "DISABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED", "all": "ENABLE_ALL"}
+
+_NO_KERNEL = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")  # of XLA: nothing runs for them
+
+
+def onnx_nodes(path: Path, level: str) -> Counter[str]:
+    """How many nodes of each kind ONNX Runtime runs of a file at one of `LEVELS`; its own kinds carry their domain."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, f"ORT_{LEVELS[level]}")
+    options.log_severity_level = 3  # it warns that the saved file is for this machine
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder, "optimised.onnx"))
+        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(options.optimized_model_filepath).graph
+    return Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in graph.node)
+
+
+def xla_kernels(model: CrossViT, batch: int) -> tuple[int, Counter[str]]:
+    """How many operations are traced of a forward pass, and how many kernels of each kind XLA makes of them.
+
+    The kinds are XLA's: `fusion kLoop` is a loop over elements, `fusion kCustom` what a library computes on CPUs, and
+    others are instructions that stay as they are, such as `dot`.
+    """
+    graphdef, params = nnx.split(model)
+    config = model.config
+    images = jax.ShapeDtypeStruct((batch, *config.image_size, config.in_chans), jnp.float32)
+    lowered = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images)).lower(params, images)
+    entry = re.search(r"^ENTRY .*?^}", lowered.compile().as_text(), re.MULTILINE | re.DOTALL)[0]
+    kinds = Counter()
+    for line in entry.splitlines():
+        instruction = re.match(r"\s+(?:ROOT )?\S+ = .*? ([a-z][a-z-]*)\(", line)
+        if instruction and instruction[1] not in _NO_KERNEL:
+            kind = re.search(r"kind=(k\w+)", line)
+            kinds[f"{instruction[1]} {kind[1]}" if kind else instruction[1]] += 1
+    return len(re.findall(r" = \"?(?:stablehlo|chlo)\.(?!constant)", lowered.as_text())), kinds
+
+
+def table(model: CrossViT) -> str:
+    """Node counts of the float32 and the dynamic int8 ONNX file, and kernel counts of XLA on this machine's device."""
+    from convert.onnx_export import onnx_graph
+    from convert.onnx_quantize import quantize_dynamic
+
+    weights = Weights(config=model.config, tensors=flatten(model))
+    rows = [["ONNX Runtime", *LEVELS, "its own kinds, at all"]]
+    rows.append(["---"] * len(rows[0]))
+    with tempfile.TemporaryDirectory() as folder:
+        exported, int8 = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
+        write_bytes(exported, onnx_graph(weights).SerializeToString())
+        quantize_dynamic(exported, int8)
+        for name, path in (("float32", exported), ("dynamic int8", int8)):
+            counts = [onnx_nodes(path, level) for level in LEVELS]
+            own = {kind.split(".")[-1]: count for kind, count in counts[-1].items() if "." in kind}
+            rows.append([name, *(f"{count.total():,}" for count in counts), _listed(own)])
+    rows += [[], [f"XLA, {jax.default_backend()}", "operations traced", "kernels", "of these"], ["---"] * 4]
+    for batch in (1, 8):
+        traced, kinds = xla_kernels(model, batch)
+        rows.append([f"batch {batch}", f"{traced:,}", f"{kinds.total():,}", _listed(kinds)])
+    return "\n".join(f"| {' | '.join(row)} |" if row else "" for row in rows)
+
+
+def _listed(kinds: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items(), key=lambda item: -item[1]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the tables."""
+    parser = Parser(prog="python -m benchmarks.fusion", description="Count what ONNX Runtime and XLA run of a model.")
+    parser.add_argument("--variant", type=variant_name, default="ti", metavar="NAME", help="default: ti")
+    model = create_model(parser.parse_args(argv).variant, rngs=nnx.Rngs(0))
+    model.eval()
+    print(table(model))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
