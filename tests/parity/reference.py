@@ -18,10 +18,10 @@ from crossvit_jax.config import TIMM_NAMES, VARIANTS, get_config
 # largest error ÷ max|reference| that the house accepts
 OUTPUT_BOUND = {"float32": 1e-5, "float64": 1e-11}
 GRADIENT_BOUND = {"float32": 1e-5, "float64": 1e-10}
-# A single parameter of a whole model: queries and keys of the last cross-attention have gradients so small that what
-# float32 rounds shows: at 408 pixels timm and we are both around 1e-5 from float64, and 1.4e-5 or, on a machine with
-# other vector instructions, 3.6e-5 apart. A mistake is found in float64, where it cannot hide.
-PARAMETER_BOUND = {"float32": 1e-4, "float64": 1e-10}
+# A single parameter of a whole model: queries and keys of the cross-attentions have gradients so small that float32's
+# rounding shows. On a CPU with AVX2, at 408 pixels, timm's are up to 1.2e-5 from float64 and ours 3.6e-5; with keys and
+# values that are not folded into the query, ours would be 2.0e-5. A mistake is found in float64, where it cannot hide.
+PARAMETER_BOUND = {"float32": 5e-5, "float64": 1e-10}
 PRECISIONS = ["float32", "float64"]
 GRADIENT_VARIANTS = ["ti", "9-dagger", "s", "15-dagger-408"]  # a gradient takes half a minute to compile
 # what timm calls our settings
