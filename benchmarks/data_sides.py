@@ -5,13 +5,12 @@ Each call makes one batch. What `check` gives is by name; sides that give the sa
 
 import importlib.metadata
 import io
-import os
 import random
 
 import numpy as np
 
 from benchmarks.data_task import SIZE, DataTask
-from benchmarks.task import Program
+from benchmarks.task import Program, usable_cores
 
 
 def timm(task: DataTask) -> Program:
@@ -114,8 +113,7 @@ def device_augment(task: DataTask) -> Program:
             step += 1
         images.block_until_ready()
 
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    device = {"jax device": jax.devices()[0].device_kind, "jax threads": str(threads)}
+    device = {"jax device": jax.devices()[0].device_kind, "jax threads": str(usable_cores())}
     return Program(check, run, _versions("jax") | device)
 
 

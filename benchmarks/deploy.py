@@ -56,7 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--repeats", type=at_least_one, default=10, metavar="N", help="rounds of about 1 s; default: 10"
     )
-    parser.add_argument("--device", choices=("cpu",), default="cpu", help="default: cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
     args = parser.parse_args(argv)
     writable_json(parser, args.json)

@@ -3,7 +3,6 @@
 Images are given as each of them takes them, and lie in memory; every call is waited for before the next one starts.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from benchmarks.deploy_task import DeployTask, Images
-from benchmarks.task import Program
+from benchmarks.task import Program, usable_cores
 
 Logits = Float32[np.ndarray, "batch classes"]
 
@@ -33,7 +32,7 @@ def onnx(task: DeployTask, file: str) -> Program:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = _cores()  # by itself it takes one for two hyperthreads, unlike torch and XLA
+    options.intra_op_num_threads = usable_cores()  # by itself it takes one for two hyperthreads, unlike torch and XLA
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     facts = {"onnxruntime": onnxruntime.__version__, "onnxruntime threads": str(options.intra_op_num_threads)}
     return _program(task, _channels_first, lambda images: session.run(None, {"images": images})[0], facts)
@@ -57,8 +56,10 @@ def qwix(task: DeployTask, file: str) -> Program:
     from flax import nnx
 
     from convert import load_flax
+    from train.host_memory import keep_freed_memory
     from train.ptq import quantised
 
+    keep_freed_memory()  # as train.evaluate does
     graphdef, state = nnx.split(quantised(load_flax(file), "int8"))
     params = nnx.to_pure_dict(state)
     run = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images))
@@ -93,9 +94,4 @@ def _channels_first(batch: Images) -> Float32[np.ndarray, "batch 3 height width"
 def _jax_facts() -> dict[str, str]:
     import jax
 
-    return {"jax": jax.__version__, "jax threads": str(_cores())}
-
-
-def _cores() -> int:
-    """Those that this process may use; XLA has a thread for each."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"jax": jax.__version__, "jax threads": str(usable_cores())}

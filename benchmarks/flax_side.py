@@ -1,14 +1,13 @@
 """Our model and training step, jitted."""
 
 import dataclasses
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.task import CHECKED_STEPS, Program, Task
+from benchmarks.task import CHECKED_STEPS, Program, Task, usable_cores
 from convert import load_flax
 from train.host_memory import keep_freed_memory
 from train.optimizer import make_optimizer
@@ -78,11 +77,10 @@ def _training(task: Task) -> Program:
 
 
 def _facts() -> dict[str, str]:
-    """Versions and threads; XLA has one thread per core that the process may use."""
+    """Versions and threads."""
     device = jax.devices()[0]
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "jax": jax.__version__,
-        "jax threads": str(threads),
+        "jax threads": str(usable_cores()),
         "jax device": device.device_kind if device.platform != "cpu" else "cpu",
     }

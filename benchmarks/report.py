@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Measured, Times
+from benchmarks.task import usable_cores
 
 _HEADER = ["variant", "batch", "dtype", "side", "ms per call, median (min-max)", "images/s", "Flax is", "difference"]
 
 
 def machine() -> dict[str, Any]:
     """The processor and the cores that this process may use."""
-    cores = os.cpu_count()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    return {"cpu": _cpu_model(), "cores": cores, "usable_cores": usable, "system": platform.platform(terse=True)}
+    cores = {"cores": os.cpu_count(), "usable_cores": usable_cores()}
+    return {"cpu": _cpu_model(), **cores, "system": platform.platform(terse=True)}
 
 
 def as_json(benchmark: str, results: Sequence[Measured]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What one side is asked to run, and what it offers to be timed. Imports no framework."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,11 @@ from train.config import RECIPES, TrainConfig
 
 SIDES = ("flax", "timm", "timm-compile")
 CHECKED_STEPS = 2  # the loss of the second one also tells whether gradient and update were right
+
+
+def usable_cores() -> int:
+    """Those that this process may use; XLA has a thread for each."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,7 +78,6 @@ def run_onnx(path: Path) -> Run:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-
     (takes,) = session.get_inputs()
 
     def run(images):

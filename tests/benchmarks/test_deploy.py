@@ -18,6 +18,7 @@ from benchmarks.deploy_task import DeployTask, Form
 from benchmarks.worker import Ready, Round, SideFailed
 from convert import load_weights, save
 from convert.stablehlo import stablehlo_program
+from tests.command_line import refusal
 from tests.train.small_weights import save_small
 from train.config import SettingsError, TrainConfig
 from train.evaluate import main as evaluate
@@ -83,15 +84,7 @@ def here(monkeypatch):
 
 def _refusal(capsys, *args):
     """The one line of a refusal."""
-    try:
-        status = main([str(arg) for arg in args])
-    except SystemExit as stopped:
-        status = stopped.code
-    out, err = capsys.readouterr()
-    assert status == 2
-    assert out == ""
-    assert err.startswith("python -m benchmarks.deploy: error: ") and err.count("\n") == 1
-    return err
+    return refusal(capsys, "python -m benchmarks.deploy", main, *args)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from convert import load_weights, save
 from convert.__main__ import main
 from crossvit_torch import create_model
+from tests.command_line import refusal
 
 TIMM_SETTINGS = {"num_classes": 10, "img_size": 48, "img_scale": (1.0, 2 / 3)}
 CLASS_NAMES = tuple(f"klasse {i} ä" for i in range(5))
@@ -38,16 +39,7 @@ def run(capsys, *args):
 
 def refused(capsys, *args):
     """The one line of a refusal."""
-    try:
-        status = main([str(arg) for arg in args])
-    except SystemExit as exit:
-        status = exit.code
-    out, err = capsys.readouterr()
-    assert status == 2
-    assert out == ""
-    assert err.startswith("python -m convert: error: ")
-    assert err.count("\n") == 1
-    return err
+    return refusal(capsys, "python -m convert", main, *args)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,17 @@
+"""What every command line owes its user."""
+
+from collections.abc import Callable, Sequence
+
+
+def refusal(capsys, program: str, main: Callable[[Sequence[str]], int], *args: object) -> str:
+    """Runs a command that must be refused: one line on stderr that begins with its name, status 2. Returns the line."""
+    try:
+        status = main([str(arg) for arg in args])
+    except SystemExit as stopped:
+        status = stopped.code
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert out == ""
+    assert err.startswith(f"{program}: error: ")
+    assert err.count("\n") == 1
+    return err
