@@ -111,7 +111,8 @@ def _export(args: argparse.Namespace) -> int:
     weights = _load(args)
     _report(weights.astype(DTYPES[dtype]), ", ".join(weights.dtypes))
     how = {"dtype": dtype, "preprocess": args.preprocess, "overwrite": args.overwrite}
-    return _compared(*export(weights, args.destination, **how))
+    path, comparison = export(weights, args.destination, **how)
+    return _compared(path, comparison, kept=comparison.passed)
 
 
 def _quantization(args: argparse.Namespace) -> "Quantization | None":
@@ -149,14 +150,17 @@ def _quantize(args: argparse.Namespace, how: "Quantization") -> int:
     done = export_quantized(weights, args.destination, how, overwrite=args.overwrite)
     if done.warning:
         print(f"warning: {done.warning}", file=sys.stderr)
-    return _compared(done.path, done.difference)
+    status = _compared(done.path, done.difference, kept=done.passed)
+    if done.preprocessing:
+        print(f"compared    given pictures, to the int8 model given their images: {done.preprocessing}")
+    return status
 
 
-def _compared(path: Path, comparison: "Comparison | Difference") -> int:
-    size = f", {path.stat().st_size:,} bytes" if comparison.passed else ""
-    print(f"{'written    ' if comparison.passed else 'NOT written'} {path}{size}")
+def _compared(path: Path, comparison: "Comparison | Difference", *, kept: bool) -> int:
+    size = f", {path.stat().st_size:,} bytes" if kept else ""
+    print(f"{'written    ' if kept else 'NOT written'} {path}{size}")
     print(f"compared    {comparison}")
-    return 0 if comparison.passed else 1
+    return 0 if kept else 1
 
 
 def _load(args: argparse.Namespace) -> "Weights":

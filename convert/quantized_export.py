@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from convert.calibration import calibration_images, find_images, shortage
-from convert.check_export import compare, photographs, picture_batches
+from convert.check_export import Comparison, compare, photographs, picture_batches
 from convert.destinations import replacing, require_space, write_bytes
 from convert.errors import ConversionError
 from convert.export import BOUNDS, check_export
@@ -66,11 +66,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class Int8Export:
-    """What came of it; the file was only kept if the difference has `passed`."""
+    """What came of it; the file was only kept if it has `passed`."""
 
     path: Path
     difference: Difference
+    preprocessing: Comparison | None = None  # of the file, given pictures, and itself without it, given their images
     warning: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.difference.passed and (self.preprocessing is None or self.preprocessing.passed)
 
 
 def check_quantization(how: Quantization, destination: str | Path, *, overwrite: bool = False) -> Path:
@@ -129,11 +134,11 @@ def export_quantized(
         else:
             quantize_dynamic(exported, new)
         difference = difference_of(_run_source(weights, compared), _run_quantized(new, compared, how), named)
-        if not difference.passed:
+        preprocessing = _add_preprocessing(new, weights.config) if how.preprocess else None
+        done = Int8Export(path, difference, preprocessing, warning)
+        if not done.passed:
             new.unlink()
-        elif how.preprocess:
-            _add_preprocessing(new, weights.config)
-    return Int8Export(path, difference, warning)
+    return done
 
 
 def difference_of(
@@ -150,12 +155,8 @@ def difference_of(
         )
 
 
-def _add_preprocessing(path: Path, config: CrossViTConfig) -> None:
-    """Puts the preprocessing before the model in a file.
-
-    Raises:
-        ConversionError: with pictures of several sizes it computes something else than without, given their images.
-    """
+def _add_preprocessing(path: Path, config: CrossViTConfig) -> Comparison:
+    """Puts the preprocessing before the model in a file, and runs it against the file as it was."""
     import onnx
 
     from convert.onnx_export import run_onnx
@@ -163,9 +164,7 @@ def _add_preprocessing(path: Path, config: CrossViTConfig) -> None:
 
     without = run_onnx(path)
     write_bytes(path, with_preprocessing(onnx.load(path), config).SerializeToString())
-    comparison = compare(run_onnx(path), without, picture_batches(config), BOUNDS["float32"])
-    if not comparison.passed:
-        raise ConversionError(f"with the preprocessing, {comparison}")
+    return compare(run_onnx(path), without, picture_batches(config), BOUNDS["float32"])
 
 
 def _images(weights: Weights, how: Quantization) -> tuple[Images, Images, str, str | None]:

@@ -122,7 +122,7 @@ def test_as_many_tokens_as_a_layer_has_inputs_are_not_taken_for_its_weights():
     np.testing.assert_allclose(got[0], _rounded(x, -1, "int8") @ _rounded(kernel, 0, "int4"), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"grad_checkpointing": True}])
+@pytest.mark.parametrize("changes", [{"grad_checkpointing": True}, {"grad_accum": 2}])
 def test_what_saves_memory_takes_the_same_step(model, small_variant, changes):
     def loss(config):
         abstract = abstract_model(dataclasses.replace(small_config(10), drop_path_rate=0.0), config)
@@ -146,7 +146,7 @@ def test_a_run_trains_and_evaluates_with_rounded_weights_and_leaves_float_ones(
     small_variant, digits_dir, tmp_path, capsys
 ):
     init = save_small(tmp_path / "init.safetensors", _DIGITS)
-    flags = [f"--data-dir={digits_dir}", "--epochs=1", "--batch-size=240", f"--init={init}"]
+    flags = [f"--data-dir={digits_dir}", "--epochs=1", "--batch-size=240", f"--init={init}", "--augment-on=device"]
     assert main([*flags, "--qat=int4", f"--output={tmp_path / 'run'}"]) == 0
     out = capsys.readouterr().out
     assert "weights rounded to int4" in out
