@@ -1,4 +1,4 @@
-"""Real images for the ranges of static quantisation: from a folder, or the digits that scikit-learn carries."""
+"""Real images to find the ranges of static quantisation on, or to compare on: a folder's, or scikit-learn's digits."""
 
 import os
 import warnings
@@ -34,10 +34,10 @@ def find_images(source: str) -> list[Path] | None:
         return None
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        raise ConversionError(f"{folder}: calibration images come from {DIGITS!r} or a folder, and this is neither")
+        raise ConversionError(f"{folder}: images come from {DIGITS!r} or a folder, and this is neither")
     paths = sorted(_below(folder))
     if not paths:
-        raise ConversionError(f"{folder}: no calibration images in it (looked for {' '.join(_SUFFIXES)})")
+        raise ConversionError(f"{folder}: no images in it (looked for {' '.join(_SUFFIXES)})")
     return paths
 
 
@@ -57,7 +57,7 @@ def calibration_images(
         ConversionError: see `find_images`; an image cannot be read, or the model takes no colour images.
     """
     if config.in_chans != 3:
-        raise ConversionError(f"calibration images have 3 channels, and the model takes {config.in_chans}")
+        raise ConversionError(f"these images have 3 channels, and the model takes {config.in_chans}")
     paths = find_images(source)
     if paths is None:
         pictures = _digits(count)

@@ -45,21 +45,22 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the logits of an int8 file are from its source's."""
+    """How far the logits of a quantised file are from its source's."""
 
     spread: float  # the root mean square difference, relative to the standard deviation of the source's logits
     largest: float  # the largest difference, relative to the source's largest logit
     agreement: float  # share of the images with the same most probable class
     images: str  # which ones
+    bound: float = BOUND  # of the spread
 
     @property
     def passed(self) -> bool:
-        return self.spread <= BOUND  # not so for NaN either
+        return self.spread <= self.bound  # not so for NaN either
 
     def __str__(self) -> str:
         return (
             f"on {self.images} its logits differ from the source's by {self.spread:.3f} of their spread "
-            f"(bound {BOUND}){'' if self.passed else ': TOO MUCH'}, at most by {self.largest:.3f} of the largest; "
+            f"(bound {self.bound}){'' if self.passed else ': TOO MUCH'}, at most by {self.largest:.3f} of the largest; "
             f"top-1 agreement {self.agreement:.1%}"
         )
 
@@ -142,9 +143,17 @@ def export_quantized(
 
 
 def difference_of(
-    expected: Float32[np.ndarray, "images out"], got: Float32[np.ndarray, "images out"], named: str
+    expected: Float32[np.ndarray, "images out"],
+    got: Float32[np.ndarray, "images out"],
+    named: str,
+    *,
+    bound: float | None = None,
 ) -> Difference:
-    """How far the logits of an int8 model are from its source's, on images that `named` tells the user."""
+    """How far the logits of a quantised model are from its source's, on images that `named` tells the user.
+
+    Args:
+        bound: of the spread; default: that of int8.
+    """
     with np.errstate(invalid="ignore", divide="ignore"):
         error = got - expected
         return Difference(
@@ -152,6 +161,7 @@ def difference_of(
             largest=float(np.abs(error).max() / np.abs(expected).max()),
             agreement=float((got.argmax(axis=1) == expected.argmax(axis=1)).mean()),
             images=named,
+            bound=BOUND if bound is None else bound,
         )
 
 

@@ -20,10 +20,15 @@ def read_torch(path: Path) -> tuple[Mapping[str, Any], list[str]]:
     Raises:
         ConversionError: the file is damaged, holds no state dict, or would run code if it were unpickled.
     """
-    return _state_dict(_load(path), path)
+    return _state_dict(load_plain(path), path)
 
 
-def _load(path: Path) -> Any:
+def load_plain(path: Path) -> Any:
+    """What a torch file holds, if that is tensors and plain values, or of classes that torch was told are safe.
+
+    Raises:
+        ConversionError: the file is damaged, or would run code if it were unpickled.
+    """
     import torch
 
     if zipfile.is_zipfile(path):

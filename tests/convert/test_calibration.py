@@ -84,7 +84,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, content, reason):
 
 def test_no_images_is_an_error(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(ConversionError, match="no calibration images in it"):
+    with pytest.raises(ConversionError, match="no images in it"):
         find_images(str(tmp_path))
     with pytest.raises(ConversionError, match="neither"):
         find_images(str(tmp_path / "missing"))

@@ -130,7 +130,7 @@ def test_logits_that_are_not_finite_do_not_pass():
         (".safetensors", "--target cpu", "--target is for --quantize static"),
         (".onnx", "--quantize static", "--quantize static needs images to calibrate with: --calibrate"),
         (".onnx", "--quantize static --calibrate nowhere", "nowhere"),
-        (".onnx", "--quantize static --calibrate EMPTY", "no calibration images in it"),
+        (".onnx", "--quantize static --calibrate EMPTY", "no images in it"),
         (".onnx", "--quantize static --calibrate digits --calibration-images 0", "--calibration-images"),
         (".onnx", "--quantize dynamic --dtype float16", "--dtype float16"),
         (".onnx", "--quantize dynamic --dtype bfloat16", "--dtype bfloat16"),
