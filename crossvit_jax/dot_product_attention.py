@@ -5,6 +5,8 @@ longer grows with the square of the tokens, and on a CPU that alone more than ha
 attention.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -47,54 +49,75 @@ def _cudnn(q: Array, k: Array, v: Array) -> Array:
     return out[:, :tokens]
 
 
-Heads = Float[Array, "batch heads tokens width"]
+Heads = Float[Array, "*heads tokens width"]
+Tokens = Float[Array, "*heads tokens 1"]
 
-_PIECE = 8 * 2**20
+_PIECES = 4
 _MAX_PIECES = 8  # each is compiled on its own
+_SMALLEST_PIECE, _LARGEST_PIECE = 2**19, 2**22  # bytes of scores
 
 
 @jax.custom_vjp
 def _attend(q: Heads, k: Heads, v: Heads) -> Heads:
-    if not isinstance(q.shape[0], int):  # a symbolic batch, under jax.export, cannot be cut
-        return _forward(q, k, v)[0]
-    return jax.lax.platform_dependent(q, k, v, cpu=_in_pieces, default=lambda q, k, v: _forward(q, k, v)[0])
+    return _attend_forward(q, k, v)[0]
 
 
-def _in_pieces(q: Heads, k: Heads, v: Heads) -> Heads:
-    """The batch cut so that a piece's scores have at most `_PIECE` bytes, in at most `_MAX_PIECES` pieces.
+def _attend_forward(q: Heads, k: Heads, v: Heads) -> tuple[Heads, tuple[Array, ...]]:
+    out, log_total = _by_platform(_forward, q, k, v)
+    return out, (q, k, v, out, log_total)
 
-    XLA fuses all of attention on a CPU, and asks the system for the scores' memory every time: a large piece of it
-    comes as fresh pages, and to fetch those takes longer than attention itself.
+
+def _attend_backward(residuals: tuple[Array, ...], d_out: Heads) -> tuple[Heads, Heads, Heads]:
+    return _by_platform(_backward, *residuals, d_out)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _by_platform(function: Callable[..., tuple[Array, ...]], *arrays: Array) -> tuple[Array, ...]:
+    """function(*arrays), on a CPU in pieces."""
+    if not isinstance(arrays[0].shape[0], int):  # a symbolic batch, under jax.export, cannot be cut
+        return function(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=functools.partial(_in_pieces, function), default=function)
+
+
+def _in_pieces(function: Callable[..., tuple[Array, ...]], *arrays: Float[Array, "batch heads _ _"]) -> tuple:
+    """The heads of all images cut into pieces.
+
+    XLA runs the products of so small matrices on one core, one after the other, but pieces side by side; and the scores
+    of a piece stay in the caches.
     """
-    batch, heads, tokens, _ = q.shape
-    images = max(_PIECE // (4 * heads * tokens**2), -(-batch // _MAX_PIECES), 1)
-    pieces = [_forward(q[i : i + images], k[i : i + images], v[i : i + images])[0] for i in range(0, batch, images)]
-    return jnp.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+    batch, heads, tokens, _ = arrays[0].shape
+    scores = 4 * batch * heads * tokens**2
+    pieces = max(min(_PIECES, scores // _SMALLEST_PIECE), min(_MAX_PIECES, scores // _LARGEST_PIECE), 1)
+    size = -(-batch * heads // pieces)
+    flat = [x.reshape(batch * heads, *x.shape[2:]) for x in arrays]
+    parts = [function(*(x[start : start + size] for x in flat)) for start in range(0, batch * heads, size)]
+    return tuple(jnp.concatenate(part).reshape(batch, heads, *part[0].shape[1:]) for part in zip(*parts, strict=True))
 
 
-def _forward(q: Heads, k: Heads, v: Heads) -> tuple[Heads, tuple[Array, ...]]:
+def _forward(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Tokens]:
+    """Attention, and the logarithm of each query's sum of exponentials."""
     scores = _matmul(q, _transposed(k))
     largest = scores.max(-1, keepdims=True)
     weights = jnp.exp((scores - largest) * _scale(q))  # scaled here, scores need not be written twice
     total = weights.sum(-1, keepdims=True)
     # dividing the (tokens, width) result is less work than dividing the (tokens, tokens) weights
     out = (_matmul(weights.astype(q.dtype), v) / total).astype(q.dtype)
-    return out, (q, k, v, out, largest * _scale(q) + jnp.log(total))
+    return out, largest * _scale(q) + jnp.log(total)
 
 
-def _backward(residuals: tuple[Array, ...], d_out: Heads) -> tuple[Heads, Heads, Heads]:
-    q, k, v, out, log_total = residuals
-    # (batch, heads, keys, queries): so, no product below needs one of these large matrices transposed
+def _backward(q: Heads, k: Heads, v: Heads, out: Heads, log_total: Tokens, d_out: Heads) -> tuple[Heads, Heads, Heads]:
+    # (heads, keys, queries): so, no product below needs one of these large matrices transposed
     weights = jnp.exp(_matmul(k, _transposed(q)) * _scale(q) - _transposed(log_total))
     mean = (d_out.astype(weights.dtype) * out.astype(weights.dtype)).sum(-1)[..., None, :]
     d_scores = (weights * (_matmul(v, _transposed(d_out)) - mean)).astype(q.dtype)
-    d_q = _transposed(_matmul(_transposed(k), d_scores)) * _scale(q)
+    # without the barriers, XLA would move both transpositions into the product, to the large matrix
+    d_q = jax.lax.optimization_barrier(_matmul(jax.lax.optimization_barrier(_transposed(k)), d_scores))
+    d_q = _transposed(d_q) * _scale(q)
     d_k = _matmul(d_scores, q) * _scale(q)
     d_v = _matmul(weights.astype(q.dtype), d_out)
     return d_q.astype(q.dtype), d_k.astype(q.dtype), d_v.astype(q.dtype)
-
-
-_attend.defvjp(_forward, _backward)
 
 
 def _scale(q: Heads) -> float:

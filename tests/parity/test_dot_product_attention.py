@@ -61,23 +61,36 @@ def test_half_precision_is_as_near_to_float64_as_plain_attention_is():
     assert error <= 1.02 * error_of_plain
 
 
-def test_on_a_cpu_a_large_batch_is_attended_in_pieces_that_give_what_the_whole_gives(monkeypatch):
-    qkv = [jnp.asarray(random_array(seed, 7, TOKENS, 3, 8)) for seed in (1, 2, 3)]
-    monkeypatch.setattr(attention, "_PIECE", 2 * 4 * 3 * TOKENS**2)  # the scores of two images
-    cut = jax.jit(dot_product_attention).trace(*qkv)
-    assert cut.jaxpr.pretty_print(use_color=False).count(f"f32[2,3,{TOKENS},{TOKENS}] = dot_general") == 3
-    np.testing.assert_allclose(cut.lower().compile()(*qkv), plain(*qkv), rtol=0, atol=2e-6)
+def _value_and_gradients(q, k, v, d_out):
+    out, vjp = jax.vjp(dot_product_attention, q, k, v)
+    return out, *vjp(d_out)
+
+
+def test_on_a_cpu_the_heads_are_attended_in_pieces_that_give_what_the_whole_gives(monkeypatch):
+    arrays = [jnp.asarray(random_array(seed, 7, TOKENS, 3, 8)) for seed in (1, 2, 3, 4)]
+    whole = jax.jit(_value_and_gradients)(*arrays)
+    monkeypatch.setattr(attention, "_SMALLEST_PIECE", 4 * TOKENS**2)
+    cut = jax.jit(lambda *arrays: _value_and_gradients(*arrays)).trace(*arrays)
+    program = cut.jaxpr.pretty_print(use_color=False)
+    # 21 heads of 7 images; scores once in the forward pass, and with the gradient of the weights twice in the backward
+    assert program.count(f"f32[6,{TOKENS},{TOKENS}] = dot_general") == 3 * 3
+    assert program.count(f"f32[3,{TOKENS},{TOKENS}] = dot_general") == 3
+    for got, expected in zip(cut.lower().compile()(*arrays), whole, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
     for_gpus = cut.lower(lowering_platforms=("cuda",)).as_text()
     assert f"tensor<7x3x{TOKENS}x{TOKENS}xf32>" in for_gpus
-    assert f"tensor<2x3x{TOKENS}x{TOKENS}xf32>" not in for_gpus
+    assert f"tensor<6x{TOKENS}x{TOKENS}xf32>" not in for_gpus
 
 
-def test_a_batch_is_cut_into_no_more_pieces_than_are_worth_compiling(monkeypatch):
-    monkeypatch.setattr(attention, "_PIECE", 1)
-    qkv = [jnp.zeros((20, TOKENS, 3, 8))] * 3
-    program = jax.jit(dot_product_attention).trace(*qkv).jaxpr.pretty_print(use_color=False)
-    assert program.count(f"f32[3,3,{TOKENS},{TOKENS}] = dot_general") == 6  # of 3 images each, and one of 2
-    assert program.count(f"f32[2,3,{TOKENS},{TOKENS}] = dot_general") == 1
+@pytest.mark.parametrize(("smallest", "largest", "pieces"), [(2**30, 2**30, 1), (1, 2**30, 4), (2**30, 1, 8)])
+def test_scores_are_cut_into_no_more_pieces_than_are_worth_compiling(monkeypatch, smallest, largest, pieces):
+    monkeypatch.setattr(attention, "_SMALLEST_PIECE", smallest)
+    monkeypatch.setattr(attention, "_LARGEST_PIECE", largest)
+    qkv = [jnp.zeros((8, TOKENS, 2, 8))] * 3
+    program = jax.jit(lambda *qkv: dot_product_attention(*qkv)).trace(*qkv).jaxpr.pretty_print(use_color=False)
+    whole = program.count(f"f32[8,2,{TOKENS},{TOKENS}] = dot_general")  # for other platforms
+    assert whole == 1
+    assert program.count(f"{TOKENS},{TOKENS}] = dot_general") - whole == pieces
 
 
 @pytest.mark.parametrize(("attend", "keeps"), [(dot_product_attention, False), (plain, True)])
