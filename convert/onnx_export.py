@@ -35,10 +35,6 @@ def onnx_graph(weights: Weights, dtype: str = "float32") -> "onnx.ModelProto":
 
     config = weights.config
     model = torch_model(weights, param_dtype=getattr(torch, dtype))
-    if dtype != "float32":
-        model.head.float()  # as in mixed precision: tokens are pooled, and heads averaged, in float32
-        # float32 at the door as well: so that files of either dtype can stand in for each other
-        model.register_forward_pre_hook(lambda _, images: (images[0].to(model.param_dtype),))
     program = torch.onnx.export(
         model,
         (torch.zeros(2, config.in_chans, *config.image_size),),

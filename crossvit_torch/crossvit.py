@@ -206,7 +206,7 @@ class CrossViT(nn.Module):
             )
         if not images.is_floating_point():
             raise ValueError(f"images must be normalised floats; got dtype {images.dtype}")
-        images = images.to(torch.promote_types(images.dtype, self.param_dtype))
+        images = images.to(self.param_dtype)
         xs = []
         for i, (patch_embed, size) in enumerate(zip(self.patch_embed, self.config.branch_image_size, strict=True)):
             x = patch_embed(scale_image(images, size, self.config.crop_scale))

@@ -1,6 +1,8 @@
 """The leaf layers with CrossViT's defaults: initialisation, epsilon, exact GELU."""
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
 
 
 def dropout_is_active(dropout: nn.Dropout) -> bool:
@@ -18,6 +20,12 @@ class Linear(nn.Linear):
         nn.init.normal_(self.weight, std=0.02)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def forward(self, x: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:
+        if self.weight.dtype.itemsize >= x.dtype.itemsize:
+            return super().forward(x)
+        # the head of a model in half precision, whose tokens are pooled in float32
+        return functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 Conv = nn.Conv2d  # torch's default initialisation: weights and biases U(±1/√fan_in)

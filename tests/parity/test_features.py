@@ -235,3 +235,17 @@ def test_bfloat16_in_torch_keeps_parameters_and_logits_in_float32():
     assert {p.dtype for p in half.parameters()} == {torch.float32}
     assert result.dtype == torch.float32
     assert 0 < error(result, expected) <= 0.05
+
+
+@pytest.mark.parametrize(("param_dtype", "bound"), [(torch.float16, 0.005), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("images_dtype", [torch.float32, torch.float64, None])
+def test_parameters_in_half_precision_take_images_of_any_and_give_logits_in_float32(param_dtype, bound, images_dtype):
+    full = perturb(crossvit_torch.create_model("9", **SETTINGS)).to(param_dtype).float()
+    half = crossvit_torch.create_model("9", param_dtype=param_dtype, **SETTINGS).eval()
+    half.load_state_dict(full.state_dict())
+    x = torch.tensor(images(SIZE)).to(images_dtype or param_dtype)
+    with torch.no_grad():
+        result, expected = half(x), full(x.float())
+        assert half.to(torch.float32)(x).dtype == torch.float32
+    assert result.dtype == torch.float32
+    assert 0 < error(result, expected) <= bound
