@@ -63,25 +63,26 @@ def _attend(q: Heads, k: Heads, v: Heads) -> Heads:
 
 
 def _attend_forward(q: Heads, k: Heads, v: Heads) -> tuple[Heads, tuple[Array, ...]]:
-    out, log_total = _by_platform(_forward, q, k, v)
+    out, log_total = _by_platform(_forward, q, k, v, on_cpu=_forward)
     return out, (q, k, v, out, log_total)
 
 
 def _attend_backward(residuals: tuple[Array, ...], d_out: Heads) -> tuple[Heads, Heads, Heads]:
-    return _by_platform(_backward, *residuals, d_out)
+    on_cpu = functools.partial(_backward, as_written=jax.lax.optimization_barrier)
+    return _by_platform(_backward, *residuals, d_out, on_cpu=on_cpu)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _by_platform(function: Callable[..., tuple[Array, ...]], *arrays: Array) -> tuple[Array, ...]:
-    """function(*arrays), on a CPU in pieces."""
+def _by_platform(function: Callable, *arrays: Array, on_cpu: Callable) -> tuple[Array, ...]:
+    """function(*arrays); on a CPU on_cpu(*arrays), in pieces."""
     if not isinstance(arrays[0].shape[0], int):  # a symbolic batch, under jax.export, cannot be cut
         return function(*arrays)
-    return jax.lax.platform_dependent(*arrays, cpu=functools.partial(_in_pieces, function), default=function)
+    return jax.lax.platform_dependent(*arrays, cpu=functools.partial(_in_pieces, on_cpu), default=function)
 
 
-def _in_pieces(function: Callable[..., tuple[Array, ...]], *arrays: Float[Array, "batch heads _ _"]) -> tuple:
+def _in_pieces(function: Callable, *arrays: Float[Array, "batch heads _ _"]) -> tuple:
     """The heads of all images cut into pieces.
 
     XLA runs the products of so small matrices on one core, one after the other, but pieces side by side; and the scores
@@ -107,14 +108,23 @@ def _forward(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Tokens]:
     return out, largest * _scale(q) + jnp.log(total)
 
 
-def _backward(q: Heads, k: Heads, v: Heads, out: Heads, log_total: Tokens, d_out: Heads) -> tuple[Heads, Heads, Heads]:
+def _backward(
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    out: Heads,
+    log_total: Tokens,
+    d_out: Heads,
+    *,
+    as_written: Callable[[Array], Array] = lambda x: x,
+) -> tuple[Heads, Heads, Heads]:
+    """The gradients of queries, keys and values. `as_written` keeps the compiler from changing what comes before it."""
     # (heads, keys, queries): so, no product below needs one of these large matrices transposed
     weights = jnp.exp(_matmul(k, _transposed(q)) * _scale(q) - _transposed(log_total))
     mean = (d_out.astype(weights.dtype) * out.astype(weights.dtype)).sum(-1)[..., None, :]
     d_scores = (weights * (_matmul(v, _transposed(d_out)) - mean)).astype(q.dtype)
-    # without the barriers, XLA would move both transpositions into the product, to the large matrix
-    d_q = jax.lax.optimization_barrier(_matmul(jax.lax.optimization_barrier(_transposed(k)), d_scores))
-    d_q = _transposed(d_q) * _scale(q)
+    # else XLA moves both transpositions into the product, to the large matrix, and that takes longer on a CPU
+    d_q = _transposed(as_written(_matmul(as_written(_transposed(k)), d_scores))) * _scale(q)
     d_k = _matmul(d_scores, q) * _scale(q)
     d_v = _matmul(weights.astype(q.dtype), d_out)
     return d_q.astype(q.dtype), d_k.astype(q.dtype), d_v.astype(q.dtype)
