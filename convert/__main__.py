@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert.command_line import Parser, at_least_one, at_least_zero, image_size
+from convert.command_line import Parser, at_least_one, at_least_zero, image_size, run, tell_result
 from convert.errors import ConversionError
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
 
 if TYPE_CHECKING:
-    from convert.check_export import Comparison
-    from convert.quantized_export import Difference, Quantization
+    from convert.quantized_export import Quantization
     from convert.weights import Weights
 
 _EPILOG = """\
@@ -31,14 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Converts as the arguments say; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
-    try:
-        return _convert(args)
-    except (ConversionError, MemoryError) as error:
-        print(f"{parser.prog}: error: {error or 'out of memory'}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 130
+    return run(parser.prog, lambda: _convert(args))
 
 
 def _parser() -> Parser:
@@ -112,7 +104,7 @@ def _export(args: argparse.Namespace) -> int:
     _report(weights.astype(DTYPES[dtype]), ", ".join(weights.dtypes))
     how = {"dtype": dtype, "preprocess": args.preprocess, "overwrite": args.overwrite}
     path, comparison = export(weights, args.destination, **how)
-    return _compared(path, comparison, kept=comparison.passed)
+    return tell_result(path, comparison, kept=comparison.passed)
 
 
 def _quantization(args: argparse.Namespace) -> "Quantization | None":
@@ -150,17 +142,10 @@ def _quantize(args: argparse.Namespace, how: "Quantization") -> int:
     done = export_quantized(weights, args.destination, how, overwrite=args.overwrite)
     if done.warning:
         print(f"warning: {done.warning}", file=sys.stderr)
-    status = _compared(done.path, done.difference, kept=done.passed)
+    status = tell_result(done.path, done.difference, kept=done.passed)
     if done.preprocessing:
         print(f"compared    given pictures, to the int8 model given their images: {done.preprocessing}")
     return status
-
-
-def _compared(path: Path, comparison: "Comparison | Difference", *, kept: bool) -> int:
-    size = f", {path.stat().st_size:,} bytes" if kept else ""
-    print(f"{'written    ' if kept else 'NOT written'} {path}{size}")
-    print(f"compared    {comparison}")
-    return 0 if kept else 1
 
 
 def _load(args: argparse.Namespace) -> "Weights":

@@ -1,9 +1,13 @@
-"""How the commands of this project read their arguments."""
+"""How the commands of this project read their arguments, and how those of `convert` end."""
 
 import argparse
 import re
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
+
+from convert.errors import ConversionError
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,6 +19,29 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+# --- how a conversion ends ---
+
+
+def run(prog: str, command: Callable[[], int]) -> int:
+    """A command's exit status: its own; 2 if an error stopped it, told in one line on stderr; 130 for Ctrl-C."""
+    try:
+        return command()
+    except (ConversionError, MemoryError) as error:
+        print(f"{prog}: error: {error or 'out of memory'}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def tell_result(path: Path, comparison: object, *, kept: bool) -> int:
+    """Prints whether a file was kept, and how far it is from its source; returns the exit status."""
+    size = f", {path.stat().st_size:,} bytes" if kept else ""
+    print(f"{'written    ' if kept else 'NOT written'} {path}{size}")
+    print(f"compared    {comparison}")
+    return 0 if kept else 1
 
 
 # --- the types of flags; what they raise is told with the flag's name ---

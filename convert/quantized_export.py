@@ -18,7 +18,7 @@ from crossvit_jax.config import CrossViTConfig
 
 BOUND = 0.12  # of the root mean square difference, relative to the spread of the source's logits
 
-_COMPARED = 64  # images
+COMPARED = 64  # images
 _BATCH = 7  # the last batch has another size, which a graph of one size would refuse
 
 Images = Float32[np.ndarray, "images channels height width"]
@@ -134,12 +134,17 @@ def export_quantized(
             quantize_static(exported, new, calibration, target=how.target)
         else:
             quantize_dynamic(exported, new)
-        difference = difference_of(_run_source(weights, compared), _run_quantized(new, compared, how), named)
-        preprocessing = _add_preprocessing(new, weights.config) if how.preprocess else None
+        difference = difference_of(run_source(weights, compared), _run_quantized(new, compared, how), named)
+        preprocessing = _add_preprocessing(new, weights.config) if how.preprocess and difference.passed else None
         done = Int8Export(path, difference, preprocessing, warning)
         if not done.passed:
             new.unlink()
     return done
+
+
+def photographs_to_compare(config: CrossViTConfig) -> tuple[Images, str]:
+    """What a quantised model is compared on where nothing else is asked for, and what to call it."""
+    return np.ascontiguousarray(photographs(config, COMPARED).transpose(0, 3, 1, 2)), f"{COMPARED} photographs"
 
 
 def difference_of(
@@ -180,9 +185,9 @@ def _add_preprocessing(path: Path, config: CrossViTConfig) -> Comparison:
 def _images(weights: Weights, how: Quantization) -> tuple[Images, Images, str, str | None]:
     """Those to calibrate with, those to compare on and what these are, and a warning if there are too few."""
     if how.calibrate is None:
-        pictures = np.ascontiguousarray(photographs(weights.config, _COMPARED).transpose(0, 3, 1, 2))
-        return pictures[:0], pictures, f"{len(pictures)} photographs", None
-    images = calibration_images(how.calibrate, weights.config, how.images + _COMPARED)
+        pictures, named = photographs_to_compare(weights.config)
+        return pictures[:0], pictures, named, None
+    images = calibration_images(how.calibrate, weights.config, how.images + COMPARED)
     spare = len(images) - how.images
     if spare <= 0:
         warning = shortage(len(images), how.images)
@@ -194,7 +199,8 @@ def _images(weights: Weights, how: Quantization) -> tuple[Images, Images, str, s
     return images[~held_out], images[held_out], named, shortage(how.images, how.images)
 
 
-def _run_source(weights: Weights, images: Images) -> Float32[np.ndarray, "images out"]:
+def run_source(weights: Weights, images: Images) -> Float32[np.ndarray, "images out"]:
+    """The outputs of the PyTorch twin in float32."""
     from convert.onnx_export import run_torch
 
     run = run_torch(weights)

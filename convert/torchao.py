@@ -5,8 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from convert.command_line import Parser
-from convert.errors import ConversionError
+from convert.command_line import Parser, run, tell_result
 
 if TYPE_CHECKING:
     from convert.weights import Weights
@@ -24,14 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Quantises as the arguments say; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
-    try:
-        return _quantise(args)
-    except (ConversionError, MemoryError) as error:
-        print(f"{parser.prog}: error: {error or 'out of memory'}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 130
+    return run(parser.prog, lambda: _quantise(args))
 
 
 def _parser() -> Parser:
@@ -68,10 +60,7 @@ def _quantise(args: argparse.Namespace) -> int:
     check_weights(weights)
     _report(weights, stored)
     path, difference = export_torchao(weights, args.destination, args.quantize, **options)
-    size = f", {path.stat().st_size:,} bytes" if difference.passed else ""
-    print(f"{'written    ' if difference.passed else 'NOT written'} {path}{size}")
-    print(f"compared    {difference}")
-    return 0 if difference.passed else 1
+    return tell_result(path, difference, kept=difference.passed)
 
 
 def _report(weights: "Weights", stored: list[str]) -> None:

@@ -18,11 +18,19 @@ from jaxtyping import Float32
 
 from convert import metadata
 from convert.calibration import DIGITS, calibration_images, find_images
-from convert.check_export import MEAN, STD, photographs
+from convert.check_export import MEAN, STD
 from convert.destinations import check_place, replacing, write_bytes
 from convert.errors import ConversionError, one_line, quiet
 from convert.models import torch_model
-from convert.quantized_export import BOUND, Difference, check_weights, difference_of
+from convert.quantized_export import (
+    BOUND,
+    COMPARED,
+    Difference,
+    check_weights,
+    difference_of,
+    photographs_to_compare,
+    run_source,
+)
 from convert.torch_files import load_plain
 from convert.weights import Weights
 from crossvit_jax.config import CrossViTConfig
@@ -40,7 +48,6 @@ FORMAT = 1
 # of the root mean square difference, relative to the spread of the source's logits
 BOUNDS: dict[str, float] = {"int8": BOUND, "int4": 0.3}
 
-_COMPARED = 64  # images
 _BATCH = 7  # the last batch has another size
 _WEIGHTS = "quantized"  # no name under which readers of checkpoints look for weights
 
@@ -102,7 +109,7 @@ def export_torchao(
     images, named = _images(weights.config, compare)
     with replacing(path) as new:
         _save(quantised_twin(weights, scheme), weights, scheme, new)
-        expected, got = _run(torch_model(weights), images), _run(load_torchao(new), images)
+        expected, got = run_source(weights, images), _run(load_torchao(new), images)
         difference = difference_of(expected, got, named, bound=BOUNDS[scheme])
         if not difference.passed:
             new.unlink()
@@ -228,8 +235,8 @@ def _images(
 ) -> tuple[Float32[np.ndarray, "images channels height width"], str]:
     """Those to compare on, and what they are."""
     if compare is None:
-        return np.ascontiguousarray(photographs(config, _COMPARED).transpose(0, 3, 1, 2)), f"{_COMPARED} photographs"
-    images = calibration_images(compare, config, _COMPARED)
+        return photographs_to_compare(config)
+    images = calibration_images(compare, config, COMPARED)
     return images, f"{len(images)} digits" if compare == DIGITS else f"{len(images)} images of {compare}"
 
 

@@ -183,7 +183,7 @@ def test_the_images_compared_on_are_of_all_folders_and_not_the_calibrations(smal
 
     monkeypatch.setattr("convert.quantized_export.quantize_static", quantize)
     monkeypatch.setattr(
-        "convert.quantized_export._run_source", lambda weights, images: used.setdefault("to", images)[:, 0, 0]
+        "convert.quantized_export.run_source", lambda weights, images: used.setdefault("to", images)[:, 0, 0]
     )
     monkeypatch.setattr("convert.quantized_export._run_quantized", lambda path, images, how: images[:, 0, 0])
     how = Quantization(kind="static", calibrate=str(pictures), images=8)
