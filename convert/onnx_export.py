@@ -92,13 +92,13 @@ def _resize_by_matrices(images, output_size, align_corners, scale_factors=None):
     from onnxscript import opset20 as op
 
     half = images.dtype.name == "FLOAT16"
-    rows, columns = (
-        bicubic_matrix(have, want, np.dtype("float32"))
-        for have, want in zip(images.shape[2:], output_size, strict=True)
-    )
+    sizes = tuple(zip(images.shape[2:], output_size, strict=True))
+    matrices = {size: op.Constant(value=_tensor(bicubic_matrix(*size, np.dtype("float32")))) for size in sizes}
+    rows, columns = (matrices[size] for size in sizes)
     if half:
         images = op.Cast(images, to=1)
-    resized = op.MatMul(op.Constant(value=_tensor(rows)), op.MatMul(images, op.Constant(value=_tensor(columns.T))))
+    # of a square image both are one matrix, kept once: it is a hundredth of an int8 file
+    resized = op.MatMul(rows, op.MatMul(images, op.Transpose(columns, perm=[1, 0])))
     return op.Cast(resized, to=10) if half else resized
 
 

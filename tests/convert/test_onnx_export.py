@@ -20,7 +20,8 @@ from convert.destinations import write
 from convert.export import export
 from convert.models import torch_model
 from convert.tensorrt import unsupported
-from tests.convert.conftest import CLASS_NAMES
+from crossvit_torch import create_model
+from tests.convert.conftest import CLASS_NAMES, perturb
 from tests.convert.test_stablehlo import code_block, run_without_this_library
 
 
@@ -84,6 +85,17 @@ def test_weights_are_stored_in_the_dtype_asked_for(exported):
         sizes[array.dtype.name] = sizes.get(array.dtype.name, 0) + array.size
     assert max(sizes, key=sizes.get) == dtype
     assert sizes[dtype] > 0.98 * sum(sizes.values())
+
+
+@pytest.mark.parametrize(("image_size", "matrices"), [((240, 240), 1), ((240, 120), 2)])
+def test_a_square_image_is_resized_by_one_matrix_and_a_rectangle_by_two(tmp_path, image_size, matrices):
+    model = perturb(create_model("ti", image_size=image_size, num_classes=5, stages=1, depth=(1, 1)))
+    weights = load_weights(save(model.state_dict(), model.config, tmp_path / "w.safetensors"), image_size=image_size)
+    path, comparison = export(weights, tmp_path / "model.onnx")
+    assert 0 < comparison.difference < 1e-5
+    small = [tuple(sorted((size * 14 // 15, size), reverse=True)) for size in image_size]
+    shapes = [tuple(sorted(tensor.dims, reverse=True)) for tensor in onnx.load(path).graph.initializer]
+    assert sum(shape in small for shape in shapes) == matrices
 
 
 def test_nothing_of_this_machine_is_in_the_file(exported):
