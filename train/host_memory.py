@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 
 # <malloc.h> of glibc
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
@@ -16,17 +16,22 @@ def keep_freed_memory() -> bool:
     XLA asks for the whole temporary memory of a program at every call, as one block: half a gigabyte for a training
     step of Ti at batch 8. By default malloc takes a block this large from the system and gives it back afterwards, and
     each of its 4 KB pages is cleared again when it is first touched: a fifth of the step's CPU time
-    (benchmarks/NOTES.md). The same from outside: MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0
-    MALLOC_TRIM_THRESHOLD_=9999999999. A setting by one of these variables is left alone.
+    (benchmarks/NOTES.md).
+
+    Only the main thread's heap can hold so large a block, so that programs have to be started there, not in threads of
+    jax's own: calls return when the result is there. The same from outside: JAX_CPU_ENABLE_ASYNC_DISPATCH=false
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=9999999999. A setting of malloc by its variables is left alone.
 
     Returns:
         Whether anything was changed: not for accelerators, whose memory is not malloc's, nor without glibc.
     """
     if any(name.startswith("MALLOC_") for name in os.environ) or not _only_cpus() or platform.libc_ver()[0] != "glibc":
         return False
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     mallopt = ctypes.CDLL(None).mallopt
-    # threads of their own arenas cannot hold large blocks, which would come from the system after all
-    return all(mallopt(*setting) == 1 for setting in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)))
+    return all(mallopt(*setting) == 1 for setting in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)))
 
 
 def _only_cpus() -> bool:
