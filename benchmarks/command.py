@@ -98,8 +98,6 @@ def _check(parser: Parser, args: argparse.Namespace, benchmark: str, device: str
         parser.error("--find-largest-batch needs a GPU: a CPU has no memory of its own to run out of")
     if args.attention == "cudnn" and (device, args.dtype) != ("gpu", "bfloat16"):
         parser.error(f"--attention cudnn needs a GPU and --dtype bfloat16; this is {device}, {args.dtype}")
-    if benchmark == "training" and args.batch_size % 2:
-        parser.error(f"--batch-size must be even for training (timm mixes images in pairs); got {args.batch_size}")
     if len(set(args.sides)) < len(args.sides):
         parser.error("--sides names a side twice")
     writable_json(parser, args.json)

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.task import Program, Task
 
 ROUND_SECONDS = 1.0  # a round takes as many calls as fill this time, at least one
-_WARM_UP_SECONDS = 1.0
+_WARM_UP_SECONDS = 3.0  # by then a process has the memory that it needs
 
 
 class SideFailed(RuntimeError):
