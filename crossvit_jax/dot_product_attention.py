@@ -53,7 +53,7 @@ Heads = Float[Array, "*heads tokens width"]
 Tokens = Float[Array, "*heads tokens 1"]
 
 _PIECES = 4
-_MAX_PIECES = 8  # each is compiled on its own
+_MAX_PIECES = 16  # each is compiled on its own
 _SMALLEST_PIECE, _LARGEST_PIECE = 2**19, 2**22  # bytes of scores
 
 
