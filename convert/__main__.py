@@ -1,14 +1,14 @@
 """The command `python -m convert SOURCE DESTINATION`."""
 
 import argparse
-import sys
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert.command_line import Parser, at_least_one, at_least_zero, image_size, run, tell_result
+from convert.command_line import Parser, at_least_one, at_least_zero, image_size, leave, run
 from convert.errors import ConversionError
-from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
+from convert.report import tell_result, tell_warning, tell_weights
 
 if TYPE_CHECKING:
     from convert.quantized_export import Quantization
@@ -53,7 +53,9 @@ def _parser() -> Parser:
         "--quantize", choices=("dynamic", "static"), help=".onnx in int8: activations' ranges found anew, or fixed ones"
     )
     parser.add_argument(
-        "--calibrate", metavar="digits|FOLDER", help="images for static ranges: scikit-learn's digits, or image files"
+        "--calibrate",
+        metavar="digits|FOLDER",
+        help="images for static ranges: scikit-learn's digits, or image files (folder:FOLDER means the same)",
     )
     parser.add_argument(
         "--calibration-images", type=at_least_one, metavar="N", help="how many of them at most; default: 128"
@@ -63,6 +65,11 @@ def _parser() -> Parser:
         "--preprocess",
         action="store_true",
         help=".onnx takes uint8 pictures of any size: resize and crop are in it",
+    )
+    parser.add_argument(
+        "--license",
+        metavar="TEXT",
+        help="what .onnx says of its weights; default: Apache-2.0, as the published ones are",
     )
     parser.add_argument("--verify", action="store_true", help="run both twins on what was written and compare")
     parser.add_argument("--overwrite", action="store_true", help="replace DESTINATION if it exists")
@@ -77,7 +84,10 @@ def _convert(args: argparse.Namespace) -> int:
     how = _quantization(args)
     if how:
         return _quantize(args, how)
-    if args.destination.endswith(EXPORTED):
+    name = Path(args.destination).name  # without the slash that may be behind it
+    if args.license is not None and not name.endswith(".onnx"):
+        raise ConversionError("--license is for .onnx files; no other that is written here has a place for it")
+    if name.endswith(EXPORTED):
         return _export(args)
     if args.preprocess:
         raise ConversionError("--preprocess is for .onnx files")
@@ -86,7 +96,7 @@ def _convert(args: argparse.Namespace) -> int:
     stored = ", ".join(weights.dtypes)
     if args.dtype:
         weights = weights.astype(DTYPES[args.dtype])
-    _report(weights, stored)
+    tell_weights(weights, stored)
     path = write(weights, args.destination, overwrite=args.overwrite)
     print(f"written     {path}")
     return _verify(weights, path) if args.verify else 0
@@ -101,7 +111,7 @@ def _export(args: argparse.Namespace) -> int:
     dtype = args.dtype or "float32"
     check_export(args.destination, dtype, preprocess=args.preprocess, overwrite=args.overwrite)
     weights = _load(args)
-    _report(weights.astype(DTYPES[dtype]), ", ".join(weights.dtypes))
+    tell_weights(weights.astype(DTYPES[dtype]), ", ".join(weights.dtypes))
     how = {"dtype": dtype, "preprocess": args.preprocess, "overwrite": args.overwrite}
     path, comparison = export(weights, args.destination, **how)
     return tell_result(path, comparison, kept=comparison.passed)
@@ -138,10 +148,8 @@ def _quantize(args: argparse.Namespace, how: "Quantization") -> int:
     if args.dtype:
         weights = weights.astype(DTYPES[args.dtype])
     check_weights(weights)
-    _report(weights, stored)
-    done = export_quantized(weights, args.destination, how, overwrite=args.overwrite)
-    if done.warning:
-        print(f"warning: {done.warning}", file=sys.stderr)
+    tell_weights(weights, stored)
+    done = export_quantized(weights, args.destination, how, overwrite=args.overwrite, warn=tell_warning)
     status = tell_result(done.path, done.difference, kept=done.passed)
     if done.preprocessing:
         print(f"compared    given pictures, to the int8 model given their images: {done.preprocessing}")
@@ -152,48 +160,8 @@ def _load(args: argparse.Namespace) -> "Weights":
     from convert.models import load_weights
 
     changes = {"num_classes": args.num_classes, "image_size": args.image_size}
-    return load_weights(args.source, **{key: value for key, value in changes.items() if value is not None})
-
-
-def _report(weights: "Weights", stored: str) -> None:
-    config = weights.config
-    height, width = config.image_size
-    branches = " and ".join(f"{h} x {w}" for h, w in config.branch_image_size)
-    parameters = sum(array.size for array in weights.tensors.values())
-    dtypes = ", ".join(weights.dtypes)
-    print(f"variant     {config.name}; in timm: {_in_timm(config)}")
-    print(f"image       {height} x {width} pixels (the branches see {branches}), {config.in_chans} channels")
-    print(f"classes     {config.num_classes or 'none: no head'}")
-    print(f"weights     {len(weights.tensors)} tensors, {parameters:,} parameters, {dtypes}", end="")
-    print("" if dtypes == stored else f" (stored as {stored})")
-    for note in weights.notes:
-        print(f"note        {note}")
-    if weights.non_finite():
-        print(f"warning: {weights.non_finite()}", file=sys.stderr)
-
-
-def _in_timm(config: CrossViTConfig) -> str:
-    """The call that makes this model in timm."""
-    if config.name not in TIMM_NAMES:
-        return "none"
-    usual = VARIANTS[config.name]
-    height, width = config.image_size
-    settings = {
-        "num_classes": str(config.num_classes),
-        "in_chans": str(config.in_chans),
-        "img_size": str(height) if height == width else f"({height}, {width})",
-        "img_scale": f"({config.image_scale[0]}, {config.image_scale[1]})",
-        "qkv_bias": str(config.qkv_bias),
-        "global_pool": repr(config.global_pool),
-        "crop_scale": str(config.crop_scale),
-    }
-    fields = {"img_size": "image_size", "img_scale": "image_scale"}
-    changed = [
-        f", {key}={value}"
-        for key, value in settings.items()
-        if getattr(config, fields.get(key, key)) != getattr(usual, fields.get(key, key))
-    ]
-    return f"timm.create_model('{TIMM_NAMES[config.name]}'{''.join(changed)})"
+    weights = load_weights(args.source, **{key: value for key, value in changes.items() if value is not None})
+    return weights if args.license is None else dataclasses.replace(weights, license=args.license)
 
 
 def _verify(weights: "Weights", path: Path) -> int:
@@ -212,4 +180,4 @@ def _verify(weights: "Weights", path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

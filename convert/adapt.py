@@ -72,7 +72,7 @@ def adapt(weights: Weights, overrides: Mapping[str, Any], *, seed: int = 0) -> W
             notes.append(f"new head for {config.num_classes} classes instead of {old.num_classes}: it is untrained")
         else:
             notes.append(f"head for {old.num_classes} classes dropped")
-    return Weights(config=config, tensors=tensors, class_names=class_names, notes=tuple(notes))
+    return dataclasses.replace(weights, config=config, tensors=tensors, class_names=class_names, notes=tuple(notes))
 
 
 def resample_pos_embed(

@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from convert.check_export import evaluation_image
 from convert.errors import ConversionError, one_line
+from convert.paths import typed_path
 from crossvit_jax.config import CrossViTConfig
 
 DIGITS = "digits"
@@ -25,14 +26,14 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 def find_images(source: str) -> list[Path] | None:
     """The image files below a folder, sorted; None for `digits`, which are no files. Reads none of them.
 
-    Files count as images by their suffix, and hidden ones do not.
+    A folder is PATH or, as for training, `folder:PATH`. Files count as images by their suffix, and hidden ones do not.
 
     Raises:
         ConversionError: there is no such folder, it cannot be read, or no images are in it.
     """
     if source == DIGITS:
         return None
-    folder = Path(source).expanduser()
+    folder = typed_path(source.removeprefix("folder:"))
     if not folder.is_dir():
         raise ConversionError(f"{folder}: images come from {DIGITS!r} or a folder, and this is neither")
     paths = sorted(_below(folder))
@@ -72,12 +73,18 @@ def shortage(found: int, asked: int) -> str | None:
     if found >= asked and found >= FEW:
         return None
     few = f"; with fewer than {FEW} the ranges of the activations are little more than guesses" if found < FEW else ""
-    return f"calibrated on {found} image{'s' if found != 1 else ''}, {asked} were asked for{few}"
+    return f"calibrating on {found} image{'s' if found != 1 else ''}, {asked} were asked for{few}"
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    for root, folders, files in os.walk(folder, onerror=_unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    visited = set()
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
+        here = os.path.realpath(root)
+        if here in visited:  # a link leads to a folder above, or to the same as another
+            folders.clear()
+            continue
+        visited.add(here)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(root, name) for name in files if name.lower().endswith(_SUFFIXES) and name[0] != ".")
 
 

@@ -1,10 +1,13 @@
 """How the commands of this project read their arguments, and how those of `convert` end."""
 
 import argparse
+import contextlib
+import os
 import re
+import signal
 import sys
-from collections.abc import Callable
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from convert.errors import ConversionError
@@ -25,23 +28,54 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(prog: str, command: Callable[[], int]) -> int:
-    """A command's exit status: its own; 2 if an error stopped it, told in one line on stderr; 130 for Ctrl-C."""
+    """A command's exit status: its own; 2 if an error stopped it, told in one line on stderr.
+
+    130 for Ctrl-C and 143 for SIGTERM, as a shell has it; neither leaves anything half written.
+    """
     try:
-        return command()
+        with _heeding_sigterm():
+            return command()
     except (ConversionError, MemoryError) as error:
         print(f"{prog}: error: {error or 'out of memory'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
+    except _Terminated:
+        print(f"{prog}: terminated", file=sys.stderr)
+        return 143
 
 
-def tell_result(path: Path, comparison: object, *, kept: bool) -> int:
-    """Prints whether a file was kept, and how far it is from its source; returns the exit status."""
-    size = f", {path.stat().st_size:,} bytes" if kept else ""
-    print(f"{'written    ' if kept else 'NOT written'} {path}{size}")
-    print(f"compared    {comparison}")
-    return 0 if kept else 1
+def leave(status: int) -> NoReturn:
+    """Ends the process; after an interruption at once: jax, stopped as it compiles, crashes on the usual way out."""
+    if status > 128:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+class _Terminated(BaseException):
+    """SIGTERM came. No `except Exception` is to hold it, as with KeyboardInterrupt."""
+
+
+@contextlib.contextmanager
+def _heeding_sigterm() -> Iterator[None]:
+    """SIGTERM raises `_Terminated`, where it would end the process as it is: what was begun is removed on the way."""
+    in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handlers
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:  # who has a handler wants that one
+        yield
+        return
+    try:
+        signal.signal(signal.SIGTERM, _terminate)
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the removal
+    raise _Terminated
 
 
 # --- the types of flags; what they raise is told with the flag's name ---

@@ -13,6 +13,7 @@ import numpy as np
 from convert import metadata
 from convert.errors import ConversionError, one_line
 from convert.orbax_folder import is_orbax, write_orbax
+from convert.paths import typed_path
 from convert.tensors import as_tensor
 from convert.tree import nest, to_flax_paths
 from convert.weights import Weights
@@ -26,7 +27,7 @@ def check_destination(destination: str | Path, *, overwrite: bool = False) -> Pa
     Raises:
         ConversionError: an unknown ending, a missing folder, or something is there that may not be replaced.
     """
-    path = Path(destination).expanduser()
+    path = typed_path(destination)
     return check_place(path, is_folder=_writer(path) is _write_orbax, overwrite=overwrite)
 
 
@@ -34,10 +35,13 @@ def check_place(path: Path, *, is_folder: bool = False, overwrite: bool = False)
     """The path, if a file or a folder can be written there.
 
     Raises:
-        ConversionError: a missing folder, or something is there that may not be replaced.
+        ConversionError: a missing folder, one that cannot be written to, or something is there that may not be
+            replaced.
     """
     if not path.parent.is_dir():
         raise ConversionError(f"{path}: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ConversionError(f"{path}: the folder {path.parent} cannot be written to")
     if not os.path.lexists(path):
         return path
     if not overwrite:
@@ -68,6 +72,14 @@ def write(weights: Weights, destination: str | Path, *, overwrite: bool = False)
     return path
 
 
+class _NotWritten(ConversionError):
+    """Knows the reason without the path: a file that is written on the way to another has a temporary one."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(f"{path} could not be written: {reason}")
+        self.reason = reason
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to. What is there at the end is moved to `path`, if anything is.
@@ -82,7 +94,7 @@ def replacing(path: Path) -> Iterator[Path]:
             if new.exists():
                 _move(new, path, aside=Path(partial, "replaced"))
     except Exception as error:  # besides OSError, whatever Orbax, tensorstore and exporters raise
-        raise ConversionError(f"{path} could not be written: {_reason(error)}") from None
+        raise _NotWritten(path, _reason(error)) from None
 
 
 def _writer(path: Path) -> Callable[[Weights, Path], None]:
@@ -159,6 +171,8 @@ def require_space(weights: Weights, path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, _NotWritten):
+        return error.reason
     if "No space left on device" in str(error):  # also in the middle of tensorstore's messages
         return "no space left on device"
     return (error.strerror if isinstance(error, OSError) else None) or one_line(error)

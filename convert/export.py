@@ -6,6 +6,7 @@ from pathlib import Path
 from convert.check_export import Comparison, Run, compare, image_batches, picture_batches
 from convert.destinations import EXPORTED, check_place, replacing, require_space, write_bytes
 from convert.errors import ConversionError
+from convert.paths import typed_path
 from convert.tensors import DTYPES
 from convert.weights import Weights
 
@@ -25,7 +26,7 @@ def check_export(destination: str | Path, dtype: str, *, preprocess: bool = Fals
         ConversionError: the ending or dtype is none that can be exported, or preprocessing is not with that ending;
             packages are missing, the folder is, or something is there that may not be replaced.
     """
-    path = Path(destination).expanduser()
+    path = typed_path(destination)
     if path.suffix not in EXPORTED:
         raise ConversionError(f"{path}: unknown ending {path.suffix!r}; exported: {', '.join(EXPORTED)}")
     if preprocess and path.suffix != ".onnx":

@@ -4,6 +4,7 @@ Shapes alone do not tell a rectangular image, dropout rates or the pooling; file
 """
 
 import dataclasses
+import importlib.metadata
 import json
 from fractions import Fraction
 
@@ -23,6 +24,14 @@ def describe(config: CrossViTConfig, class_names: tuple[str, ...] | None) -> dic
 def to_json(config: CrossViTConfig, class_names: tuple[str, ...] | None) -> str:
     """`describe` as text, for formats whose metadata is text."""
     return json.dumps(describe(config, class_names))
+
+
+def version(package: str) -> str:
+    """The version of a package; "unknown" where that is not installed and only lies on Python's path."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def understand(description: dict | str) -> tuple[CrossViTConfig, tuple[str, ...] | None]:

@@ -1,6 +1,5 @@
 """The PyTorch twin as an ONNX graph."""
 
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,8 +124,8 @@ def _description(weights: Weights, dtype: str) -> dict[str, str]:
         "image_size": json.dumps(config.image_size),
         "crop_pct": json.dumps(config.crop_pct),
         "dtype": dtype,
-        "license": "Apache-2.0",
-        "library": f"crossvit-jax {importlib.metadata.version('crossvit-jax')}",
+        "license": weights.license,
+        "library": f"crossvit-jax {metadata.version('crossvit-jax')}",
         metadata.KEY: metadata.to_json(config, weights.class_names),
     }
     if config.in_chans == 3:

@@ -1,5 +1,7 @@
 """int8 ONNX files from weights: exported, quantised, run against their source on images, and kept if they agree."""
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -7,12 +9,13 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float32
 
-from convert.calibration import calibration_images, find_images, shortage
+from convert.calibration import DIGITS, calibration_images, find_images, shortage
 from convert.check_export import Comparison, compare, photographs, picture_batches
 from convert.destinations import replacing, require_space, write_bytes
 from convert.errors import ConversionError
 from convert.export import BOUNDS, check_export
 from convert.onnx_quantize import quantize_dynamic, quantize_static
+from convert.paths import typed_path
 from convert.weights import Weights
 from crossvit_jax.config import CrossViTConfig
 
@@ -20,6 +23,8 @@ BOUND = 0.12  # of the root mean square difference, relative to the spread of th
 
 COMPARED = 64  # images
 _BATCH = 7  # the last batch has another size, which a graph of one size would refuse
+
+_log = logging.getLogger(__name__)
 
 Images = Float32[np.ndarray, "images channels height width"]
 
@@ -72,7 +77,6 @@ class Int8Export:
     path: Path
     difference: Difference
     preprocessing: Comparison | None = None  # of the file, given pictures, and itself without it, given their images
-    warning: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -86,7 +90,7 @@ def check_quantization(how: Quantization, destination: str | Path, *, overwrite:
         ConversionError: see `convert.export.check_export`; or the ending is not `.onnx`, or there are no images to
             calibrate with.
     """
-    path = Path(destination).expanduser()
+    path = typed_path(destination)
     if path.suffix != ".onnx":
         raise ConversionError(f"{path}: only .onnx files are quantised")
     if how.calibrate is not None:
@@ -103,7 +107,12 @@ def check_weights(weights: Weights) -> None:
 
 
 def export_quantized(
-    weights: Weights, destination: str | Path, how: Quantization, *, overwrite: bool = False
+    weights: Weights,
+    destination: str | Path,
+    how: Quantization,
+    *,
+    overwrite: bool = False,
+    warn: Callable[[str], None] = _log.warning,
 ) -> Int8Export:
     """Writes an int8 `.onnx` and runs it against the twin in float32; what differs too much is not kept.
 
@@ -112,20 +121,22 @@ def export_quantized(
 
     Args:
         weights: in float32.
+        warn: is told of too few calibration images, before the work.
 
     Raises:
-        ConversionError: see `check_quantization`, `check_weights` and `onnx_preprocess.check_pictures`; an image cannot
-            be read; the disk is full, or writing fails otherwise.
+        ConversionError: see `check_quantization`, `check_weights` and `onnx_preprocess.check_pictures`; the calibration
+            images are not what the model is for, or one cannot be read; the disk is full, or writing fails otherwise.
     """
     from convert.onnx_export import onnx_graph
 
     path = check_quantization(how, destination, overwrite=overwrite)
     check_weights(weights)
+    _check_classes(weights.config, how)
     if how.preprocess:
         from convert.onnx_preprocess import check_pictures
 
         check_pictures(weights.config)
-    calibration, compared, named, warning = _images(weights, how)
+    calibration, compared, named = _images(weights, how, warn)
     require_space(weights, path)
     with replacing(path) as new:
         exported = new.with_name("float32.onnx")
@@ -136,7 +147,7 @@ def export_quantized(
             quantize_dynamic(exported, new)
         difference = difference_of(run_source(weights, compared), _run_quantized(new, compared, how), named)
         preprocessing = _add_preprocessing(new, weights.config) if how.preprocess and difference.passed else None
-        done = Int8Export(path, difference, preprocessing, warning)
+        done = Int8Export(path, difference, preprocessing)
         if not done.passed:
             new.unlink()
     return done
@@ -182,21 +193,31 @@ def _add_preprocessing(path: Path, config: CrossViTConfig) -> Comparison:
     return compare(run_onnx(path), without, picture_batches(config), BOUNDS["float32"])
 
 
-def _images(weights: Weights, how: Quantization) -> tuple[Images, Images, str, str | None]:
-    """Those to calibrate with, those to compare on and what these are, and a warning if there are too few."""
+def _check_classes(config: CrossViTConfig, how: Quantization) -> None:
+    """Without a head, nothing tells that a model is not one of the digits."""
+    if how.calibrate == DIGITS and config.num_classes not in (0, 10):
+        raise ConversionError(
+            f"--calibrate {DIGITS} is for models of the 10 digits, and this one has {config.num_classes} classes; "
+            "name a folder of images such as it will see"
+        )
+
+
+def _images(weights: Weights, how: Quantization, warn: Callable[[str], None]) -> tuple[Images, Images, str]:
+    """Those to calibrate with, those to compare on, and what these are."""
     if how.calibrate is None:
         pictures, named = photographs_to_compare(weights.config)
-        return pictures[:0], pictures, named, None
+        return pictures[:0], pictures, named
     images = calibration_images(how.calibrate, weights.config, how.images + COMPARED)
+    too_few = shortage(min(len(images), how.images), how.images)
+    if too_few:
+        warn(too_few)
     spare = len(images) - how.images
     if spare <= 0:
-        warning = shortage(len(images), how.images)
-        return images, images, f"the {len(images)} calibration images themselves", warning
+        return images, images, f"the {len(images)} calibration images themselves"
     # at even steps, as the images of one class may lie together
     held_out = np.zeros(len(images), bool)
     held_out[np.arange(spare) * len(images) // spare] = True
-    named = f"{spare} images that it was not calibrated on"
-    return images[~held_out], images[held_out], named, shortage(how.images, how.images)
+    return images[~held_out], images[held_out], f"{spare} images that it was not calibrated on"
 
 
 def run_source(weights: Weights, images: Images) -> Float32[np.ndarray, "images out"]:

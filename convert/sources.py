@@ -9,6 +9,7 @@ import numpy as np
 from convert import hub, metadata
 from convert.errors import ConversionError, one_line
 from convert.orbax_folder import read_orbax
+from convert.paths import typed_path
 from convert.tensors import DTYPES
 from convert.torch_files import read_torch
 from convert.tree import flatten, from_flax_paths, from_state_dict
@@ -40,7 +41,7 @@ def read(source: str | Path) -> Stored:
     """
     if str(source).startswith(hub.PREFIXES):
         return _read_path(hub.download(str(source)[len(hub.PREFIXES[0]) :]))
-    return _read_path(Path(source).expanduser())
+    return _read_path(typed_path(source))
 
 
 def _read_path(path: Path) -> Stored:

@@ -1,14 +1,11 @@
 """The command `python -m convert.torchao SOURCE model.pt`."""
 
 import argparse
-import sys
+import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from convert.command_line import Parser, run, tell_result
-
-if TYPE_CHECKING:
-    from convert.weights import Weights
+from convert.command_line import Parser, leave, run
+from convert.report import tell_result, tell_weights
 
 _EPILOG = """\
 SOURCE    what python -m convert takes, say the folder of a run with --qat
@@ -40,6 +37,11 @@ def _parser() -> Parser:
         "--compare", metavar="digits|FOLDER", help="images to compare with SOURCE on; default: photographs"
     )
     parser.add_argument("--dtype", choices=("float32",), help="take weights that are stored in half precision")
+    parser.add_argument(
+        "--license",
+        metavar="TEXT",
+        help="what model.pt says of its weights; default: Apache-2.0, as the published ones are",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace model.pt if it exists")
     return parser
 
@@ -54,26 +56,16 @@ def _quantise(args: argparse.Namespace) -> int:
     options = {"compare": args.compare, "overwrite": args.overwrite}
     check_torchao(args.destination, **options)
     weights = load_weights(args.source)
-    stored = weights.dtypes
+    if args.license is not None:
+        weights = dataclasses.replace(weights, license=args.license)
+    stored = ", ".join(weights.dtypes)
     if args.dtype:
         weights = weights.astype(DTYPES[args.dtype])
     check_weights(weights)
-    _report(weights, stored)
+    tell_weights(weights, stored)
     path, difference = export_torchao(weights, args.destination, args.quantize, **options)
     return tell_result(path, difference, kept=difference.passed)
 
 
-def _report(weights: "Weights", stored: list[str]) -> None:
-    config = weights.config
-    height, width = config.image_size
-    print(f"variant     {config.name}, {height} x {width} pixels, classes: {config.num_classes or 'none: no head'}")
-    parameters = sum(array.size for array in weights.tensors.values())
-    print(f"weights     {parameters:,} parameters, stored as {', '.join(stored)}")
-    for note in weights.notes:
-        print(f"note        {note}")
-    if weights.non_finite():
-        print(f"warning: {weights.non_finite()}", file=sys.stderr)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

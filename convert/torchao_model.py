@@ -5,7 +5,6 @@ and for each token of what they multiply, the largest absolute value ÷ 127.5. i
 ÷ 7.5; but torchao fits the 8 bits of a token to its smallest and largest value, where qwix keeps zero in the middle.
 """
 
-import importlib.metadata
 import importlib.util
 import io
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from convert.check_export import MEAN, STD
 from convert.destinations import check_place, replacing, write_bytes
 from convert.errors import ConversionError, one_line, quiet
 from convert.models import torch_model
+from convert.paths import typed_path
 from convert.quantized_export import (
     BOUND,
     COMPARED,
@@ -72,7 +72,7 @@ def check_torchao(destination: str | Path, *, compare: str | None = None, overwr
         ConversionError: torchao is not installed; the ending is not `.pt`; the folder is missing, or something is there
             that may not be replaced; or there are no images to compare on.
     """
-    path = Path(destination).expanduser()
+    path = typed_path(destination)
     if path.suffix != ENDING:
         raise ConversionError(f"{path}: unknown ending {path.suffix!r}; models quantised by torchao are {ENDING} files")
     _require_torchao(path)
@@ -168,7 +168,7 @@ def read_torchao(path: str | Path) -> TorchaoFile:
         ConversionError: torchao is not installed; there is no such file, it is damaged or of a newer format, or it is
             another file.
     """
-    path = Path(path).expanduser()
+    path = typed_path(path)
     _require_torchao(path)
     with quiet("torch.utils._pytree"):
         import torchao.quantization  # noqa: F401 (tells torch that its classes are safe to load)
@@ -217,9 +217,9 @@ def _save(model: "crossvit_torch.CrossViT", weights: Weights, scheme: Scheme, pa
         "class_names": weights.class_names and list(weights.class_names),
         "input": "normalised float32 images (batch, channels, height, width) of image_size",
         "crop_pct": config.crop_pct,
-        "license": "Apache-2.0",
-        "library": f"crossvit-jax {importlib.metadata.version('crossvit-jax')}",
-        "torchao": importlib.metadata.version("torchao"),
+        "license": weights.license,
+        "library": f"crossvit-jax {metadata.version('crossvit-jax')}",
+        "torchao": metadata.version("torchao"),
         metadata.KEY: metadata.to_json(config, weights.class_names),
         _WEIGHTS: model.state_dict(),
     }

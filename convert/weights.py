@@ -16,6 +16,7 @@ class Weights:
     config: CrossViTConfig
     tensors: Mapping[str, np.ndarray]  # timm's names and layouts, each in its stored dtype
     class_names: tuple[str, ...] | None = None
+    license: str = "Apache-2.0"  # that of the published weights; exported files tell it
     notes: tuple[str, ...] = ()  # what was chosen and changed on the way, for the user to read
 
     @property

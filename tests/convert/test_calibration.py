@@ -60,6 +60,23 @@ def test_of_many_files_every_folder_gives_its_share(folder):
     assert np.array_equal(two, every[[0, 2]])
 
 
+def test_a_folder_may_be_named_as_for_training(folder):
+    assert find_images(f"folder:{folder}") == find_images(str(folder))
+    with pytest.raises(ConversionError, match="digits: images come from"):
+        find_images("folder:digits")
+
+
+def test_linked_folders_are_followed_and_each_is_seen_once(folder, tmp_path_factory):
+    links = tmp_path_factory.mktemp("links")
+    for name, target in [("b", folder / "b"), ("a", folder / "a"), ("again", folder / "a")]:
+        (links / name).symlink_to(target)
+    (folder / "b" / "back").symlink_to(links)  # an endless way
+    assert [str(path.relative_to(links)) for path in find_images(str(links))] == [
+        *("a/0.PNG", "a/2.PNG", "a/4.PNG"),
+        *("b/1.PNG", "b/3.PNG"),
+    ]
+
+
 def test_grey_and_transparent_images_become_colour(tmp_path):
     grey = np.arange(48 * 48, dtype=np.uint8).reshape(48, 48)
     Image.fromarray(grey).save(tmp_path / "grey.png")

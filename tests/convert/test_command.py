@@ -1,16 +1,21 @@
 """python -m convert: what it prints, and its exit status."""
 
 import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from convert import load_weights
+from convert import command_line, load_weights
 from convert.verify import read_back
 from tests.convert.conftest import refused, run, tiny
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_it_prints_what_it_found_and_did(capsys, weights_file, tmp_path):
@@ -105,6 +110,7 @@ def test_refusals_are_one_line_and_exit_status_2(capsys, weights_file, tmp_path,
     assert "unrecognized arguments: --over" in refused(capsys, weights_file, out, "--over")
     assert "nearest valid sizes" in refused(capsys, weights_file, out, "--image-size", "50")
     assert "does not exist" in refused(capsys, tmp_path / "none.pth", out)
+    assert "~nobody-of-this-name is nobody's home folder" in refused(capsys, "~nobody-of-this-name/x.pth", out)
     assert "exists; --overwrite" in refused(capsys, tmp_path / "none.pth", weights_file)
     del state["norm.0.bias"]
     torch.save(state, tmp_path / "bad.pth")
@@ -124,6 +130,54 @@ def test_an_interrupt_is_one_line(capsys, weights_file, tmp_path, monkeypatch):
 
     monkeypatch.setattr("convert.models.load_weights", interrupted)
     assert run(capsys, weights_file, tmp_path / "out.pth") == (130, "", "python -m convert: interrupted\n")
+
+
+@pytest.mark.parametrize(("number", "status", "told"), [("SIGTERM", 143, "terminated"), ("SIGINT", 130, "interrupted")])
+def test_a_command_that_is_stopped_leaves_nothing_half_written(weights_file, tmp_path, number, status, told):
+    (tmp_path / "out.pth").write_bytes(b"old")
+    code = f"""
+import atexit, os, runpy, signal
+import convert.destinations
+def stopped(path, data):
+    path.write_bytes(data[:100])
+    signal.raise_signal(signal.{number})
+    path.write_bytes(data)
+convert.destinations.write_bytes = stopped
+signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may run where it is ignored
+atexit.register(os._exit, 139)  # as jax may crash on the way out
+runpy.run_module("convert", run_name="__main__")
+"""
+    command = [sys.executable, "-c", code, str(weights_file), str(tmp_path / "out.pth"), "--overwrite"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, f"python -m convert: {told}\n")
+    assert "variant     ti" in done.stdout
+    assert sorted(os.listdir(tmp_path)) == ["out.pth", "weights.pth"]
+    assert (tmp_path / "out.pth").read_bytes() == b"old"
+
+
+def test_sigterm_is_heeded_where_nobody_else_does_and_only_while_a_command_runs():
+    def handler():
+        return signal.getsignal(signal.SIGTERM)
+
+    def during():
+        seen = []
+        assert command_line.run("x", lambda: seen.append(handler()) or 0) == 0
+        return seen[0]
+
+    def own(*_):
+        pass
+
+    before = handler()
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert callable(during()) and handler() == signal.SIG_DFL
+        with ThreadPoolExecutor(1) as elsewhere:
+            assert elsewhere.submit(during).result() == signal.SIG_DFL
+        for theirs in (own, signal.SIG_IGN):
+            signal.signal(signal.SIGTERM, theirs)
+            assert during() == handler() == theirs
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_the_command_runs_in_a_process_of_its_own(weights_file, tmp_path, images, logits):

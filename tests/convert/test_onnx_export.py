@@ -1,6 +1,7 @@
 """ONNX files: they compute what their source does, say what they are, and are not kept otherwise."""
 
 import contextlib
+import importlib.metadata
 import io
 import json
 import os
@@ -24,6 +25,8 @@ from crossvit_torch import create_model
 from tests.convert.conftest import CLASS_NAMES, perturb
 from tests.convert.test_stablehlo import code_block, run_without_this_library
 
+LICENSES = {"float32": "Apache-2.0", "float16": "CC BY-NC 4.0"}  # the first is the default
+
 
 @pytest.fixture(scope="session", params=["float32", "float16"])
 def exported(request, small, tmp_path_factory):
@@ -31,7 +34,8 @@ def exported(request, small, tmp_path_factory):
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        assert main([str(small), str(path), "--dtype", request.param]) == 0
+        licence = ["--license", LICENSES["float16"]] if request.param == "float16" else []
+        assert main([str(small), str(path), "--dtype", request.param, *licence]) == 0
     assert err.getvalue() == ""
     return request.param, path, out.getvalue()
 
@@ -69,7 +73,7 @@ def test_the_file_says_what_it_is(exported):
     assert json.loads(described["image_size"]) == [48, 48]
     assert json.loads(described["mean"]) == [0.485, 0.456, 0.406]
     assert json.loads(described["std"]) == [0.229, 0.224, 0.225]
-    assert described["license"] == "Apache-2.0"
+    assert described["license"] == LICENSES[dtype]
     assert described["library"].startswith("crossvit-jax 0.")
     assert described["dtype"] == dtype
     (images,), (logits,) = model.graph.input, model.graph.output
@@ -94,8 +98,10 @@ def test_a_square_image_is_resized_by_one_matrix_and_a_rectangle_by_two(tmp_path
     path, comparison = export(weights, tmp_path / "model.onnx")
     assert 0 < comparison.difference < 1e-5
     small = [tuple(sorted((size * 14 // 15, size), reverse=True)) for size in image_size]
-    shapes = [tuple(sorted(tensor.dims, reverse=True)) for tensor in onnx.load(path).graph.initializer]
+    graph = onnx.load(path)
+    shapes = [tuple(sorted(tensor.dims, reverse=True)) for tensor in graph.graph.initializer]
     assert sum(shape in small for shape in shapes) == matrices
+    assert unsupported(graph) == []
 
 
 def test_nothing_of_this_machine_is_in_the_file(exported):
@@ -109,6 +115,15 @@ def test_tensorrts_parser_has_every_operator_of_the_graph(exported):
     assert unsupported(onnx.load(exported[1])) == []
 
 
+def test_tensorrts_parser_has_every_operator_of_a_dagger_variant_without_a_head(tmp_path):
+    settings = {"image_size": 48, "image_scale": (1.0, 2 / 3), "num_classes": 0, "stages": 1, "depth": (1, 1)}
+    model = create_model("9-dagger", **settings)
+    weights = load_weights(save(model.state_dict(), model.config, tmp_path / "w.safetensors"))
+    graph = convert.onnx_export.onnx_graph(weights)
+    assert graph.graph.output[0].name == "features"
+    assert unsupported(graph) == []
+
+
 @pytest.mark.parametrize("exported", ["float32"], indirect=True)
 def test_the_code_in_the_documentation_names_the_classes(exported, small, tmp_path):
     shutil.copy(exported[1], tmp_path / "model.onnx")
@@ -120,32 +135,84 @@ def test_the_code_in_the_documentation_names_the_classes(exported, small, tmp_pa
     assert printed == f"{[CLASS_NAMES[index] for index in best]}\n"
 
 
-def test_what_tensorrt_refuses_is_found():
+def _model(nodes, tensors, *, opsets=(("", 20),), inputs=()):
     helper = onnx.helper
-    zeros = onnx.numpy_helper.from_array(np.array(3, np.int8), "three")
-    unsigned = onnx.numpy_helper.from_array(np.array(0, np.uint8), "unsigned")
+    initializers = [onnx.numpy_helper.from_array(array, name) for name, array in tensors.items()]
+    values = [helper.make_tensor_value_info(name, kind, [1]) for name, kind in inputs]
+    graph = helper.make_graph(nodes, "g", values, [], initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid(*opset) for opset in opsets])
+
+
+def test_what_tensorrt_refuses_is_found():
+    make_node = onnx.helper.make_node
     nodes = [
-        helper.make_node("Resize", ["x", "", "s"], ["a"], mode="cubic"),
-        helper.make_node("Resize", ["x", "", "s"], ["b"], mode="linear", antialias=1),
-        helper.make_node("Attention", ["x", "x", "x"], ["c"]),
-        helper.make_node("FusedMatMul", ["x", "x"], ["d"], domain="com.microsoft"),
-        helper.make_node("QuantizeLinear", ["x", "s", "three"], ["e"]),
-        helper.make_node("DequantizeLinear", ["x", "s", "unsigned"], ["f"]),
-        helper.make_node("QuantizeLinear", ["x", "s", "x"], ["g"]),
-        helper.make_node("MatMul", ["x", "x"], ["h"]),
+        make_node("Resize", ["x", "", "s"], ["a"], mode="cubic"),
+        make_node("Resize", ["x", "", "s"], ["b"], mode="linear", antialias=1),
+        make_node("Attention", ["x", "x", "x"], ["c"]),
+        make_node("FusedMatMul", ["x", "x"], ["d"], domain="com.microsoft"),
+        make_node("If", ["x"], ["e"]),
+        make_node("MatMul", ["x", "x"], ["f"]),
     ]
-    graph = helper.make_graph(nodes, "g", [], [], [zeros, unsigned])
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
-    assert unsupported(helper.make_model(graph, opset_imports=opsets)) == [
+    assert unsupported(_model(nodes, {}, opsets=[("", 23), ("com.microsoft", 1)])) == [
         "opset 23 of ai.onnx",
         "opset 1 of com.microsoft",
         "Resize with mode cubic",
         "Resize with mode linear and antialiasing",
         "operator ai.onnx.Attention",
         "operator com.microsoft.FusedMatMul",
-        "QuantizeLinear with a zero point other than 0",
-        "DequantizeLinear to uint8",
+        "operator ai.onnx.If",
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "attributes", "fault"),
+    [
+        ("QuantizeLinear", ["x", "s", "int8"], {}, None),
+        ("QuantizeLinear", ["x", "s"], {"output_dtype": onnx.TensorProto.INT8}, None),
+        ("QuantizeLinear", ["x", "s"], {}, "QuantizeLinear to uint8"),
+        ("QuantizeLinear", ["x", "s", "uint8"], {}, "QuantizeLinear to uint8"),
+        ("QuantizeLinear", ["x", "s", "int16"], {}, "QuantizeLinear to int16"),
+        ("QuantizeLinear", ["x", "s", "three"], {}, "QuantizeLinear with a zero point other than 0"),
+        ("QuantizeLinear", ["x", "s", "x"], {}, "QuantizeLinear with a zero point other than 0"),
+        ("DequantizeLinear", ["int8", "s", "int8"], {}, None),
+        ("DequantizeLinear", ["quantised", "s"], {}, None),
+        ("DequantizeLinear", ["int32", "s"], {}, "DequantizeLinear from int32"),
+        ("DequantizeLinear", ["uint8", "s", "uint8"], {}, "DequantizeLinear from uint8"),
+        ("DequantizeLinear", ["int8", "s", "three"], {}, "DequantizeLinear with a zero point other than 0"),
+        ("DequantizeLinear", ["x", "s"], {}, "DequantizeLinear from float"),
+        ("DequantizeLinear", ["unknown", "s"], {}, "DequantizeLinear from undefined"),
+    ],
+)
+def test_of_quantised_tensors_tensorrt_takes_int8_with_zero_points_0(kind, inputs, attributes, fault):
+    tensors = {dtype: np.array(0, dtype) for dtype in ("int8", "uint8", "int16", "int32")}
+    tensors |= {"three": np.array(3, np.int8), "s": np.array(0.1, np.float32)}
+    nodes = [
+        onnx.helper.make_node("QuantizeLinear", ["x", "s", "int8"], ["quantised"]),
+        onnx.helper.make_node(kind, inputs, ["y"], **attributes),
+    ]
+    model = _model(nodes, tensors, inputs=[("x", onnx.TensorProto.FLOAT)])
+    assert unsupported(model) == [fault] * (fault is not None)
+
+
+@pytest.mark.parametrize(
+    ("node", "fault"),
+    [
+        (("Constant", [], {"value_float": 1.5}), None),
+        (("Constant", [], {"value_floats": [1.5, 2.0]}), None),
+        (("Constant", [], {"value_int": 0}), None),
+        (("Constant", [], {"value_ints": [0, 1]}), None),
+        (("Constant", [], {"value_string": "a"}), "Constant with value_string"),
+        (("Constant", [], {"value": onnx.numpy_helper.from_array(np.array(1.0))}), "tensors of float64"),
+        (("Cast", ["x"], {"to": onnx.TensorProto.DOUBLE}), "tensors of float64"),
+        (("Add", ["x", "half"], {}), None),
+        (("Add", ["double", "double"], {}), "tensors of float64"),
+    ],
+)
+def test_tensorrt_has_neither_strings_nor_float64(node, fault):
+    kind, inputs, attributes = node
+    tensors = {"double": np.array(1.0)} if "double" in inputs else {"half": np.array(1, np.float16)}
+    model = _model([onnx.helper.make_node(kind, inputs, ["y"], **attributes)], tensors)
+    assert unsupported(model) == [fault] * (fault is not None)
 
 
 @pytest.fixture
@@ -193,6 +260,10 @@ def test_weights_that_are_not_finite_are_not_exported(capsys, quick, small, tmp_
         (["x.onnx", "--dtype", "bfloat16"], "compute in float32 or float16, not in bfloat16"),
         (["x.onnx", "--verify"], "--verify is for weights"),
         (["missing/x.onnx"], "the folder missing does not exist"),
+        (["~nobody-of-this-name/x.onnx"], "~nobody-of-this-name is nobody's home folder"),
+        (["x.stablehlo", "--license", "MIT"], "--license is for .onnx files"),
+        (["x.safetensors", "--license", "MIT"], "--license is for .onnx files"),
+        (["there.onnx/"], "there.onnx exists; --overwrite"),
         (["there.onnx"], "exists; --overwrite"),
         (["folder.onnx", "--overwrite"], "is a folder, and is not replaced"),
         (["x.tflite"], "unknown ending '.tflite'; known: .flax.safetensors, .safetensors, .pth, .onnx, .stablehlo"),
@@ -207,6 +278,22 @@ def test_refusals_come_before_the_source_is_read(capsys, tmp_path, monkeypatch, 
     assert message in err
     assert err.count("\n") == 1
     assert sorted(os.listdir(tmp_path)) == ["folder.onnx", "there.onnx"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_source_is_read(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    for name in ("x.onnx", "x.stablehlo", "x.safetensors"):
+        status, _, err = _run(capsys, "no-such-source.pth", tmp_path / name)
+        assert status == 2
+        assert f"{name}: the folder {tmp_path} cannot be written to" in err
+
+
+def test_a_library_that_is_not_installed_has_no_version(weights, monkeypatch):
+    def fail(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", fail)
+    assert convert.onnx_export._description(weights, "float32")["library"] == "crossvit-jax unknown"
 
 
 def test_without_the_extra_its_name_is_told(capsys, tmp_path, monkeypatch):

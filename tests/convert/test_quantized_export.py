@@ -13,6 +13,7 @@ from convert.models import save
 from convert.onnx_export import onnx_graph
 from convert.onnx_quantize import float_products
 from convert.quantized_export import BOUND, Difference, Quantization, export_quantized
+from convert.tensorrt import unsupported
 from crossvit_jax.config import get_config
 from crossvit_torch import create_model
 from tests.convert.conftest import refused, run
@@ -93,14 +94,57 @@ def test_static_is_calibrated_and_compared_on_other_images(capsys, small, tmp_pa
     assert properties["quantization"] == f"static, for {target}"
     assert json.loads(properties["image_size"]) == [48, 48]
     assert "QuantizeLinear" in _operators(path)
+    assert (unsupported(onnx.load(path)) == []) == (target == "tensorrt")
 
 
 def test_too_few_images_are_told(capsys, small, pictures, tmp_path):
     args = ("--quantize", "static", "--calibrate", pictures, "--calibration-images", 20)
     status, out, err = run(capsys, small, tmp_path / "int8.onnx", *args)
     assert status == 0
-    assert err.startswith("warning: calibrated on 12 images, 20 were asked for; with fewer than 32 ")
+    assert err.startswith("warning: calibrating on 12 images, 20 were asked for; with fewer than 32 ")
     assert "on the 12 calibration images themselves" in out
+
+
+def test_too_few_images_are_told_before_the_work(capsys, small, pictures, tmp_path, monkeypatch):
+    def fail(weights):
+        raise RuntimeError("the work")
+
+    monkeypatch.setattr("convert.onnx_export.onnx_graph", fail)
+    args = ("--quantize", "static", "--calibrate", f"folder:{pictures}")
+    _, _, err = run(capsys, small, tmp_path / "int8.onnx", *args)
+    warning, error = err.splitlines()
+    assert warning.startswith("warning: calibrating on 12 images, 128 were asked for")
+    assert "the work" in error
+
+
+def test_the_digits_calibrate_no_model_of_other_classes(capsys, small, tmp_path):
+    args = ("--quantize", "static", "--calibrate", "digits", "--num-classes", 7)
+    status, _, err = run(capsys, small, tmp_path / "int8.onnx", *args)
+    assert status == 2
+    assert "--calibrate digits is for models of the 10 digits, and this one has 7 classes" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_failure_of_onnx_runtime_is_told_once(capsys, small, tmp_path, monkeypatch, kind):
+    from onnxruntime import quantization
+
+    def fail(*_, **__):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(quantization, f"quantize_{kind}", fail)
+    path = tmp_path / "int8.onnx"
+    args = ("--calibrate", "digits") if kind == "static" else ()
+    status, _, err = run(capsys, small, path, "--quantize", kind, *args)
+    assert (status, err) == (2, f"python -m convert: error: {path} could not be written: no kernel\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_licence_asked_for_goes_into_the_graph_that_is_quantised(capsys, small, exported, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("convert.onnx_export.onnx_graph", lambda weights: told.append(weights.license) or exported)
+    assert run(capsys, small, tmp_path / "int8.onnx", "--quantize", "dynamic", "--license", "MIT")[0] == 0
+    assert told == ["MIT"]
 
 
 def test_what_differs_too_much_is_not_kept(capsys, small, tmp_path, monkeypatch):
@@ -130,6 +174,7 @@ def test_logits_that_are_not_finite_do_not_pass():
         (".safetensors", "--target cpu", "--target is for --quantize static"),
         (".onnx", "--quantize static", "--quantize static needs images to calibrate with: --calibrate"),
         (".onnx", "--quantize static --calibrate nowhere", "nowhere"),
+        (".onnx", "--quantize static --calibrate ~nobody-of-this-name/x", "~nobody-of-this-name is nobody's home"),
         (".onnx", "--quantize static --calibrate EMPTY", "no images in it"),
         (".onnx", "--quantize static --calibrate digits --calibration-images 0", "--calibration-images"),
         (".onnx", "--quantize dynamic --dtype float16", "--dtype float16"),

@@ -21,12 +21,13 @@ from convert.verify import run_flax
 DEPLOY = Path(__file__).parents[2] / "docs" / "deploy.md"
 
 # what a program must do without; jax itself may import anything else
-WITHOUT = """
+ABSENT = ("crossvit_jax", "crossvit_torch", "convert", "train", "benchmarks", "flax", "torch")
+WITHOUT = f"""
 import sys
 class Absent:
     def find_spec(self, name, *_):
-        if name.split(".")[0] in {"crossvit_jax", "crossvit_torch", "convert", "train", "benchmarks", "flax", "torch"}:
-            raise ImportError(f"{name} is not installed")
+        if name.split(".")[0] in {ABSENT}:
+            raise ImportError(f"{{name}} is not installed")
 sys.meta_path.insert(0, Absent())
 """
 
@@ -73,6 +74,19 @@ def test_it_computes_what_the_flax_model_does(capsys, small, weights, tmp_path, 
     logits = jax.jit(exported.call)(images)
     assert (logits.dtype, logits.shape) == (jnp.float32, (3, 5))
     assert np.abs(logits - expected).max() <= bound * np.abs(expected).max()
+
+
+def test_where_the_documentations_code_runs_this_library_cannot_be_imported(tmp_path):
+    code = f"""
+import importlib
+for name in {ABSENT}:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        print(error)
+"""
+    expected = "".join(f"{name} is not installed\n" for name in ABSENT)
+    assert run_without_this_library(code, tmp_path) == expected
 
 
 def test_the_code_in_the_documentation_runs_it_with_jax_alone(capsys, small, weights, tmp_path):

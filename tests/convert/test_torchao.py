@@ -58,14 +58,16 @@ def logits(model, images):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_source_becomes_a_file(capsys, small, tmp_path, scheme):
     path = tmp_path / "model.pt"
-    status, out, err = run(capsys, small, path, "--quantize", scheme)
+    licence = {"int8": [], "int4": ["--license", "MIT"]}[scheme]
+    status, out, err = run(capsys, small, path, "--quantize", scheme, *licence)
     assert (status, err) == (0, "")
-    assert "variant     ti, 48 x 48 pixels, classes: 5\n" in out
+    assert "variant     ti; in timm: " in out and "classes     5\n" in out
     assert f"written     {path}, {path.stat().st_size:,} bytes\n" in out
     assert "on 64 photographs its logits differ from the source's by 0." in out
     assert f"(bound {BOUNDS[scheme]})" in out
     assert path.stat().st_size < small.stat().st_size / 2  # a whole model's: / 3.1
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.pt"]
+    assert torch.load(path, weights_only=True)["license"] == {"int8": "Apache-2.0", "int4": "MIT"}[scheme]
 
 
 def test_the_logits_of_the_file_are_those_of_the_model_that_was_written(written, small, images):
@@ -167,10 +169,13 @@ def _second_line(capsys, small, path, folder):
         ("there.pt", "", "there.pt exists; --overwrite"),
         ("folder.pt", "--overwrite", "folder.pt is a folder"),
         ("no/model.pt", "", "no does not exist"),
+        ("there.pt/", "", "there.pt exists; --overwrite"),
         ("model.pt", "--quantize int2", "--quantize"),
         ("model.pt", "--dtype bfloat16", "--dtype"),
         ("model.pt", "--compare nowhere", "nowhere: images come from 'digits' or a folder, and this is neither"),
         ("model.pt", "--compare FOLDER", "folder.pt: no images in it"),
+        ("model.pt", "--compare folder:FOLDER", "folder.pt: no images in it"),
+        ("model.pt", "--compare ~nobody-of-this-name", "~nobody-of-this-name is nobody's home folder"),
         ("model.pt", "", "no-such-source does not exist"),
     ],
 )

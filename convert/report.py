@@ -1,0 +1,70 @@
+"""What the commands print of weights, and of the files that were made of them."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
+
+if TYPE_CHECKING:
+    from convert.weights import Weights
+
+
+def tell_weights(weights: "Weights", stored: str) -> None:
+    """Prints what was read, and on stderr what is wrong with it.
+
+    Args:
+        stored: the dtypes in the source.
+    """
+    config = weights.config
+    height, width = config.image_size
+    branches = " and ".join(f"{h} x {w}" for h, w in config.branch_image_size)
+    parameters = sum(array.size for array in weights.tensors.values())
+    dtypes = ", ".join(weights.dtypes)
+    print(f"variant     {config.name}; in timm: {_in_timm(config)}")
+    print(f"image       {height} x {width} pixels (the branches see {branches}), {config.in_chans} channels")
+    print(f"classes     {config.num_classes or 'none: no head'}")
+    print(f"weights     {len(weights.tensors)} tensors, {parameters:,} parameters, {dtypes}", end="")
+    print("" if dtypes == stored else f" (stored as {stored})")
+    for note in weights.notes:
+        print(f"note        {note}")
+    warning = weights.non_finite()
+    if warning:
+        tell_warning(warning)
+
+
+def tell_warning(warning: str) -> None:
+    """Prints one line on stderr."""
+    print(f"warning: {warning}", file=sys.stderr)
+
+
+def tell_result(path: Path, comparison: object, *, kept: bool) -> int:
+    """Prints whether a file was kept, and how far it is from its source; returns the exit status."""
+    size = f", {path.stat().st_size:,} bytes" if kept else ""
+    print(f"{'written    ' if kept else 'NOT written'} {path}{size}")
+    print(f"compared    {comparison}")
+    return 0 if kept else 1
+
+
+def _in_timm(config: CrossViTConfig) -> str:
+    """The call that makes this model in timm."""
+    if config.name not in TIMM_NAMES:
+        return "none"
+    usual = VARIANTS[config.name]
+    height, width = config.image_size
+    settings = {
+        "num_classes": str(config.num_classes),
+        "in_chans": str(config.in_chans),
+        "img_size": str(height) if height == width else f"({height}, {width})",
+        "img_scale": f"({config.image_scale[0]}, {config.image_scale[1]})",
+        "qkv_bias": str(config.qkv_bias),
+        "global_pool": repr(config.global_pool),
+        "crop_scale": str(config.crop_scale),
+    }
+    fields = {"img_size": "image_size", "img_scale": "image_scale"}
+    changed = [
+        f", {key}={value}"
+        for key, value in settings.items()
+        if getattr(config, fields.get(key, key)) != getattr(usual, fields.get(key, key))
+    ]
+    return f"timm.create_model('{TIMM_NAMES[config.name]}'{''.join(changed)})"
