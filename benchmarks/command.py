@@ -3,14 +3,13 @@
 import argparse
 import dataclasses
 import importlib.util
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.measure import SidesDisagree, fits_all, largest_batch, measure
-from benchmarks.report import as_json, as_markdown
+from benchmarks.report import as_json, as_markdown, write_json
 from benchmarks.task import SIDES, Task
 from benchmarks.worker import SideFailed
 from convert.command_line import Parser, at_least_one
@@ -138,7 +137,7 @@ def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
                 )
             )
             if args.json:  # after each variant, so that an interruption costs one
-                args.json.write_text(json.dumps(as_json(benchmark, results), indent=2) + "\n")
+                write_json(args.json, as_json(benchmark, results))
     print(as_markdown(benchmark, results))
     failed = {side for measured in results for side in measured.sides if side not in measured.timed}
     return 1 if failed - {"timm-compile"} else 0

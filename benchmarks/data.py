@@ -7,7 +7,6 @@ runs beside the workers and is no rival of theirs. Nothing is timed before pixel
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import numpy as np
 from benchmarks.command import exit_status, writable_json
 from benchmarks.data_task import SIDES, SIDES_ON_A_CORE, DataTask
 from benchmarks.measure import ACCEPTED_OTHERS, SidesDisagree, Times, cores_of_others, times_as_fast
-from benchmarks.report import machine, spread
+from benchmarks.report import machine, spread, write_json
 from benchmarks.worker import Worker
 from convert.command_line import Parser, at_least_one
 
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(task: DataTask, args: argparse.Namespace) -> int:
     sides = _measure(task, args.repeats)
     if args.json:
-        args.json.write_text(json.dumps(as_json(task, sides), indent=2) + "\n")
+        write_json(args.json, as_json(task, sides))
     print(as_markdown(task, sides))
     return 0
 

@@ -6,7 +6,6 @@ form whose logits are further from those of its weights in float32 than converte
 
 import argparse
 import importlib.util
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -69,6 +68,7 @@ def _run(args: argparse.Namespace) -> int:
     # late: wrong flags need not wait for the frameworks
     from benchmarks.deploy_report import as_json, as_markdown
     from benchmarks.deploy_runs import open_model, open_run, pair
+    from benchmarks.report import write_json
 
     runs = [open_run(source, dataset=args.dataset, data_dir=args.data_dir) for source in args.runs]
     models = [open_model(run, qat) for run, qat in pair(runs)]
@@ -78,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory(prefix="crossvit-deploy-") as folder:
             results.append(_deploy(model, Path(folder), args))
         if args.json:  # after each model, so that an interruption costs one
-            args.json.write_text(json.dumps(as_json(results), indent=2) + "\n")
+            write_json(args.json, as_json(results))
     print(as_markdown(results))
     return 1 if any(result.failures for result in results) else 0
 

@@ -17,6 +17,7 @@ from convert.stablehlo import stablehlo_program
 from convert.weights import Weights
 
 REFERENCE = "torch float32, eager"
+FLOAT_FILE = "ONNX float32"  # what the others' sizes are compared with
 
 Calibration = Float32[np.ndarray, "images 3 height width"]
 
@@ -40,7 +41,7 @@ def float_forms(
     exported, half = folder / "float32.onnx", folder / "float16.onnx"
     write_bytes(exported, onnx_graph(weights).SerializeToString())
     write_bytes(half, onnx_graph(weights, "float16").SerializeToString())
-    forms["ONNX float32"] = _form(exported, "onnxruntime", "float32")
+    forms[FLOAT_FILE] = _form(exported, "onnxruntime", "float32")
     forms["ONNX float16"] = _form(half, "onnxruntime", "float16")
     for name, file in _int8(exported, folder, calibration, say).items():
         forms[f"ONNX {name}"] = _form(file, "onnxruntime", "int8")

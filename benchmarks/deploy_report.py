@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.deploy_forms import REFERENCE
+from benchmarks.deploy_forms import FLOAT_FILE, REFERENCE
 from benchmarks.deploy_measure import Measured
 from benchmarks.deploy_runs import Model
 from benchmarks.deploy_task import Form
@@ -12,7 +12,19 @@ from benchmarks.measure import ACCEPTED_OTHERS, Times, cores_of_others, times_as
 from benchmarks.report import machine, spread
 
 _FASTER = "times as fast as torch (min-max)"
-_HEADER = ["form", "MB", "batch 1: ms", _FASTER, "batch 8: images/s", _FASTER, "top-1, %", "points", "logits differ by"]
+_SHARE = f"% of {FLOAT_FILE}"
+_HEADER = [
+    "form",
+    "MB",
+    _SHARE,
+    "batch 1: ms",
+    _FASTER,
+    "batch 8: images/s",
+    _FASTER,
+    "top-1, %",
+    "points",
+    "logits differ by",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +38,10 @@ class Deployed:
     images: int  # held out, and read
     unreadable: int
     calibrated_on: int  # training images
+
+    def share(self, form: str) -> float | None:
+        """Its size in percent of the ONNX file in float32, if there is one."""
+        return 100 * self.forms[form].size / self.forms[FLOAT_FILE].size if FLOAT_FILE in self.forms else None
 
     def top1(self, form: str) -> float | None:
         """In percent; None for a form that gave no logits."""
@@ -80,6 +96,7 @@ def as_json(results: Sequence[Deployed]) -> dict[str, Any]:
                         "dtype": form.dtype,
                         "qat": form.qat,
                         "bytes": form.size,
+                        "percent_of_onnx_float32": result.share(name),
                         "top1": result.top1(name),
                         "points_from_float32": result.points(name),
                         "batches": {str(m.batch_size): _side(m, name) for m in result.measured},
@@ -124,6 +141,8 @@ def as_markdown(results: Sequence[Deployed]) -> str:
 def _cells(result: Deployed, name: str) -> list[str]:
     form = result.forms[name]
     cells = [name, f"{form.size / 1e6:.1f}{' in memory' if form.runs_in == 'qwix' else ''}"]
+    share = result.share(name)
+    cells.append("" if share is None else f"{share:.1f}")
     for measured in result.measured:
         times = measured.sides[name]
         if times.failure is not None:

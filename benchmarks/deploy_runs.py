@@ -70,6 +70,8 @@ def open_run(source: str, *, dataset: str | None, data_dir: str | None) -> Run:
         settings = read_settings(source)
     elif dataset is not None:
         settings = TrainConfig()
+    elif not Path(source).exists():
+        raise SettingsError(f"{source}: no such run; --runs takes folders of training runs")
     else:
         raise SettingsError(f"{source} is no folder of a training run: name what it was trained on with --dataset")
     changes = {"dataset": dataset, "data_dir": data_dir}

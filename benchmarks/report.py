@@ -1,5 +1,6 @@
 """The measurements as Markdown for people and as JSON for everything else."""
 
+import json
 import os
 import platform
 import statistics
@@ -9,6 +10,7 @@ from typing import Any
 
 from benchmarks.measure import Measured, Times
 from benchmarks.task import usable_cores
+from train.whole_file import write_whole
 
 _HEADER = ["variant", "batch", "dtype", "side", "ms per call, median (min-max)", "images/s", "Flax is", "difference"]
 
@@ -17,6 +19,11 @@ def machine() -> dict[str, Any]:
     """The processor and the cores that this process may use."""
     cores = {"cores": os.cpu_count(), "usable_cores": usable_cores()}
     return {"cpu": _cpu_model(), **cores, "system": platform.platform(terse=True)}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes what `as_json` returns: whole, or not at all."""
+    write_whole(path, f"{json.dumps(content, indent=2)}\n".encode())
 
 
 def as_json(benchmark: str, results: Sequence[Measured]) -> dict[str, Any]:

@@ -14,14 +14,13 @@ No TPU is involved: these are estimates for comparing slices, not measurements.
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.command import variant_name, writable_json
-from benchmarks.report import machine
+from benchmarks.report import machine, write_json
 from convert.command_line import Parser, at_least_one
 from train.compile import Figures, compile_step
 from train.config import RECIPES, SettingsError
@@ -124,7 +123,7 @@ def _run(args: argparse.Namespace) -> int:
         estimates.append(estimate(figures))
         print(table_row(estimates[-1], estimates[0]), flush=True)
         if args.json:
-            args.json.write_text(json.dumps(as_json(estimates), indent=2) + "\n")
+            write_json(args.json, as_json(estimates))
     return 0
 
 

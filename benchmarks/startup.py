@@ -1,7 +1,6 @@
 """`python -m benchmarks.startup`: from `python -m train.main` to the end of its first step, first and second start."""
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import time
 from pathlib import Path
 
 from benchmarks.command import exit_status, variant_name, writable_json
-from benchmarks.report import machine
+from benchmarks.report import machine, write_json
 from benchmarks.worker import SideFailed
 from convert.command_line import Parser, at_least_one
 
@@ -47,7 +46,7 @@ def _run(args: argparse.Namespace) -> int:
     print("| start | seconds | share of the first |\n| --- | --- | --- |")
     print(f"| first | {first:.1f} | 1 |\n| second | {second:.1f} | {second / first:.2f} |")
     if args.json:
-        args.json.write_text(json.dumps({"benchmark": "startup", "machine": machine()} | measured, indent=2) + "\n")
+        write_json(args.json, {"benchmark": "startup", "machine": machine()} | measured)
     return 0
 
 

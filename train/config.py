@@ -1,13 +1,18 @@
 """`TrainConfig`: every setting of a run, and the recipes. The only way settings travel; imports no framework."""
 
+import argparse
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from convert.errors import ConversionError
+from convert.paths import typed_path
 from crossvit_jax.config import CrossViTConfig, get_config
 from train.rand_augment import ACCEPTED, parse_rand_augment
+
+FOLDER_PREFIX = "folder:"
 
 
 class SettingsError(ValueError):
@@ -28,6 +33,19 @@ def number_pair(text: str) -> tuple[float, float]:
     return first, second
 
 
+def home_path(text: str) -> str:
+    """A path, with the home folder in place of `~` or `~name`. Raises argparse's error if nobody's is meant."""
+    try:
+        return str(typed_path(text)) if text.startswith("~") else text
+    except ConversionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def data_set(text: str) -> str:
+    """The name of a data set, or `folder:` and a path as `home_path` returns it."""
+    return FOLDER_PREFIX + home_path(text.removeprefix(FOLDER_PREFIX)) if text.startswith(FOLDER_PREFIX) else text
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The settings of a run; the defaults are the paper's recipe for ImageNet.
@@ -40,12 +58,16 @@ class TrainConfig:
         None, "CrossViT variant, by its short name, timm's or IBM's; none: --init's, or ti", str
     )
     init: str | None = setting(None, "weights to start from, any SOURCE of python -m convert; none: fresh ones", str)
-    dataset: str = setting("digits", "digits, a prepared tensorflow-datasets name, or folder:PATH")
-    data_dir: str | None = setting(None, "where prepared data sets lie; none: tensorflow-datasets' own folder", str)
+    dataset: str = setting("digits", "digits, a prepared tensorflow-datasets name, or folder:PATH", data_set)
+    data_dir: str | None = setting(
+        None, "where prepared data sets lie; none: tensorflow-datasets' own folder", home_path
+    )
     val_fraction: float = setting(0.1, "share of each class held out when folder:PATH has no val/ or test/ folder")
     max_bad_images: float = setting(0.01, "share of the images that may be unreadable before the run stops")
     recipe: str = setting("imagenet", "the set of defaults that the settings start from")
-    output: str | None = setting(None, "folder of the run: a run in it is continued; none: a new one in runs/", str)
+    output: str | None = setting(
+        None, "folder of the run: a run in it is continued; none: a new one in runs/", home_path
+    )
     seed: int = setting(0, "decides initial weights, order of the images, augmentation, dropout and folder splits")
     workers: int | None = setting(None, "processes that read and augment; 0: threads only; none: one per CPU core", int)
     # images
@@ -143,6 +165,10 @@ class TrainConfig:
             raise SettingsError(f"augment_on device takes as auto_augment {ACCEPTED}; got {self.auto_augment!r}")
         if self.qat is not None and self.init is None:
             raise SettingsError(f"qat {self.qat} is for weights that are trained already: name them with --init")
+        if self.qat is not None and self.freeze_backbone:
+            raise SettingsError(
+                f"qat {self.qat} rounds all but the heads, and freeze_backbone trains only them: leave one out"
+            )
         distributed = (self.coordinator, self.num_processes, self.process_id)
         if any(value is None for value in distributed) != all(value is None for value in distributed):
             raise SettingsError("coordinator, num_processes and process_id go together: give all three or none")

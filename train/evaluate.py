@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Int
 
 from convert.command_line import Parser, at_least_zero
-from train.config import SettingsError, TrainConfig
-from train.inference_command import SOURCES, add_model_flags, progress_bar, run, tell_notes
+from train.config import FOLDER_PREFIX, SettingsError, TrainConfig, data_set, home_path
+from train.inference_command import SOURCES, add_model_flags, load_model, progress_bar, run, tell_notes
 
 if TYPE_CHECKING:
     from train.evaluation import Evaluation
@@ -51,14 +51,15 @@ def _parser() -> Parser:
     )
     add_model_flags(parser)
     parser.add_argument(
-        "--quantize",
-        choices=("int8", "int4"),
-        help="round the linear layers' weights to this, and what they multiply to int8 (default: as they are)",
+        "--dataset",
+        type=data_set,
+        required=True,
+        metavar="DATA",
+        help="digits, a prepared tensorflow-datasets name, or folder:PATH",
     )
     parser.add_argument(
-        "--dataset", required=True, metavar="DATA", help="digits, a prepared tensorflow-datasets name, or folder:PATH"
+        "--data-dir", type=home_path, metavar="DIR", help="where prepared data sets lie (default: tfds' own folder)"
     )
-    parser.add_argument("--data-dir", metavar="DIR", help="where prepared data sets lie (default: tfds' own folder)")
     parser.add_argument(
         "--split",
         choices=("held-out", "train", "all"),
@@ -84,6 +85,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--output",
+        type=home_path,
         metavar="DIR",
         help="folder for evaluation.json, per_class.csv, confusion.csv and confusion.png; those of an earlier "
         "evaluation are replaced (default: nothing is written)",
@@ -93,20 +95,7 @@ def _parser() -> Parser:
 
 def _evaluate(args: argparse.Namespace) -> int:
     source, data_names, split, split_note = _open_data(args)
-
-    from train.compilation_cache import keep_compiled_programs
-    from train.host_memory import keep_freed_memory
-    from train.inference import load_classifier
-
-    keep_freed_memory()
-    keep_compiled_programs()
-    classifier = load_classifier(
-        args.weights,
-        image_size=args.image_size,
-        crop_pct=args.crop_pct,
-        precision=args.precision,
-        quantize=args.quantize,
-    )
+    classifier = load_model(args)
     config = classifier.config
     classes, class_note = match_classes(data_names, classifier.class_names, config.num_classes)
     tell_notes(_PROGRAM, [*split_note, *classifier.notes, *class_note])
@@ -152,7 +141,7 @@ def _open_data(args: argparse.Namespace) -> "tuple[Source, tuple[str, ...], str,
     """The images asked for, the names of their classes, in words which images they are, and a note on that."""
     config = TrainConfig(dataset=args.dataset, data_dir=args.data_dir, val_fraction=args.val_fraction, seed=args.seed)
 
-    from train.sources import FOLDER_PREFIX, open_image_sets
+    from train.sources import open_image_sets
 
     folder = Path(args.dataset.removeprefix(FOLDER_PREFIX)) if args.dataset.startswith(FOLDER_PREFIX) else None
     is_unsplit = folder is not None and folder.is_dir() and not (folder / "train").is_dir()

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from convert.command_line import Parser
-from train.config import RECIPES, SettingsError, TrainConfig
+from train.config import RECIPES, SettingsError, TrainConfig, home_path
 from train.run_folder import read_settings
 
 _DIGITS = "digits"  # the data set that has a recipe of its own
@@ -28,6 +28,7 @@ def parse_flags(argv: Sequence[str]) -> TrainConfig:
     )
     parser.add_argument(
         "--resume",
+        type=home_path,
         default=argparse.SUPPRESS,
         metavar="FOLDER",
         help="continue the run in this folder, with its settings; the same as its command with --output FOLDER",

@@ -1,5 +1,6 @@
-"""What the commands `train.evaluate` and `train.predict` share: flags, a progress bar, and how failures are told."""
+"""What the commands `train.evaluate` and `train.predict` share: the model, a progress bar, how failures are told."""
 
+import argparse
 import os
 import shutil
 import sys
@@ -13,13 +14,15 @@ from train.config import SettingsError
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from train.inference import Classifier
+
 SOURCES = """\
 SOURCE: hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub), a .safetensors, .pth or .bin file with timm's,
 IBM's or Flax's names, an Orbax folder, or the folder of a training run"""
 
 
 def add_model_flags(parser: Parser) -> None:
-    """--weights, --image-size, --crop-pct, --precision and --batch-size."""
+    """--weights, --image-size, --crop-pct, --precision, --quantize and --batch-size."""
     parser.add_argument("--weights", required=True, metavar="SOURCE", help="the weights to use")
     parser.add_argument(
         "--image-size",
@@ -36,10 +39,32 @@ def add_model_flags(parser: Parser) -> None:
         help="arithmetic; parameters are float32 (default: bfloat16 on accelerators, float32 otherwise)",
     )
     parser.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="round the linear layers' weights to this, and what they multiply to int8 (default: as they are)",
+    )
+    parser.add_argument(
         "--batch-size",
         type=at_least_one,
         metavar="N",
         help="images at a time, over all devices (default: what suits the devices)",
+    )
+
+
+def load_model(args: argparse.Namespace) -> "Classifier":
+    """The classifier that the flags of `add_model_flags` ask for. Raises as `load_classifier` does."""
+    from train.compilation_cache import keep_compiled_programs
+    from train.host_memory import keep_freed_memory
+    from train.inference import load_classifier
+
+    keep_freed_memory()
+    keep_compiled_programs()
+    return load_classifier(
+        args.weights,
+        image_size=args.image_size,
+        crop_pct=args.crop_pct,
+        precision=args.precision,
+        quantize=args.quantize,
     )
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.command_line import Parser, at_least_one
-from train.inference_command import SOURCES, add_model_flags, progress_bar, run, tell_notes
+from train.config import home_path
+from train.inference_command import SOURCES, add_model_flags, load_model, progress_bar, run, tell_notes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +37,10 @@ one line on stderr says why
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Predict as the arguments say; returns the exit status."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.attention and args.quantize:  # qwix quantises what a call of the model computes, and nothing else of it
+        parser.error("--attention draws what weights as they are attend to: leave out --quantize")
     return run(_PROGRAM, lambda: _predict(args))
 
 
@@ -52,7 +56,10 @@ def _parser() -> Parser:
     parser.add_argument("--top-k", type=at_least_one, default=5, metavar="K", help="classes per image (default: 5)")
     parser.add_argument("--format", choices=_FORMATS, default="table", help="default: table")
     parser.add_argument(
-        "--attention", metavar="OUT", help="folder for pictures of what the class tokens attend to, one per image"
+        "--attention",
+        type=home_path,
+        metavar="OUT",
+        help="folder for pictures of what the class tokens attend to, one per image; not with --quantize",
     )
     return parser
 
@@ -65,16 +72,9 @@ def _predict(args: argparse.Namespace) -> int:
     if pictures:
         pictures.mkdir(parents=True, exist_ok=True)
 
-    from train.compilation_cache import keep_compiled_programs
-    from train.host_memory import keep_freed_memory
-    from train.inference import load_classifier
     from train.predictions import FORMATS
 
-    keep_freed_memory()
-    keep_compiled_programs()
-    classifier = load_classifier(
-        args.weights, image_size=args.image_size, crop_pct=args.crop_pct, precision=args.precision
-    )
+    classifier = load_model(args)
     tell_notes(_PROGRAM, classifier.notes)
     text = FORMATS[args.format](paths, classifier.names)
     # a path that is no text is written as the bytes it is, so that other programs find the file

@@ -19,10 +19,9 @@ from typing import Any, Protocol, runtime_checkable
 import absl.logging
 import numpy as np
 
-from train.config import SettingsError, TrainConfig
+from train.config import FOLDER_PREFIX, SettingsError, TrainConfig
 from train.decode import UnreadableImage
 
-FOLDER_PREFIX = "folder:"
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _TRAIN_SPLIT = "train"
 _HELD_OUT_SPLITS = ("validation", "val", "test")  # the first that is there
@@ -235,9 +234,8 @@ def _prepared_builder(name: str, data_dir: str | None) -> Any:
     except (tfds.core.registered.DatasetNotFoundError, ValueError):
         pass
     bare = name.split("/")[0].split(":")[0]
-    prepared = sorted(
-        path.name for path in Path(where).expanduser().glob("[!.]*") if any(path.glob("**/dataset_info.json"))
-    )
+    folder = Path(os.path.expanduser(where))  # which, unlike pathlib's, leaves ~name as it is where there is no name
+    prepared = sorted(path.name for path in folder.glob("[!.]*") if any(path.glob("**/dataset_info.json")))
     known = set(tfds.list_builders(with_community_datasets=False))
     if bare in known or bare in prepared:
         listed = f"; prepared there: {', '.join(prepared)}" if prepared else ""

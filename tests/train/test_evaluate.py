@@ -231,6 +231,10 @@ def test_without_output_nothing_is_written(pictures, tmp_path, monkeypatch, caps
     [
         (["--weights=/nowhere.pth"], "/nowhere.pth does not exist"),
         (["--dataset=folder:/nowhere"], "there is no folder /nowhere"),
+        (["--weights=~nobody-of-this-name/x"], "~nobody-of-this-name is nobody's home folder"),
+        (["--dataset=folder:~nobody-of-this-name"], "argument --dataset: ~nobody-of-this-name: "),
+        (["--data-dir=~nobody-of-this-name"], "argument --data-dir: ~nobody-of-this-name: "),
+        (["--output=~nobody-of-this-name"], "argument --output: ~nobody-of-this-name: "),
         (["--dataset=cifar1O"], "did you mean 'cifar10'"),
         (["--dataset=digits", "--split=all"], "--split all is for a folder:PATH"),
         (["--image-size=50"], "does not divide into whole patches"),

@@ -45,6 +45,17 @@ def test_values_are_read_by_the_type_of_the_setting():
     assert not parse_flags(["--recipe=imagenet-ibm", "--no-decay-tokens"]).decay_tokens
 
 
+def test_paths_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = parse_flags(["--dataset=folder:~/photos", "--data-dir=~/data", "--output=~/run"])
+    assert (config.dataset, config.data_dir, config.output) == (
+        "folder:/home/me/photos",
+        "/home/me/data",
+        "/home/me/run",
+    )
+    assert parse_flags(["--dataset=folder:a/~b/"]).dataset == "folder:a/~b/"
+
+
 def test_the_warm_up_shrinks_with_the_epochs_unless_it_is_given():
     assert parse_flags(["--recipe=imagenet", "--epochs=100"]).warmup_epochs == 10
     assert parse_flags(["--recipe=imagenet", "--epochs=1"]).warmup_epochs == 0
@@ -78,6 +89,12 @@ def test_the_warm_up_shrinks_with_the_epochs_unless_it_is_given():
         (["--coordinator=here:1"], "coordinator, num_processes and process_id go together"),
         (["--coordinator=here:1", "--num-processes=2", "--process-id=2"], "process_id must be below num_processes 2"),
         (["--val-fraction=1"], "val_fraction must be above 0 and below 1"),
+        (["--qat=int4"], "qat int4 is for weights that are trained already: name them with --init"),
+        (["--qat=int4", "--init=x", "--freeze-backbone"], "freeze_backbone trains only them: leave one out"),
+        (["--output=~nobody-of-this-name/x"], "--output: ~nobody-of-this-name/x: ~nobody-of-this-name is nobody's"),
+        (["--data-dir=~nobody-of-this-name"], "argument --data-dir: ~nobody-of-this-name: "),
+        (["--dataset=folder:~nobody-of-this-name/x"], "argument --dataset: ~nobody-of-this-name/x: "),
+        (["--resume=~nobody-of-this-name/x"], "argument --resume: ~nobody-of-this-name/x: "),
         (["stray"], "unrecognized arguments: stray"),
     ],
 )

@@ -225,6 +225,10 @@ def test_pictures_of_attention_are_one_per_image_even_of_the_same_name(predict, 
         (["--crop-pct=0", "{photos}"], "argument --crop-pct: must be above 0"),
         (["--attention={photos}/a.png", "{photos}"], "a.png: File exists"),
         (["--weights=/nowhere.pth", "{photos}"], "/nowhere.pth does not exist"),
+        (["--weights=~nobody-of-this-name/x", "{photos}"], "~nobody-of-this-name is nobody's home folder"),
+        (["--attention=~nobody-of-this-name/x", "{photos}"], "argument --attention: ~nobody-of-this-name/x: "),
+        (["--quantize=int2", "{photos}"], "argument --quantize: invalid choice: 'int2'"),
+        (["--quantize=int4", "--attention={empty}/maps", "{photos}"], "leave out --quantize"),
     ],
 )
 def test_what_cannot_work_is_one_line_and_status_2(weights, photos, tmp_path, capsys, arguments, message):

@@ -17,6 +17,7 @@ from train.config import SettingsError, TrainConfig
 from train.evaluate import main as evaluate
 from train.main import main
 from train.optimizer import make_optimizer
+from train.predict import main as predict
 from train.ptq import quantised
 from train.qat import fake_quantised
 from train.state import abstract_model, make_state
@@ -107,9 +108,10 @@ def test_parameters_keep_their_names_and_values(model):
     jax.tree.map(np.testing.assert_array_equal, *(nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (model, copy)))
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_integers_give_what_training_gave(model, dtype):
-    images = _images()
+def test_integers_give_what_training_gave(tmp_path, dtype, precision):
+    model, images = load_flax(save_small(tmp_path / "small.safetensors", _DIGITS), dtype=precision), _images()
     plain, trained = _call(model, images), _call(fake_quantised(model, dtype), images)
     np.testing.assert_allclose(_call(quantised(model, dtype), images), trained, atol=1e-5 * np.abs(plain).max())
     errors = {"int8": (1e-4, 0.1), "int4": (0.02, 1.0)}
@@ -122,24 +124,41 @@ def test_as_many_tokens_as_a_layer_has_inputs_are_not_taken_for_its_weights():
     np.testing.assert_allclose(got[0], _rounded(x, -1, "int8") @ _rounded(kernel, 0, "int4"), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"grad_checkpointing": True}, {"grad_accum": 2}])
-def test_what_saves_memory_takes_the_same_step(model, small_variant, changes):
-    def loss(config):
-        abstract = abstract_model(dataclasses.replace(small_config(10), drop_path_rate=0.0), config)
-        optimizer = make_optimizer(config, steps_per_epoch=1)
-        state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)
-        batch = {"image": _images(4), "label": jnp.arange(4, dtype=jnp.int32)}
-        state, metrics = jax.jit(make_train_step(abstract, optimizer, config))(state, batch)
-        return float(metrics["loss"]), np.asarray(state["params"]["blocks"][0]["blocks"][0][0]["mlp"]["fc1"]["kernel"])
+def _step(model, **settings):
+    """The loss of a step of training, and the parameters after it."""
+    plain = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "optimizer": "sgd", "epochs": 1, "warmup_epochs": 0}
+    config = TrainConfig(**plain, batch_size=4, init="x", **settings)
+    abstract = abstract_model(dataclasses.replace(small_config(10), drop_path_rate=0.0), config)
+    optimizer = make_optimizer(config, steps_per_epoch=1)
+    state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)
+    batch = {"image": _images(4), "label": jnp.arange(4, dtype=jnp.int32)}
+    state, metrics = jax.jit(make_train_step(abstract, optimizer, config))(state, batch)
+    return float(metrics["loss"]), state["params"]
 
-    settings = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "batch_size": 4, "init": "x"}
-    settings |= {"optimizer": "sgd", "epochs": 1, "warmup_epochs": 0}
-    plain, _ = loss(TrainConfig(**settings))
-    whole, kernel = loss(TrainConfig(**settings, qat="int4"))
-    other, other_kernel = loss(TrainConfig(**settings, qat="int4", **changes))
+
+@pytest.mark.parametrize("changes", [{"grad_checkpointing": True}, {"grad_accum": 2}])
+def test_what_saves_memory_takes_the_same_step(model, changes):
+    plain, _ = _step(model)
+    whole, params = _step(model, qat="int4")
+    other, other_params = _step(model, qat="int4", **changes)
     assert abs(whole - plain) > 1e-3
     assert other == pytest.approx(whole, rel=1e-5)
+    kernel, other_kernel = (p["blocks"][0]["blocks"][0][0]["mlp"]["fc1"]["kernel"] for p in (params, other_params))
     np.testing.assert_allclose(other_kernel, kernel, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("int8", 0.15), ("int4", 0.3)])
+def test_bfloat16_takes_nearly_the_step_of_float32(model, dtype, bound):
+    before = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    losses, moves = [], []
+    for precision in ("float32", "bfloat16"):
+        loss, params = _step(model, qat=dtype, precision=precision, lr=1.0)
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+        losses.append(loss)
+        moves.append(np.concatenate(jax.tree.leaves(jax.tree.map(lambda a, b: np.ravel(a - b), params, before))))
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    # what bfloat16 changes in the last place is now and then rounded to another integer
+    assert 0 < np.linalg.norm(moves[1] - moves[0]) < bound * np.linalg.norm(moves[0])
 
 
 def test_a_run_trains_and_evaluates_with_rounded_weights_and_leaves_float_ones(
@@ -172,6 +191,34 @@ def test_a_run_trains_and_evaluates_with_rounded_weights_and_leaves_float_ones(
     assert "qat was 'int4' and is None" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [("int8", "float32"), ("int4", "float32"), ("int4", "bfloat16")])
+def test_predictions_are_those_of_the_integers_that_are_evaluated(image_folder, capsys, dtype, precision):
+    weights = save_small(image_folder() / "w.safetensors", "abc")
+    for i in range(12):
+        image_folder(f"pictures/{'abc'[i % 3]}/{i}.png", seed=i)
+    pictures, evaluation = image_folder() / "pictures", image_folder() / "evaluation"
+    flags = [f"--weights={weights}", f"--precision={precision}", "--batch-size=4"]
+    data = [f"--dataset=folder:{pictures}", "--split=all", f"--output={evaluation}"]
+
+    def loss(*more):
+        """And the number of images that get their own class."""
+        capsys.readouterr()
+        assert predict([*flags, *more, "--format=jsonl", str(pictures)]) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        own = [
+            {p["class"]: p["probability"] for p in line["predictions"]}[line["path"].split("/")[-2]] for line in lines
+        ]
+        right = sum(line["predictions"][0]["probability"] == p for line, p in zip(lines, own, strict=True))
+        return -np.log(own).mean(), right
+
+    predicted, right = loss(f"--quantize={dtype}")
+    assert evaluate([*flags, *data, f"--quantize={dtype}"]) == 0
+    told = json.loads((evaluation / "evaluation.json").read_text())
+    assert predicted == pytest.approx(told["loss"], rel=1e-4)
+    assert right == pytest.approx(12 * told["top1"] / 100)
+    assert predicted != pytest.approx(loss()[0], rel=1e-3)
+
+
 def test_fresh_weights_are_refused(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--qat=int4"])
@@ -195,7 +242,9 @@ def test_without_qwix_the_extra_is_named(monkeypatch, capsys, small_variant, dig
     output = tmp_path / "run"
     assert main(["--qat=int4", f"--init={init}", f"--data-dir={digits_dir}", f"--output={output}"]) == 2
     assert evaluate([f"--weights={init}", "--dataset=digits", f"--data-dir={digits_dir}", "--quantize=int8"]) == 2
+    assert predict(["--weights=/nowhere", "--quantize=int4", str(init)]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert [flag in error for error, flag in zip(errors, ("--qat", "--quantize"), strict=True)] == [True, True]
+    flags = ("--qat", "--quantize", "--quantize")
+    assert all(flag in error for error, flag in zip(errors, flags, strict=True))
     assert all("pip install 'crossvit-jax[qat]'" in error for error in errors)
     assert not output.exists()

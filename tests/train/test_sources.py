@@ -136,6 +136,12 @@ def test_a_data_folder_that_is_not_there_is_a_clear_error(tmp_path):
         open_tfds("cifar10", str(tmp_path / "nowhere"))
 
 
+def test_a_standard_data_folder_in_nobodys_home_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", "~nobody-of-this-name")  # from the environment
+    with pytest.raises(SettingsError, match="cifar10 is not prepared in ~nobody-of-this-name"):
+        open_tfds("cifar10", None)
+
+
 def test_a_set_without_held_out_split_is_a_clear_error(write_tfds):
     with pytest.raises(SettingsError, match=r"needs a split 'train' and one of .*; it has 'train'"):
         open_tfds("tiny", write_tfds({"train": 2}))

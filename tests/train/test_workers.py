@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-_SCRIPT = """
+_DATA = """
 import multiprocessing, os, signal, sys, time
+from contextlib import closing
 
 import numpy as np
 
 from train.data import train_batches
+from train.sharding import device_batches, make_mesh
 
 
 class Numbers:
@@ -27,7 +29,9 @@ class Numbers:
 
 def label(sample, rng):
     return {"label": np.int32(sample["label"])}
+"""
 
+_SIGNALS_TO_ALL = """
 
 def to_all(*signals):
     for one in signals:
@@ -63,6 +67,20 @@ if __name__ == "__main__":
     sys.stdin.read()
 """
 
+_FEW_BATCHES = """
+
+def work():
+    batches = train_batches(Numbers(), label, batch_size=5, seed=0, workers=2)
+    with closing(device_batches(batches, make_mesh())) as stream:
+        print(sum(int(next(stream)["label"].sum()) for _ in range(10)))
+
+
+if __name__ == "__main__":
+    work()
+"""
+
+_ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
+
 
 def _is_running(pid: int) -> bool:
     try:
@@ -74,11 +92,9 @@ def _is_running(pid: int) -> bool:
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds out in /proc whether a process runs")
 def test_workers_let_signals_to_all_pass_from_birth_and_end_with_the_main_process(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(_SCRIPT)
-    root = Path(__file__).parents[2]
+    script.write_text(_DATA + _SIGNALS_TO_ALL)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    environment = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
-    with subprocess.Popen([sys.executable, str(script)], env=environment, start_new_session=True, **pipes) as main:
+    with subprocess.Popen([sys.executable, str(script)], env=_ENVIRONMENT, start_new_session=True, **pipes) as main:
         workers = [int(pid) for pid in main.stdout.readline().split()]
         try:
             assert len(workers) == 2
@@ -90,3 +106,10 @@ def test_workers_let_signals_to_all_pass_from_birth_and_end_with_the_main_proces
         while any(map(_is_running, workers)) and time.monotonic() < give_up:
             time.sleep(0.05)
         assert not any(map(_is_running, workers))
+
+
+def test_the_end_of_a_program_has_no_shared_memory_left_to_warn_of(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(_DATA + _FEW_BATCHES)
+    done = subprocess.run([sys.executable, str(script)], env=_ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1225\n", "")
