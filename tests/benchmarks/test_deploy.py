@@ -94,7 +94,8 @@ def _refusal(capsys, *args):
         ("--runs x --repeats 0", "--repeats"),
         ("--runs x --device gpu", "--device"),
         ("--runs x --json /no/such/folder/x.json", "existing folder"),
-        ("--runs /no/such/run", "name what it was trained on with --dataset"),
+        ("--runs /no/such/run", "no such run; --runs takes folders of training runs"),
+        ("--runs .", "name what it was trained on with --dataset"),
         ("--runs /no/such/run --dataset digits", "does not exist"),
     ],
 )
