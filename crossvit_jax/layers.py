@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float
 
 _SQRT_HALF = math.sqrt(0.5)
@@ -80,18 +81,24 @@ def _convolve_patches(
     def plain(x: Array, kernel: Array) -> Array:
         return jax.lax.conv_general_dilated(x, kernel, *args, **kwargs)
 
-    def backward(inputs: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
-        x, kernel = inputs
+    def forward(x: CustomVJPPrimal, kernel: CustomVJPPrimal) -> tuple[Array, tuple[Array, Array | None]]:
+        # images need no gradient when a model is trained
+        return plain(x.value, kernel.value), (x.value, kernel.value if x.perturbed else None)
+
+    def backward(inputs: tuple[Array, Array | None], d_y: Array) -> tuple[Array | None, Array]:
+        x, kernel_for_d_x = inputs
         size, _, in_chans, out_chans = kernel.shape
         batch, rows, columns, _ = d_y.shape
         patches = x[:, : rows * size, : columns * size].reshape(batch, rows, size, columns, size, in_chans)
         patches = patches.swapaxes(2, 3).reshape(batch * rows * columns, size * size * in_chans)
         d_kernel = (patches.T @ d_y.reshape(-1, out_chans)).reshape(kernel.shape)
-        _, d_x = jax.vjp(lambda x: plain(x, kernel), x)
+        if kernel_for_d_x is None:
+            return None, d_kernel
+        _, d_x = jax.vjp(lambda x: plain(x, kernel_for_d_x), x)
         return d_x(d_y)[0], d_kernel
 
     convolve = jax.custom_vjp(plain)
-    convolve.defvjp(lambda x, kernel: (convolve(x, kernel), (x, kernel)), backward)
+    convolve.defvjp(forward, backward, symbolic_zeros=True)
     return convolve(x, kernel)
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 from timm.models.vision_transformer import Block
 
 from crossvit_jax import attention, blocks, get_config, patch_embed
+from crossvit_jax.layers import Conv
 from crossvit_torch import attention as torch_attention
 from crossvit_torch import blocks as torch_blocks
 from crossvit_torch import patch_embed as torch_patch_embed
@@ -130,3 +131,20 @@ def check(result, expected, precision):
     assert max(outputs) <= OUTPUT_BOUND[precision]
     assert max(inputs) <= GRADIENT_BOUND[precision]
     assert max(parameters.values()) <= GRADIENT_BOUND[precision], parameters
+
+
+@pytest.mark.parametrize("height", [24, 35])  # what is left over at the border is not seen
+def test_patches_have_the_gradients_of_a_plain_convolution(height):
+    layer = Conv(3, 8, 12, stride=12, padding=0, dtype=None, param_dtype=np.float32, rngs=nnx.Rngs(0))
+    other = nnx.clone(layer)
+    other.conv_general_dilated = jax.lax.conv_general_dilated
+    picture = random_array(2, 2, height, 36, 3)
+
+    def loss(layer, picture):
+        return jax.numpy.sin(layer(picture)).sum()
+
+    ours, plain = (jax.tree.leaves(nnx.grad(loss, argnums=(0, 1))(conv, picture)) for conv in (layer, other))
+    for mine, expected in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    # training takes no gradient of pictures: what it would need is not even traced
+    assert str(jax.make_jaxpr(nnx.grad(loss))(layer, picture)).count("conv_general_dilated[") == 1
