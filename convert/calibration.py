@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from convert.check_export import evaluation_image
 from convert.errors import ConversionError, one_line
-from convert.paths import typed_path
+from convert.paths import FOLDER_PREFIX, typed_path
 from crossvit_jax.config import CrossViTConfig
 
 DIGITS = "digits"
@@ -33,7 +33,7 @@ def find_images(source: str) -> list[Path] | None:
     """
     if source == DIGITS:
         return None
-    folder = typed_path(source.removeprefix("folder:"))
+    folder = typed_path(source.removeprefix(FOLDER_PREFIX))
     if not folder.is_dir():
         raise ConversionError(f"{folder}: images come from {DIGITS!r} or a folder, and this is neither")
     paths = sorted(_below(folder))

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from convert.errors import ConversionError
 
+FOLDER_PREFIX = "folder:"  # before the path of a folder of images, where other data sets have a name
+
 
 def typed_path(path: str | Path) -> Path:
     """The path, with the home folder in place of `~` or `~name`.

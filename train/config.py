@@ -8,11 +8,9 @@ from fractions import Fraction
 from typing import Any
 
 from convert.errors import ConversionError
-from convert.paths import typed_path
+from convert.paths import FOLDER_PREFIX, typed_path
 from crossvit_jax.config import CrossViTConfig, get_config
 from train.rand_augment import ACCEPTED, parse_rand_augment
-
-FOLDER_PREFIX = "folder:"
 
 
 class SettingsError(ValueError):

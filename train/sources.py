@@ -19,7 +19,8 @@ from typing import Any, Protocol, runtime_checkable
 import absl.logging
 import numpy as np
 
-from train.config import FOLDER_PREFIX, SettingsError, TrainConfig
+from convert.paths import FOLDER_PREFIX
+from train.config import SettingsError, TrainConfig
 from train.decode import UnreadableImage
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
