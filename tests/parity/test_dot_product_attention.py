@@ -1,4 +1,7 @@
-"""The attention whose gradient is written by hand: same numbers as the plain one, and nothing large kept for it."""
+"""The attention whose gradient is written by hand: same numbers as the plain one, and on GPUs and TPUs nothing large is
+kept for it."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -66,37 +69,41 @@ def _value_and_gradients(q, k, v, d_out):
     return out, *vjp(d_out)
 
 
+def _program(function, *arrays, platform):
+    return jax.jit(function).trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+
+
 def test_on_a_cpu_the_heads_are_attended_in_pieces_that_give_what_the_whole_gives(monkeypatch):
     arrays = [jnp.asarray(random_array(seed, 7, TOKENS, 3, 8)) for seed in (1, 2, 3, 4)]
     whole = jax.jit(_value_and_gradients)(*arrays)
     monkeypatch.setattr(attention, "_SMALLEST_PIECE", 4 * TOKENS**2)
-    cut = jax.jit(lambda *arrays: _value_and_gradients(*arrays)).trace(*arrays)
-    program = cut.jaxpr.pretty_print(use_color=False)
-    # 21 heads of 7 images; scores once in the forward pass, and with the gradient of the weights twice in the backward
-    assert program.count(f"f32[6,{TOKENS},{TOKENS}] = dot_general") == 3 * 3
-    assert program.count(f"f32[3,{TOKENS},{TOKENS}] = dot_general") == 3
-    for got, expected in zip(cut.lower().compile()(*arrays), whole, strict=True):
+    jax.clear_caches()
+    pieces = jax.jit(lambda *arrays: _value_and_gradients(*arrays))(*arrays)
+    for got, expected in zip(pieces, whole, strict=True):
         np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
-    for_gpus = cut.lower(lowering_platforms=("cuda",)).as_text()
-    assert f"tensor<7x3x{TOKENS}x{TOKENS}xf32>" in for_gpus
-    assert f"tensor<6x{TOKENS}x{TOKENS}xf32>" not in for_gpus
+    program = _program(lambda *arrays: _value_and_gradients(*arrays), *arrays, platform="cpu")
+    # 21 heads of 7 images in four pieces; scores in the forward pass, the gradient of the weights in the backward
+    assert len(re.findall(rf"dot_general.*-> tensor<6x{TOKENS}x{TOKENS}xf32>", program)) == 2 * 3
+    assert len(re.findall(rf"dot_general.*-> tensor<3x{TOKENS}x{TOKENS}xf32>", program)) == 2
 
 
 @pytest.mark.parametrize(("smallest", "largest", "pieces"), [(2**30, 2**30, 1), (1, 2**30, 4), (2**30, 1, 16)])
 def test_scores_are_cut_into_no_more_pieces_than_are_worth_compiling(monkeypatch, smallest, largest, pieces):
     monkeypatch.setattr(attention, "_SMALLEST_PIECE", smallest)
     monkeypatch.setattr(attention, "_LARGEST_PIECE", largest)
+    jax.clear_caches()
     qkv = [jnp.zeros((16, TOKENS, 2, 8))] * 3
-    program = jax.jit(lambda *qkv: dot_product_attention(*qkv)).trace(*qkv).jaxpr.pretty_print(use_color=False)
-    whole = program.count(f"f32[16,2,{TOKENS},{TOKENS}] = dot_general")  # for other platforms
-    assert whole == 1
-    assert program.count(f"{TOKENS},{TOKENS}] = dot_general") - whole == pieces
+    program = _program(lambda *qkv: dot_product_attention(*qkv), *qkv, platform="cpu")
+    assert len(re.findall(rf"dot_general.*{TOKENS}x{TOKENS}xf32>", program)) == 2 * pieces  # scores, weighted values
 
 
-@pytest.mark.parametrize(("attend", "keeps"), [(dot_product_attention, False), (plain, True)])
-def test_nothing_of_tokens_times_tokens_is_kept_for_the_gradient(attend, keeps):
-    _, vjp = jax.vjp(attend, *heads(jnp.float32))
-    assert any(leaf.shape[-2:] == (TOKENS, TOKENS) for leaf in jax.tree.leaves(vjp)) is keeps
+@pytest.mark.parametrize(
+    ("platform", "exponentials", "largest"), [("cuda", 2, "2x3"), ("tpu", 2, "2x3"), ("cpu", 1, "6")]
+)
+def test_the_weights_are_kept_for_the_gradient_on_a_cpu_alone(platform, exponentials, largest):
+    program = _program(_value_and_gradients, *heads(jnp.float32), jnp.ones((2, TOKENS, 3, 8)), platform=platform)
+    weights = rf"exponential %\d+ : tensor<{largest}x{TOKENS}x{TOKENS}xf32>"
+    assert len(re.findall(weights, program)) == program.count("stablehlo.exponential") == exponentials
 
 
 def test_with_cudnn_every_self_attention_of_a_model_is_nvidias_kernel_forwards_and_backwards(monkeypatch):
@@ -115,6 +122,37 @@ def test_with_cudnn_every_self_attention_of_a_model_is_nvidias_kernel_forwards_a
     # 101 and 50 tokens: of an odd number jax takes no gradient by itself
     program = jax.jit(jax.grad(loss)).trace(params, images).lower(lowering_platforms=("cuda",)).as_text()
     assert program.count("@__cudnn$fmhaSoftmax(") == program.count("@__cudnn$fmhaSoftmaxBackward(") == 3
+
+
+def test_cudnn_pads_an_odd_number_of_tokens_for_the_gradient_only(monkeypatch):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+
+    def attend(*qkv):
+        return dot_product_attention(*qkv, "cudnn")
+
+    def loss(*qkv):
+        return attend(*qkv).astype(jnp.float32).sum()
+
+    qkv = heads(jnp.bfloat16)
+    assert TOKENS % 2 == 1
+    assert "stablehlo.pad" not in _program(attend, *qkv, platform="cuda")
+    assert _program(jax.grad(loss), *qkv, platform="cuda").count("stablehlo.pad") >= 3
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs NVIDIA's kernel")
+@pytest.mark.parametrize(("tokens", "width"), [(401, 32), (197, 64), (100, 32)])
+def test_cudnn_gives_what_plain_attention_gives_on_a_gpu(tokens, width):
+    qkv = [jnp.asarray(random_array(seed, 2, tokens, 3, width), jnp.bfloat16) for seed in (1, 2, 3)]
+    d_out = jnp.asarray(random_array(4, 2, tokens, 3, width), jnp.bfloat16)
+    for inference in (True, False):
+
+        def results(implementation, inference=inference):
+            out, vjp = jax.vjp(lambda *qkv: dot_product_attention(*qkv, implementation), *qkv)
+            return (dot_product_attention(*qkv, implementation),) if inference else (out, *vjp(d_out))
+
+        for got, expected in zip(results("cudnn"), results("xla"), strict=True):
+            scale = float(jnp.abs(expected.astype(jnp.float32)).max())
+            np.testing.assert_allclose(got.astype(jnp.float32), expected.astype(jnp.float32), atol=0.02 * scale)
 
 
 def test_an_unknown_implementation_is_refused():
