@@ -24,7 +24,7 @@ def device_batches(batches: grain.IterDataset, mesh: Mesh) -> grain.DatasetItera
         arrays = {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
         return {**arrays, "bad_indices": batch["bad"]}
 
-    ahead = grain.experimental.ThreadPrefetchIterDataset(batches.map(put_batch), prefetch_buffer_size=BATCHES_AHEAD)
-    iterator = iter(ahead)
+    buffer = BATCHES_AHEAD - 1  # the thread itself holds another one until there is room
+    iterator = iter(grain.experimental.ThreadPrefetchIterDataset(batches.map(put_batch), prefetch_buffer_size=buffer))
     iterator.start_prefetch()
     return iterator
