@@ -84,10 +84,11 @@ class TrainTransform:
     @cached_property
     def _steps(self):
         """timm's crop, its steps before an image becomes a tensor, mean, deviation, and the steps after these."""
-        from timm.data.transforms import MaybeToTensor
+        # not `from timm.data.transforms`: a thread that begins timm from its end waits for one that begins at its start
+        from timm.data import transforms
 
         crop, *steps = self.timm_transform.transforms
-        (end,) = (place for place, step in enumerate(steps) if isinstance(step, MaybeToTensor))
+        (end,) = (place for place, step in enumerate(steps) if isinstance(step, transforms.MaybeToTensor))
         normalise = steps[end + 1]
         # for each value of a row of pixels: numpy is slow at using the same three again and again
         mean, std = (np.tile(x.numpy(), self.image_size[1]) for x in (normalise.mean, normalise.std))
