@@ -163,17 +163,14 @@ def _by_blend(image: Array, operation: Array, level: Array, sign: Array, *, incr
 
 
 def _by_moving(image: Array, operation: Array, level: Array, sign: Array) -> Array:
-    """Rotation, shears and shifts."""
-    size = image.shape[:2]
-    shear, shift = (_in_units(sign * largest * level / _HIGHEST) for largest in (0.3, 0.45))
-    reaches = [
-        pillow_ops.rotate(sign * level / _HIGHEST * 30),
-        pillow_ops.shear_x(shear, size),
-        pillow_ops.shear_y(shear, size),
-        pillow_ops.translate_x(shift, size),
-        pillow_ops.translate_y(shift, size),
-    ]
-    return pillow_ops.move(image, jnp.stack(reaches)[operation - _MOVES])
+    """Rotation, shears and shifts: by up to 30 degrees, 0.3, and 0.45 of the size."""
+    height, width, _ = image.shape
+    levels = sign * jnp.where(np.arange(_MOVES, len(OPERATIONS)) == operation, level, 0)
+    rotate, shear_x, shear_y, shift_x, shift_y = levels
+    shear = _in_units(0.3 * jnp.stack([shear_y, shear_x]) / _HIGHEST)
+    unit = 20 * _HIGHEST // pillow_ops.PIXEL  # 0.45 is 9 / 20; in whole numbers, so that whole pixels come out
+    shift = (9 * jnp.stack([height * shift_y, width * shift_x]) + unit // 2) // unit
+    return pillow_ops.move(image, degrees=30 * rotate / _HIGHEST, shear=shear, shift=shift)
 
 
 def _factor(level: Array, sign: Array, increasing: bool) -> Array:

@@ -2,8 +2,9 @@
 
 Eight operations are a table of 256 values per channel, two blend the image with another one, five move its pixels.
 Wherever Pillow rounds, so does this, in whole numbers: they cannot depend on how a compiler orders and fuses
-floating-point operations. For that, blend factors, shears and shifts are multiples of 1 / `ONE`. Only what the bicubic
-filter sums up is floating-point, so moved pixels may be one level off where a sum is next to a whole number.
+floating-point operations. For that, blend factors and shears are multiples of 1 / `ONE`, shifts of 1 / `PIXEL`. Only
+angles, and what the bicubic filter sums up, are floating-point, so moved pixels may be one level off where a sum is
+next to a whole number.
 """
 
 import functools
@@ -13,14 +14,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 ONE = 2**14  # the unit of factors: the products of one below 4 with what it is applied to are exact in float32
+PIXEL = 2**10  # the unit of shifts: whole pixels are exact, and few sums of such parts are next to a whole number
 FILL = (124, 116, 104)  # what is beyond the image: ImageNet's mean colour
 
 Image = UInt8[Array, "height width 3"]
 Table = UInt8[Array, "3 256"]
 Number = Int[Array, ""]
-# How far below itself (first row) and to its right each pixel is taken from: so much for each row and each column that
-# it lies from the centre, and a constant. Distances, not positions: they leave float32 more digits behind the point.
-Reach = Float[Array, "2 3"]
 
 _LEVELS = np.arange(256, dtype=np.int32)
 
@@ -123,62 +122,42 @@ def blend(one: Int[Array, "..."], other: Int[Array, "..."], factor: Number) -> U
     return jnp.clip((one * ONE + factor * (other - one)) >> 14, 0, 255).astype(jnp.uint8)
 
 
-def shear_x(factor: Number, size: tuple[int, int]) -> Reach:
-    """timm's `shear_x`: rows moved against each other."""
-    share = factor.astype(jnp.float32) / ONE
-    return _reach(right=(share, 0.0, share * (size[0] / 2)))
+def move(image: Image, *, degrees: Float[Array, ""], shear: Int[Array, "2"], shift: Int[Array, "2"]) -> Image:
+    """Image.rotate, or Image.transform for one of timm's shears or shifts, bicubic, with `FILL`. The others are by 0.
 
-
-def shear_y(factor: Number, size: tuple[int, int]) -> Reach:
-    """timm's `shear_y`: columns moved against each other."""
-    share = factor.astype(jnp.float32) / ONE
-    return _reach(down=(0.0, share, share * (size[1] / 2)))
-
-
-def translate_x(share: Number, size: tuple[int, int]) -> Reach:
-    """timm's `translate_x_rel`: to the left by a share of the width."""
-    return _reach(right=(0.0, 0.0, share.astype(jnp.float32) / ONE * size[1]))
-
-
-def translate_y(share: Number, size: tuple[int, int]) -> Reach:
-    """timm's `translate_y_rel`: upwards by a share of the height."""
-    return _reach(down=(0.0, 0.0, share.astype(jnp.float32) / ONE * size[0]))
-
-
-def rotate(degrees: Float[Array, ""]) -> Reach:
-    """Image.rotate: counter-clockwise around the centre."""
+    Args:
+        degrees: to turn, counter-clockwise around the centre.
+        shear: how far down for each column, and right for each row, pixels are taken from, in units of 1 / `ONE`.
+        shift: how far down and right, in units of 1 / `PIXEL`.
+    """
+    height, width, _ = image.shape
+    rows, columns = jnp.arange(height)[:, None], jnp.arange(width)
+    # distances from each pixel to where it is taken from, not positions: they leave float32 more digits
+    down_centre, right_centre = rows - (height - 1) / 2, columns - (width - 1) / 2
     radians = degrees * (np.pi / 180)
     sine, less = jnp.sin(radians), -2 * jnp.sin(radians / 2) ** 2  # cos - 1, without its cancellation
-    return _reach(down=(less, sine, 0.0), right=(-sine, less, 0.0))
-
-
-def _reach(down: tuple = (0.0, 0.0, 0.0), right: tuple = (0.0, 0.0, 0.0)) -> Reach:
-    return jnp.array([down, right], jnp.float32)
-
-
-def move(image: Image, reach: Reach) -> Image:
-    """Image.transform, bicubic, with `FILL`."""
-    height, width, _ = image.shape
-    down_centre = jnp.arange(height)[:, None] - (height - 1) / 2
-    right_centre = jnp.arange(width) - (width - 1) / 2
-    down, right = (row * down_centre + column * right_centre + offset for row, column, offset in reach)
-    rows, row_shares = _split(down, jnp.arange(height)[:, None])
-    columns, column_shares = _split(right, jnp.arange(width))
-    inside = _within(rows, row_shares, height) & _within(columns, column_shares, width)
+    down, right = less * down_centre + sine * right_centre, less * right_centre - sine * down_centre
+    half_columns, half_rows = 2 * columns + 1, 2 * rows + 1  # from the edge to the centres
+    rows, below = _source(rows, down, shear[0] * half_columns, shift[0])
+    columns, behind = _source(columns, right, shear[1] * half_rows, shift[1])
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    row_step, column_step = jnp.where(below < 0, -1, 1), jnp.where(behind < 0, -1, 1)
     pixels = image.reshape(-1, 3)
 
     def pixel(row: int, column: int) -> Int[Array, "height width 3"]:
-        place = jnp.clip(rows + row, 0, height - 1) * width + jnp.clip(columns + column, 0, width - 1)
+        place = jnp.clip(rows + row * row_step, 0, height - 1) * width
+        place += jnp.clip(columns + column * column_step, 0, width - 1)
         return pixels.at[place].get(mode="promise_in_bounds").astype(jnp.int32)
 
-    # The values between four columns, and then between four rows of those, each as its difference from the pixel next
-    # to the point: where neighbours are alike, and a sum may well be a whole number, differences have the most digits.
+    # A polynomial of both distances, with whole numbers as coefficients, is added to the nearest pixel. Where little is
+    # added, and the sum may be next to a whole number, float32 then has the most digits.
     near, reached = pixel(0, 0), (-1, 0, 1, 2)
+    down_columns = [_cubic(*(pixel(row, column) - near for row in reached)) for column in reached]
     across = [
-        _cubic(*((pixel(row, column) - near).astype(jnp.float32) for column in reached), column_shares[..., None])
-        for row in reached
+        _value(*(x.astype(jnp.float32) for x in _cubic(*coefficients)), jnp.abs(behind)[..., None])
+        for coefficients in zip(*down_columns, strict=True)
     ]
-    difference = jnp.floor(_cubic(*across, row_shares[..., None])).astype(jnp.int32)
+    difference = jnp.floor(_value(*across, jnp.abs(below)[..., None])).astype(jnp.int32)
     moved = jnp.clip(near + difference, 0, 255).astype(jnp.uint8)
     return jnp.where(inside[..., None], moved, jnp.array(FILL, jnp.uint8))
 
@@ -187,21 +166,22 @@ def _alike(values: Int[Array, "256"]) -> Table:
     return jnp.broadcast_to(jnp.asarray(values).astype(jnp.uint8), (3, 256))
 
 
-def _split(distance: Array, places: Array) -> tuple[Array, Array]:
-    """The pixel at or before where a distance from each place leads, and how far behind it that is."""
-    whole = jnp.floor(distance)
-    return places + whole.astype(jnp.int32), distance - whole
+def _source(places: Array, distance: Array, shear: Array, shift: Number) -> tuple[Array, Array]:
+    """The pixel nearest to where a distance leads from each place, and how far behind that pixel it leads.
+
+    A shear, in units of 1 / (2 `ONE`), and a shift come on top.
+    """
+    unit = 2 * ONE
+    exact = shear + shift * (unit // PIXEL)
+    distance = distance + (exact % unit).astype(jnp.float32) / unit
+    nearest = jnp.floor(distance + 0.5)
+    return places + exact // unit + nearest.astype(jnp.int32), distance - nearest
 
 
-def _within(pixels: Array, shares: Array, size: int) -> Array:
-    """Whether a point between the centres of two pixels is on the image, which reaches half a pixel beyond them."""
-    past = pixels + (shares >= 0.5)
-    return (past >= 0) & (past < size)
+def _cubic(before: Array, at: Array, after: Array, behind: Array) -> tuple[Array, Array, Array, Array]:
+    """Pillow's cubic (a = -1) between `at` and `after`: the coefficients of the share's powers, from 0 to 3."""
+    return at, after - before, 2 * (before - at) + after - behind, at - before - after + behind
 
 
-def _cubic(before: Array, at: Array, after: Array, behind: Array, share: Array) -> Array:
-    """Pillow's cubic (a = -1) between `at` and `after`, evaluated as Pillow does."""
-    slope = after - before
-    bend = 2 * (before - at) + after - behind
-    twist = at - before - after + behind
-    return at + share * (slope + share * (bend + share * twist))
+def _value(constant: Array, slope: Array, bend: Array, twist: Array, share: Array) -> Array:
+    return constant + share * (slope + share * (bend + share * twist))

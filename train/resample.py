@@ -77,8 +77,19 @@ def _transposed(pixels):
     return result
 
 
-# With a signature numba compiles once, at import, in 2 s; without, anew for each layout in memory.
-@numba.njit("uint8[:, :, ::1](uint8[:, :, :], int64, int64)", nogil=True)
+def _compiled(function):
+    """With a signature numba compiles once, at import, in 2 s; without, anew for each layout in memory.
+
+    The next process finds it beside what Python compiled of this module, or in the user's cache folder.
+    """
+    signature = "uint8[:, :, ::1](uint8[:, :, :], int64, int64)"
+    try:
+        return numba.njit(signature, nogil=True, cache=True)(function)
+    except (RuntimeError, OSError):  # neither can be written
+        return numba.njit(signature, nogil=True)(function)
+
+
+@_compiled
 def _resize(pixels, out_height, out_width):
     across = _resize_rows(_transposed(pixels), out_width)
     across = _transposed(across.reshape(out_width, len(pixels), 3))

@@ -2,7 +2,8 @@
 
 timm draws from the global generators of Python, numpy and torch. For each image they are set from the sample's own
 generator, so that its pixels depend on nothing else. The transforms are built on first use, in the process that uses
-them: importing timm takes seconds, and a worker pays for it while the main process compiles.
+them: importing timm takes seconds, and a worker pays for it while the main process compiles. What can be done faster
+with the same pixels is done here: decoding, the crop and its resizing, and the way to normalised values.
 """
 
 import random
@@ -20,7 +21,7 @@ from PIL import Image, ImageOps
 from crossvit_jax.config import CrossViTConfig
 from train.config import TrainConfig
 from train.crop import CropTransform
-from train.decode import decode_image
+from train.decode import decode_image, decode_pixels
 
 # The generators belong to one image at a time: reader threads take turns. Reading and decoding are outside.
 _generators_lock = threading.Lock()
@@ -80,11 +81,45 @@ class TrainTransform:
             re_mode="pixel",
         )
 
+    @cached_property
+    def _steps(self):
+        """timm's crop, its steps before an image becomes a tensor, mean, deviation, and the steps after these."""
+        # not `from timm.data.transforms`: a thread that begins timm from its end waits for one that begins at its start
+        from timm.data import transforms
+
+        crop, *steps = self.timm_transform.transforms
+        (end,) = (place for place, step in enumerate(steps) if isinstance(step, transforms.MaybeToTensor))
+        normalise = steps[end + 1]
+        # for each value of a row of pixels: numpy is slow at using the same three again and again
+        mean, std = (np.tile(x.numpy(), self.image_size[1]) for x in (normalise.mean, normalise.std))
+        return crop, steps[:end], mean, std, steps[end + 2 :]
+
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        image, transform = decode_image(sample["image"], sample["name"]), self.timm_transform
+        import torch
+
+        from train.resample import resize  # compiles itself at import, which only workers need
+
+        pixels = decode_pixels(sample["image"], sample["name"])
+        crop, before, mean, std, after = self._steps
+        height, width, _ = pixels.shape
         with _timm_drawing_from(rng):
-            pixels = transform(image)
-        return {"image": channels_last(pixels), "label": np.int32(sample["label"])}
+            box = crop.get_params(Image.new("1", (width, height)), crop.scale, crop.ratio)
+            image = Image.fromarray(resize(_part(pixels, *box), self.image_size))
+            for step in before:
+                image = step(image)
+            rows = np.asarray(image).reshape(self.image_size[0], -1) / np.float32(255)
+            rows -= mean
+            rows /= std
+            pixels = rows.reshape(*self.image_size, 3)
+            for step in after:
+                step(torch.from_numpy(pixels).permute(2, 0, 1))  # in place
+        return {"image": pixels, "label": np.int32(sample["label"])}
+
+
+def _part(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
+    """A part of an image, of at least one pixel: of few pixels timm may draw none, and makes black of that."""
+    top, left = min(top, pixels.shape[0] - 1), min(left, pixels.shape[1] - 1)
+    return pixels[top : top + max(1, height), left : left + max(1, width)]
 
 
 @dataclass(frozen=True)

@@ -7,4 +7,5 @@ import train.bad_images
 import train.checkpoints
 import train.job
 import train.loop
-import train.main  # noqa: F401
+import train.main
+import train.resample  # noqa: F401

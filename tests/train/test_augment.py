@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import scipy.stats
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from tests.train.conftest import QUICK
-from train.augment import FINENESS, OPERATIONS, augment, compile_augment, draw_batch
+from tests.train.timm_operations import by_timm
+from train.augment import OPERATIONS, augment, compile_augment, draw_batch
 from train.config import RECIPES
-from train.pillow_ops import FILL, ONE
 from train.sharding import make_mesh
 
 _SIZE = (60, 72)
@@ -52,7 +52,7 @@ def _pixels(images):
     return np.rint((np.asarray(images) * IMAGENET_DEFAULT_STD + IMAGENET_DEFAULT_MEAN) * 255).astype(int)
 
 
-def _by_timm(crop, draws, monkeypatch):
+def _by_timm(crop, draws):
     """A crop through timm's steps, up to the erasing, with the draws of the device."""
     image = Image.fromarray(crop)
     if draws.flip:
@@ -60,23 +60,12 @@ def _by_timm(crop, draws, monkeypatch):
     for place, applied, level, negative in zip(
         draws.operations, draws.applied, draws.levels, draws.negative, strict=True
     ):
-        if not applied:
-            continue
-        name = OPERATIONS[place]
-        name += "Increasing" * (name in ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness"))
-        monkeypatch.setattr(
-            auto_augment, "_randomly_negate", lambda value, negative=negative: -value if negative else value
-        )
-        to_arguments = auto_augment.LEVEL_TO_ARG[name]
-        arguments = () if to_arguments is None else to_arguments(level / FINENESS, {"translate_pct": 0.45})
-        if arguments and name != "Rotate":
-            arguments = (round(arguments[0] * ONE) / ONE if isinstance(arguments[0], float) else arguments[0],)
-        moving = {"fillcolor": FILL, "resample": Image.Resampling.BICUBIC}
-        image = auto_augment.NAME_TO_OP[name](image, *arguments, **moving)
+        if applied:
+            image = by_timm(image, OPERATIONS[place], int(level), negative=bool(negative))
     return np.asarray(image).astype(int)
 
 
-def test_the_same_draws_give_the_pixels_of_timm(crops, augmented, monkeypatch):
+def test_the_same_draws_give_the_pixels_of_timm(crops, augmented):
     draws, images = augmented
     rows, columns = np.indices(_SIZE)
     off, kept = [], 0
@@ -84,7 +73,7 @@ def test_the_same_draws_give_the_pixels_of_timm(crops, augmented, monkeypatch):
         drawn = jax.tree.map(lambda x, i=i: np.asarray(x[i]), draws._replace(noise=draws.box))
         top, bottom, left, right = drawn.box
         intact = (rows < top) | (rows >= bottom) | (columns < left) | (columns >= right)
-        off.append(np.abs(_pixels(image) - _by_timm(crop, drawn, monkeypatch))[intact].ravel())
+        off.append(np.abs(_pixels(image) - _by_timm(crop, drawn))[intact].ravel())
         kept += intact.all()
     assert 60 < kept < 110  # a quarter is erased
     off = np.concatenate(off)

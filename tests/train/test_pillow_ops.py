@@ -8,17 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from tests.train.conftest import QUICK
+from tests.train.timm_operations import by_timm
 from train import pillow_ops
-from train.augment import FINENESS, OPERATIONS, Draws, augment
+from train.augment import FINENESS, OPERATIONS, Draws, _by_moving, augment
 
 _LEVELS = (0, 1, 3000, 5 * FINENESS, 9 * FINENESS, 9 * FINENESS + 333, 10 * FINENESS)
 _SIGNS = (False, True)
 _MOVING = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
-_AROUND_ONE = ("Color", "Contrast", "Brightness", "Sharpness")
-_INCREASING = (*_AROUND_ONE, "Posterize", "Solarize")  # those that timm has twice
 
 
 @pytest.fixture(scope="module")
@@ -49,27 +48,13 @@ def augmented(request, crops):
     return increasing, pixels.reshape(len(OPERATIONS), len(_LEVELS), 2, *np.shape(crops))
 
 
-def _arguments(name, level, negative, monkeypatch):
-    """What timm derives from a magnitude, as a multiple of the unit that the device computes in."""
-    monkeypatch.setattr(auto_augment, "_randomly_negate", lambda value: -value if negative else value)
-    to_arguments = auto_augment.LEVEL_TO_ARG[name]
-    arguments = () if to_arguments is None else to_arguments(level / FINENESS, {"translate_pct": 0.45})
-    if name.removesuffix("Increasing") in (*_MOVING[1:], *_AROUND_ONE):
-        (argument,) = arguments
-        return (round(argument * pillow_ops.ONE) / pillow_ops.ONE,)
-    return arguments
-
-
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_an_operation_gives_the_pixels_of_pillow(operation, augmented, crops, monkeypatch):
+def test_an_operation_gives_the_pixels_of_pillow(operation, augmented, crops):
     increasing, ours = augmented
-    name = operation + "Increasing" * (increasing and operation in _INCREASING)
-    expected = []
-    for level, negative in itertools.product(_LEVELS, _SIGNS):
-        arguments = _arguments(name, level, negative, monkeypatch)
-        for crop in crops:
-            moving = {"fillcolor": pillow_ops.FILL, "resample": Image.Resampling.BICUBIC}
-            expected.append(auto_augment.NAME_TO_OP[name](Image.fromarray(crop), *arguments, **moving))
+    expected = [
+        by_timm(Image.fromarray(crop), operation, level, negative=negative, increasing=increasing)
+        for level, negative, crop in itertools.product(_LEVELS, _SIGNS, crops)
+    ]
     expected = np.stack([np.asarray(image) for image in expected]).astype(int)
     off = np.abs(expected - ours[OPERATIONS.index(operation)].reshape(expected.shape))
     if operation in _MOVING:
@@ -79,6 +64,30 @@ def test_an_operation_gives_the_pixels_of_pillow(operation, augmented, crops, mo
         assert off.max() == 0
     different = np.mean(expected != np.tile(crops, (len(_LEVELS) * 2, 1, 1, 1)))
     assert different > 0.1  # something was done
+
+
+# 1, 8 and 9 shear and shift by fractions of which many sums are whole; 2.5, 5 and 10 shift by whole pixels
+@pytest.mark.parametrize("level", [0, 50, 1024, 2560, 5120, 8 * FINENESS, 9 * FINENESS, 9549, 10 * FINENESS])
+def test_photographs_are_moved_as_by_pillow_at_every_strength(level, photographs, moved):
+    """By the program as it is compiled by default."""
+    for operation, negative in itertools.product(_MOVING, _SIGNS):
+        off = []
+        for photograph in photographs:
+            crop = photograph.crop((200, 100, 440, 340))
+            expected = np.asarray(by_timm(crop, operation, level, negative=negative)).astype(int)
+            ours = moved(np.asarray(crop), OPERATIONS.index(operation), level, -1 if negative else 1)
+            off.append(np.abs(ours - expected))
+        assert np.max(off) <= 1
+        assert np.mean(np.array(off) > 0, axis=(1, 2, 3)).max() < 1e-4, operation
+        if operation.startswith("Translate") and level % 2560 == 0:
+            assert np.max(off) == 0
+
+
+@pytest.fixture
+def moved():
+    """The device's part of the moving operations."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    return jax.jit(_by_moving)
 
 
 def test_contrast_is_stretched_as_pillow_does_where_its_sums_fall_short():
@@ -112,7 +121,8 @@ def test_the_smallest_images_are_moved_and_smoothed_too(size):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     kernel = Image.fromarray(image).filter(ImageFilter.SMOOTH)
     np.testing.assert_array_equal(pillow_ops.smooth(jnp.asarray(image)), kernel)
-    moved = pillow_ops.move(jnp.asarray(image), pillow_ops.shear_x(jnp.array(pillow_ops.ONE // 4), size))
+    right = jnp.array([0, pillow_ops.ONE // 4])
+    moved = pillow_ops.move(jnp.asarray(image), degrees=jnp.float32(0), shear=right, shift=jnp.zeros_like(right))
     coefficients = (1, 0.25, 0, 0, 1, 0)
     expected = Image.fromarray(image).transform(
         size[::-1], Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC, fillcolor=pillow_ops.FILL

@@ -137,6 +137,26 @@ def test_an_interrupted_run_saves_says_so_and_goes_on(start, uninterrupted, tmp_
     _assert_same(folder, uninterrupted)
 
 
+@pytest.mark.slow
+def test_a_run_that_augments_on_the_device_goes_on_as_if_never_interrupted(start, image_folder, tmp_path):
+    for i in range(72):
+        image_folder(f"pictures/{'abc'[i % 3]}/{i}.jpg", size=(60, 50), seed=i)
+    flags = [f"--dataset=folder:{image_folder() / 'pictures'}", "--val-fraction=0.1", "--batch-size=8", "--workers=1"]
+    flags += ["--augment-on=device", "--image-size=48", "--hflip=0.5", "--erase-prob=0.5", "--log-every=1"]
+    uninterrupted, folder = tmp_path / "uninterrupted", tmp_path / "run"
+    run = start(uninterrupted, *flags)
+    assert run.wait() == 0, run.output
+    run = start(folder, *flags, "--checkpoint-every=1000")
+    assert run.wait_for(lambda: _logged(folder) >= 10), run.output
+    run.send(signal.SIGTERM)
+    assert run.wait() == 143, run.output
+    step = _steps(folder)[-1]
+    run = start(folder, *flags)
+    assert run.wait() == 0, run.output
+    assert f"continued after step {step} of 32" in run.output
+    _assert_same(folder, uninterrupted)
+
+
 def test_a_second_signal_ends_at_once_and_one_before_the_first_step_too(start, tmp_path):
     run = start(tmp_path / "first")
     assert run.wait_for(lambda: _logged(tmp_path / "first") >= 2), run.output

@@ -282,7 +282,7 @@ print(right.sum())
 
 
 @pytest.mark.slow
-def test_the_main_job_learns_the_digits_and_timm_scores_the_same_with_its_weights(digits_dir, tmp_path):
+def test_the_main_job_learns_the_digits_and_timm_and_bfloat16_score_the_same_with_its_weights(digits_dir, tmp_path):
     def python(*arguments):
         return subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True).stdout
 
@@ -301,3 +301,11 @@ def test_the_main_job_learns_the_digits_and_timm_scores_the_same_with_its_weight
     right = int(python("-c", _TIMM, str(tmp_path / "timm.pth"), digits_dir))
     assert right == round(top1 / 100 * 359)
     np.testing.assert_allclose(100 * right / 359, top1)
+
+    for precision in ("float32", "bfloat16"):
+        python(
+            *("-m", "train.evaluate", "--weights", str(folder), "--dataset", "digits", "--data-dir", digits_dir),
+            *("--precision", precision, "--output", str(tmp_path / precision)),
+        )
+        evaluation = json.loads((tmp_path / precision / "evaluation.json").read_text())
+        assert evaluation["top1"] == pytest.approx(top1, abs=0.2), precision  # one image is 0.28

@@ -16,7 +16,9 @@ from train.optimizer import make_optimizer
 from train.sharding import make_mesh
 from train.state import abstract_model, init_state, make_state
 from train.step import (
+    abstract_batch,
     binary_cross_entropy,
+    jit_train_step,
     make_eval_step,
     make_train_step,
     soft_target_cross_entropy,
@@ -217,6 +219,16 @@ def test_what_saves_memory_or_time_changes_the_loss_by_rounding_only(small_varia
     assert changed == pytest.approx(expected, rel=5e-3 if "precision" in changes else 1e-6)
     assert ("bf16" in other_program) == ("precision" in changes)
     assert program != other_program
+
+
+def test_a_step_writes_the_new_state_over_the_old_one():
+    config, model = _config(ema_decay=0.9), Linear()
+    optimizer = make_optimizer(config, steps_per_epoch=3)
+    state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)
+    step = jit_train_step(make_train_step(model, optimizer, config), make_mesh(), state)
+    planned = step.lower(state, abstract_batch((2, 2), 8, masked=False)).compile().memory_analysis()
+    parameters, whole = (sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (state["params"], state))
+    assert planned.alias_size_in_bytes == whole > 4 * parameters  # two moments, the average, and a few counters
 
 
 def test_images_that_could_not_be_read_are_counted():

@@ -1,6 +1,7 @@
 """Training and evaluation images are timm's, and each depends on its own generator only."""
 
 import dataclasses
+import io
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 
 from train.config import RECIPES
@@ -90,6 +91,15 @@ def test_others_that_draw_at_the_same_time_do_not_disturb(sample):
         finally:
             stop.set()
     np.testing.assert_array_equal(alone, disturbed)
+
+
+def test_a_part_of_an_image_has_at_least_one_pixel():
+    """timm draws none of so few now and then, and makes black of them."""
+    config = dataclasses.replace(_IMAGENET, auto_augment="", erase_prob=0.0)
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1), (255, 255, 255)).save(file, "PNG")
+    for seed in range(20):
+        assert (_augmented({"image": file.getvalue(), "label": 0, "name": "dot"}, seed, config)["image"] > 2).all()
 
 
 # --- posterising to nothing ---
