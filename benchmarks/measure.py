@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.task import Task
+from benchmarks.task import FLAX_SIDES, TIMM_SIDES, Task
 from benchmarks.worker import Ready, Round, SideFailed, Worker
 
 # largest difference ÷ largest value, of logits or of losses
@@ -28,8 +28,10 @@ class Times:
 
     ready: Ready | None = None
     rounds: list[Round] = field(default_factory=list)
-    difference: float | None = None  # from the reference, see `Measured`
+    difference: float | None = None  # of logits or losses, from the reference, see `Measured`
     failure: str | None = None
+    out_of_memory: bool = False  # why it failed
+    from_float32: float | None = None  # in bfloat16: of logits or losses, from the reference's in float32
 
     @property
     def seconds(self) -> list[float]:
@@ -44,6 +46,15 @@ class Times:
 def times_as_fast(side: Times, other: Times) -> list[float]:
     """How many times as fast a side is as another, round by round: neighbours share the machine's mood."""
     return [b / a for a, b in zip(side.seconds, other.seconds, strict=True)]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast one side is as another."""
+
+    value: float  # of the medians that are printed
+    low: float  # of the rounds: neighbours share the machine's mood
+    high: float
 
 
 def not_failed(sides: Mapping[str, Times]) -> dict[str, Times]:
@@ -72,13 +83,6 @@ class Measured:
         return not_failed(self.sides)
 
     @property
-    def best_timm(self) -> str | None:
-        """The faster of timm's sides."""
-        return min(
-            (side for side in self.timed if side != "flax"), key=lambda side: self.sides[side].median, default=None
-        )
-
-    @property
     def others(self) -> float | None:
         """Cores that other programs kept busy: the median over all rounds. None where the system does not tell."""
         return cores_of_others(self.sides)
@@ -93,11 +97,47 @@ class Measured:
         """
         return self.others is not None and self.others > ACCEPTED_OTHERS
 
-    def ratio(self, side: str) -> list[float] | None:
-        """How many times as fast Flax is as another side, round by round: neighbours share the machine's mood."""
-        if not {"flax", side} <= self.timed.keys():
+    @property
+    def best_flax(self) -> str | None:
+        """The faster of Flax's sides."""
+        return self._fastest(FLAX_SIDES)
+
+    @property
+    def best_timm(self) -> str | None:
+        """The fastest of timm's sides."""
+        return self._fastest(TIMM_SIDES)
+
+    def _fastest(self, among: Sequence[str]) -> str | None:
+        timed = [side for side in among if side in self.timed]
+        return min(timed, key=lambda side: self.sides[side].median, default=None)
+
+    def ratio(self, side: str) -> Ratio | None:
+        """How many times as fast the faster of Flax's sides is as another; None if either is not timed."""
+        if self.best_flax is None or side not in self.timed:
             return None
-        return times_as_fast(self.sides["flax"], self.sides[side])
+        ours, other = self.sides[self.best_flax], self.sides[side]
+        rounds = times_as_fast(ours, other)
+        return Ratio(other.median / ours.median, min(rounds), max(rounds))
+
+    @property
+    def flops_per_call(self) -> int | None:
+        """FLOPs of the model, the same for every side: see `Program.flops`. None if no side could tell."""
+        return next(iter(self._told("flops_per_call")), None)
+
+    @property
+    def peak_flops(self) -> float | None:
+        """The device's, per second: of the fastest large matrix product that a side measured in the task's dtype."""
+        return max(self._told("peak_flops"), default=None)
+
+    def utilisation(self, side: str) -> float | None:
+        """The share of the device's peak that the model's FLOPs per second reach on a side."""
+        if side not in self.timed or self.flops_per_call is None or self.peak_flops is None:
+            return None
+        return self.flops_per_call / self.sides[side].median / self.peak_flops
+
+    def _told(self, name: str) -> list[Any]:
+        told = [getattr(times.ready, name) for times in self.sides.values() if times.ready]
+        return [value for value in told if value is not None]
 
 
 def measure(

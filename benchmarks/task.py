@@ -11,7 +11,9 @@ import numpy as np
 from crossvit_jax.config import get_config
 from train.config import RECIPES, TrainConfig
 
-SIDES = ("flax", "timm", "timm-compile")
+FLAX_SIDES = ("flax", "flax-cudnn")
+TIMM_SIDES = ("timm", "timm-compile", "timm-channels-last")
+SIDES = FLAX_SIDES + TIMM_SIDES
 CHECKED_STEPS = 2  # the loss of the second one also tells whether gradient and update were right
 
 

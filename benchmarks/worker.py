@@ -39,7 +39,11 @@ class Ready:
     calls: int  # in a round
     load_s: float  # imports, weights
     first_s: float  # compilation, and the calls behind `check`
-    warm_up_s: float  # the calls after that, and compilation of what they need besides
+    warm_up_s: float  # the calls after that
+    float32: Any = None  # `check` computed in float32, where the side can tell
+    peak_bytes: int | None = None  # the most device memory that was in use until then; None on a CPU
+    flops_per_call: int | None = None  # of the model, where the side can tell: see `Program.flops`
+    peak_flops: float | None = None  # per second, of one large matrix product, where the side measures it
 
 
 @dataclass(frozen=True)
