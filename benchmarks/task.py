@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,3 +78,5 @@ class Program:
     check: Callable[[], Any]  # what the sides must agree on: logits, losses of unmixed steps, or pixels
     run: Callable[[int], None]  # that many calls; returns when the results are there
     facts: dict[str, str]  # versions, threads, device
+    around: Callable[[], AbstractContextManager] = nullcontext  # what surrounds a round and is not timed
+    close: Callable[[], None] = lambda: None  # ends the processes that it started

@@ -4,6 +4,7 @@ Two frameworks in one process fight for the cores. In processes of their own the
 next order sleeps, and so do its thread pools.
 """
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from benchmarks.cpu_time import busy_seconds, own_seconds
 from benchmarks.task import Program, Task
 
 ROUND_SECONDS = 1.0  # a round takes as many calls as fill this time, at least one
@@ -60,7 +62,8 @@ class Worker:
     def __init__(self, side: str, task: Task, environment: dict[str, str]):
         context = multiprocessing.get_context("spawn")  # a fork would inherit threads and devices
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(side, task, environment, theirs), daemon=True)
+        # no daemon, which may not have children: an input pipeline's workers
+        self._process = context.Process(target=_serve, args=(side, task, environment, theirs))
         self._process.start()
         theirs.close()  # so that the pipe ends when the process does
 
@@ -102,19 +105,19 @@ class Worker:
 def _serve(side: str, task: Task, environment: dict[str, str], pipe: Connection) -> None:
     os.environ.update(environment)  # before the framework is imported
     try:
-        ready, program = _prepare(side, task)
-        pipe.send(ready)
-        while pipe.recv() == "round":
-            pipe.send(_round(program, ready.calls))
+        start = time.perf_counter()
+        with contextlib.closing(task.load(side)) as program:
+            ready = _prepare(program, time.perf_counter() - start)
+            pipe.send(ready)
+            while pipe.recv() == "round":
+                pipe.send(_round(program, ready.calls))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         pass  # the parent has left
     except Exception as error:
         pipe.send(_failure(error))
 
 
-def _prepare(side: str, task: Task) -> tuple[Ready, Program]:
-    start = time.perf_counter()
-    program = task.load(side)
+def _prepare(program: Program, load_s: float) -> Ready:
     loaded = time.perf_counter()
     check = program.check()
     first = time.perf_counter()
@@ -124,25 +127,16 @@ def _prepare(side: str, task: Task) -> tuple[Ready, Program]:
         call = min(call, _time(program, 1))
     warm = time.perf_counter()
     calls = max(1, round(ROUND_SECONDS / call))
-    return Ready(check, program.facts, calls, loaded - start, first - loaded, warm - first), program
+    return Ready(check, program.facts, calls, load_s, first - loaded, warm - first)
 
 
 def _round(program: Program, calls: int) -> Round:
-    busy, own = _busy_seconds(), time.process_time()
-    seconds = _time(program, calls)
-    own = time.process_time() - own
-    others = None if busy is None else max(0.0, (_busy_seconds() - busy - own) / seconds)
+    with program.around():
+        busy, own = busy_seconds(), own_seconds()
+        seconds = _time(program, calls)
+        own = own_seconds() - own
+        others = None if busy is None else max(0.0, (busy_seconds() - busy - own) / seconds)
     return Round(seconds / calls, others)
-
-
-def _busy_seconds() -> float | None:
-    """Seconds that all cores together have worked since the start, for anyone: other virtual machines included."""
-    try:
-        with open("/proc/stat") as file:
-            user, nice, system, _idle, _iowait, irq, softirq, steal, *_ = map(int, file.readline().split()[1:])
-    except OSError:  # not Linux
-        return None
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def _time(program: Program, calls: int) -> float:
