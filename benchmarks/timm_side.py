@@ -34,14 +34,18 @@ def write_weights(variant: str, path: Path) -> None:
 
 def load(task: Task, *, compiled: bool) -> Program:
     """The task's program, not compiled yet."""
-    # in float32 nothing may be rounded to TF32, which torch's default allows in convolutions
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    set_up()
     return {"inference": _inference, "training": _training}[task.benchmark](task, compiled)
 
 
+def set_up() -> None:
+    """In float32 nothing may be rounded to TF32, which torch's default allows in convolutions."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def _inference(task: Task, compiled: bool) -> Program:
-    dtype, device = getattr(torch, task.dtype), _device(task)
+    dtype, device = getattr(torch, task.dtype), device_of(task)
     model = _model(task).eval().to(device, dtype)
     forward = torch.compile(model) if compiled else model
     images = _images(task).to(device, dtype)
@@ -54,49 +58,62 @@ def _inference(task: Task, compiled: bool) -> Program:
     def run(calls: int) -> None:
         for _ in range(calls):
             forward(images)
-            _wait(device)
+            wait(device)
 
-    return Program(check, run, _facts(device))
+    return Program(check, run, facts(device))
 
 
 def _training(task: Task, compiled: bool) -> Program:
-    config, device = task.recipe(), _device(task)
-    model = _model(task).train().to(device)
-    forward = torch.compile(model) if compiled else model
-    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=model.no_weight_decay())
-    optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    cross_entropy = SoftTargetCrossEntropy()
-    mix = Mixup(
-        mixup_alpha=config.mixup,
-        cutmix_alpha=config.cutmix,
-        prob=config.mix_prob,
-        switch_prob=config.cutmix_share,
-        label_smoothing=config.smoothing,
-        num_classes=model.num_classes,
-    )
-    images, labels = _images(task).to(device), torch.from_numpy(task.labels()).to(device)
-
-    def unmixed() -> tuple[Tensor, Tensor]:
-        return images, mixup_target(labels, model.num_classes, smoothing=config.smoothing)
-
-    def step(images: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=task.dtype == "bfloat16"):
-            loss = cross_entropy(forward(images), targets)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
+    training = Training(task, compiled)
+    images, labels = _images(task).to(training.device), torch.from_numpy(task.labels()).to(training.device)
 
     def check() -> np.ndarray:
-        return np.array([step(*unmixed()).item() for _ in range(CHECKED_STEPS)])
+        return np.array([training.unmixed_step(images, labels).item() for _ in range(CHECKED_STEPS)])
 
     def run(calls: int) -> None:
         for _ in range(calls):
-            # mixed in place, so the images blur from step to step; the cost is the same
-            step(*(mix(images, labels) if config.mixup else unmixed()))
-        _wait(device)
+            training.step(images, labels)  # mixed in place, so the images blur from step to step; the cost is the same
+        wait(training.device)
 
-    return Program(check, run, _facts(device))
+    return Program(check, run, facts(training.device))
+
+
+class Training:
+    """timm's model, AdamW and mixing as its train.py has them; images are (batch, channels, height, width) float32."""
+
+    def __init__(self, task: Task, compiled: bool):
+        config, self.device = task.recipe(), device_of(task)
+        model = _model(task).train().to(self.device)
+        self._classes, self._config, self._autocast = model.num_classes, config, task.dtype == "bfloat16"
+        self._forward = torch.compile(model) if compiled else model
+        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=model.no_weight_decay())
+        self._optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        self._cross_entropy = SoftTargetCrossEntropy()
+        self._mix = Mixup(
+            mixup_alpha=config.mixup,
+            cutmix_alpha=config.cutmix,
+            prob=config.mix_prob,
+            switch_prob=config.cutmix_share,
+            label_smoothing=config.smoothing,
+            num_classes=model.num_classes,
+        )
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss of one step, perhaps not computed yet. Mixes the images in place."""
+        if not self._config.mixup:  # of odd batches
+            return self.unmixed_step(images, labels)
+        return self._step(*self._mix(images, labels))
+
+    def unmixed_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self._step(images, mixup_target(labels, self._classes, smoothing=self._config.smoothing))
+
+    def _step(self, images: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            loss = self._cross_entropy(self._forward(images), targets)
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return loss
 
 
 def _model(task: Task) -> nn.Module:
@@ -110,16 +127,16 @@ def _images(task: Task) -> Tensor:
     return torch.from_numpy(task.images()).permute(0, 3, 1, 2).contiguous()
 
 
-def _device(task: Task) -> torch.device:
+def device_of(task: Task) -> torch.device:
     return torch.device("cuda" if task.device == "gpu" else "cpu")
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _facts(device: torch.device) -> dict[str, str]:
+def facts(device: torch.device) -> dict[str, str]:
     return {
         "torch": torch.__version__,
         "timm": timm.__version__,
