@@ -1,4 +1,4 @@
-"""What the two benchmark commands share: their flags, and the way from flags to table."""
+"""The commands `python -m benchmarks.inference` and `training`; and what all benchmarks share: flags, how they end."""
 
 import argparse
 import dataclasses
@@ -8,10 +8,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.measure import SidesDisagree, fits_all, largest_batch, measure
-from benchmarks.report import as_json, as_markdown, write_json
+from benchmarks.measure import Measured, SidesDisagree, fits_all, largest_batch, measure
+from benchmarks.record import as_json, write_json
+from benchmarks.report import notes, table_lines
 from benchmarks.task import SIDES, Task
 from benchmarks.worker import SideFailed
+from convert import command_line
 from convert.command_line import Parser, at_least_one
 from crossvit_jax.config import get_config
 
@@ -19,7 +21,8 @@ _EPILOG = """\
 Each side runs in a process of its own, one at a time, round by round in turn: A B C A B C … Compilation and warm-up are
 not timed. Before anything is timed the sides' results are compared, and must agree.
 
-exit status: 0 done; 1 the sides disagree or failed (torch.compile alone may fail: its row says so); 2 wrong flags
+exit status: 0 done; 1 the sides disagree, or one failed: its row says why, and the table that it is not beside timm at
+its best if it was timm's (for a machine without a C compiler: --sides flax timm); 2 wrong flags
 """
 
 
@@ -33,15 +36,20 @@ def main(benchmark: str, argv: Sequence[str] | None = None) -> int:
 
 
 def exit_status(parser: Parser, run: Callable[[], int]) -> int:
-    """What `run` returns; 1 if a side failed or the sides disagree, 130 after Ctrl-C, each told in one line."""
-    try:
-        return run()
-    except (SidesDisagree, SideFailed) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 130
+    """What `run` returns, or the status of what stopped it, told in one line.
+
+    1 if a side failed, the sides disagree or a file cannot be written; otherwise as `convert.command_line.run` has it:
+    2 for a ConversionError, 130 for Ctrl-C, 143 for SIGTERM. Processes and temporary folders are gone then.
+    """
+
+    def stopped_by_nothing_else() -> int:
+        try:
+            return run()
+        except (SidesDisagree, SideFailed, OSError) as error:
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+            return 1
+
+    return command_line.run(parser.prog, stopped_by_nothing_else)
 
 
 def _parser(benchmark: str) -> Parser:
@@ -108,26 +116,26 @@ def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
     def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
-    results = []
+    results: list[Measured] = []
+    printed = 0
     with tempfile.TemporaryDirectory(prefix="crossvit-benchmark-") as folder:
         environment = _environment(device, Path(folder), one_at_a_time=args.find_largest_batch)
-        for variant in args.variants:
-            weights = Path(folder, f"{variant}.safetensors")
-            write_weights(variant, weights)
-            task = Task(
-                benchmark=benchmark,
-                variant=variant,
-                batch_size=args.batch_size,
-                dtype=args.dtype,
-                device=device,
-                weights=str(weights),
-                attention=args.attention,
-            )
-            say(f"CrossViT {variant}, {benchmark}, {args.dtype}, {device}")
-            if args.find_largest_batch:
-                task = _with_largest_batch(task, args.sides, environment, say)
-            results.append(
-                measure(
+        try:
+            for variant in args.variants:
+                weights = Path(folder, f"{variant}.safetensors")
+                write_weights(variant, weights)
+                task = Task(
+                    benchmark=benchmark,
+                    variant=variant,
+                    batch_size=args.batch_size,
+                    dtype=args.dtype,
+                    device=device,
+                    weights=str(weights),
+                )
+                say(f"CrossViT {variant}, {benchmark}, {args.dtype}, {device}")
+                if args.find_largest_batch:
+                    task = _with_largest_batch(task, args.sides, environment, say)
+                measured = measure(
                     task,
                     args.sides,
                     rounds=args.repeats,
@@ -135,12 +143,18 @@ def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
                     environment=environment,
                     say=say,
                 )
-            )
-            if args.json:  # after each variant, so that an interruption costs one
-                write_json(args.json, as_json(benchmark, results))
-    print(as_markdown(benchmark, results))
-    failed = {side for measured in results for side in measured.sides if side not in measured.timed}
-    return 1 if failed - {"timm-compile"} else 0
+                # after each variant, so that an interruption costs one
+                results.append(measured)
+                content = as_json(benchmark, results)
+                lines = table_lines([content])
+                print("\n".join(lines[printed:]), flush=True)
+                printed = len(lines)
+                if args.json:
+                    write_json(args.json, content)
+        finally:
+            if results:
+                print("\n".join(notes([content])), flush=True)
+    return 1 if any(times.failure for measured in results for times in measured.sides.values()) else 0
 
 
 def _with_largest_batch(task: Task, sides: Sequence[str], environment: dict[str, str], say) -> Task:
@@ -169,9 +183,15 @@ def _environment(device: str, folder: Path, *, one_at_a_time: bool) -> dict[str,
 
 
 def writable_json(parser: Parser, file: Path | None) -> None:
-    """Ends the program if nothing can be written there."""
-    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+    """Ends the program if nothing can be written there: before anything is measured, not after it."""
+    if file is None:
+        return
+    if file.is_dir() or not file.absolute().parent.is_dir():
         parser.error(f"--json {file}: not a file in an existing folder")
+    try:
+        tempfile.TemporaryFile(dir=file.absolute().parent).close()
+    except OSError as error:
+        parser.error(f"--json {file}: {error.strerror}")
 
 
 def variant_name(text: str) -> str:

@@ -68,7 +68,7 @@ def _run(args: argparse.Namespace) -> int:
     # late: wrong flags need not wait for the frameworks
     from benchmarks.deploy_report import as_json, as_markdown
     from benchmarks.deploy_runs import open_model, open_run, pair
-    from benchmarks.report import write_json
+    from benchmarks.record import write_json
 
     runs = [open_run(source, dataset=args.dataset, data_dir=args.data_dir) for source in args.runs]
     models = [open_model(run, qat) for run, qat in pair(runs)]

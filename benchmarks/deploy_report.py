@@ -8,8 +8,9 @@ from benchmarks.deploy_forms import FLOAT_FILE, REFERENCE
 from benchmarks.deploy_measure import Measured
 from benchmarks.deploy_runs import Model
 from benchmarks.deploy_task import Form
+from benchmarks.machine import about, described
 from benchmarks.measure import ACCEPTED_OTHERS, Times, cores_of_others, times_as_fast
-from benchmarks.report import machine, spread
+from benchmarks.ratios import spread
 
 _FASTER = "times as fast as torch (min-max)"
 _SHARE = f"% of {FLOAT_FILE}"
@@ -71,10 +72,7 @@ class Deployed:
 
 def as_json(results: Sequence[Deployed]) -> dict[str, Any]:
     """Everything measured, with every round, in plain types."""
-    return {
-        "benchmark": "deploy",
-        "machine": machine(),
-        "software": _software(results),
+    return about("deploy", _software(results)) | {
         "results": [
             {
                 "run": result.model.run.source,
@@ -129,11 +127,9 @@ def as_markdown(results: Sequence[Deployed]) -> str:
         ]
         if result.others is not None and result.others > ACCEPTED_OTHERS:
             lines += [f"**Times not valid**: other programs kept {result.others:.1f} cores busy meanwhile.", ""]
-    about, software = machine(), _software(results)
-    versions = ", ".join(f"{name} {version}" for name, version in software.items())
     lines.append(
         "Points: how far top-1 is above that of float32. Logits: the largest difference, for int8 the root mean square "
-        f"one. {about['cpu']}, {about['usable_cores']} of {about['cores']} cores; {versions}"
+        f"one. {described(about('deploy', _software(results)))}"
     )
     return "\n".join(lines)
 
