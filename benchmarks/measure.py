@@ -159,7 +159,7 @@ def measure(
     take_turns(
         task,
         measured.sides,
-        compare=lambda: _compare(measured),
+        compare=lambda: require_agreement(measured),
         rounds=rounds,
         keep=keep,
         environment=environment,
@@ -252,7 +252,7 @@ def _readiness(ready: Ready) -> str:
     )
 
 
-def _compare(measured: Measured) -> None:
+def require_agreement(measured: Measured) -> None:
     """Fills in the differences from the reference. Raises SidesDisagree."""
     reference = measured.sides[measured.reference]
     if reference.failure:
