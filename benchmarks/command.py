@@ -15,6 +15,7 @@ from benchmarks.task import SIDES, Task
 from benchmarks.worker import SideFailed
 from convert import command_line
 from convert.command_line import Parser, at_least_one
+from convert.errors import ConversionError
 from crossvit_jax.config import get_config
 
 _EPILOG = """\
@@ -119,7 +120,7 @@ def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
     results: list[Measured] = []
     printed = 0
     with tempfile.TemporaryDirectory(prefix="crossvit-benchmark-") as folder:
-        environment = _environment(device, Path(folder), one_at_a_time=args.find_largest_batch)
+        environment = workers_environment(device, Path(folder), one_at_a_time=args.find_largest_batch)
         try:
             for variant in args.variants:
                 weights = Path(folder, f"{variant}.safetensors")
@@ -169,7 +170,7 @@ def _with_largest_batch(task: Task, sides: Sequence[str], environment: dict[str,
     return dataclasses.replace(task, batch_size=batch_size)
 
 
-def _environment(device: str, folder: Path, *, one_at_a_time: bool) -> dict[str, str]:
+def workers_environment(device: str, folder: Path, *, one_at_a_time: bool) -> dict[str, str]:
     """Environment variables for the workers."""
     if device == "cpu":
         return {"JAX_PLATFORMS": "cpu"}
@@ -180,6 +181,13 @@ def _environment(device: str, folder: Path, *, one_at_a_time: bool) -> dict[str,
         variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.95"
         variables["JAX_COMPILATION_CACHE_DIR"] = str(folder / "jax-cache")
     return variables
+
+
+def require_onnx() -> None:
+    """Raises ConversionError if a package of the extra "onnx" is missing."""
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConversionError(f"ONNX files need {', '.join(missing)}: pip install 'crossvit-jax[onnx]'")
 
 
 def writable_json(parser: Parser, file: Path | None) -> None:
