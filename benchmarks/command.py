@@ -187,7 +187,7 @@ def require_onnx() -> None:
     """Raises ConversionError if a package of the extra "onnx" is missing."""
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConversionError(f"ONNX files need {', '.join(missing)}: pip install 'crossvit-jax[onnx]'")
+        raise ConversionError(f"the ONNX forms need {', '.join(missing)}: pip install 'crossvit-jax[onnx]'")
 
 
 def writable_json(parser: Parser, file: Path | None) -> None:

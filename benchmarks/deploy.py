@@ -5,16 +5,14 @@ form whose logits are further from those of its weights in float32 than converte
 """
 
 import argparse
-import importlib.util
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.command import exit_status, writable_json
+from benchmarks.command import exit_status, require_onnx, writable_json
 from convert.command_line import Parser, at_least_one
-from convert.errors import ConversionError
 from train.inference_command import run
 
 if TYPE_CHECKING:
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
     from benchmarks.deploy_runs import Model
 
 _PROGRAM = "python -m benchmarks.deploy"
-_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 _EPILOG = """\
 RUN: the folder of a training run, whose settings tell the data set; or any SOURCE of python -m convert, with --dataset.
@@ -58,13 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
     args = parser.parse_args(argv)
     writable_json(parser, args.json)
-    return run(_PROGRAM, lambda: exit_status(parser, lambda: _run(args)))
+    return exit_status(parser, lambda: run(_PROGRAM, lambda: _run(args)))
 
 
 def _run(args: argparse.Namespace) -> int:
-    missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ConversionError(f"the ONNX forms need {', '.join(missing)}: pip install 'crossvit-jax[onnx]'")
+    require_onnx()
     # late: wrong flags need not wait for the frameworks
     from benchmarks.deploy_report import as_json, as_markdown
     from benchmarks.deploy_runs import open_model, open_run, pair

@@ -91,10 +91,7 @@ def _cpu_model() -> str:
 def described(content: Mapping[str, Any]) -> str:
     """Machine, versions and threads of a JSON file: where two files differ in any of them, so do these words."""
     machine, facts = content["machine"], content.get("software", {})
-    devices = [_gpu_in_words(gpu) for gpu in machine.get("gpus", [])]
-    if not devices:  # without nvidia-smi the sides know
-        told = (facts.get(f"{framework} device", "cpu") for framework in ("torch", "jax"))
-        devices = [name for name in told if name != "cpu"][:1]
+    devices = [_gpu_in_words(gpu) for gpu in machine.get("gpus", [])] or _told_devices(content)
     versions = [f"{name} {version}" for name, version in facts.items() if not name.endswith((" threads", " device"))]
     threads = [f"{name.removesuffix(' threads')} {count}" for name, count in facts.items() if name.endswith(" threads")]
     parts = [
@@ -103,6 +100,13 @@ def described(content: Mapping[str, Any]) -> str:
         f"threads: {', '.join(threads)}" if threads else "",
     ]
     return "; ".join(part for part in parts if part)
+
+
+def device_name(content: Mapping[str, Any], device: str) -> str:
+    """What the maker calls the device of a JSON file's results, which is "cpu" or "gpu"."""
+    if device == "cpu":
+        return content["machine"]["cpu"]
+    return next((gpu["name"] for gpu in content["machine"].get("gpus", [])), ", ".join(_told_devices(content)) or "GPU")
 
 
 def dated(contents: Sequence[Mapping[str, Any]]) -> str:
@@ -114,3 +118,10 @@ def dated(contents: Sequence[Mapping[str, Any]]) -> str:
 
 def _gpu_in_words(gpu: Mapping[str, Any]) -> str:
     return f"{gpu['name']} ({gpu['memory_bytes'] / 2**30:.0f} GiB, driver {gpu['driver']})"
+
+
+def _told_devices(content: Mapping[str, Any]) -> list[str]:
+    """What a side said that it runs on, if that is not the CPU: known without nvidia-smi too."""
+    facts = content.get("software", {})
+    told = (facts.get(f"{framework} device", "cpu") for framework in ("torch", "jax"))
+    return [name for name in told if name != "cpu"][:1]

@@ -34,6 +34,11 @@ def failed(result: Result, whose: str) -> list[str]:
     return [name for name in result["sides"] if name.startswith(whose) and name not in rounds(result)]
 
 
+def counts(result: Result) -> bool:
+    """Whether its ratios are those to timm at its best, on a machine that had nothing else to do."""
+    return not result["disturbed"] and not failed(result, "timm")
+
+
 def times_as_fast(result: Result, side: str, other: str) -> dict[str, float]:
     """How many times as fast `side` is as `other`; neither may have failed.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import dated, described
-from benchmarks.ratios import GOALS, Result, best, failed, rounds, spread, times_as_fast
+from benchmarks.ratios import GOALS, Result, best, counts, failed, rounds, spread, times_as_fast
 from convert.command_line import Parser
 
 Content = Mapping[str, Any]  # of a JSON file
@@ -33,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw how fast Flax is beside the best of timm")
     args = parser.parse_args(argv)
     contents = [_read(parser, file) for file in args.files]
-    print("\n\n".join(tables(contents)))
+    try:
+        print("\n\n".join(tables(contents)))
+    except (AttributeError, KeyError, TypeError) as error:
+        parser.error(f"a file is not as a benchmark wrote it ({type(error).__name__}: {error})")
     if args.plot:
         from benchmarks.plot import draw_ratios
 
@@ -105,23 +108,25 @@ def notes(contents: Sequence[Content]) -> list[str]:
     if incomplete:
         which = "; ".join(f"{_name(result)}: {', '.join(failed(result, 'timm'))} failed" for result in incomplete)
         lines += ["", f"**Not beside timm at its best**: {which}. There the ratios are to what was left of timm."]
-    return lines + _verdict([result for result in results if not result["disturbed"] and result not in incomplete])
+    return lines + _verdict([result for result in results if counts(result)])
 
 
 def _verdict(results: Sequence[Result]) -> list[str]:
-    """Whether the best of Flax reaches the goals, and where it does not."""
+    """Where the best of Flax reaches the goal, and where it does not."""
     lines = []
     for device, goal in GOALS.items():
-        reached = {
+        ratios = {
             _name(result): times_as_fast(result, best(result, "flax"), best(result, "timm"))["ratio"]
             for result in results
             if result["device"] == device and best(result, "flax") and best(result, "timm")
         }
-        if not reached:
-            continue
-        missed = [f"{name} ({ratio:.3f})" for name, ratio in reached.items() if ratio < goal]
-        verdict = f"missed by {', '.join(missed)}" if missed else "reached in every row"
-        lines += ["", f"The goal, {goal} times timm's best, is {verdict}."]
+        by_verdict = {
+            "missed": [f"{name} ({ratio:.3f})" for name, ratio in ratios.items() if ratio < goal],
+            "reached": [f"{name} ({ratio:.3f})" for name, ratio in ratios.items() if ratio >= goal],
+        }
+        verdicts = [f"{verdict} by {', '.join(names)}" for verdict, names in by_verdict.items() if names]
+        if verdicts:
+            lines += ["", f"The goal, {goal} times timm's best, is {'; '.join(verdicts)}."]
     return lines
 
 
@@ -159,7 +164,7 @@ def _ratio(result: Result, side: str) -> str:
     if best_timm is None or side not in rounds(result):
         return ""
     if side == best_timm:
-        return "**best of timm**" + " **that ran**" * bool(failed(result, "timm"))
+        return "**best of timm that ran**" if failed(result, "timm") else "**best of timm**"
     return "{ratio:.2f} ({min:.2f}-{max:.2f})".format(**times_as_fast(result, side, best_timm))
 
 
