@@ -3,15 +3,16 @@
 import argparse
 import dataclasses
 import importlib.util
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.measure import Measured, SidesDisagree, fits_all, largest_batch, measure
+from benchmarks.measure import Measured, SidesDisagree, largest_common_batch, measure
 from benchmarks.record import as_json, write_json
 from benchmarks.report import notes, table_lines
-from benchmarks.task import SIDES, Task
+from benchmarks.task import SIDES, Task, default_sides
 from benchmarks.worker import SideFailed
 from convert import command_line
 from convert.command_line import Parser, at_least_one
@@ -32,7 +33,8 @@ def main(benchmark: str, argv: Sequence[str] | None = None) -> int:
     parser = _parser(benchmark)
     args = parser.parse_args(argv)
     device = pick_device(parser, args)
-    _check(parser, args, benchmark, device)
+    args.sides = args.sides or default_sides(device, args.dtype)
+    _check(parser, args, device)
     return exit_status(parser, lambda: _run(benchmark, args, device))
 
 
@@ -56,7 +58,7 @@ def exit_status(parser: Parser, run: Callable[[], int]) -> int:
 def _parser(benchmark: str) -> Parser:
     parser = Parser(
         prog=f"python -m benchmarks.{benchmark}",
-        description=f"Time CrossViT {benchmark}: Flax against timm, eager and through torch.compile.",
+        description=f"Time CrossViT {benchmark}: Flax against timm at its best.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -70,14 +72,8 @@ def _parser(benchmark: str) -> Parser:
         help="double --batch-size until a side runs out of GPU memory, and time the last that fits all",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
-    parser.add_argument(
-        "--attention",
-        choices=("xla", "cudnn"),
-        default="xla",
-        help="of Flax; cudnn: GPU, bfloat16; default: xla",
-    )
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu where torch and jax can use one")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="default: all")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="default: those that suit device and dtype")
     parser.add_argument(
         "--repeats", type=at_least_one, default=10, metavar="N", help="rounds of about 1 s; default: 10"
     )
@@ -100,12 +96,12 @@ def pick_device(parser: Parser, args: argparse.Namespace) -> str:
     return "gpu" if has_gpu else "cpu"
 
 
-def _check(parser: Parser, args: argparse.Namespace, benchmark: str, device: str) -> None:
+def _check(parser: Parser, args: argparse.Namespace, device: str) -> None:
     """Ends the program for flags that do not go together."""
     if args.find_largest_batch and device == "cpu":
         parser.error("--find-largest-batch needs a GPU: a CPU has no memory of its own to run out of")
-    if args.attention == "cudnn" and (device, args.dtype) != ("gpu", "bfloat16"):
-        parser.error(f"--attention cudnn needs a GPU and --dtype bfloat16; this is {device}, {args.dtype}")
+    if "flax-cudnn" in args.sides and (device, args.dtype) != ("gpu", "bfloat16"):
+        parser.error(f"--sides flax-cudnn needs a GPU and --dtype bfloat16; this is {device}, {args.dtype}")
     if len(set(args.sides)) < len(args.sides):
         parser.error("--sides names a side twice")
     writable_json(parser, args.json)
@@ -135,7 +131,8 @@ def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
                 )
                 say(f"CrossViT {variant}, {benchmark}, {args.dtype}, {device}")
                 if args.find_largest_batch:
-                    task = _with_largest_batch(task, args.sides, environment, say)
+                    batch_size = largest_common_batch(task, args.sides, environment=environment, say=say)
+                    task = dataclasses.replace(task, batch_size=batch_size)
                 measured = measure(
                     task,
                     args.sides,
@@ -158,29 +155,24 @@ def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
     return 1 if any(times.failure for measured in results for times in measured.sides.values()) else 0
 
 
-def _with_largest_batch(task: Task, sides: Sequence[str], environment: dict[str, str], say) -> Task:
-    """The task with the largest batch that fits every side. Raises SideFailed if its own does not."""
-
-    def fits(batch_size: int) -> bool:
-        return fits_all(dataclasses.replace(task, batch_size=batch_size), sides, environment=environment, say=say)
-
-    batch_size = largest_batch(task.batch_size, fits)
-    if batch_size is None:
-        raise SideFailed(f"a batch of {task.batch_size} does not fit: start from a smaller --batch-size")
-    return dataclasses.replace(task, batch_size=batch_size)
-
-
 def workers_environment(device: str, folder: Path, *, one_at_a_time: bool) -> dict[str, str]:
-    """Environment variables for the workers."""
+    """Environment variables for the sides' processes.
+
+    Args:
+        device: cpu or gpu.
+        folder: for compiled programs: several processes run the same ones.
+        one_at_a_time: whether each process has the device for itself.
+    """
+    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
     if device == "cpu":
-        return {"JAX_PLATFORMS": "cpu"}
-    # by default jax takes three quarters of the memory at once, and torch beside it would have the rest
-    variables = {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    if one_at_a_time:
-        # the process is alone on the device, and starts many times
-        variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.95"
-        variables["JAX_COMPILATION_CACHE_DIR"] = str(folder / "jax-cache")
-    return variables
+        return {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": compiled}
+    variables = {
+        "JAX_PLATFORMS": "cuda",
+        "JAX_COMPILATION_CACHE_DIR": compiled,
+        # by default jax takes three quarters of the memory at once, and torch beside it would have the rest
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    return variables | ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} if one_at_a_time else {})
 
 
 def require_onnx() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.command import exit_status, writable_json
 from benchmarks.data_task import SIDES, SIDES_ON_A_CORE, DataTask
-from benchmarks.machine import about, dated, described
+from benchmarks.machine import about, where
 from benchmarks.measure import ACCEPTED_OTHERS, SidesDisagree, Times, cores_of_others, times_as_fast
 from benchmarks.ratios import spread
 from benchmarks.record import write_json
@@ -104,9 +104,8 @@ def as_json(task: DataTask, sides: dict[str, Times]) -> dict[str, Any]:
 
 def as_markdown(content: Mapping[str, Any]) -> str:
     """A line on the machine and a table with a row per side, from what `as_json` gives."""
-    where = "; ".join(part for part in (described(content), dated([content])) if part)
     lines = [
-        f"{content['photographs']} JPEG photographs of 500 x 375 to a training batch at 240 pixels; {where}",
+        f"{content['photographs']} JPEG photographs of 500 x 375 to a training batch at 240 pixels; {where(content)}",
         "",
         "| side | images/s, median (min-max) | times as fast as timm (min-max) |",
         "| --- | --- | --- |",

@@ -88,6 +88,11 @@ def _cpu_model() -> str:
 # --- the same in words, for the line above a table ---
 
 
+def where(*contents: Mapping[str, Any]) -> str:
+    """What `described` says of JSON files that are alike, and when and of which commits they are."""
+    return "; ".join(part for part in (described(contents[0]), dated(contents)) if part)
+
+
 def described(content: Mapping[str, Any]) -> str:
     """Machine, versions and threads of a JSON file: where two files differ in any of them, so do these words."""
     machine, facts = content["machine"], content.get("software", {})

@@ -34,6 +34,8 @@ def _result(measured: Measured) -> dict[str, Any]:
         "device": task.device,
         "compared_with": measured.reference,
         "sides": {side: _side(measured, side) for side in measured.sides},
+        "flops_per_call": measured.flops_per_call,
+        "peak_flops": measured.peak_flops,
         "others_cores": measured.others,
         "disturbed": measured.disturbed,
     }
@@ -50,6 +52,7 @@ def _side(measured: Measured, side: str) -> dict[str, Any]:
         known |= {"load_s": ready.load_s, "first_result_s": ready.first_s, "warm_up_s": ready.warm_up_s}
         known |= {"calls_per_round": ready.calls, "difference": times.difference, "rounds_s_per_call": times.seconds}
         known["others_cores"] = [turn.others for turn in times.rounds]
+        known |= {"from_float32": times.from_float32, "peak_bytes": ready.peak_bytes}
     if times.failure is None:
         known |= {f"{name}_s_per_call": value for name, value in spread(times.seconds).items()}
         known["images_per_s"] = measured.task.batch_size / times.median

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import dated, described
+from benchmarks.machine import described, where
 from benchmarks.ratios import GOALS, Result, best, counts, failed, rounds, spread, times_as_fast
 from convert.command_line import Parser
 
@@ -82,8 +82,7 @@ def table_lines(contents: Sequence[Content]) -> list[str]:
 
     Results appended to the last content append lines to these, and change none: rows can be printed as they come.
     """
-    where = "; ".join(part for part in (described(contents[0]), dated(contents)) if part)
-    lines = [f"CrossViT {contents[0]['benchmark']} on {where}"]
+    lines = [f"CrossViT {contents[0]['benchmark']} on {where(*contents)}"]
     for titles, results in itertools.groupby(_results(contents), key=_titles):
         lines += ["", _row(titles), _row("---" for _ in titles)]
         lines += [

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import exit_status, variant_name, writable_json
-from benchmarks.machine import about, dated, described
+from benchmarks.machine import about, where
 from benchmarks.record import write_json
 from convert.command_line import Parser, at_least_one
 from train.compile import Figures, compile_step
@@ -136,9 +136,9 @@ def as_json(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def as_markdown(content: Mapping[str, Any]) -> str:
     """A line on what was compiled where, and a table with a row per slice."""
     results = content["results"]
-    where = "; ".join(part for part in (described(content), dated([content])) if part)
-    title = f"CrossViT {results[0]['variant']}, {results[0]['dtype']}, estimated from programs compiled on {where}"
-    return "\n".join([title, "", _HEAD, *(_row(result, results[0]) for result in results)])
+    first = results[0]
+    title = f"CrossViT {first['variant']}, {first['dtype']}, estimated from programs compiled on {where(content)}"
+    return "\n".join([title, "", _HEAD, *(_row(result, first) for result in results)])
 
 
 def _row(result: Mapping[str, Any], first: Mapping[str, Any]) -> str:

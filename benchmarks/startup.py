@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import exit_status, variant_name, writable_json
-from benchmarks.machine import about, dated, described
+from benchmarks.machine import about, where
 from benchmarks.ratios import spread
 from benchmarks.record import write_json
 from benchmarks.worker import SideFailed
@@ -76,10 +76,9 @@ def as_markdown(content: Mapping[str, Any]) -> str:
     )
     share = statistics.median(second) / statistics.median(first)
     shares = [b / a for a, b in zip(first, second, strict=True)]
-    where = "; ".join(part for part in (described(content), dated([content])) if part)
     return "\n".join(
         [
-            f"`python -m train.main {' '.join(content['flags'])}`, to the end of the first step; {where}",
+            f"`python -m train.main {' '.join(content['flags'])}`, to the end of the first step; {where(content)}",
             "",
             "| start | seconds, median (min-max) | share of the first (min-max) |",
             "| --- | --- | --- |",
