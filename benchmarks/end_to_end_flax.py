@@ -1,0 +1,77 @@
+"""The trainer's pipeline and step: what `python -m train.main` runs between two checkpoints."""
+
+import jax
+import numpy as np
+
+from benchmarks.end_to_end_task import Delivered, EndToEndTask
+from benchmarks.flax_side import begin_training, facts, set_up
+from benchmarks.steady_state import steady_state
+from benchmarks.task import Program
+from train.augment import compile_augment
+from train.data import train_batches
+from train.meter import Meter
+from train.metrics import NoLog
+from train.progress import Progress
+from train.sharding import device_batches
+from train.sources import open_image_sets
+from train.transforms import one_torch_thread, train_transform
+
+# At most: a worker reads two, waits with one and has one in its queue, the main process has two more of each worker
+# and a few on the device.
+_AHEAD_PER_WORKER, _AHEAD = 6, 4
+
+
+def load(task: EndToEndTask, augment_on: str) -> Program:
+    """The program, whose workers have begun to read; its step is not compiled yet."""
+    set_up(task.step)
+    one_torch_thread()
+    config = task.recipe(augment_on)
+    batches = train_batches(
+        open_image_sets(config).train,
+        train_transform(config, config.model_config(num_classes=1000)),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        workers=config.workers,
+    )
+    mesh, state, step_of = begin_training(task.step)
+    stream = device_batches(batches, mesh)
+    step = step_of(config)
+    shape = (config.batch_size, *task.image_size, 3)
+    augment = compile_augment(shape, config, mesh) if augment_on == "device" else None
+    # it also keeps the host from running ahead of the device, by waiting for the metrics of the step before the last
+    progress = Progress(epochs=1, steps_per_epoch=1, silent=True)
+    meter = Meter(
+        NoLog(),
+        progress,
+        epoch=1,
+        step=0,
+        batch_size=config.batch_size,
+        log_every=config.log_every,
+        learning_rate=lambda step: config.peak_lr,
+    )
+    done = 0
+
+    def next_batch() -> dict[str, jax.Array]:
+        batch = next(stream)
+        batch.pop("bad_indices")
+        if augment is not None:
+            batch["image"] = augment(batch["image"], done)
+        return batch
+
+    def check() -> Delivered:
+        batch = next_batch()
+        return Delivered.of(np.asarray(batch["image"]), np.asarray(batch["label"]))
+
+    def train(steps: int) -> None:
+        nonlocal state, done
+        for _ in range(steps):
+            state, metrics = step(state, next_batch())
+            done += 1
+            meter.add(metrics)
+        meter.catch_up()
+
+    def around():
+        ahead = _AHEAD_PER_WORKER * task.workers + _AHEAD
+        return steady_state(lambda: next(stream), train, ahead=ahead, workers=task.workers)
+
+    return Program(check, lambda calls: train(calls * task.steps), facts(), around, stream.close)
