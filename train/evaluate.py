@@ -224,7 +224,7 @@ def evaluate(
     from train.bad_images import BadImages
     from train.data import eval_batches
     from train.evaluation import Evaluation
-    from train.sharding import device_batches
+    from train.prefetch import device_batches
     from train.step import TOP5_CLASSES, soft_target_cross_entropy, within_top
     from train.transforms import eval_transform, one_torch_thread
 

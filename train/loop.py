@@ -28,10 +28,11 @@ from train.meter import STEPS_BEHIND, Meter, TrainingFailed
 from train.metrics import MetricsLog, NoLog, read_metrics
 from train.optimizer import make_optimizer
 from train.plots import draw_curves
+from train.prefetch import device_batches
 from train.progress import Progress
 from train.run_folder import claim_run_folder, read_run, write_config
 from train.schedule import learning_rate
-from train.sharding import device_batches, fetch, state_shardings
+from train.sharding import fetch, state_shardings
 from train.state import abstract_model, abstract_state, init_state
 from train.step import abstract_batch, jit_eval_step, jit_train_step, make_eval_step, make_train_step
 from train.transforms import eval_transform, one_torch_thread, train_transform

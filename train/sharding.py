@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -16,7 +15,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from train.config import SettingsError
 
 AXES = ("data", "fsdp")
-_BATCHES_AHEAD = 2  # batches already on the devices while a step runs
 _SMALLEST_CUT = 2**12  # arrays of fewer elements are not worth the communication
 
 
@@ -86,21 +84,3 @@ def fetch(tree: Any, mesh: Mesh) -> Any:
     if jax.tree.leaves(tree)[0].is_fully_addressable:
         return jax.device_get(tree)
     return jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree))
-
-
-def device_batches(batches: grain.IterDataset, mesh: Mesh) -> grain.DatasetIterator:
-    """An iterator over batches of numpy arrays that brings them to the devices ahead of time, in a thread.
-
-    `bad`, the places of images that could not be read, also stays on the host as `bad_indices`. It starts at once.
-    Close it after use: that ends its thread and the worker processes behind it.
-    """
-    sharding = batch_sharding(mesh)
-
-    def put_batch(batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        arrays = {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
-        return {**arrays, "bad_indices": batch["bad"]}
-
-    ahead = grain.experimental.ThreadPrefetchIterDataset(batches.map(put_batch), prefetch_buffer_size=_BATCHES_AHEAD)
-    iterator = iter(ahead)
-    iterator.start_prefetch()
-    return iterator

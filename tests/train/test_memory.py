@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from train import memory, sharding
+from train import memory, prefetch
 from train.config import RECIPES
 from train.main import main
 from train.memory import (
@@ -61,7 +61,7 @@ def test_the_plan_of_a_step_is_told_apart_by_purpose():
 
 
 def test_the_batches_that_wait_are_as_many_as_are_brought_ahead():
-    assert memory.BATCHES == 1 + sharding._BATCHES_AHEAD
+    assert memory.BATCHES == 1 + prefetch.BATCHES_AHEAD
 
 
 def test_the_line_names_what_is_needed_what_there_is_and_for_what():

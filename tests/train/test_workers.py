@@ -16,7 +16,8 @@ from contextlib import closing
 import numpy as np
 
 from train.data import train_batches
-from train.sharding import device_batches, make_mesh
+from train.prefetch import device_batches
+from train.sharding import make_mesh
 
 
 class Numbers:
