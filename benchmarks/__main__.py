@@ -49,23 +49,27 @@ def plan(device: str) -> dict[str, Entry]:
             "cpu-end-to-end-ti": Entry(["end_to_end", *ti, "--augment-on", "host", "--repeats", "2"], 0.5),
         }
 
-    def entry(benchmark: str, variant: str, batch_size: int, repeats: int, share: float) -> Entry:
-        flags = f"{benchmark} --device gpu --dtype bfloat16 --variants {variant} --batch-size {batch_size}"
-        return Entry([*flags.split(), "--repeats", str(repeats)], share)
+    def models(benchmark: str, variant: str, batch_size: int, share: float) -> Entry:
+        flags = f"--device gpu --dtype bfloat16 --variants {variant} --batch-size {batch_size} --repeats 5"
+        return Entry([benchmark, *flags.split()], share)
 
-    # Batches: two sides of Flax's keep what a step needs, estimated at 15 GiB in training; of timm's only the one whose
-    # turn it is does.
+    def end_to_end(variant: str) -> Entry:
+        flags = f"--device gpu --dtype bfloat16 --variants {variant} --batch-size 128 --augment-on device --repeats 3"
+        return Entry(["end_to_end", *flags.split()], 0.4)
+
+    # Batches for 78 GiB: two sides of Flax's keep what a step needs, estimated at 15 GiB each in training; of timm's
+    # only the one whose turn it is does.
     return {
-        "gpu-training-b": entry("training", "b", 128, 5, 0.35),
-        "gpu-training-ti": entry("training", "ti", 512, 5, 0.3),
-        "gpu-end-to-end-ti": entry("end_to_end", "ti", 128, 3, 0.4),
-        "gpu-inference-b": entry("inference", "b", 256, 5, 0.25),
-        "gpu-training-s": entry("training", "s", 256, 5, 0.3),
-        "gpu-inference-ti": entry("inference", "ti", 512, 5, 0.25),
-        "gpu-end-to-end-b": entry("end_to_end", "b", 128, 3, 0.4),
-        "gpu-inference-s": entry("inference", "s", 512, 5, 0.25),
-        "gpu-inference-18-dagger": entry("inference", "18-dagger", 256, 5, 0.25),
-        "gpu-end-to-end-s": entry("end_to_end", "s", 128, 3, 0.4),
+        "gpu-training-b": models("training", "b", 128, 0.35),
+        "gpu-training-ti": models("training", "ti", 512, 0.3),
+        "gpu-end-to-end-ti": end_to_end("ti"),
+        "gpu-inference-b": models("inference", "b", 256, 0.25),
+        "gpu-training-s": models("training", "s", 256, 0.3),
+        "gpu-inference-ti": models("inference", "ti", 512, 0.25),
+        "gpu-end-to-end-b": end_to_end("b"),
+        "gpu-inference-s": models("inference", "s", 512, 0.25),
+        "gpu-inference-18-dagger": models("inference", "18-dagger", 256, 0.25),
+        "gpu-end-to-end-s": end_to_end("s"),
         "startup": Entry(["startup", "--repeats", "1"], 0.3),
         "data": Entry(["data", "--repeats", "10"], 0.2),
     }
