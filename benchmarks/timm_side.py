@@ -197,9 +197,9 @@ def wait(device: torch.device) -> None:
 
 
 def facts(device: torch.device) -> dict[str, str]:
-    return {
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "torch threads": str(torch.get_num_threads()),
-        "torch device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
+    """Versions and threads."""
+    told = {"torch": torch.__version__, "timm": timm.__version__, "torch threads": str(torch.get_num_threads())}
+    if device.type == "cpu":
+        return told | {"torch device": "cpu"}
+    libraries = {"CUDA of torch": torch.version.cuda, "cuDNN of torch": str(torch.backends.cudnn.version())}
+    return told | libraries | {"torch device": torch.cuda.get_device_name(device)}
