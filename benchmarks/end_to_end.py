@@ -1,8 +1,9 @@
 """The command `python -m benchmarks.end_to_end`: training fed from JPEG files on a disk, Flax against timm.
 
 Each pipeline is timed beside its own step alone: Flax's step with the trainer's pipeline, which augments on the device
-(flax-device) or in the workers (flax-host), and timm's with timm's loader; `flax` and `timm` are the steps on a batch
-that lies on the device. All have the paper's recipe: crop, flip, RandAugment, erasing, Mixup and CutMix.
+(flax-device) or in the workers (flax-host), and timm's with timm's loader (timm-loader). All have the paper's recipe:
+crop, flip, RandAugment, erasing, Mixup and CutMix. The steps alone, on a batch that lies on the device, are sides of the
+training benchmark.
 
 A round begins with empty queues, see `benchmarks.steady_state`, and is of at least four batches from each worker, so
 that what was read ahead flatters nobody.
@@ -16,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import exit_status, pick_device, variant_name, workers_environment, writable_json
-from benchmarks.end_to_end_task import STEP_ALONE, EndToEndTask, write_photographs
+from benchmarks.end_to_end_task import FLAX_FED, FLAX_STEPS, TIMM_FED, TIMM_STEPS, EndToEndTask, write_photographs
 from benchmarks.machine import about, where
-from benchmarks.measure import Measured, SidesDisagree, Times, not_failed, require_agreement, take_turns
+from benchmarks.measure import GPU_PATIENCE, Measured, SidesDisagree, Times, not_failed, require_agreement, take_turns
 from benchmarks.ratios import rounds, spread, times_as_fast
 from benchmarks.record import write_json
 from benchmarks.task import Task, usable_cores
+from benchmarks.worker import PATIENCE
 from convert.command_line import Parser, at_least_one
 
-_AUGMENT_ON = ("device", "host")
 _HEADER = (
     *("variant", "batch", "dtype", "side", "images/s, median (min-max)"),
     *("of its step alone (min-max)", "times as fast as timm (min-max)"),
@@ -44,10 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--augment-on",
         nargs="+",
-        choices=_AUGMENT_ON,
-        default=list(_AUGMENT_ON),
-        help="of Flax's pipeline; default: both, one after the other",
+        choices=tuple(FLAX_FED.values()),
+        default=list(FLAX_FED.values()),
+        help="of Flax's pipeline; default: both, each a side",
     )
+    parser.add_argument("--flax-step", choices=FLAX_STEPS, default=FLAX_STEPS[0], help=f"default: {FLAX_STEPS[0]}")
+    parser.add_argument("--timm-step", choices=TIMM_STEPS, default=TIMM_STEPS[0], help=f"default: {TIMM_STEPS[0]}")
     parser.add_argument(
         "--workers",
         type=at_least_one,
@@ -65,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--images {args.images} do not fill a batch of {args.batch_size}")
     writable_json(parser, args.json)
     device = pick_device(parser, args)
+    if args.flax_step == "flax-cudnn" and (device, args.dtype) != ("gpu", "bfloat16"):
+        parser.error(f"--flax-step flax-cudnn needs a GPU and --dtype bfloat16; this is {device}, {args.dtype}")
     return exit_status(parser, lambda: _run(args, device))
 
 
@@ -87,9 +92,10 @@ def _run(args: argparse.Namespace, device: str) -> int:
                 device=device,
                 weights=str(weights),
             )
-            task = EndToEndTask(step=step, folder=name, workers=args.workers)
+            task = EndToEndTask(step=step, flax=args.flax_step, timm=args.timm_step, folder=name, workers=args.workers)
             _say(f"CrossViT {variant}, end to end, {args.dtype}, {device}")
-            sides = ["flax", *(f"flax-{place}" for place in dict.fromkeys(args.augment_on)), "timm", "timm-loader"]
+            fed = [side for side, place in FLAX_FED.items() if place in args.augment_on]
+            sides = [task.flax, *fed, task.timm, TIMM_FED]
             results.append((task, measure(task, sides, rounds=args.repeats, environment=environment)))
             content = as_json(results, images=args.images)
             if args.json:  # after each variant, so that an interruption costs one
@@ -119,11 +125,11 @@ def require_comparable(task: EndToEndTask, sides: Mapping[str, Times]) -> None:
     Raises SidesDisagree if the steps compute something else, as in the training benchmark, or if a pipeline delivers
     something else than photographs as the model wants them.
     """
-    alone = {side: times for side, times in sides.items() if side == STEP_ALONE[side]}
-    require_agreement(Measured(task.step, "timm", alone))
+    alone = {side: sides[side] for side in (task.flax, task.timm)}
+    require_agreement(Measured(task.step, task.timm, alone))
     for side, times in not_failed(sides).items():
         problem = None if side in alone else times.ready.check.problem(task)
-        if problem is not None:
+        if problem:
             raise SidesDisagree(f"{side}: {problem}: nothing is timed")
 
 
@@ -141,13 +147,14 @@ def as_json(results: Sequence[tuple[EndToEndTask, Mapping[str, Times]]], *, imag
 
 
 def _result(task: EndToEndTask, sides: Mapping[str, Times]) -> dict[str, Any]:
-    measured = Measured(task.step, "timm", dict(sides))
+    measured = Measured(task.step, task.timm, dict(sides))
     return {
         "variant": task.step.variant,
         "batch_size": task.step.batch_size,
         "dtype": task.step.dtype,
         "device": task.step.device,
         "steps_per_call": task.steps,
+        "step_alone": {side: task.flax if side.startswith("flax") else task.timm for side in sides},
         "others_cores": measured.others,
         "disturbed": measured.disturbed,
         "sides": {side: _side(times) for side, times in sides.items()},
@@ -190,14 +197,15 @@ def _cells(result: Mapping[str, Any], side: str) -> list[str]:
 
 
 def _ratios(result: Mapping[str, Any], side: str) -> list[str]:
-    """The share of the side's step alone; and how many times as fast it is as timm's, of the same kind."""
-    counterpart = "timm" if side == STEP_ALONE[side] else "timm-loader"
+    """The share of the side's step alone; and how many times as fast as timm's it is, fed or alone as itself."""
+    timed, step_alone = rounds(result), result["step_alone"]
     share = ratio = ""
-    if side != STEP_ALONE[side] and STEP_ALONE[side] in rounds(result):
-        shares = {name: 100 * value for name, value in times_as_fast(result, side, STEP_ALONE[side]).items()}
+    if step_alone[side] != side and step_alone[side] in timed:
+        shares = {name: 100 * value for name, value in times_as_fast(result, side, step_alone[side]).items()}
         share = "{ratio:.0f} % ({min:.0f}-{max:.0f})".format(**shares)
-    if side != counterpart and counterpart in rounds(result):
-        ratio = "{ratio:.2f} ({min:.2f}-{max:.2f})".format(**times_as_fast(result, side, counterpart))
+    other = TIMM_FED if step_alone[side] != side else step_alone[TIMM_FED]
+    if other != side and other in timed:
+        ratio = "{ratio:.2f} ({min:.2f}-{max:.2f})".format(**times_as_fast(result, side, other))
     return [share, ratio]
 
 

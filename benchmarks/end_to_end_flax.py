@@ -11,10 +11,11 @@ from train.augment import compile_augment
 from train.data import train_batches
 from train.meter import Meter
 from train.metrics import NoLog
+from train.prefetch import device_batches
 from train.progress import Progress
-from train.sharding import device_batches
 from train.sources import open_image_sets
 from train.transforms import one_torch_thread, train_transform
+from train.workers import give_back_memory
 
 # At most: a worker reads two, waits with one and has one in its queue, the main process has two more of each worker
 # and a few on the device.
@@ -33,7 +34,7 @@ def load(task: EndToEndTask, augment_on: str) -> Program:
         seed=config.seed,
         workers=config.workers,
     )
-    mesh, state, step_of = begin_training(task.step)
+    mesh, state, step_of = begin_training(task.step, "cudnn" if task.flax == "flax-cudnn" else "xla")
     stream = device_batches(batches, mesh)
     step = step_of(config)
     shape = (config.batch_size, *task.image_size, 3)
@@ -74,4 +75,8 @@ def load(task: EndToEndTask, augment_on: str) -> Program:
         ahead = _AHEAD_PER_WORKER * task.workers + _AHEAD
         return steady_state(lambda: next(stream), train, ahead=ahead, workers=task.workers)
 
-    return Program(check, lambda calls: train(calls * task.steps), facts(), around, stream.close)
+    def close() -> None:
+        stream.close()
+        give_back_memory()
+
+    return Program(check, lambda calls: train(calls * task.steps), facts(), around, close)

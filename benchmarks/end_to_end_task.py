@@ -13,7 +13,8 @@ from convert.paths import FOLDER_PREFIX
 from crossvit_jax.config import get_config
 from train.config import TrainConfig
 
-STEP_ALONE = {"flax": "flax", "flax-device": "flax", "flax-host": "flax", "timm": "timm", "timm-loader": "timm"}
+FLAX_STEPS, TIMM_STEPS = ("flax", "flax-cudnn"), ("timm", "timm-compile")  # sides of the training benchmark
+FLAX_FED, TIMM_FED = {"flax-device": "device", "flax-host": "host"}, "timm-loader"  # ours by where they augment
 CLASSES = 10  # of the photographs; the model has its thousand
 _STEPS, _STEPS_PER_WORKER = 8, 4  # in a call, at least
 _BLACK, _WHITE = -2.118, 2.641  # of the darkest and the brightest channel, normalised as for ImageNet
@@ -38,6 +39,8 @@ class EndToEndTask:
     """A training step that is fed from JPEG files; every side gets the same."""
 
     step: Task  # as the training benchmark has it
+    flax: str = "flax"  # the sides of the training benchmark whose steps are fed
+    timm: str = "timm"
     folder: str  # of the photographs, see `write_photographs`
     workers: int  # processes that read and augment
 
@@ -61,16 +64,19 @@ class EndToEndTask:
 
     def load(self, side: str) -> Program:
         """The program of a side, whose calls are of `steps` steps. Imports its framework."""
-        if side == "timm-loader":
+        if side == TIMM_FED:
             from benchmarks import end_to_end_timm
 
             return end_to_end_timm.load(self)
-        if side in ("flax-device", "flax-host"):
+        if side in FLAX_FED:
             from benchmarks import end_to_end_flax
 
-            return end_to_end_flax.load(self, augment_on=side.removeprefix("flax-"))
+            return end_to_end_flax.load(self, augment_on=FLAX_FED[side])
         alone = self.step.load(side)
-        return dataclasses.replace(alone, run=lambda calls: alone.run(calls * self.steps))
+        # FLOPs and their peak are the training benchmark's to measure
+        return dataclasses.replace(
+            alone, run=lambda calls: alone.run(calls * self.steps), flops=None, peak_flops=None, float32=None
+        )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ paper has it; with its prefetcher, train.py has the workers do it, which costs t
 
 from collections.abc import Iterator
 
+import torch
 from timm.data import ImageDataset, create_loader
 from torch import Tensor
 
@@ -22,7 +23,7 @@ _AHEAD_PER_WORKER, _AHEAD = 2, 2
 def load(task: EndToEndTask) -> Program:
     """The program; its workers start with the first batch."""
     set_up()
-    training = Training(task.step, compiled=False)
+    training = Training(task.step, compiled=task.timm == "timm-compile")
     config, on_gpu = task.recipe("host"), training.device.type == "cuda"
     loader = create_loader(
         ImageDataset(f"{task.folder}/train"),
@@ -60,7 +61,14 @@ def load(task: EndToEndTask) -> Program:
         ahead = _AHEAD_PER_WORKER * task.workers + _AHEAD
         return steady_state(lambda: next(batches), train, ahead=ahead, workers=task.workers)
 
-    return Program(check, lambda calls: train(calls * task.steps), facts(training.device), around, batches.close)
+    return Program(
+        check,
+        run=lambda calls: train(calls * task.steps),
+        facts=facts(training.device),
+        around=around,
+        close=batches.close,
+        rest=torch.cuda.empty_cache,  # does nothing on a CPU
+    )
 
 
 def _endless(loader) -> Iterator[tuple[Tensor, Tensor]]:

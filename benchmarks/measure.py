@@ -24,7 +24,7 @@ BOUNDS = {
 ACCEPTED_OTHERS = 0.05 * os.cpu_count()  # cores; above this the times are shown with a warning
 
 _LARGEST_BATCH = 4096  # no search goes further
-_GPU_PATIENCE = 300.0  # see `Worker`: on a GPU all compile at once, and calls are short
+GPU_PATIENCE = 300.0  # see `Worker`: on a GPU all compile at once, and calls are short
 
 
 class SidesDisagree(RuntimeError):
@@ -136,7 +136,7 @@ def measure(
         rounds=rounds,
         keep=keep,
         together=on_gpu and keep,
-        patience=_GPU_PATIENCE if on_gpu else PATIENCE,
+        patience=GPU_PATIENCE if on_gpu else PATIENCE,
         environment=environment,
         say=say,
     )
