@@ -6,7 +6,6 @@ runs beside the workers and is no rival of theirs. Nothing is timed before pixel
 """
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,10 +16,10 @@ import numpy as np
 from benchmarks.command import exit_status, writable_json
 from benchmarks.data_task import SIDES, SIDES_ON_A_CORE, DataTask
 from benchmarks.machine import about, where
-from benchmarks.measure import ACCEPTED_OTHERS, SidesDisagree, Times, cores_of_others, times_as_fast
+from benchmarks.measure import ACCEPTED_OTHERS, SidesDisagree, Times, cores_of_others, take_turns, times_as_fast
 from benchmarks.ratios import spread
 from benchmarks.record import write_json
-from benchmarks.worker import Worker
+from benchmarks.worker import SideFailed
 from convert.command_line import Parser, at_least_one
 
 
@@ -49,20 +48,23 @@ def _run(task: DataTask, args: argparse.Namespace) -> int:
 
 
 def _measure(task: DataTask, rounds: int) -> dict[str, Times]:
-    """Every side in turn, A B C A B C …, never two at once. Raises SidesDisagree and SideFailed."""
+    """Every side in turn, see `take_turns`. Raises SidesDisagree, and SideFailed if one fails: the table needs all."""
     sides = {side: Times() for side in SIDES}
-    with contextlib.ExitStack() as processes:
-        workers = {}
-        for side, times in sides.items():
-            workers[side] = processes.enter_context(Worker(side, task, {}))
-            times.ready = workers[side].ready
-            print(f"{side}: ready after {times.ready.load_s + times.ready.first_s:.1f} s", file=sys.stderr, flush=True)
+
+    def compare_all() -> None:
+        _require(sides)
         compare({side: times.ready.check for side, times in sides.items()})
-        for number in range(1, rounds + 1):
-            for side, times in sides.items():
-                times.rounds.append(workers[side].round())
-            print(f"round {number} of {rounds} done", file=sys.stderr, flush=True)
+
+    take_turns(task, sides, compare=compare_all, rounds=rounds, environment={}, say=_say)
+    _require(sides)
     return sides
+
+
+def _require(sides: Mapping[str, Times]) -> None:
+    """Raises SideFailed if one of them failed."""
+    for side, times in sides.items():
+        if times.failure is not None:
+            raise SideFailed(f"{side}: {times.failure}")
 
 
 def compare(checks: dict[str, dict[str, np.ndarray]]) -> None:
@@ -127,6 +129,10 @@ def as_markdown(content: Mapping[str, Any]) -> str:
 
 def _software(sides: dict[str, Times]) -> dict[str, str]:
     return {name: version for times in sides.values() for name, version in times.ready.facts.items()}
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

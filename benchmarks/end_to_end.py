@@ -2,8 +2,8 @@
 
 Each pipeline is timed beside its own step alone: Flax's step with the trainer's pipeline, which augments on the device
 (flax-device) or in the workers (flax-host), and timm's with timm's loader (timm-loader). All have the paper's recipe:
-crop, flip, RandAugment, erasing, Mixup and CutMix. The steps alone are sides of the training benchmark, whose batch lies
-on the device.
+crop, flip, RandAugment, erasing, Mixup and CutMix. The steps alone are sides of the training benchmark, whose
+batch lies on the device.
 
 A round begins with empty queues, see `benchmarks.steady_state`, and is of at least four batches from each worker, so
 that what was read ahead flatters nobody.
