@@ -21,7 +21,7 @@ from benchmarks.end_to_end_task import FLAX_FED, FLAX_STEPS, TIMM_FED, TIMM_STEP
 from benchmarks.measure import GPU_PATIENCE, Measured, SidesDisagree, Times, not_failed, require_agreement, take_turns
 from benchmarks.record import write_json
 from benchmarks.task import Task, usable_cores
-from benchmarks.worker import PATIENCE
+from benchmarks.worker import PATIENCE, SideFailed
 from convert.command_line import Parser, at_least_one
 
 __all__ = ["as_markdown", "main"]  # the first for `benchmarks.report`
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"processes of each pipeline; default: one for each core, here {usable_cores()}",
     )
     parser.add_argument(
-        "--images", type=at_least_one, default=1024, metavar="N", help="JPEG files to be read; default: 1024"
+        "--images", type=at_least_one, default=20_000, metavar="N", help="JPEG files in an epoch; default: 20000"
     )
     parser.add_argument("--repeats", type=at_least_one, default=5, metavar="N", help="rounds; default: 5")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
@@ -75,7 +75,10 @@ def _run(args: argparse.Namespace, device: str) -> int:
     printed = 0
     with tempfile.TemporaryDirectory(prefix="crossvit-benchmark-") as name:
         folder = Path(name)
-        write_photographs(folder, args.images)
+        try:
+            write_photographs(folder, args.images)
+        except ImportError as error:  # a machine that was set up for models alone
+            raise SideFailed(f"no photographs: {error}") from None
         environment = workers_environment(device, folder, one_at_a_time=False)
         for variant in args.variants:
             weights = folder / f"{variant}.safetensors"

@@ -61,7 +61,7 @@ def as_markdown(content: Content) -> str:
 def table_lines(content: Content) -> list[str]:
     """The line above the table, and the table. More results append lines to these, and change none."""
     lines = [
-        f"Training with the input pipeline, {content['images']} JPEG photographs of 500 x 375, {content['workers']} "
+        f"Training with the input pipeline, {content['images']:,} JPEG files of 500 x 375, {content['workers']} "
         f"workers; {where(content)}",
         "",
         _row(_HEADER),

@@ -16,6 +16,7 @@ from train.config import TrainConfig
 FLAX_STEPS, TIMM_STEPS = ("flax", "flax-cudnn"), ("timm", "timm-compile")  # sides of the training benchmark
 FLAX_FED, TIMM_FED = {"flax-device": "device", "flax-host": "host"}, "timm-loader"  # ours by where they augment
 CLASSES = 10  # of the photographs; the model has its thousand
+_DIFFERENT = 256  # photographs
 _STEPS, _STEPS_PER_WORKER = 8, 4  # in a call, at least
 _BLACK, _WHITE = -2.118, 2.641  # of the darkest and the brightest channel, normalised as for ImageNet
 _DARK, _BRIGHT = -1.0, 1.0  # which photographs pass in both directions
@@ -23,14 +24,21 @@ _ERASED = 0.02  # largest share of values beyond black and white: normal noise, 
 
 
 def write_photographs(folder: Path, count: int) -> None:
-    """JPEG files of the size of ImageNet's, in the class folders of `folder/train`.
+    """So many JPEG files of the size of ImageNet's, in the class folders of `folder/train`.
 
+    They are the files of a few hundred photographs, each under many names: an epoch is long, as it is in a real run.
     `folder/val` is the same folder once more: a data set of the trainer's has one, which nobody looks at here.
     """
-    for sample in DataTask(photographs=count).samples():
-        file = folder / "train" / f"class-{sample['label'] % CLASSES}" / f"{sample['label']:06}.jpg"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(sample["image"])
+    different = folder / "photographs"
+    different.mkdir()
+    samples = DataTask(photographs=min(count, _DIFFERENT)).samples()
+    for number, sample in enumerate(samples):
+        (different / f"{number}.jpg").write_bytes(sample["image"])
+    for number in range(min(count, CLASSES)):
+        (folder / "train" / f"class-{number}").mkdir(parents=True)
+    for number in range(count):
+        file = folder / "train" / f"class-{number % CLASSES}" / f"{number}.jpg"
+        file.hardlink_to(different / f"{number % len(samples)}.jpg")
     os.symlink("train", folder / "val")
 
 
