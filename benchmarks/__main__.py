@@ -34,7 +34,7 @@ class Entry:
     """A benchmark to be run."""
 
     flags: list[str]  # its module in `benchmarks` comes first
-    share: float  # of all the time, that it may take at most; what it leaves is for the others
+    share: float  # of all the time, that it may take at most while others wait for what it leaves
 
 
 def plan(device: str) -> dict[str, Entry]:
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(entries: Mapping[str, Entry], output: Path, start: float, seconds: float) -> int:
     """Runs the entries until `seconds` after `start`, by time.monotonic(); one that fails does not stop the others."""
-    problems = []
+    problems, last = [], list(entries)[-1]
     with tempfile.TemporaryDirectory(prefix="crossvit-benchmarks-", ignore_cleanup_errors=True) as folder:
         # Compiled programs are for all entries. What an entry that had to be killed leaves behind goes with the folder.
         environment = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled"} | os.environ | {"TMPDIR": folder}
@@ -119,7 +119,7 @@ def run(entries: Mapping[str, Entry], output: Path, start: float, seconds: float
             problem = _run(
                 [sys.executable, "-m", f"benchmarks.{module}", *flags, "--json", str(output / f"{name}.json")],
                 environment,
-                min(left, entry.share * seconds),
+                left if name == last else min(left, entry.share * seconds),
             )
             if problem:
                 problems.append(f"{name} {problem}")

@@ -65,6 +65,11 @@ def test_a_benchmark_takes_its_share_at_most_and_what_it_leaves_is_for_the_other
     assert error.endswith("error: b was not finished; c was not finished; d was not run\n")
 
 
+def test_the_last_benchmark_may_take_all_the_time_that_is_left(clock, tmp_path):
+    run({"a": Entry(["startup"], 0.5), "b": Entry(["startup"], 0.1)}, tmp_path, 0.0, 100.0)
+    assert clock["allowed"] == {"a": 50.0, "b": 100.0}
+
+
 def test_the_time_counts_from_the_start_of_the_command(clock, tmp_path):
     clock["now"] = 70.0
     run({"a": Entry(["startup"], 1.0)}, tmp_path, 0.0, 100.0)
