@@ -91,6 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu where torch and jax can use one")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these of the plan, by the names of their JSON files")
     args = parser.parse_args(argv)
+    return command_line.run(_PROGRAM, lambda: _planned(parser, args, start))
+
+
+def _planned(parser: Parser, args: argparse.Namespace, start: float) -> int:
     entries = plan(pick_device(parser, args))
     if args.only:
         unknown = [name for name in args.only if name not in entries]
@@ -99,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         entries = {name: entry for name, entry in entries.items() if name in args.only}
     output = _folder(parser, args.output, entries)
     print(f"{', '.join(entries)}: {args.minutes} minutes for all of them; JSON goes to {output}", flush=True)
-    return command_line.run(_PROGRAM, lambda: run(entries, output, start, 60.0 * args.minutes))
+    return run(entries, output, start, 60.0 * args.minutes)
 
 
 def run(entries: Mapping[str, Entry], output: Path, start: float, seconds: float) -> int:

@@ -32,10 +32,14 @@ def main(benchmark: str, argv: Sequence[str] | None = None) -> int:
     """Runs a benchmark (inference or training) as the arguments say; returns the exit status."""
     parser = _parser(benchmark)
     args = parser.parse_args(argv)
-    device = pick_device(parser, args)
-    args.sides = args.sides or default_sides(device, args.dtype)
-    _check(parser, args, device)
-    return exit_status(parser, lambda: _run(benchmark, args, device))
+
+    def run() -> int:
+        device = pick_device(parser, args)
+        args.sides = args.sides or default_sides(device, args.dtype)
+        _check(parser, args, device)
+        return _run(benchmark, args, device)
+
+    return exit_status(parser, run)
 
 
 def exit_status(parser: Parser, run: Callable[[], int]) -> int:

@@ -25,7 +25,7 @@ class _Accepted(Exception):
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_every_entry_of_the_plan_is_a_command_that_takes_its_flags(device, monkeypatch, tmp_path):
-    def accept(*_):
+    def accept(*_, **__):
         raise _Accepted
 
     for name, entry in plan(device).items():
@@ -33,7 +33,7 @@ def test_every_entry_of_the_plan_is_a_command_that_takes_its_flags(device, monke
         module = importlib.import_module(f"benchmarks.{benchmark}")
         arguments = [benchmark] if benchmark in MODELS else []
         owner = command if arguments else module
-        monkeypatch.setattr(owner, "exit_status", accept)
+        monkeypatch.setattr(owner, "_run", accept)
         monkeypatch.setattr(owner, "pick_device", lambda parser, args: args.device, raising=False)
         with pytest.raises(_Accepted):
             module.main(*arguments, [*flags, "--json", str(tmp_path / f"{name}.json")])
