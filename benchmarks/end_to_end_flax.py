@@ -1,5 +1,7 @@
 """The trainer's pipeline and step: what `python -m train.main` runs between two checkpoints."""
 
+import atexit
+
 import jax
 import numpy as np
 
@@ -78,5 +80,6 @@ def load(task: EndToEndTask, augment_on: str) -> Program:
     def close() -> None:
         stream.close()
         give_back_memory()
+        atexit.unregister(give_back_memory)  # by then multiprocessing has ended the thread that it asks
 
     return Program(check, lambda calls: train(calls * task.steps), facts(), around, close)
