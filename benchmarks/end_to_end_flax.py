@@ -10,6 +10,7 @@ from benchmarks.flax_side import begin_training, facts, set_up
 from benchmarks.steady_state import steady_state
 from benchmarks.task import Program
 from train.augment import compile_augment
+from train.config import TrainConfig
 from train.data import train_batches
 from train.meter import Meter
 from train.metrics import NoLog
@@ -29,6 +30,10 @@ def load(task: EndToEndTask, augment_on: str) -> Program:
     set_up(task.step)
     one_torch_thread()
     config = task.recipe(augment_on)
+    mesh, state, step_of = begin_training(task.step, "cudnn" if task.flax == "flax-cudnn" else "xla")
+    step = step_of(config)
+    shape = (config.batch_size, *task.image_size, 3)
+    augment = compile_augment(shape, config, mesh) if augment_on == "device" else None
     batches = train_batches(
         open_image_sets(config).train,
         train_transform(config, config.model_config(num_classes=1000)),
@@ -36,22 +41,8 @@ def load(task: EndToEndTask, augment_on: str) -> Program:
         seed=config.seed,
         workers=config.workers,
     )
-    mesh, state, step_of = begin_training(task.step, "cudnn" if task.flax == "flax-cudnn" else "xla")
     stream = device_batches(batches, mesh)
-    step = step_of(config)
-    shape = (config.batch_size, *task.image_size, 3)
-    augment = compile_augment(shape, config, mesh) if augment_on == "device" else None
-    # it also keeps the host from running ahead of the device, by waiting for the metrics of the step before the last
-    progress = Progress(epochs=1, steps_per_epoch=1, silent=True)
-    meter = Meter(
-        NoLog(),
-        progress,
-        epoch=1,
-        step=0,
-        batch_size=config.batch_size,
-        log_every=config.log_every,
-        learning_rate=lambda step: config.peak_lr,
-    )
+    meter = _meter(config)
     done = 0
 
     def next_batch() -> dict[str, jax.Array]:
@@ -83,3 +74,16 @@ def load(task: EndToEndTask, augment_on: str) -> Program:
         atexit.unregister(give_back_memory)  # by then multiprocessing has ended the thread that it asks
 
     return Program(check, lambda calls: train(calls * task.steps), facts(), around, close)
+
+
+def _meter(config: TrainConfig) -> Meter:
+    """The trainer's own, without a log. It waits for each step's metrics two steps later: no host runs far ahead."""
+    return Meter(
+        NoLog(),
+        Progress(epochs=1, steps_per_epoch=1, silent=True),
+        epoch=1,
+        step=0,
+        batch_size=config.batch_size,
+        log_every=config.log_every,
+        learning_rate=lambda step: config.peak_lr,
+    )

@@ -65,6 +65,7 @@ class EndToEndTask:
         """The settings of the trainer."""
         return dataclasses.replace(
             self.step.recipe(),
+            variant=self.step.variant,
             dataset=FOLDER_PREFIX + self.folder,
             workers=self.workers,
             augment_on=augment_on,
