@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     require_onnx()
     # late: wrong flags need not wait for the frameworks
-    from benchmarks.deploy_report import as_json, as_markdown
+    from benchmarks.deploy_report import as_json, as_markdown, failures
     from benchmarks.deploy_runs import open_model, open_run, pair
     from benchmarks.record import write_json
 
@@ -72,10 +72,11 @@ def _run(args: argparse.Namespace) -> int:
         _say(f"CrossViT {model.config.name} of {model.run.source}, {number} of {len(models)}")
         with tempfile.TemporaryDirectory(prefix="crossvit-deploy-") as folder:
             results.append(_deploy(model, Path(folder), args))
+        content = as_json(results)
         if args.json:  # after each model, so that an interruption costs one
-            write_json(args.json, as_json(results))
-    print(as_markdown(results))
-    return 1 if any(result.failures for result in results) else 0
+            write_json(args.json, content)
+    print(as_markdown(content))
+    return 1 if any(failures(result) for result in content["results"]) else 0
 
 
 def _deploy(model: "Model", folder: Path, args: argparse.Namespace) -> "Deployed":

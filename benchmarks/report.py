@@ -19,7 +19,13 @@ from convert.command_line import Parser
 Content = Mapping[str, Any]  # of a JSON file
 
 MODELS = ("inference", "training")  # the benchmarks whose tables are made here
-_OTHERS = ("data", "end_to_end", "scaling", "startup")  # their modules have an `as_markdown(content)` of their own
+_OTHERS = {  # modules of others, with an `as_markdown(content)` of their own
+    "data": "data",
+    "deploy": "deploy_report",
+    "end_to_end": "end_to_end",
+    "scaling": "scaling",
+    "startup": "startup",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +66,7 @@ def _table(contents: Sequence[Content]) -> str:
     benchmark = contents[0]["benchmark"]
     if benchmark in MODELS:
         return "\n".join([*table_lines(contents), *notes(contents)])
-    return importlib.import_module(f"benchmarks.{benchmark}").as_markdown(*contents)
+    return importlib.import_module(f"benchmarks.{_OTHERS[benchmark]}").as_markdown(*contents)
 
 
 def _read(parser: Parser, file: Path) -> Content:
@@ -70,7 +76,7 @@ def _read(parser: Parser, file: Path) -> Content:
     except (OSError, ValueError) as error:
         parser.error(f"{file}: {getattr(error, 'strerror', None) or 'not JSON'}")
     if not isinstance(content, dict) or content.get("benchmark") not in (*MODELS, *_OTHERS):
-        parser.error(f"{file}: not written by --json of {', '.join((*MODELS, *_OTHERS[:-1]))} or {_OTHERS[-1]}")
+        parser.error(f"{file}: not written by --json of {', '.join((*MODELS, *_OTHERS))}")
     return content
 
 

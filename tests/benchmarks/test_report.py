@@ -172,7 +172,9 @@ def test_files_share_a_table_unless_machine_or_versions_differ(tmp_path, capsys)
     assert len([line for line in lines if "| flax |" in line]) == 3
 
 
-@pytest.mark.parametrize("name", ["cpu-training.json", "cpu-inference-batch-32.json", "data.json", "scaling.json"])
+@pytest.mark.parametrize(
+    "name", ["cpu-training.json", "cpu-inference-batch-32.json", "data.json", "scaling.json", "deploy-24.json"]
+)
 def test_the_committed_results_print_their_tables(name, capsys):
     assert main([str(RESULTS / name)]) == 0
     assert capsys.readouterr().out.count("\n| ") >= 4
@@ -194,7 +196,7 @@ def test_a_startup_file_of_one_pair_and_one_of_several_print_alike(tmp_path, cap
     [
         ("no JSON", "not JSON"),
         ("[]", "not written by --json"),
-        ('{"benchmark": "deploy"}', "not written by --json"),
+        ('{"benchmark": "folding"}', "not written by --json"),
         ('{"benchmark": "training"}', "not as a benchmark wrote it"),
     ],
 )
