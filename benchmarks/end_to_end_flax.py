@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.end_to_end_task import Delivered, EndToEndTask
 from benchmarks.flax_side import begin_training, facts, set_up
-from benchmarks.steady_state import steady_state
+from benchmarks.steady_state import steady_state, wait_for_rest
 from benchmarks.task import Program
 from train.augment import compile_augment
 from train.config import TrainConfig
@@ -73,7 +73,14 @@ def load(task: EndToEndTask, augment_on: str) -> Program:
         give_back_memory()
         atexit.unregister(give_back_memory)  # by then multiprocessing has ended the thread that it asks
 
-    return Program(check, lambda calls: train(calls * task.steps), facts(), around, close)
+    return Program(
+        check,
+        run=lambda calls: train(calls * task.steps),
+        facts=facts(),
+        around=around,
+        close=close,
+        rest=wait_for_rest,
+    )
 
 
 def _meter(config: TrainConfig) -> Meter:

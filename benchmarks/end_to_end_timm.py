@@ -12,7 +12,7 @@ from timm.data import ImageDataset, create_loader
 from torch import Tensor
 
 from benchmarks.end_to_end_task import Delivered, EndToEndTask
-from benchmarks.steady_state import steady_state
+from benchmarks.steady_state import steady_state, wait_for_rest
 from benchmarks.task import Program
 from benchmarks.timm_side import Training, facts, set_up, wait
 
@@ -61,13 +61,17 @@ def load(task: EndToEndTask) -> Program:
         ahead = _AHEAD_PER_WORKER * task.workers + _AHEAD
         return steady_state(lambda: next(batches), train, ahead=ahead, workers=task.workers)
 
+    def rest() -> None:
+        wait_for_rest()
+        torch.cuda.empty_cache()  # does nothing on a CPU
+
     return Program(
         check,
         run=lambda calls: train(calls * task.steps),
         facts=facts(training.device),
         around=around,
         close=batches.close,
-        rest=torch.cuda.empty_cache,  # does nothing on a CPU
+        rest=rest,
     )
 
 

@@ -15,12 +15,11 @@ _PATIENCE = 60.0  # seconds
 def steady_state(
     take: Callable[[], object], train: Callable[[int], None], *, ahead: int, workers: int
 ) -> Iterator[None]:
-    """Surrounds a round: before it no batch lies ready, after it no worker computes any more.
+    """Surrounds a round: before it, no batch lies ready.
 
     Between its rounds a pipeline fills its queues, and a round that began with them would be one of a faster pipeline.
-    So before a round all that can lie ready is thrown away, and each worker delivers one batch that is trained on: the
-    queues are then as they are in the middle of a long run, empty where the workers are slower than the step. After it
-    the queues fill up again, which must not take the cores from the side whose turn is next.
+    So all that can lie ready is thrown away, and each worker delivers one batch that is trained on: the queues are then
+    as they are in the middle of a long run, empty where the workers are slower than the step.
 
     Args:
         take: takes a batch from the pipeline.
@@ -32,11 +31,13 @@ def steady_state(
         take()
     train(workers)
     yield
-    wait_for_rest()
 
 
 def wait_for_rest() -> None:
-    """Returns when the children of this process do not compute any more, after a minute at the latest."""
+    """Returns when the children of this process do not compute any more, after a minute at the latest.
+
+    Workers that fill their queues after a round would take the cores from the side whose turn is next.
+    """
     end = time.perf_counter() + _PATIENCE
     before, working = children_seconds(), True
     while working and time.perf_counter() < end:

@@ -93,7 +93,7 @@ class Program:
     facts: dict[str, str]  # versions, threads, device
     around: Callable[[], AbstractContextManager] = nullcontext  # what surrounds a round and is not timed
     close: Callable[[], None] = lambda: None  # ends the processes that it started
-    rest: Callable[[], None] = lambda: None  # leaves to others the device memory that is not in use between its turns
+    rest: Callable[[], None] = lambda: None  # between its turns: leaves unused device memory, and cores, to others
     warm_up_s: float = 3.0  # on a CPU; by then a process has the memory that it needs
     peak_bytes: Callable[[], int | None] = lambda: None  # the most device memory in use so far; None on a CPU
     flops: Callable[[], int] | None = None  # of the model in a call: see `flops_per_image`

@@ -100,15 +100,20 @@ def test_nothing_is_timed_where_steps_or_pictures_are_wrong():
 # --- rounds ---
 
 
-def test_a_round_begins_with_empty_queues_and_ends_when_the_workers_rest(monkeypatch):
+def test_a_round_begins_with_empty_queues():
     happened = []
-    worked = iter([0.0, 0.4, 0.8, 0.81])
-    monkeypatch.setattr(steady_state, "children_seconds", lambda: happened.append("look") or next(worked))
-    monkeypatch.setattr(steady_state.time, "sleep", lambda seconds: None)
     take, train = lambda: happened.append("take"), lambda steps: happened.append(f"train {steps}")
     with steady_state.steady_state(take, train, ahead=3, workers=2):
         happened.append("round")
-    assert happened == ["take"] * 3 + ["train 2", "round"] + ["look"] * 4
+    assert happened == ["take", "take", "take", "train 2", "round"]
+
+
+def test_the_next_turn_begins_when_the_workers_rest(monkeypatch):
+    worked = iter([0.0, 0.4, 0.8, 0.81, 2.0])
+    monkeypatch.setattr(steady_state, "children_seconds", lambda: next(worked))
+    monkeypatch.setattr(steady_state.time, "sleep", lambda seconds: None)
+    steady_state.wait_for_rest()
+    assert list(worked) == [2.0]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs Linux's /proc")
