@@ -13,15 +13,17 @@ import numpy as np
 from benchmarks.task import Task
 from benchmarks.worker import PATIENCE, Ready, Round, SideFailed, Worker, largest_batch
 
-# Largest differences of sides that agree. Of logits and losses, of the largest; of a gradient's norm, of itself, or of
-# the typical one if that is larger: some are nothing but rounding, as those of key biases.
+# Largest differences of sides that agree: of logits and losses as a share of the largest one, of each gradient's norm
+# as a share of itself. Those of Ti on a CPU: 2e-6, 7e-8 and 2e-5 in float32; 0.02, 2e-3 and 0.04 in bfloat16.
 BOUNDS = {
     "logits": {"float32": 1e-4, "bfloat16": 0.1},
-    "losses": {"float32": 1e-5, "bfloat16": 3e-3},
+    "losses": {"float32": 1e-5, "bfloat16": 5e-3},
     "gradients": {"float32": 1e-3, "bfloat16": 0.1},
 }
 
 ACCEPTED_OTHERS = 0.05 * os.cpu_count()  # cores; above this the times are shown with a warning
+
+_NOTHING = 1e-3  # of the median norm; key biases have no gradient, and get what is left of roundings
 
 _LARGEST_BATCH = 4096  # no search goes further
 GPU_PATIENCE = 300.0  # see `Worker`: on a GPU all compile at once, and calls are short
@@ -39,7 +41,6 @@ class Times:
     rounds: list[Round] = field(default_factory=list)
     difference: float | None = None  # of logits or losses, from the reference, see `Measured`
     failure: str | None = None
-    out_of_memory: bool = False  # why it failed
     from_float32: float | None = None  # in bfloat16: of logits or losses, from the reference's in float32
 
     @property
@@ -224,7 +225,7 @@ def _noting_failure(times: Times):
     try:
         yield
     except SideFailed as failure:
-        times.failure, times.out_of_memory = str(failure), failure.out_of_memory
+        times.failure = str(failure)
 
 
 def _readiness(ready: Ready) -> str:
@@ -262,5 +263,7 @@ def difference(what: str, got: np.ndarray, expected: np.ndarray) -> float:
     Args:
         what: `logits`, `losses` or `gradients`.
     """
-    scale = np.maximum(expected, np.median(expected)) if what == "gradients" else np.abs(expected).max()
+    scale = np.abs(expected).max()
+    if what == "gradients":
+        scale = np.maximum(expected, _NOTHING * np.median(expected))
     return float((np.abs(got - expected) / scale).max())

@@ -12,11 +12,11 @@ from train.flops import matrix_flops
 def flops_per_image(variant: str, *, training: bool) -> int:
     """FLOPs of matrix products and convolutions, two per multiply-add: forward, and in training the gradient as well.
 
-    Cross-attention counts in the order of computation that needs least, ours. What a side computes again for its
-    gradient does not count: it is of no use to the user.
+    Cross-attention counts in the order of computation that needs least, ours. What is no product by nature does not
+    count: the resize, two matrices on our side. Nor does what a side computes again for its gradient.
     """
-    # dropout asks for the plain attention, whose gradient computes nothing again
-    config = get_config(variant, attn_drop_rate=0.5)
+    # a crop takes the place of the resize; dropout asks for the plain attention, whose gradient computes nothing again
+    config = get_config(variant, crop_scale=True, attn_drop_rate=0.5)
     model = nnx.eval_shape(lambda: CrossViT(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
     images = jax.ShapeDtypeStruct((1, *config.image_size, config.in_chans), jnp.float32)

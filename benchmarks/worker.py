@@ -120,7 +120,7 @@ class Worker:
     def _receive(self) -> Any:
         if not self._pipe.poll(self._patience):
             self._process.kill()  # so that it keeps nothing from the others
-            raise SideFailed(f"no answer within {self._patience:.0f} s")
+            raise SideFailed(f"no answer within {self._patience:g} s")
         try:
             answer = self._pipe.recv()
         except (EOFError, ConnectionResetError):
