@@ -42,9 +42,9 @@ def plan(device: str) -> dict[str, Entry]:
     if device == "cpu":
         ti = ["--device", "cpu", "--variants", "ti"]
         return {
-            "cpu-inference-ti": Entry(["inference", *ti, "--repeats", "6"], 0.3),
+            "cpu-inference-ti": Entry(["inference", *ti, "--repeats", "5"], 0.3),
             "cpu-training-ti": Entry(["training", *ti, "--repeats", "4"], 0.4),
-            "data": Entry(["data", "--repeats", "10"], 0.3),
+            "data": Entry(["data", "--repeats", "6"], 0.3),
             "startup": Entry(["startup", "--repeats", "1"], 0.4),
             "cpu-end-to-end-ti": Entry(["end_to_end", *ti, "--augment-on", "host", "--repeats", "2"], 0.5),
         }
