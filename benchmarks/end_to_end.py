@@ -103,7 +103,8 @@ def _run(args: argparse.Namespace, device: str) -> int:
             printed = len(lines)
             if args.json:
                 write_json(args.json, content)
-    print("\n".join(notes(content)))
+    for line in notes(content):
+        print(line)
     return 1 if any(times.failure for _, sides in results for times in sides.values()) else 0
 
 
