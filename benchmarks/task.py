@@ -20,7 +20,7 @@ _DIFFERENT_IMAGES = 256  # in larger batches they come again: drawing thousands 
 
 
 def default_sides(device: str, dtype: str) -> list[str]:
-    """Those that are worth their time: on a CPU there is no cuDNN, and channels last is no faster (NOTES.md).
+    """All that the device can run; on a CPU without channels last, which is meant for the convolutions of GPUs.
 
     cuDNN's attention is for half precision only.
     """
