@@ -1,25 +1,30 @@
-"""What the two benchmark commands share: their flags, and the way from flags to table."""
+"""The commands `python -m benchmarks.inference` and `training`; and what all benchmarks share: flags, how they end."""
 
 import argparse
 import dataclasses
 import importlib.util
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.measure import SidesDisagree, fits_all, largest_batch, measure
-from benchmarks.report import as_json, as_markdown, write_json
-from benchmarks.task import SIDES, Task
+from benchmarks.measure import Measured, SidesDisagree, largest_common_batch, measure
+from benchmarks.record import as_json, write_json
+from benchmarks.report import notes, table_lines
+from benchmarks.task import SIDES, Task, default_sides
 from benchmarks.worker import SideFailed
+from convert import command_line
 from convert.command_line import Parser, at_least_one
+from convert.errors import ConversionError
 from crossvit_jax.config import get_config
 
 _EPILOG = """\
 Each side runs in a process of its own, one at a time, round by round in turn: A B C A B C … Compilation and warm-up are
 not timed. Before anything is timed the sides' results are compared, and must agree.
 
-exit status: 0 done; 1 the sides disagree or failed (torch.compile alone may fail: its row says so); 2 wrong flags
+exit status: 0 done; 1 the sides disagree, or one failed: its row says why, and the table that it is not beside timm at
+its best if it was timm's (for a machine without a C compiler: --sides flax timm); 2 wrong flags
 """
 
 
@@ -27,27 +32,37 @@ def main(benchmark: str, argv: Sequence[str] | None = None) -> int:
     """Runs a benchmark (inference or training) as the arguments say; returns the exit status."""
     parser = _parser(benchmark)
     args = parser.parse_args(argv)
-    device = pick_device(parser, args)
-    _check(parser, args, benchmark, device)
-    return exit_status(parser, lambda: _run(benchmark, args, device))
+
+    def run() -> int:
+        device = pick_device(parser, args)
+        args.sides = args.sides or default_sides(device, args.dtype)
+        _check(parser, args, device)
+        return _run(benchmark, args, device)
+
+    return exit_status(parser, run)
 
 
 def exit_status(parser: Parser, run: Callable[[], int]) -> int:
-    """What `run` returns; 1 if a side failed or the sides disagree, 130 after Ctrl-C, each told in one line."""
-    try:
-        return run()
-    except (SidesDisagree, SideFailed) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 130
+    """What `run` returns, or the status of what stopped it, told in one line.
+
+    1 if a side failed, the sides disagree or a file cannot be written; otherwise as `convert.command_line.run` has it:
+    2 for a ConversionError, 130 for Ctrl-C, 143 for SIGTERM. Processes and temporary folders are gone then.
+    """
+
+    def stopped_by_nothing_else() -> int:
+        try:
+            return run()
+        except (SidesDisagree, SideFailed, OSError) as error:
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+            return 1
+
+    return command_line.run(parser.prog, stopped_by_nothing_else)
 
 
 def _parser(benchmark: str) -> Parser:
     parser = Parser(
         prog=f"python -m benchmarks.{benchmark}",
-        description=f"Time CrossViT {benchmark}: Flax against timm, eager and through torch.compile.",
+        description=f"Time CrossViT {benchmark}: Flax against timm at its best.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -61,14 +76,8 @@ def _parser(benchmark: str) -> Parser:
         help="double --batch-size until a side runs out of GPU memory, and time the last that fits all",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
-    parser.add_argument(
-        "--attention",
-        choices=("xla", "cudnn"),
-        default="xla",
-        help="of Flax; cudnn: GPU, bfloat16; default: xla",
-    )
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu where torch and jax can use one")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="default: all")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="default: those that suit device and dtype")
     parser.add_argument(
         "--repeats", type=at_least_one, default=10, metavar="N", help="rounds of about 1 s; default: 10"
     )
@@ -91,12 +100,12 @@ def pick_device(parser: Parser, args: argparse.Namespace) -> str:
     return "gpu" if has_gpu else "cpu"
 
 
-def _check(parser: Parser, args: argparse.Namespace, benchmark: str, device: str) -> None:
+def _check(parser: Parser, args: argparse.Namespace, device: str) -> None:
     """Ends the program for flags that do not go together."""
     if args.find_largest_batch and device == "cpu":
         parser.error("--find-largest-batch needs a GPU: a CPU has no memory of its own to run out of")
-    if args.attention == "cudnn" and (device, args.dtype) != ("gpu", "bfloat16"):
-        parser.error(f"--attention cudnn needs a GPU and --dtype bfloat16; this is {device}, {args.dtype}")
+    if "flax-cudnn" in args.sides and (device, args.dtype) != ("gpu", "bfloat16"):
+        parser.error(f"--sides flax-cudnn needs a GPU and --dtype bfloat16; this is {device}, {args.dtype}")
     if len(set(args.sides)) < len(args.sides):
         parser.error("--sides names a side twice")
     writable_json(parser, args.json)
@@ -108,26 +117,27 @@ def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
     def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
-    results = []
+    results: list[Measured] = []
+    printed = 0
     with tempfile.TemporaryDirectory(prefix="crossvit-benchmark-") as folder:
-        environment = _environment(device, Path(folder), one_at_a_time=args.find_largest_batch)
-        for variant in args.variants:
-            weights = Path(folder, f"{variant}.safetensors")
-            write_weights(variant, weights)
-            task = Task(
-                benchmark=benchmark,
-                variant=variant,
-                batch_size=args.batch_size,
-                dtype=args.dtype,
-                device=device,
-                weights=str(weights),
-                attention=args.attention,
-            )
-            say(f"CrossViT {variant}, {benchmark}, {args.dtype}, {device}")
-            if args.find_largest_batch:
-                task = _with_largest_batch(task, args.sides, environment, say)
-            results.append(
-                measure(
+        environment = workers_environment(device, Path(folder), one_at_a_time=args.find_largest_batch)
+        try:
+            for variant in args.variants:
+                weights = Path(folder, f"{variant}.safetensors")
+                write_weights(variant, weights)
+                task = Task(
+                    benchmark=benchmark,
+                    variant=variant,
+                    batch_size=args.batch_size,
+                    dtype=args.dtype,
+                    device=device,
+                    weights=str(weights),
+                )
+                say(f"CrossViT {variant}, {benchmark}, {args.dtype}, {device}")
+                if args.find_largest_batch:
+                    batch_size = largest_common_batch(task, args.sides, environment=environment, say=say)
+                    task = dataclasses.replace(task, batch_size=batch_size)
+                measured = measure(
                     task,
                     args.sides,
                     rounds=args.repeats,
@@ -135,43 +145,58 @@ def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
                     environment=environment,
                     say=say,
                 )
-            )
-            if args.json:  # after each variant, so that an interruption costs one
-                write_json(args.json, as_json(benchmark, results))
-    print(as_markdown(benchmark, results))
-    failed = {side for measured in results for side in measured.sides if side not in measured.timed}
-    return 1 if failed - {"timm-compile"} else 0
+                # after each variant, so that an interruption costs one
+                results.append(measured)
+                content = as_json(benchmark, results)
+                lines = table_lines([content])
+                print("\n".join(lines[printed:]), flush=True)
+                printed = len(lines)
+                if args.json:
+                    write_json(args.json, content)
+        finally:
+            if results:
+                print("\n".join(notes([content])), flush=True)
+    return 1 if any(times.failure for measured in results for times in measured.sides.values()) else 0
 
 
-def _with_largest_batch(task: Task, sides: Sequence[str], environment: dict[str, str], say) -> Task:
-    """The task with the largest batch that fits every side. Raises SideFailed if its own does not."""
+def workers_environment(device: str, folder: Path, *, one_at_a_time: bool) -> dict[str, str]:
+    """Environment variables for the sides' processes.
 
-    def fits(batch_size: int) -> bool:
-        return fits_all(dataclasses.replace(task, batch_size=batch_size), sides, environment=environment, say=say)
-
-    batch_size = largest_batch(task.batch_size, fits)
-    if batch_size is None:
-        raise SideFailed(f"a batch of {task.batch_size} does not fit: start from a smaller --batch-size")
-    return dataclasses.replace(task, batch_size=batch_size)
-
-
-def _environment(device: str, folder: Path, *, one_at_a_time: bool) -> dict[str, str]:
-    """Environment variables for the workers."""
+    Args:
+        device: cpu or gpu.
+        folder: for compiled programs: several processes run the same ones.
+        one_at_a_time: whether each process has the device for itself.
+    """
+    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
     if device == "cpu":
-        return {"JAX_PLATFORMS": "cpu"}
-    # by default jax takes three quarters of the memory at once, and torch beside it would have the rest
-    variables = {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    if one_at_a_time:
-        # the process is alone on the device, and starts many times
-        variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.95"
-        variables["JAX_COMPILATION_CACHE_DIR"] = str(folder / "jax-cache")
-    return variables
+        return {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": compiled}
+    variables = {
+        "JAX_PLATFORMS": "cuda",
+        "JAX_COMPILATION_CACHE_DIR": compiled,
+        # Jax takes its memory at once only if it is alone. Beside torch it takes what it needs, but in regions that do
+        # not join: in a search for the largest batch, what smaller ones left would be lost.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": str(one_at_a_time).lower(),
+    }
+    return variables | ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} if one_at_a_time else {})
+
+
+def require_onnx() -> None:
+    """Raises ConversionError if a package of the extra "onnx" is missing."""
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConversionError(f"the ONNX forms need {', '.join(missing)}: pip install 'crossvit-jax[onnx]'")
 
 
 def writable_json(parser: Parser, file: Path | None) -> None:
-    """Ends the program if nothing can be written there."""
-    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+    """Ends the program if nothing can be written there: before anything is measured, not after it."""
+    if file is None:
+        return
+    if file.is_dir() or not file.absolute().parent.is_dir():
         parser.error(f"--json {file}: not a file in an existing folder")
+    try:
+        tempfile.TemporaryFile(dir=file.absolute().parent).close()
+    except OSError as error:
+        parser.error(f"--json {file}: {error.strerror}")
 
 
 def variant_name(text: str) -> str:

@@ -6,10 +6,8 @@ runs beside the workers and is no rival of theirs. Nothing is timed before pixel
 """
 
 import argparse
-import contextlib
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,11 @@ import numpy as np
 
 from benchmarks.command import exit_status, writable_json
 from benchmarks.data_task import SIDES, SIDES_ON_A_CORE, DataTask
-from benchmarks.measure import ACCEPTED_OTHERS, SidesDisagree, Times, cores_of_others, times_as_fast
-from benchmarks.report import machine, spread, write_json
-from benchmarks.worker import Worker
+from benchmarks.machine import about, where
+from benchmarks.measure import ACCEPTED_OTHERS, SidesDisagree, Times, cores_of_others, take_turns, times_as_fast
+from benchmarks.ratios import spread
+from benchmarks.record import write_json
+from benchmarks.worker import SideFailed
 from convert.command_line import Parser, at_least_one
 
 
@@ -40,27 +40,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(task: DataTask, args: argparse.Namespace) -> int:
     sides = _measure(task, args.repeats)
+    content = as_json(task, sides)
+    print(as_markdown(content))
     if args.json:
-        write_json(args.json, as_json(task, sides))
-    print(as_markdown(task, sides))
+        write_json(args.json, content)
     return 0
 
 
 def _measure(task: DataTask, rounds: int) -> dict[str, Times]:
-    """Every side in turn, A B C A B C …, never two at once. Raises SidesDisagree and SideFailed."""
+    """Every side in turn, see `take_turns`. Raises SidesDisagree, and SideFailed if one fails: the table needs all."""
     sides = {side: Times() for side in SIDES}
-    with contextlib.ExitStack() as processes:
-        workers = {}
-        for side, times in sides.items():
-            workers[side] = processes.enter_context(Worker(side, task, {}))
-            times.ready = workers[side].ready
-            print(f"{side}: ready after {times.ready.load_s + times.ready.first_s:.1f} s", file=sys.stderr, flush=True)
+
+    def compare_all() -> None:
+        _require(sides)
         compare({side: times.ready.check for side, times in sides.items()})
-        for number in range(1, rounds + 1):
-            for side, times in sides.items():
-                times.rounds.append(workers[side].round())
-            print(f"round {number} of {rounds} done", file=sys.stderr, flush=True)
+
+    take_turns(task, sides, compare=compare_all, rounds=rounds, environment={}, say=_say)
+    _require(sides)
     return sides
+
+
+def _require(sides: Mapping[str, Times]) -> None:
+    """Raises SideFailed if one of them failed."""
+    for side, times in sides.items():
+        if times.failure is not None:
+            raise SideFailed(f"{side}: {times.failure}")
 
 
 def compare(checks: dict[str, dict[str, np.ndarray]]) -> None:
@@ -83,10 +87,7 @@ def ratios(sides: dict[str, Times], side: str) -> list[float]:
 
 def as_json(task: DataTask, sides: dict[str, Times]) -> dict[str, Any]:
     """Everything measured, with every round, in plain types."""
-    return {
-        "benchmark": "data",
-        "machine": machine(),
-        "software": _software(sides),
+    return about("data", _software(sides)) | {
         "photographs": task.photographs,
         "others_cores": cores_of_others(sides),
         "sides": {
@@ -103,30 +104,35 @@ def as_json(task: DataTask, sides: dict[str, Times]) -> dict[str, Any]:
     }
 
 
-def as_markdown(task: DataTask, sides: dict[str, Times]) -> str:
-    """A line on the machine and a table with a row per side."""
-    about = machine()
+def as_markdown(content: Mapping[str, Any]) -> str:
+    """A line on the machine and a table with a row per side, from what `as_json` gives."""
     lines = [
-        f"{task.photographs} JPEG photographs of 500 x 375 to a training batch at 240 pixels; {about['cpu']}, "
-        f"{about['cores']} cores; {', '.join(f'{name} {version}' for name, version in _software(sides).items())}",
+        f"{content['photographs']} JPEG photographs of 500 x 375 to a training batch at 240 pixels; {where(content)}",
         "",
-        "| side | images/s, median (min-max) | times as fast as timm, median (min-max) |",
+        "| side | images/s, median (min-max) | times as fast as timm (min-max) |",
         "| --- | --- | --- |",
     ]
-    for side, times in sides.items():
-        rate = "{median:.0f} ({min:.0f}-{max:.0f})".format(**spread(rates(task, times)))
+    timm = content["sides"]["timm"]["images_per_s"]
+    for name, side in content["sides"].items():
+        rate = "{median:.0f} ({min:.0f}-{max:.0f})".format(**side["images_per_s"])
         ratio = "beside the workers"
-        if side in SIDES_ON_A_CORE:
-            ratio = "{median:.2f} ({min:.2f}-{max:.2f})".format(**spread(ratios(sides, side)))
-        lines.append(f"| {side} | {rate} | {ratio} |")
-    busy = cores_of_others(sides)
-    if busy is not None and busy > os.cpu_count() - 1 + ACCEPTED_OTHERS:  # each side needs a core for itself
+        if by_round := side["times_as_fast_as_timm"]:
+            of_medians = side["images_per_s"]["median"] / timm["median"]
+            ratio = f"{of_medians:.2f} ({by_round['min']:.2f}-{by_round['max']:.2f})"
+        lines.append(f"| {name} | {rate} | {ratio} |")
+    busy = content["others_cores"]
+    # each side needs a core for itself
+    if busy is not None and busy > content["machine"]["cores"] - 1 + ACCEPTED_OTHERS:
         lines += ["", f"**Not valid as a comparison**: other programs kept {busy:.1f} cores busy meanwhile."]
     return "\n".join(lines)
 
 
 def _software(sides: dict[str, Times]) -> dict[str, str]:
     return {name: version for times in sides.values() for name, version in times.ready.facts.items()}
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

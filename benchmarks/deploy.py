@@ -5,16 +5,14 @@ form whose logits are further from those of its weights in float32 than converte
 """
 
 import argparse
-import importlib.util
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.command import exit_status, writable_json
+from benchmarks.command import exit_status, require_onnx, writable_json
 from convert.command_line import Parser, at_least_one
-from convert.errors import ConversionError
 from train.inference_command import run
 
 if TYPE_CHECKING:
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
     from benchmarks.deploy_runs import Model
 
 _PROGRAM = "python -m benchmarks.deploy"
-_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 _EPILOG = """\
 RUN: the folder of a training run, whose settings tell the data set; or any SOURCE of python -m convert, with --dataset.
@@ -58,17 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
     args = parser.parse_args(argv)
     writable_json(parser, args.json)
-    return run(_PROGRAM, lambda: exit_status(parser, lambda: _run(args)))
+    return exit_status(parser, lambda: run(_PROGRAM, lambda: _run(args)))
 
 
 def _run(args: argparse.Namespace) -> int:
-    missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ConversionError(f"the ONNX forms need {', '.join(missing)}: pip install 'crossvit-jax[onnx]'")
+    require_onnx()
     # late: wrong flags need not wait for the frameworks
-    from benchmarks.deploy_report import as_json, as_markdown
+    from benchmarks.deploy_report import as_json, as_markdown, failures
     from benchmarks.deploy_runs import open_model, open_run, pair
-    from benchmarks.report import write_json
+    from benchmarks.record import write_json
 
     runs = [open_run(source, dataset=args.dataset, data_dir=args.data_dir) for source in args.runs]
     models = [open_model(run, qat) for run, qat in pair(runs)]
@@ -77,10 +72,11 @@ def _run(args: argparse.Namespace) -> int:
         _say(f"CrossViT {model.config.name} of {model.run.source}, {number} of {len(models)}")
         with tempfile.TemporaryDirectory(prefix="crossvit-deploy-") as folder:
             results.append(_deploy(model, Path(folder), args))
+        content = as_json(results)
         if args.json:  # after each model, so that an interruption costs one
-            write_json(args.json, as_json(results))
-    print(as_markdown(results))
-    return 1 if any(result.failures for result in results) else 0
+            write_json(args.json, content)
+    print(as_markdown(content))
+    return 1 if any(failures(result) for result in content["results"]) else 0
 
 
 def _deploy(model: "Model", folder: Path, args: argparse.Namespace) -> "Deployed":

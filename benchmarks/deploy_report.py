@@ -1,15 +1,16 @@
 """The shipped forms of models as Markdown for people and as JSON for everything else."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.deploy_forms import FLOAT_FILE, REFERENCE
-from benchmarks.deploy_measure import Measured
+from benchmarks.deploy_measure import BATCHES, Measured
 from benchmarks.deploy_runs import Model
 from benchmarks.deploy_task import Form
+from benchmarks.machine import about, where
 from benchmarks.measure import ACCEPTED_OTHERS, Times, cores_of_others, times_as_fast
-from benchmarks.report import machine, spread
+from benchmarks.ratios import spread
 
 _FASTER = "times as fast as torch (min-max)"
 _SHARE = f"% of {FLOAT_FILE}"
@@ -53,16 +54,6 @@ class Deployed:
         return 100 * (self.right[form] - self.right[REFERENCE]) / self.images if known else None
 
     @property
-    def failures(self) -> list[str]:
-        """What went wrong, with the form's name and batch size."""
-        return [
-            f"{form} at batch {measured.batch_size}: {times.failure}"
-            for measured in self.measured
-            for form, times in measured.sides.items()
-            if times.failure is not None
-        ]
-
-    @property
     def others(self) -> float | None:
         """Cores that other programs kept busy, at the worse of the batch sizes."""
         known = [cores_of_others(measured.sides) for measured in self.measured]
@@ -71,10 +62,7 @@ class Deployed:
 
 def as_json(results: Sequence[Deployed]) -> dict[str, Any]:
     """Everything measured, with every round, in plain types."""
-    return {
-        "benchmark": "deploy",
-        "machine": machine(),
-        "software": _software(results),
+    return about("deploy", _software(results)) | {
         "results": [
             {
                 "run": result.model.run.source,
@@ -109,55 +97,66 @@ def as_json(results: Sequence[Deployed]) -> dict[str, Any]:
     }
 
 
-def as_markdown(results: Sequence[Deployed]) -> str:
-    """For each model, a line on what was measured and a table with a row per form; at the end a line on the machine."""
+def as_markdown(content: Mapping[str, Any]) -> str:
+    """For each model, a line on what was measured and a table with a row per form; at the end a line on the machine.
+
+    From what `as_json` gives.
+    """
     lines = []
-    for result in results:
-        model, split = result.model, result.model.sets.held_out_split
-        images = f"{result.images} of {len(model.sets.held_out)} held-out images ({split})"
-        unreadable = f", {result.unreadable} more could not be read" if result.unreadable else ""
+    for result in content["results"]:
+        held_out = f"{result['held_out_images']} held-out images ({result['held_out_split']})"
+        unreadable = f", {result['unreadable_images']} more could not be read" if result["unreadable_images"] else ""
         lines += [
-            f"CrossViT {model.config.name} at {' x '.join(map(str, model.config.image_size))} pixels, "
-            f"{model.run.source}; top-1 on {images}{unreadable}; static int8 calibrated on {result.calibrated_on} "
-            "training images",
+            f"CrossViT {result['variant']} at {' x '.join(map(str, result['image_size']))} pixels, {result['run']}; "
+            f"top-1 on {result['images']} of {held_out}{unreadable}; static int8 calibrated on "
+            f"{result['calibration_images']} training images",
             "",
             _row(_HEADER),
             _row("---" for _ in _HEADER),
-            *(_row(_cells(result, name)) for name in result.forms),
+            *(_row(_cells(result, name)) for name in result["forms"]),
             "",
-            *(f"{failure}\n" for failure in result.failures),
+            *(f"{failure}\n" for failure in failures(result)),
         ]
-        if result.others is not None and result.others > ACCEPTED_OTHERS:
-            lines += [f"**Times not valid**: other programs kept {result.others:.1f} cores busy meanwhile.", ""]
-    about, software = machine(), _software(results)
-    versions = ", ".join(f"{name} {version}" for name, version in software.items())
+        if result["others_cores"] is not None and result["others_cores"] > ACCEPTED_OTHERS:
+            busy = f"{result['others_cores']:.1f}"
+            lines += [f"**Times not valid**: other programs kept {busy} cores busy meanwhile.", ""]
     lines.append(
         "Points: how far top-1 is above that of float32. Logits: the largest difference, for int8 the root mean square "
-        f"one. {about['cpu']}, {about['usable_cores']} of {about['cores']} cores; {versions}"
+        f"one. {where(content)}"
     )
     return "\n".join(lines)
 
 
-def _cells(result: Deployed, name: str) -> list[str]:
-    form = result.forms[name]
-    cells = [name, f"{form.size / 1e6:.1f}{' in memory' if form.runs_in == 'qwix' else ''}"]
-    share = result.share(name)
-    cells.append("" if share is None else f"{share:.1f}")
-    for measured in result.measured:
-        times = measured.sides[name]
-        if times.failure is not None:
+def failures(result: Mapping[str, Any]) -> list[str]:
+    """What went wrong, with the form's name and batch size."""
+    return [
+        f"{name} at batch {batch_size}: {batch['failure']}"
+        for batch_size in map(str, BATCHES)
+        for name, form in result["forms"].items()
+        if (batch := form["batches"][batch_size])["failure"] is not None
+    ]
+
+
+def _cells(result: Mapping[str, Any], name: str) -> list[str]:
+    form, reference = result["forms"][name], result["compared_with"]
+    cells = [name, f"{form['bytes'] / 1e6:.1f}{' in memory' if form['runs_in'] == 'qwix' else ''}"]
+    cells.append(_number(form["percent_of_onnx_float32"], ".1f"))
+    for batch_size in BATCHES:
+        batch = form["batches"][str(batch_size)]
+        if batch["failure"] is not None:
             cells += ["failed", ""]
             continue
-        per_image = times.median / measured.batch_size
-        cells.append(f"{1000 * times.median:.2f}" if measured.batch_size == 1 else f"{1 / per_image:.1f}")
-        ratios = None if name == REFERENCE else _ratios(measured, name)
-        cells.append("{median:.2f} ({min:.2f}-{max:.2f})".format(**spread(ratios)) if ratios else "")
-    top1, points = result.top1(name), result.points(name)
-    cells.append("" if top1 is None else f"{top1:.2f}")
-    cells.append("" if points is None or name == REFERENCE else f"{points:+.2f}")
-    distances = [measured.distances[name] for measured in result.measured if name in measured.distances]
-    far = max(distances, key=lambda distance: distance.value, default=None)
-    return [*cells, str(far or "")]
+        seconds = batch["median_s_per_call"]
+        cells.append(f"{1000 * seconds:.2f}" if batch_size == 1 else f"{batch_size / seconds:.1f}")
+        ratios = batch["times_as_fast_as_torch"] if name != reference else None
+        cells.append("{median:.2f} ({min:.2f}-{max:.2f})".format(**ratios) if ratios else "")
+    cells += [_number(form["top1"], ".2f"), "" if name == reference else _number(form["points_from_float32"], "+.2f")]
+    far = [(batch["difference"], batch["difference_of"]) for batch in form["batches"].values() if "difference" in batch]
+    return [*cells, "{:.1e} of the {}".format(*max(far)) if far else ""]
+
+
+def _number(value: float | None, as_text: str) -> str:
+    return "" if value is None else format(value, as_text)
 
 
 def _side(measured: Measured, name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks.command import variant_name
+from benchmarks.command import exit_status, require_onnx, variant_name
 from convert.command_line import Parser
 from convert.destinations import write_bytes
 from convert.tree import flatten
@@ -87,10 +87,16 @@ def _listed(kinds: dict[str, int]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the tables."""
+    """Prints the tables; returns the exit status: 0 done; 2 wrong flags, or packages are missing."""
     parser = Parser(prog="python -m benchmarks.fusion", description="Count what ONNX Runtime and XLA run of a model.")
     parser.add_argument("--variant", type=variant_name, default="ti", metavar="NAME", help="default: ti")
-    model = create_model(parser.parse_args(argv).variant, rngs=nnx.Rngs(0))
+    args = parser.parse_args(argv)
+    return exit_status(parser, lambda: _run(args.variant))
+
+
+def _run(variant: str) -> int:
+    require_onnx()
+    model = create_model(variant, rngs=nnx.Rngs(0))
     model.eval()
     print(table(model))
     return 0

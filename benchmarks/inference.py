@@ -1,7 +1,8 @@
 """The command `python -m benchmarks.inference`: images to logits, Flax against timm.
 
-Every call is waited for before the next one starts. In bfloat16 both sides keep parameters and images in bfloat16; in
-float32 neither may round matrix products to TF32.
+On a CPU every call is waited for before the next one starts; on a GPU, where that would time how calls are started,
+only the last of a round. In bfloat16 both sides keep parameters and images in bfloat16; in float32 neither may round
+matrix products to TF32.
 """
 
 import sys

@@ -1,6 +1,7 @@
 """Rounds in turn, the comparison that comes first, and the search for the largest batch."""
 
 import contextlib
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,12 +11,22 @@ from typing import Any
 import numpy as np
 
 from benchmarks.task import Task
-from benchmarks.worker import Ready, Round, SideFailed, Worker
+from benchmarks.worker import PATIENCE, Ready, Round, SideFailed, Worker, largest_batch
 
-# largest difference ÷ largest value, of logits or of losses
-BOUND = {"float32": 1e-4, "bfloat16": 0.1}
+# Largest differences of sides that agree: of logits and losses as a share of the largest one, of each gradient's norm
+# as a share of itself. Those of Ti on a CPU: 2e-6, 7e-8 and 2e-5 in float32; 0.02, 2e-3 and 0.04 in bfloat16.
+BOUNDS = {
+    "logits": {"float32": 1e-4, "bfloat16": 0.1},
+    "losses": {"float32": 1e-5, "bfloat16": 5e-3},
+    "gradients": {"float32": 1e-3, "bfloat16": 0.1},
+}
 
-ACCEPTED_OTHERS = 0.1  # cores; above this the times are shown with a warning
+ACCEPTED_OTHERS = 0.05 * os.cpu_count()  # cores; above this the times are shown with a warning
+
+_NOTHING = 1e-3  # of the median norm; key biases have no gradient, and get what is left of roundings
+
+_LARGEST_BATCH = 4096  # no search goes further
+GPU_PATIENCE = 300.0  # see `Worker`: on a GPU all compile at once, and calls are short
 
 
 class SidesDisagree(RuntimeError):
@@ -28,8 +39,9 @@ class Times:
 
     ready: Ready | None = None
     rounds: list[Round] = field(default_factory=list)
-    difference: float | None = None  # from the reference, see `Measured`
+    difference: float | None = None  # of logits or losses, from the reference, see `Measured`
     failure: str | None = None
+    from_float32: float | None = None  # in bfloat16: of logits or losses, from the reference's in float32
 
     @property
     def seconds(self) -> list[float]:
@@ -72,13 +84,6 @@ class Measured:
         return not_failed(self.sides)
 
     @property
-    def best_timm(self) -> str | None:
-        """The faster of timm's sides."""
-        return min(
-            (side for side in self.timed if side != "flax"), key=lambda side: self.sides[side].median, default=None
-        )
-
-    @property
     def others(self) -> float | None:
         """Cores that other programs kept busy: the median over all rounds. None where the system does not tell."""
         return cores_of_others(self.sides)
@@ -93,11 +98,19 @@ class Measured:
         """
         return self.others is not None and self.others > ACCEPTED_OTHERS
 
-    def ratio(self, side: str) -> list[float] | None:
-        """How many times as fast Flax is as another side, round by round: neighbours share the machine's mood."""
-        if not {"flax", side} <= self.timed.keys():
-            return None
-        return times_as_fast(self.sides["flax"], self.sides[side])
+    @property
+    def flops_per_call(self) -> int | None:
+        """FLOPs of the model, the same for every side: see `Program.flops`. None if no side could tell."""
+        return next(iter(self._told("flops_per_call")), None)
+
+    @property
+    def peak_flops(self) -> float | None:
+        """The device's, per second: of the fastest large matrix product that a side measured in the task's dtype."""
+        return max(self._told("peak_flops"), default=None)
+
+    def _told(self, name: str) -> list[Any]:
+        told = [getattr(times.ready, name) for times in self.sides.values() if times.ready]
+        return [value for value in told if value is not None]
 
 
 def measure(
@@ -112,16 +125,19 @@ def measure(
     """Times the sides of a model or training step, see `take_turns`.
 
     Raises:
-        SidesDisagree: before any round, the sides' logits or losses differ by more than the bound.
+        SidesDisagree: before any round, see `require_agreement`.
     """
     reference = next((side for side in ("timm", "timm-compile") if side in sides), sides[0])
     measured = Measured(task, reference, {side: Times() for side in sides})
+    on_gpu = task.device == "gpu"
     take_turns(
         task,
         measured.sides,
-        compare=lambda: _compare(measured),
+        compare=lambda: require_agreement(measured),
         rounds=rounds,
         keep=keep,
+        together=on_gpu and keep,
+        patience=GPU_PATIENCE if on_gpu else PATIENCE,
         environment=environment,
         say=say,
     )
@@ -135,6 +151,8 @@ def take_turns(
     compare: Callable[[], None],
     rounds: int,
     keep: bool = True,
+    together: bool = False,
+    patience: float = PATIENCE,
     environment: dict[str, str],
     say: Callable[[str], None],
 ) -> None:
@@ -148,6 +166,8 @@ def take_turns(
         compare: is called when all sides are ready, before any round; it may raise, or note failures in `sides`.
         keep: let each side's process live through all rounds; otherwise a turn starts one anew, so that only one holds
             memory on the device at a time.
+        together: load and compile all sides at once, for machines with many cores; they still warm up one by one.
+        patience: seconds that a side has for each answer; one that takes longer has failed.
         environment: for the processes.
         say: is told about progress.
     """
@@ -159,9 +179,13 @@ def take_turns(
                 if not keep:
                     processes.close()
                     workers.clear()
-                workers[side] = processes.enter_context(Worker(side, task, environment))
+                workers[side] = processes.enter_context(Worker(side, task, environment, patience=patience))
             return workers[side]
 
+        if together:
+            for started in [worker(side) for side in sides]:
+                with contextlib.suppress(SideFailed):  # noted below
+                    _ = started.loaded
         for side, times in sides.items():
             with _noting_failure(times):
                 times.ready = worker(side).ready
@@ -174,28 +198,26 @@ def take_turns(
             say(f"round {number} of {rounds} done")
 
 
-def largest_batch(start: int, fits: Callable[[int], bool]) -> int | None:
-    """The last of start, 2 start, 4 start, … that fits; None if `start` does not."""
-    batch_size = start
-    while fits(batch_size):
-        batch_size *= 2
-    return batch_size // 2 if batch_size > start else None
+def largest_common_batch(
+    task: Task, sides: Sequence[str], *, environment: dict[str, str], say: Callable[[str], None]
+) -> int:
+    """The last of task.batch_size, twice that, … that every side can run, alone on the device.
 
+    Compiled sides of timm are not tried, for each size would have to be compiled: timm's is that of eager.
 
-def fits_all(task: Task, sides: Sequence[str], *, environment: dict[str, str], say: Callable[[str], None]) -> bool:
-    """Whether every side can run the task alone on the device. Raises SideFailed for another reason than memory."""
-    for side in sides:
+    Raises:
+        SideFailed: a side cannot run the task as it is.
+    """
+    largest = _LARGEST_BATCH
+    for side in dict.fromkeys("timm" if side.startswith("timm") else side for side in sides):
         start = time.perf_counter()
-        with Worker(side, task, environment) as worker:
-            try:
-                _ = worker.ready
-            except SideFailed as failure:
-                if not failure.out_of_memory:
-                    raise SideFailed(f"{side}: {failure}") from None
-                say(f"batch {task.batch_size}: {side} runs out of memory")
-                return False
-        say(f"batch {task.batch_size}: {side} fits ({time.perf_counter() - start:.0f} s)")
-    return True
+        try:
+            largest = largest_batch(side, task, environment, at_most=largest, patience=PATIENCE)
+        except SideFailed as failure:
+            smaller = "; start from a smaller --batch-size" if failure.out_of_memory else ""
+            raise SideFailed(f"{side} at batch {task.batch_size}: {failure}{smaller}") from None
+        say(f"{side}: the largest batch is {largest} ({time.perf_counter() - start:.0f} s)")
+    return largest
 
 
 @contextlib.contextmanager
@@ -212,18 +234,36 @@ def _readiness(ready: Ready) -> str:
     )
 
 
-def _compare(measured: Measured) -> None:
-    """Fills in the differences from the reference. Raises SidesDisagree."""
+def require_agreement(measured: Measured) -> None:
+    """Fills in how far the sides are from the reference. Raises SidesDisagree if that is too far for one of them."""
     reference = measured.sides[measured.reference]
     if reference.failure:
         return
-    expected = reference.ready.check
-    bound = BOUND[measured.task.dtype]
-    what = {"inference": "logits", "training": "losses"}[measured.task.benchmark]
     for side, times in measured.timed.items():
-        times.difference = float(np.abs(times.ready.check - expected).max() / np.abs(expected).max())
-        if not times.difference < bound:  # not so for NaN either
-            raise SidesDisagree(
-                f"{side}'s {what} differ from {measured.reference}'s by {times.difference:.1e} of the largest; "
-                f"the bound for {measured.task.dtype} is {bound:g}: nothing is timed"
-            )
+        differences = {
+            what: difference(what, times.ready.check[what], expected)
+            for what, expected in reference.ready.check.items()
+        }
+        times.difference = next(iter(differences.values()))
+        for what, found in differences.items():
+            bound = BOUNDS[what][measured.task.dtype]
+            if not found < bound:  # not so for NaN either
+                raise SidesDisagree(
+                    f"{side}'s {what} differ from {measured.reference}'s by {found:.1e}; "
+                    f"the bound for {measured.task.dtype} is {bound:g}: nothing is timed"
+                )
+        if reference.ready.float32 is not None:
+            what, exact = next(iter(reference.ready.float32.items()))
+            times.from_float32 = difference(what, times.ready.check[what], exact)
+
+
+def difference(what: str, got: np.ndarray, expected: np.ndarray) -> float:
+    """How far two sides are apart, as `BOUNDS` has it.
+
+    Args:
+        what: `logits`, `losses` or `gradients`.
+    """
+    scale = np.abs(expected).max()
+    if what == "gradients":
+        scale = np.maximum(expected, _NOTHING * np.median(expected))
+    return float((np.abs(got - expected) / scale).max())

@@ -1,149 +1,219 @@
-"""The measurements as Markdown for people and as JSON for everything else."""
+"""The command `python -m benchmarks.report`: tables from the JSON that benchmarks wrote, and a plot of the ratios.
 
+Files of one benchmark that were measured on one machine with the same versions share a table.
+"""
+
+import argparse
+import importlib
+import itertools
 import json
-import os
-import platform
-import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Measured, Times
-from benchmarks.task import usable_cores
-from train.whole_file import write_whole
+from benchmarks.machine import described, where
+from benchmarks.ratios import GOALS, Result, best, counts, failed, rounds, spread, times_as_fast
+from convert.command_line import Parser
 
-_HEADER = ["variant", "batch", "dtype", "side", "ms per call, median (min-max)", "images/s", "Flax is", "difference"]
+Content = Mapping[str, Any]  # of a JSON file
 
-
-def machine() -> dict[str, Any]:
-    """The processor and the cores that this process may use."""
-    cores = {"cores": os.cpu_count(), "usable_cores": usable_cores()}
-    return {"cpu": _cpu_model(), **cores, "system": platform.platform(terse=True)}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes what `as_json` returns: whole, or not at all."""
-    write_whole(path, f"{json.dumps(content, indent=2)}\n".encode())
+MODELS = ("inference", "training")  # the benchmarks whose tables are made here
+_OTHERS = {  # modules of others, with an `as_markdown(content)` of their own
+    "data": "data",
+    "deploy": "deploy_report",
+    "end_to_end": "end_to_end",
+    "scaling": "scaling",
+    "startup": "startup",
+}
 
 
-def as_json(benchmark: str, results: Sequence[Measured]) -> dict[str, Any]:
-    """Everything measured, with every round, in plain types."""
-    return {
-        "benchmark": benchmark,
-        "machine": machine(),
-        "software": software(results),
-        "results": [
-            {
-                "variant": measured.task.variant,
-                "batch_size": measured.task.batch_size,
-                "dtype": measured.task.dtype,
-                "device": measured.task.device,
-                "compared_with": measured.reference,
-                "sides": {side: _side(measured, side) for side in measured.sides},
-                "others_cores": measured.others,
-                "disturbed": measured.disturbed,
-                "best_timm": measured.best_timm,
-                "flax_times_as_fast": {
-                    side: spread(ratio)
-                    for side in measured.timed
-                    if side != "flax" and (ratio := measured.ratio(side)) is not None
-                },
-            }
-            for measured in results
-        ],
-    }
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the tables, draws the picture; returns the exit status: 0 done; 2 wrong flags, or files that do not do."""
+    parser = Parser(
+        prog="python -m benchmarks.report",
+        description=__doc__.split("`: ", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what --json of a benchmark wrote")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw how fast Flax is beside the best of timm")
+    args = parser.parse_args(argv)
+    contents = [_read(parser, file) for file in args.files]
+    try:
+        print("\n\n".join(tables(contents)))
+    except (AttributeError, KeyError, TypeError) as error:
+        parser.error(f"a file is not as a benchmark wrote it ({type(error).__name__}: {error})")
+    if args.plot:
+        from benchmarks.plot import draw_ratios
+
+        try:
+            draw_ratios([content for content in contents if content["benchmark"] in MODELS], args.plot)
+        except (OSError, ValueError) as error:
+            parser.error(f"--plot {args.plot}: {error}")
+    return 0
 
 
-def as_markdown(benchmark: str, results: Sequence[Measured]) -> str:
-    """A line on the machine and a table with a row per side."""
-    facts = software(results)
-    about = machine()
-    device = next((facts[name] for name in ("torch device", "jax device") if facts.get(name, "cpu") != "cpu"), None)
-    versions = ", ".join(f"{name} {facts[name]}" for name in ("jax", "torch", "timm") if name in facts)
-    threads = ", ".join(f"{name} {facts[f'{name} threads']}" for name in ("jax", "torch") if f"{name} threads" in facts)
-    lines = [
-        f"CrossViT {benchmark} on {f'{device}; ' if device else ''}{about['cpu']}, {about['usable_cores']} of "
-        f"{about['cores']} cores; {versions}; threads: {threads}",
-        "",
-        _row(_HEADER),
-        _row("---" for _ in _HEADER),
-    ]
-    lines += [_row(_cells(measured, side)) for measured in results for side in measured.sides]
-    disturbed = [measured.others for measured in results if measured.disturbed]
+def tables(contents: Iterable[Content]) -> list[str]:
+    """Markdown for each benchmark and machine, in the order of the files."""
+    groups: dict[Any, list[Content]] = {}
+    for number, content in enumerate(contents):
+        alike = (content["benchmark"], described(content)) if content["benchmark"] in MODELS else number
+        groups.setdefault(alike, []).append(content)
+    return [_table(group) for group in groups.values()]
+
+
+def _table(contents: Sequence[Content]) -> str:
+    benchmark = contents[0]["benchmark"]
+    if benchmark in MODELS:
+        return "\n".join([*table_lines(contents), *notes(contents)])
+    return importlib.import_module(f"benchmarks.{_OTHERS[benchmark]}").as_markdown(*contents)
+
+
+def _read(parser: Parser, file: Path) -> Content:
+    """Ends the program if it is no file that a benchmark wrote."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        parser.error(f"{file}: {getattr(error, 'strerror', None) or 'not JSON'}")
+    if not isinstance(content, dict) or content.get("benchmark") not in (*MODELS, *_OTHERS):
+        parser.error(f"{file}: not written by --json of {', '.join((*MODELS, *_OTHERS))}")
+    return content
+
+
+# --- inference and training ---
+
+
+def table_lines(contents: Sequence[Content]) -> list[str]:
+    """A line on what was measured where, and a table with a row per side.
+
+    Results appended to the last content append lines to these, and change none: rows can be printed as they come.
+    """
+    lines = [f"CrossViT {contents[0]['benchmark']} on {where(*contents)}"]
+    for titles, results in itertools.groupby(_results(contents), key=_titles):
+        lines += ["", _row(titles), _row("---" for _ in titles)]
+        lines += [
+            _row(_CELLS[title](result, side) for title in titles) for result in results for side in result["sides"]
+        ]
+    return lines
+
+
+def notes(contents: Sequence[Content]) -> list[str]:
+    """What has to be said under a table: what does not count, and which goals are missed."""
+    results = _results(contents)
+    lines = []
+    disturbed = [result["others_cores"] for result in results if result["disturbed"]]
     if disturbed:
         lines += [
             "",
-            f"**Not valid as a comparison**: other programs kept {max(disturbed):.1f} of {about['cores']} cores busy "
-            "meanwhile, which slows the sides unequally. Measure again on an idle machine.",
+            f"**Not valid as a comparison**: other programs kept up to {max(disturbed):.1f} of "
+            f"{contents[0]['machine']['cores']} cores busy meanwhile, which slows the sides unequally. Measure again "
+            "on an idle machine.",
         ]
-    return "\n".join(lines)
+    incomplete = [result for result in results if failed(result, "timm")]
+    if incomplete:
+        which = "; ".join(f"{_name(result)}: {', '.join(failed(result, 'timm'))} failed" for result in incomplete)
+        lines += ["", f"**Not beside timm at its best**: {which}. There the ratios are to what was left of timm."]
+    return lines + _verdict([result for result in results if counts(result)])
 
 
-def software(results: Sequence[Measured]) -> dict[str, str]:
-    """Versions, threads and devices, as the sides told them."""
-    facts: dict[str, str] = {}
-    for measured in results:
-        for times in measured.sides.values():
-            facts |= times.ready.facts if times.ready else {}
-    return facts
+def _verdict(results: Sequence[Result]) -> list[str]:
+    """Where the best of Flax reaches the goal, and where it does not."""
+    lines = []
+    for device, goal in GOALS.items():
+        ratios = {
+            _name(result): times_as_fast(result, best(result, "flax"), best(result, "timm"))["ratio"]
+            for result in results
+            if result["device"] == device and best(result, "flax") and best(result, "timm")
+        }
+        by_verdict = {
+            "missed": [f"{name} ({ratio:.3f})" for name, ratio in ratios.items() if ratio < goal],
+            "reached": [f"{name} ({ratio:.3f})" for name, ratio in ratios.items() if ratio >= goal],
+        }
+        verdicts = [f"{verdict} by {', '.join(names)}" for verdict, names in by_verdict.items() if names]
+        if verdicts:
+            lines += ["", f"The goal, {goal} times timm's best, is {'; '.join(verdicts)}."]
+    return lines
 
 
-def _side(measured: Measured, side: str) -> dict[str, Any]:
-    times = measured.sides[side]
-    known: dict[str, Any] = {"failure": times.failure}
-    if times.ready:
-        ready = times.ready
-        known |= {"load_s": ready.load_s, "first_result_s": ready.first_s, "warm_up_s": ready.warm_up_s}
-        known |= {"calls_per_round": ready.calls, "difference": times.difference, "rounds_s_per_call": times.seconds}
-        known["others_cores"] = [turn.others for turn in times.rounds]
-    if times.failure is None:
-        known |= {f"{name}_s_per_call": value for name, value in spread(times.seconds).items()}
-        known["images_per_s"] = measured.task.batch_size / times.median
-    return known
+def _results(contents: Sequence[Content]) -> list[Result]:
+    return [result for content in contents for result in content["results"]]
 
 
-def _cells(measured: Measured, side: str) -> list[str]:
-    task, times = measured.task, measured.sides[side]
-    cells = [task.variant, str(task.batch_size), task.dtype, side]
-    if times.failure is not None:
-        return [*cells, f"failed: {times.failure.replace('|', '/')}", "", "", ""]
-    milliseconds = {name: 1000 * value for name, value in spread(times.seconds).items()}
-    return [
-        *cells,
-        "{median:.2f} ({min:.2f}-{max:.2f})".format(**milliseconds),
-        f"{task.batch_size / times.median:.1f}",
-        _ratio(measured, side),
-        _difference(measured, side, times),
-    ]
+def _name(result: Result) -> str:
+    return f"{result['variant']} at batch {result['batch_size']}"
 
 
-def _ratio(measured: Measured, side: str) -> str:
-    """How many times as fast Flax is, the median over rounds and its spread."""
-    ratios = None if side == "flax" else measured.ratio(side)
-    if ratios is None:
+def _titles(result: Result) -> tuple[str, ...]:
+    """The columns of its table: some only where a side knows what belongs into them."""
+    return tuple(
+        title
+        for title, cell in _CELLS.items()
+        if title not in _WHERE_KNOWN or any(cell(result, side) for side in result["sides"])
+    )
+
+
+def _times(result: Result, side: str) -> str:
+    if side not in rounds(result):
+        return f"failed: {result['sides'][side]['failure'].replace('|', '/')}"
+    milliseconds = spread([1000 * seconds for seconds in rounds(result)[side]])
+    return "{median:.2f} ({min:.2f}-{max:.2f})".format(**milliseconds)
+
+
+def _images_per_s(result: Result, side: str) -> str:
+    times = rounds(result).get(side)
+    return f"{result['batch_size'] / spread(times)['median']:.1f}" if times else ""
+
+
+def _ratio(result: Result, side: str) -> str:
+    best_timm = best(result, "timm")
+    if best_timm is None or side not in rounds(result):
         return ""
-    best = " **← best of timm**" if side == measured.best_timm else ""
-    return "{median:.2f}x as fast ({min:.2f}-{max:.2f})".format(**spread(ratios)) + best
+    if side == best_timm:
+        return "**best of timm that ran**" if failed(result, "timm") else "**best of timm**"
+    return "{ratio:.2f} ({min:.2f}-{max:.2f})".format(**times_as_fast(result, side, best_timm))
 
 
-def _difference(measured: Measured, side: str, times: Times) -> str:
-    if side == measured.reference:
-        return "reference"
-    return "" if times.difference is None else f"{times.difference:.1e}"
+def _peak_memory(result: Result, side: str) -> str:
+    known = result["sides"][side].get("peak_bytes")
+    return "" if known is None else f"{known / 2**30:.2f}"
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+def _share_of_peak(result: Result, side: str) -> str:
+    flops, peak, times = result.get("flops_per_call"), result.get("peak_flops"), rounds(result).get(side)
+    return f"{flops / spread(times)['median'] / peak:.0%}" if flops and peak and times else ""
 
 
-def _row(cells) -> str:
+def _difference(result: Result, side: str) -> str:
+    return "reference" if side == result["compared_with"] else _exponent(result["sides"][side].get("difference"))
+
+
+def _from_float32(result: Result, side: str) -> str:
+    return _exponent(result["sides"][side].get("from_float32"))
+
+
+def _exponent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+_CELLS: dict[str, Callable[[Result, str], str]] = {
+    "variant": lambda result, side: result["variant"],
+    "batch": lambda result, side: str(result["batch_size"]),
+    "dtype": lambda result, side: result["dtype"],
+    "side": lambda result, side: side,
+    "ms per call, median (min-max)": _times,
+    "images/s": _images_per_s,
+    "times as fast as timm's best (min-max)": _ratio,
+    "peak memory, GiB": _peak_memory,
+    "of the matmul peak": _share_of_peak,
+    "difference": _difference,
+    "from float32": _from_float32,
+}
+_WHERE_KNOWN = ("peak memory, GiB", "of the matmul peak", "from float32")
+
+
+def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine()
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,12 +15,14 @@ No TPU is involved: these are estimates for comparing slices, not measurements.
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks.command import variant_name, writable_json
-from benchmarks.report import machine, write_json
+from benchmarks.command import exit_status, variant_name, writable_json
+from benchmarks.machine import about, where
+from benchmarks.record import write_json
 from convert.command_line import Parser, at_least_one
 from train.compile import Figures, compile_step
 from train.config import RECIPES, SettingsError
@@ -58,25 +60,6 @@ images/s, at least | efficiency |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Seconds of a step on a slice."""
-
-    figures: Figures
-    compute: float
-    communication: float
-
-    @property
-    def longest(self) -> float:
-        """If no communication is hidden behind computing."""
-        return self.compute + self.communication
-
-    @property
-    def shortest(self) -> float:
-        """If all of it is."""
-        return max(self.compute, self.communication)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done; 1 a step does not fit or the compiler gives no estimate; 2 wrong flags."""
     parser = Parser(
@@ -93,12 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     writable_json(parser, args.json)
     try:
-        return _run(args)
+        return exit_status(parser, lambda: _run(args))
     except SettingsError as error:
         parser.error(str(error))
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 130
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -109,7 +89,7 @@ def _run(args: argparse.Namespace) -> int:
     for topology, devices in sizes.items():
         if devices[0].device_kind not in CHIPS:
             raise SettingsError(f"--topology {topology}: no published figures of {devices[0].device_kind} here")
-    estimates: list[Estimate] = []
+    results: list[dict[str, Any]] = []
     print(_HEAD, flush=True)
     for topology, devices in sizes.items():
         config = dataclasses.replace(
@@ -120,66 +100,65 @@ def _run(args: argparse.Namespace) -> int:
             problem = figures.too_much or "the compiler gives no estimate of its cycles"
             print(f"python -m benchmarks.scaling: error: {topology}: {problem}", file=sys.stderr)
             return 1
-        estimates.append(estimate(figures))
-        print(table_row(estimates[-1], estimates[0]), flush=True)
+        results.append(estimate(figures))
+        print(_row(results[-1], results[0]), flush=True)
         if args.json:
-            write_json(args.json, as_json(estimates))
+            write_json(args.json, as_json(results))
     return 0
 
 
-def estimate(figures: Figures) -> Estimate:
-    """What the compiled program's figures come to in seconds."""
+def estimate(figures: Figures) -> dict[str, Any]:
+    """Everything known of the compiled program, in plain types, and what it comes to in seconds."""
     chip = CHIPS[figures.device_kind]
-    sent = sum(traffic.sent for traffic in figures.traffic.values())
-    return Estimate(figures, figures.cycles / chip.clock, sent / chip.ring)
+    return {
+        "variant": figures.config.variant,
+        "slice": figures.slice,
+        "devices": figures.devices,
+        "device_kind": figures.device_kind,
+        "batch_size": figures.config.batch_size,
+        "dtype": figures.config.precision,
+        "cycles": figures.cycles,
+        "flops": figures.flops,
+        "bytes_needed": figures.needed,
+        "traffic": {kind: dataclasses.asdict(traffic) for kind, traffic in figures.traffic.items()},
+        "compute_s": figures.cycles / chip.clock,
+        "communication_s": sum(traffic.sent for traffic in figures.traffic.values()) / chip.ring,
+        "compiled_in_s": figures.seconds,
+    }
 
 
-def table_row(estimate: Estimate, first: Estimate) -> str:
-    """A row under the table's head."""
+def as_json(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The method, and what `estimate` gave of each slice; the machine is the one that compiled."""
+    chips = {name: dataclasses.asdict(chip) for name, chip in CHIPS.items()}
+    return about("scaling") | {"method": __doc__, "chips": chips, "results": list(results)}
+
+
+def as_markdown(content: Mapping[str, Any]) -> str:
+    """A line on what was compiled where, and a table with a row per slice."""
+    results = content["results"]
+    first = results[0]
+    title = f"CrossViT {first['variant']}, {first['dtype']}, estimated from programs compiled on {where(content)}"
+    return "\n".join([title, "", _HEAD, *(_row(result, first) for result in results)])
+
+
+def _row(result: Mapping[str, Any], first: Mapping[str, Any]) -> str:
     from train.memory import amount
 
-    figures = estimate.figures
+    shortest = max(result["compute_s"], result["communication_s"])
+    longest = result["compute_s"] + result["communication_s"]
     cells = [
-        figures.slice,
-        str(figures.devices),
-        str(figures.config.batch_size),
-        amount(figures.needed),
-        f"{1000 * estimate.compute:.1f}",
-        amount(sum(traffic.sent for traffic in figures.traffic.values())),
-        f"{1000 * estimate.communication:.2f}",
-        f"{1000 * estimate.shortest:.1f}-{1000 * estimate.longest:.1f}",
-        f"{figures.config.batch_size / estimate.longest:,.0f}",
-        f"{first.compute / estimate.longest:.0%}",
+        result["slice"],
+        str(result["devices"]),
+        str(result["batch_size"]),
+        amount(result["bytes_needed"]),
+        f"{1000 * result['compute_s']:.1f}",
+        amount(sum(traffic["sent"] for traffic in result["traffic"].values())),
+        f"{1000 * result['communication_s']:.2f}",
+        f"{1000 * shortest:.1f}-{1000 * longest:.1f}",
+        f"{result['batch_size'] / longest:,.0f}",
+        f"{first['compute_s'] / longest:.0%}",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def as_json(estimates: Sequence[Estimate]) -> dict:
-    """Everything known, in plain types."""
-    return {
-        "benchmark": "scaling",
-        "machine": machine(),  # where it was compiled
-        "method": __doc__,
-        "chips": {name: dataclasses.asdict(chip) for name, chip in CHIPS.items()},
-        "results": [
-            {
-                "variant": estimate.figures.config.variant,
-                "slice": estimate.figures.slice,
-                "devices": estimate.figures.devices,
-                "device_kind": estimate.figures.device_kind,
-                "batch_size": estimate.figures.config.batch_size,
-                "dtype": estimate.figures.config.precision,
-                "cycles": estimate.figures.cycles,
-                "flops": estimate.figures.flops,
-                "bytes_needed": estimate.figures.needed,
-                "traffic": {kind: dataclasses.asdict(traffic) for kind, traffic in estimate.figures.traffic.items()},
-                "compute_s": estimate.compute,
-                "communication_s": estimate.communication,
-                "compiled_in_s": estimate.figures.seconds,
-            }
-            for estimate in estimates
-        ],
-    }
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
-"""timm's model and the training step of timm's train.py, eager or through `torch.compile`."""
+"""timm's model and the training step of timm's train.py: eager, compiled, and compiled with channels last."""
 
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,8 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from benchmarks.task import CHECKED_STEPS, Program, Task
+from benchmarks.peak import PRODUCT, peak_flops
+from benchmarks.task import CHECKED_STEPS, GPU_WARM_UP_S, Program, Task
 from crossvit_jax.config import TIMM_NAMES
 
 
@@ -32,71 +36,143 @@ def write_weights(variant: str, path: Path) -> None:
     save_file(tensors, path)
 
 
-def load(task: Task, *, compiled: bool) -> Program:
-    """The task's program, not compiled yet."""
-    # in float32 nothing may be rounded to TF32, which torch's default allows in convolutions
+def load(task: Task, side: str) -> Program:
+    """The task's program, not compiled yet: eager, or on the sides `timm-compile` and `timm-channels-last` compiled.
+
+    CUDA graphs (`reduce-overhead`) are no side: where batches fill a GPU, it does not wait for launches. Nor is
+    `max-autotune`: to compile takes longer than all the rest.
+    """
+    set_up()
+    layout = torch.channels_last if side == "timm-channels-last" else torch.contiguous_format
+    program = {"inference": _inference, "training": _training}[task.benchmark](task, side != "timm", layout)
+    if side == "timm":
+        program = dataclasses.replace(
+            program,
+            peak_flops=lambda: peak_flops(task.device, _multiplier(task)),
+            float32=(lambda: _float32_check(task)) if task.dtype == "bfloat16" else None,
+        )
+    if task.device == "cpu":
+        return program
+
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        program.run(1)  # takes again what `rest` has given back
+        yield
+
+    return dataclasses.replace(
+        program,
+        around=around,
+        rest=torch.cuda.empty_cache,
+        warm_up_s=GPU_WARM_UP_S,
+        peak_bytes=torch.cuda.max_memory_allocated,
+    )
+
+
+def set_up() -> None:
+    """The fastest convolutions that cuDNN has; but in float32 none that round to TF32, torch's default for them."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    return {"inference": _inference, "training": _training}[task.benchmark](task, compiled)
+    torch.backends.cudnn.benchmark = True
 
 
-def _inference(task: Task, compiled: bool) -> Program:
-    dtype, device = getattr(torch, task.dtype), _device(task)
-    model = _model(task).eval().to(device, dtype)
+def _inference(task: Task, compiled: bool, layout: torch.memory_format) -> Program:
+    dtype, device = getattr(torch, task.dtype), device_of(task)
+    model = _model(task).eval().to(device, dtype, memory_format=layout)
     forward = torch.compile(model) if compiled else model
-    images = _images(task).to(device, dtype)
+    images = _images(task, layout).to(dtype)
 
     @torch.inference_mode()
-    def check() -> np.ndarray:
-        return forward(images).float().cpu().numpy()
+    def check() -> dict[str, np.ndarray]:
+        return {"logits": forward(images).float().cpu().numpy()}
 
     @torch.inference_mode()
     def run(calls: int) -> None:
         for _ in range(calls):
             forward(images)
-            _wait(device)
+        wait(device)  # on a CPU a call returns with its result
 
-    return Program(check, run, _facts(device))
+    return Program(check, run, facts(device))
 
 
-def _training(task: Task, compiled: bool) -> Program:
-    config, device = task.recipe(), _device(task)
-    model = _model(task).train().to(device)
-    forward = torch.compile(model) if compiled else model
-    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=model.no_weight_decay())
-    optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    cross_entropy = SoftTargetCrossEntropy()
-    mix = Mixup(
-        mixup_alpha=config.mixup,
-        cutmix_alpha=config.cutmix,
-        prob=config.mix_prob,
-        switch_prob=config.cutmix_share,
-        label_smoothing=config.smoothing,
-        num_classes=model.num_classes,
-    )
-    images, labels = _images(task).to(device), torch.from_numpy(task.labels()).to(device)
+def _training(task: Task, compiled: bool, layout: torch.memory_format) -> Program:
+    training = Training(task, compiled, layout)
+    images, labels = _images(task, layout), torch.from_numpy(task.labels()).to(training.device)
 
-    def unmixed() -> tuple[Tensor, Tensor]:
-        return images, mixup_target(labels, model.num_classes, smoothing=config.smoothing)
-
-    def step(images: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=task.dtype == "bfloat16"):
-            loss = cross_entropy(forward(images), targets)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
-    def check() -> np.ndarray:
-        return np.array([step(*unmixed()).item() for _ in range(CHECKED_STEPS)])
+    def check() -> dict[str, np.ndarray]:
+        losses = [training.unmixed_step(images, labels).item() for _ in range(CHECKED_STEPS)]
+        return {"losses": np.array(losses), "gradients": training.gradient_norms()}
 
     def run(calls: int) -> None:
         for _ in range(calls):
-            # mixed in place, so the images blur from step to step; the cost is the same
-            step(*(mix(images, labels) if config.mixup else unmixed()))
-        _wait(device)
+            training.step(images, labels)  # mixed in place, so the images blur from step to step; the cost is the same
+        wait(training.device)
 
-    return Program(check, run, _facts(device))
+    return Program(check, run, facts(training.device))
+
+
+class Training:
+    """timm's model, AdamW and mixing as its train.py has them; images are (batch, channels, height, width) float32."""
+
+    def __init__(self, task: Task, compiled: bool, layout: torch.memory_format = torch.contiguous_format):
+        config, self.device = task.recipe(), device_of(task)
+        model = _model(task).train().to(self.device, memory_format=layout)
+        self._parameters = dict(model.named_parameters())
+        self._classes, self._config, self._autocast = model.num_classes, config, task.dtype == "bfloat16"
+        self._forward = torch.compile(model) if compiled else model
+        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=model.no_weight_decay())
+        self._optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        self._cross_entropy = SoftTargetCrossEntropy()
+        self._mix = Mixup(
+            mixup_alpha=config.mixup,
+            cutmix_alpha=config.cutmix,
+            prob=config.mix_prob,
+            switch_prob=config.cutmix_share,
+            label_smoothing=config.smoothing,
+            num_classes=model.num_classes,
+        )
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss of one step, perhaps not computed yet. Mixes the images in place."""
+        if not self._config.mixup:  # of odd batches
+            return self.unmixed_step(images, labels)
+        return self._step(*self._mix(images, labels))
+
+    def unmixed_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self._step(images, mixup_target(labels, self._classes, smoothing=self._config.smoothing))
+
+    def gradient_norms(self) -> np.ndarray:
+        """The norm of each parameter's first moment in AdamW, by their names in alphabetical order."""
+        moments = {name: self._optimizer.state[parameter]["exp_avg"] for name, parameter in self._parameters.items()}
+        return np.array([moments[name].norm().item() for name in sorted(moments)])
+
+    def _step(self, images: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            loss = self._cross_entropy(self._forward(images), targets)
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return loss
+
+
+def _float32_check(task: Task) -> dict[str, np.ndarray] | None:
+    """What `check` gives of the same task in float32; None where there is no memory left for that."""
+    try:
+        return load(dataclasses.replace(task, dtype="float32"), "timm").check()
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _multiplier(task: Task) -> Callable[[int], None]:
+    """See `peak_flops`."""
+    rows, device = PRODUCT[task.device], device_of(task)
+    a, b = torch.randn(2, rows, rows, dtype=getattr(torch, task.dtype), device=device)
+
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            torch.mm(a, b)
+        wait(device)
+
+    return run
 
 
 def _model(task: Task) -> nn.Module:
@@ -106,23 +182,24 @@ def _model(task: Task) -> nn.Module:
     return model
 
 
-def _images(task: Task) -> Tensor:
-    return torch.from_numpy(task.images()).permute(0, 3, 1, 2).contiguous()
+def _images(task: Task, layout: torch.memory_format) -> Tensor:
+    channels_first = torch.from_numpy(task.images()).permute(0, 3, 1, 2)
+    return channels_first.to(device_of(task)).contiguous(memory_format=layout)
 
 
-def _device(task: Task) -> torch.device:
+def device_of(task: Task) -> torch.device:
     return torch.device("cuda" if task.device == "gpu" else "cpu")
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _facts(device: torch.device) -> dict[str, str]:
-    return {
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "torch threads": str(torch.get_num_threads()),
-        "torch device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
+def facts(device: torch.device) -> dict[str, str]:
+    """Versions and threads."""
+    told = {"torch": torch.__version__, "timm": timm.__version__, "torch threads": str(torch.get_num_threads())}
+    if device.type == "cpu":
+        return told | {"torch device": "cpu"}
+    libraries = {"CUDA of torch": torch.version.cuda, "cuDNN of torch": str(torch.backends.cudnn.version())}
+    return told | libraries | {"torch device": torch.cuda.get_device_name(device)}

@@ -4,18 +4,23 @@ Two frameworks in one process fight for the cores. In processes of their own the
 next order sleeps, and so do its thread pools.
 """
 
+import contextlib
+import dataclasses
 import functools
+import gc
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from benchmarks.cpu_time import busy_seconds, own_seconds
 from benchmarks.task import Program, Task
 
 ROUND_SECONDS = 1.0  # a round takes as many calls as fill this time, at least one
-_WARM_UP_SECONDS = 3.0  # by then a process has the memory that it needs
+PATIENCE = 900.0  # seconds: a side that takes longer for an answer hangs
 
 
 class SideFailed(RuntimeError):
@@ -38,8 +43,12 @@ class Ready:
     facts: dict[str, str]  # see `Program.facts`
     calls: int  # in a round
     load_s: float  # imports, weights
-    first_s: float  # compilation, and the calls behind `check`
-    warm_up_s: float  # the calls after that, and compilation of what they need besides
+    first_s: float  # compilation, and the first calls
+    warm_up_s: float  # the calls after that
+    peak_bytes: int | None = None  # the most device memory that was in use until then; None on a CPU
+    flops_per_call: int | None = None  # of the model; where the side can tell, as the two below
+    peak_flops: float | None = None  # of the device, per second
+    float32: Any = None  # what `check` would be in float32
 
 
 @dataclass(frozen=True)
@@ -53,23 +62,45 @@ class Round:
 class Worker:
     """The parent's handle on a side. Use it in a `with`: leaving it ends the process."""
 
-    def __init__(self, side: str, task: Task, environment: dict[str, str]):
+    def __init__(
+        self,
+        side: str,
+        task: Task,
+        environment: dict[str, str],
+        *,
+        work: Callable[[str, Task, Connection], None] | None = None,
+        patience: float = PATIENCE,
+    ):
+        """Starts the process.
+
+        Args:
+            environment: variables that it gets besides those of this process.
+            work: what it does instead of waiting for turns.
+            patience: seconds that it has for each answer.
+        """
+        self._patience = patience
         context = multiprocessing.get_context("spawn")  # a fork would inherit threads and devices
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(side, task, environment, theirs), daemon=True)
+        # no daemon, which may not have children: an input pipeline's workers
+        self._process = context.Process(target=_serve, args=(work or _take_turns, side, task, environment, theirs))
         self._process.start()
         theirs.close()  # so that the pipe ends when the process does
 
     @functools.cached_property
-    def ready(self) -> Ready:
-        """Waits until the side is loaded, compiled and warm. Raises SideFailed."""
+    def loaded(self) -> Any:
+        """Waits until the side is loaded and compiled: the first answer of its process. Raises SideFailed."""
         return self._receive()
+
+    @functools.cached_property
+    def ready(self) -> Ready:
+        """Waits until the side is loaded, compiled and warm; nothing else should compute then. Raises SideFailed."""
+        _ = self.loaded
+        return self._ask("warm up")
 
     def round(self) -> Round:
         """Times one round; waits for `ready` first. Raises SideFailed."""
         _ = self.ready
-        self._pipe.send("round")
-        return self._receive()
+        return self._ask("round")
 
     def __enter__(self) -> "Worker":
         return self
@@ -81,7 +112,15 @@ class Worker:
             self._process.kill()
             self._process.join()
 
-    def _receive(self):
+    def _ask(self, order: str) -> Any:
+        with contextlib.suppress(BrokenPipeError):  # it has died, and how is found next
+            self._pipe.send(order)
+        return self._receive()
+
+    def _receive(self) -> Any:
+        if not self._pipe.poll(self._patience):
+            self._process.kill()  # so that it keeps nothing from the others
+            raise SideFailed(f"no answer within {self._patience:g} s")
         try:
             answer = self._pipe.recv()
         except (EOFError, ConnectionResetError):
@@ -95,50 +134,94 @@ class Worker:
         return answer
 
 
-def _serve(side: str, task: Task, environment: dict[str, str], pipe: Connection) -> None:
+def largest_batch(side: str, task: Task, environment: dict[str, str], *, at_most: int, patience: float) -> int:
+    """The last of task.batch_size, twice that, … that the side can run, alone on the device: all in one process.
+
+    Raises SideFailed if it cannot run the task itself.
+    """
+    search = functools.partial(_search, at_most=at_most)
+    with Worker(side, task, environment, work=search, patience=patience) as worker:
+        return worker.loaded
+
+
+def _serve(
+    work: Callable[[str, Task, Connection], None],
+    side: str,
+    task: Task,
+    environment: dict[str, str],
+    pipe: Connection,
+) -> None:
     os.environ.update(environment)  # before the framework is imported
     try:
-        ready, program = _prepare(side, task)
-        pipe.send(ready)
-        while pipe.recv() == "round":
-            pipe.send(_round(program, ready.calls))
+        work(side, task, pipe)
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         pass  # the parent has left
     except Exception as error:
         pipe.send(_failure(error))
 
 
-def _prepare(side: str, task: Task) -> tuple[Ready, Program]:
+def _take_turns(side: str, task: Task, pipe: Connection) -> None:
     start = time.perf_counter()
-    program = task.load(side)
-    loaded = time.perf_counter()
-    check = program.check()
-    first = time.perf_counter()
-    program.run(1)  # a training step compiles here
-    call, end = _time(program, 1), time.perf_counter() + _WARM_UP_SECONDS
+    with contextlib.closing(task.load(side)) as program:
+        loaded = time.perf_counter()
+        check = program.check()
+        program.run(1)  # compiles what `check` did not need
+        first = time.perf_counter()
+        flops = program.flops and program.flops()
+        program.rest()
+        pipe.send("loaded")
+        pipe.recv()
+        ready = _warm_up(program, Ready(check, program.facts, 1, loaded - start, first - loaded, 0.0))
+        pipe.send(dataclasses.replace(ready, flops_per_call=flops))
+        while pipe.recv() == "round":
+            pipe.send(_round(program, ready.calls))
+
+
+def _warm_up(program: Program, ready: Ready) -> Ready:
+    start = time.perf_counter()
+    call, end = _time(program, 1), start + program.warm_up_s
     while time.perf_counter() < end:
         call = min(call, _time(program, 1))
-    warm = time.perf_counter()
-    calls = max(1, round(ROUND_SECONDS / call))
-    return Ready(check, program.facts, calls, loaded - start, first - loaded, warm - first), program
+    ready = dataclasses.replace(
+        ready,
+        calls=max(1, round(ROUND_SECONDS / call)),
+        warm_up_s=time.perf_counter() - start,
+        peak_bytes=program.peak_bytes(),  # before what follows takes memory
+        peak_flops=program.peak_flops and program.peak_flops(),
+        float32=program.float32 and program.float32(),
+    )
+    program.rest()
+    return ready
+
+
+def _search(side: str, task: Task, pipe: Connection, *, at_most: int) -> None:
+    fits = None
+    while fits is None or 2 * fits <= at_most:
+        batch_size = 2 * fits if fits else task.batch_size
+        try:
+            program = dataclasses.replace(task, batch_size=batch_size).load(side)
+            program.check()
+            program.run(1)
+        except Exception:
+            # memory that is too small has many faces: a failed launch, an index that is too large
+            if fits is None:
+                raise
+            break
+        fits = batch_size
+        program.rest()
+        del program  # before the next one takes its memory
+        gc.collect()
+    pipe.send(fits)
 
 
 def _round(program: Program, calls: int) -> Round:
-    busy, own = _busy_seconds(), time.process_time()
-    seconds = _time(program, calls)
-    own = time.process_time() - own
-    others = None if busy is None else max(0.0, (_busy_seconds() - busy - own) / seconds)
+    with program.around():
+        busy, own = busy_seconds(), own_seconds()
+        seconds = _time(program, calls)
+        own = own_seconds() - own
+        others = None if busy is None else max(0.0, (busy_seconds() - busy - own) / seconds)
+    program.rest()
     return Round(seconds / calls, others)
-
-
-def _busy_seconds() -> float | None:
-    """Seconds that all cores together have worked since the start, for anyone: other virtual machines included."""
-    try:
-        with open("/proc/stat") as file:
-            user, nice, system, _idle, _iowait, irq, softirq, steal, *_ = map(int, file.readline().split()[1:])
-    except OSError:  # not Linux
-        return None
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def _time(program: Program, calls: int) -> float:

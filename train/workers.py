@@ -62,7 +62,7 @@ def _signals_held() -> Iterator[None]:
 
 
 @atexit.register
-def _give_back_memory() -> None:
+def give_back_memory() -> None:
     """Waits until Grain, in a thread of its own, has given back the shared memory in which batches came.
 
     Otherwise Python does it when the program ends, and warns of a leak.

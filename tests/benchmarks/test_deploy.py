@@ -12,7 +12,7 @@ from benchmarks import measure
 from benchmarks.deploy import main
 from benchmarks.deploy_forms import FLOAT_FILE, REFERENCE
 from benchmarks.deploy_measure import BATCHES, measure_forms
-from benchmarks.deploy_report import Deployed, as_json, as_markdown
+from benchmarks.deploy_report import Deployed, as_json, as_markdown, failures
 from benchmarks.deploy_runs import Run, evenly, open_model, open_run, pair
 from benchmarks.deploy_task import DeployTask, Form
 from benchmarks.worker import Ready, Round, SideFailed
@@ -58,7 +58,7 @@ def _run_folder(folder, weights, **settings):
 class _HereWorker:
     """A side in this process: loads and checks as a worker does, and times nothing."""
 
-    def __init__(self, side, task, environment):
+    def __init__(self, side, task, environment, *, patience):
         self.side, self.task = side, task
 
     def __enter__(self):
@@ -227,12 +227,13 @@ def _deployed(scripted, weights, pictures, right, **answers):
 
 def test_the_table_has_size_ratios_and_points(scripted, weights, pictures):
     result = _deployed(scripted, weights, pictures, {REFERENCE: 16, "half": 17, "int8": 14}, int8=0.05)
-    rows = {cells[1]: cells[2:-1] for cells in _cells(as_markdown([result]))}
+    content = json.loads(json.dumps(as_json([result])))
+    rows = {cells[1]: cells[2:-1] for cells in _cells(as_markdown(content))}
     assert rows[REFERENCE] == ["4.0", "", "500.00", "", "16.0", "", "80.00", "", "0.0e+00 of the largest logit"]
     assert rows["half"][:8] == ["2.0", "", "250.00", "2.00 (2.00-2.00)", "32.0", "2.00 (2.00-2.00)", "85.00", "+5.00"]
     assert rows["int8"][7] == "-10.00" and rows["int8"][8].endswith("of the logits' spread")
     assert rows["int8 of qat"][0] == "1.0 in memory"
-    told = json.loads(json.dumps(as_json([result])))["results"][0]
+    (told,) = content["results"]
     assert told["forms"]["half"]["batches"]["8"]["times_as_fast_as_torch"] == {"median": 2, "min": 2, "max": 2}
     assert (told["held_out_images"], told["images"], told["unreadable_images"]) == (9, 20, 1)
 
@@ -247,10 +248,11 @@ def test_sizes_are_shares_of_the_float_onnx_file(scripted, weights, pictures):
 
 def test_a_failure_is_a_row_and_told_below(scripted, weights, pictures):
     result = _deployed(scripted, weights, pictures, {REFERENCE: 16}, half=SideFailed("no such | operator"))
-    rows = {cells[1]: cells[2:-1] for cells in _cells(as_markdown([result]))}
+    content = as_json([result])
+    rows = {cells[1]: cells[2:-1] for cells in _cells(as_markdown(content))}
     assert rows["half"] == ["2.0", "", "failed", "", "failed", "", "", "", ""]
-    assert "half at batch 8: no such | operator" in as_markdown([result])
-    assert len(result.failures) == 2
+    assert "half at batch 8: no such | operator" in as_markdown(content)
+    assert len(failures(content["results"][0])) == 2
 
 
 def _cells(table):

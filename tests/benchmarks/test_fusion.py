@@ -1,5 +1,7 @@
 """The table of what ONNX Runtime and XLA fuse: it counts nodes and kernels as the runtimes have them."""
 
+import importlib.util
+
 import jax
 import pytest
 from flax import nnx
@@ -56,3 +58,11 @@ def test_an_unknown_variant_is_told_in_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--variant", "resnet"])
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_without_the_packages_for_onnx_nothing_is_counted_and_one_line_says_which(monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else found(name))
+    assert main([]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "need onnxruntime: pip install 'crossvit-jax[onnx]'" in line

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from benchmarks import scaling
-from benchmarks.scaling import CHIPS, Chip, as_json, estimate, main, table_row
+from benchmarks.scaling import CHIPS, Chip, as_json, as_markdown, estimate, main
 from train.communication import Traffic
 from train.compile import Figures
 from train.config import RECIPES
@@ -33,29 +33,35 @@ def test_a_chips_clock_is_the_one_at_which_its_matrix_units_reach_the_published_
     assert chip.ring == 100e9
 
 
+def _cells(*results) -> list[str]:
+    """Of the table's last row."""
+    table = as_markdown(as_json(results)).splitlines()
+    assert {line.count("|") for line in table[2:]} == {table[-1].count("|")}
+    return [cell.strip() for cell in table[-1].strip("|").split("|")]
+
+
 def test_a_step_lies_between_hiding_all_communication_and_hiding_none():
     found = estimate(_figures())
-    assert found.compute == pytest.approx(15_000_000 / CHIPS["TPU v5 lite"].clock)
-    assert found.communication == pytest.approx(2e8 / 100e9)
-    assert found.shortest == pytest.approx(found.compute)
-    assert found.longest == pytest.approx(found.compute + 0.002)
-    slow = estimate(_figures(cycles=1))
-    assert slow.shortest == slow.communication > slow.compute
+    assert found["compute_s"] == pytest.approx(15_000_000 / CHIPS["TPU v5 lite"].clock)
+    assert found["communication_s"] == pytest.approx(2e8 / 100e9)
+    shortest, longest = (float(part) for part in _cells(found)[-3].split("-"))
+    assert shortest == pytest.approx(1000 * found["compute_s"], abs=0.05)
+    assert longest == pytest.approx(1000 * found["compute_s"] + 2, abs=0.05)
+    assert _cells(estimate(_figures(cycles=1)))[-3] == "2.0-2.0"
 
 
 def test_efficiency_is_measured_against_the_first_slice():
     first = estimate(_figures(slice="v5e:1x1", devices=1, traffic={}))
-    cells = [cell.strip() for cell in table_row(estimate(_figures()), first).strip("|").split("|")]
-    assert len(cells) == scaling._HEAD.splitlines()[0].count("|") - 1
+    cells = _cells(first, estimate(_figures()))
     assert cells[:3] == ["v5e:2x2", "4", "256"]
-    assert cells[-1] == f"{first.compute / (first.compute + 0.002):.0%}"
-    assert float(cells[-2].replace(",", "")) == pytest.approx(256 / (first.compute + 0.002), abs=0.5)
+    assert cells[-1] == f"{first['compute_s'] / (first['compute_s'] + 0.002):.0%}"
+    assert float(cells[-2].replace(",", "")) == pytest.approx(256 / (first["compute_s"] + 0.002), abs=0.5)
 
 
-def test_the_json_says_how_it_was_estimated_and_holds_every_figure():
+def test_the_json_says_how_it_was_estimated_with_which_versions_and_holds_every_figure():
     told = json.loads(json.dumps(as_json([estimate(_figures())])))
     assert "No TPU is involved" in told["method"]
-    assert told["machine"]["cpu"]
+    assert told["machine"]["cpu"] and told["software"]["jax"]
     (row,) = told["results"]
     assert (row["devices"], row["batch_size"], row["cycles"]) == (4, 256, 15_000_000)
     assert row["traffic"]["all-reduce"]["volume"] == 10**8

@@ -1,0 +1,147 @@
+"""The command `python -m benchmarks.end_to_end`: training fed from JPEG files on a disk, Flax against timm.
+
+Each pipeline is timed beside its own step alone: Flax's step with the trainer's pipeline, which augments on the device
+(flax-device) or in the workers (flax-host), and timm's with timm's loader (timm-loader). All have the paper's recipe:
+crop, flip, RandAugment, erasing, Mixup and CutMix. The steps alone are sides of the training benchmark, whose
+batch lies on the device.
+
+A round begins with empty queues, see `benchmarks.steady_state`, and is of at least four batches from each worker, so
+that what was read ahead flatters nobody.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.command import exit_status, pick_device, variant_name, workers_environment, writable_json
+from benchmarks.end_to_end_report import as_json, as_markdown, notes, table_lines
+from benchmarks.end_to_end_task import FLAX_FED, FLAX_STEPS, TIMM_FED, TIMM_STEPS, EndToEndTask, write_photographs
+from benchmarks.measure import GPU_PATIENCE, Measured, SidesDisagree, Times, not_failed, require_agreement, take_turns
+from benchmarks.record import write_json
+from benchmarks.task import Task, usable_cores
+from benchmarks.worker import PATIENCE, SideFailed
+from convert.command_line import Parser, at_least_one
+
+__all__ = ["as_markdown", "main"]  # the first for `benchmarks.report`
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit status: 0 done; 1 the sides disagree or one failed; 2 wrong flags."""
+    parser = Parser(
+        prog="python -m benchmarks.end_to_end",
+        description="Time training with its input pipeline, JPEG files to updated weights: Flax against timm.",
+    )
+    parser.add_argument("--variants", nargs="+", type=variant_name, default=["ti"], metavar="NAME", help="default: ti")
+    parser.add_argument("--batch-size", type=at_least_one, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu where torch and jax can use one")
+    parser.add_argument(
+        "--augment-on",
+        nargs="+",
+        choices=tuple(FLAX_FED.values()),
+        default=list(FLAX_FED.values()),
+        help="of Flax's pipeline; default: both, each a side",
+    )
+    parser.add_argument("--flax-step", choices=FLAX_STEPS, default=FLAX_STEPS[0], help=f"default: {FLAX_STEPS[0]}")
+    parser.add_argument("--timm-step", choices=TIMM_STEPS, default=TIMM_STEPS[0], help=f"default: {TIMM_STEPS[0]}")
+    parser.add_argument(
+        "--workers",
+        type=at_least_one,
+        default=usable_cores(),
+        metavar="N",
+        help=f"processes of each pipeline; default: one for each core, here {usable_cores()}",
+    )
+    parser.add_argument(
+        "--images", type=at_least_one, default=20_000, metavar="N", help="JPEG files in an epoch; default: 20000"
+    )
+    parser.add_argument("--repeats", type=at_least_one, default=5, metavar="N", help="rounds; default: 5")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
+    args = parser.parse_args(argv)
+    if args.images < args.batch_size:
+        parser.error(f"--images {args.images} do not fill a batch of {args.batch_size}")
+    writable_json(parser, args.json)
+    device = pick_device(parser, args)
+    if args.flax_step == "flax-cudnn" and (device, args.dtype) != ("gpu", "bfloat16"):
+        parser.error(f"--flax-step flax-cudnn needs a GPU and --dtype bfloat16; this is {device}, {args.dtype}")
+    return exit_status(parser, lambda: _run(args, device))
+
+
+def _run(args: argparse.Namespace, device: str) -> int:
+    from benchmarks.timm_side import write_weights
+
+    results: list[tuple[EndToEndTask, dict[str, Times]]] = []
+    printed = 0
+    with tempfile.TemporaryDirectory(prefix="crossvit-benchmark-") as name:
+        folder = Path(name)
+        try:
+            write_photographs(folder, args.images)
+        except ImportError as error:  # a machine that was set up for models alone
+            raise SideFailed(f"no photographs: {error}") from None
+        environment = workers_environment(device, folder, one_at_a_time=False)
+        for variant in args.variants:
+            weights = folder / f"{variant}.safetensors"
+            write_weights(variant, weights)
+            step = Task(
+                benchmark="training",
+                variant=variant,
+                batch_size=args.batch_size,
+                dtype=args.dtype,
+                device=device,
+                weights=str(weights),
+            )
+            task = EndToEndTask(step=step, flax=args.flax_step, timm=args.timm_step, folder=name, workers=args.workers)
+            _say(f"CrossViT {variant}, end to end, {args.dtype}, {device}")
+            fed = [side for side, place in FLAX_FED.items() if place in args.augment_on]
+            sides = [task.flax, *fed, task.timm, TIMM_FED]
+            results.append((task, measure(task, sides, rounds=args.repeats, environment=environment)))
+            # after each variant, so that an interruption costs one
+            content = as_json(results, images=args.images)
+            lines = table_lines(content)
+            print("\n".join(lines[printed:]), flush=True)
+            printed = len(lines)
+            if args.json:
+                write_json(args.json, content)
+    for line in notes(content):
+        print(line)
+    return 1 if any(times.failure for _, sides in results for times in sides.values()) else 0
+
+
+def measure(task: EndToEndTask, sides: Sequence[str], *, rounds: int, environment: dict[str, str]) -> dict[str, Times]:
+    """Times the sides in turn, as `take_turns` does. Raises SidesDisagree as `require_comparable` does."""
+    times = {side: Times() for side in sides}
+    on_gpu = task.step.device == "gpu"
+    take_turns(
+        task,
+        times,
+        compare=lambda: require_comparable(task, times),
+        rounds=rounds,
+        together=on_gpu,
+        patience=GPU_PATIENCE if on_gpu else PATIENCE,
+        environment=environment,
+        say=_say,
+    )
+    return times
+
+
+def require_comparable(task: EndToEndTask, sides: Mapping[str, Times]) -> None:
+    """What can be checked before anything is timed.
+
+    Raises SidesDisagree if the steps compute something else, as in the training benchmark, or if a pipeline delivers
+    something else than photographs as the model wants them.
+    """
+    alone = {side: sides[side] for side in (task.flax, task.timm)}
+    require_agreement(Measured(task.step, task.timm, alone))
+    for side, times in not_failed(sides).items():
+        problem = None if side in alone else times.ready.check.problem(task)
+        if problem:
+            raise SidesDisagree(f"{side}: {problem}: nothing is timed")
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""How the benchmark commands end: rows as they come, one line for what went wrong, statuses as documented."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import command
+from benchmarks.command import exit_status, main, workers_environment
+from benchmarks.measure import Measured, SidesDisagree, Times
+from benchmarks.worker import Ready, Round, SideFailed
+from convert.command_line import Parser
+from convert.errors import ConversionError
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (SideFailed("no compiler"), 1, "x: error: no compiler"),
+        (SidesDisagree("far apart"), 1, "x: error: far apart"),
+        (OSError(28, "No space left on device", "x.json"), 1, "No space left on device: 'x.json'"),
+        (ConversionError("no onnx"), 2, "x: error: no onnx"),
+        (KeyboardInterrupt(), 130, "x: interrupted"),
+    ],
+)
+def test_what_stops_a_benchmark_is_one_line_and_a_status(error, status, line, capsys):
+    def run():
+        raise error
+
+    assert exit_status(Parser(prog="x"), run) == status
+    told = capsys.readouterr().err
+    assert line in told and told.count("\n") == 1
+
+
+def test_sigterm_ends_a_benchmark_with_a_line_and_without_its_folder(tmp_path):
+    program = """
+import sys, tempfile, time
+from benchmarks.command import exit_status
+from convert.command_line import Parser
+def run():
+    with tempfile.TemporaryDirectory():
+        print("running", flush=True)
+        time.sleep(99)
+sys.exit(exit_status(Parser(prog="x"), run))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "running\n"
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (143, "x: terminated\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main("inference", ["--device", "cpu", "--json", "/proc/x.json"])
+    assert "--json /proc/x.json: No such file" in capsys.readouterr().err
+
+
+def test_cudnns_attention_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main("inference", ["--device", "cpu", "--sides", "flax-cudnn", "timm"])
+    assert "--sides flax-cudnn needs a GPU and --dtype bfloat16; this is cpu, float32" in capsys.readouterr().err
+
+
+def test_a_cache_of_compiled_programs_that_was_asked_for_is_used(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    own = workers_environment("gpu", tmp_path, one_at_a_time=False)
+    assert own["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "compiled")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/shared")
+    assert workers_environment("cpu", tmp_path, one_at_a_time=False)["JAX_COMPILATION_CACHE_DIR"] == "/shared"
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What `measure` gives, or raises, by variant."""
+    answers = {}
+
+    def fake(task, sides, **_):
+        answer = answers.get(task.variant, {side: _times() for side in sides})
+        if isinstance(answer, Exception):
+            raise answer
+        return Measured(task, "timm", answer)
+
+    monkeypatch.setattr(command, "measure", fake)
+    monkeypatch.setattr("benchmarks.timm_side.write_weights", lambda *_: None)
+    return answers
+
+
+def _times(failure: str | None = None) -> Times:
+    return Times(Ready(np.ones(2), {}, 5, 1.0, 2.0, 3.0), [Round(1.0, 0.0)], 0.0, failure)
+
+
+def test_what_was_measured_before_a_failure_is_printed_and_written(measured, tmp_path, capsys):
+    measured["s"] = SideFailed("no memory")
+    file = tmp_path / "x.json"
+    assert main("training", ["--device", "cpu", "--variants", "ti", "s", "--json", str(file)]) == 1
+    out, error = capsys.readouterr()
+    assert out.count("| ti |") == 3 and "The goal" in out
+    assert error.splitlines()[-1] == "python -m benchmarks.training: error: no memory"
+    assert [result["variant"] for result in json.loads(file.read_text())["results"]] == ["ti"]
+
+
+def test_rows_of_several_variants_share_a_head(measured, capsys):
+    assert main("inference", ["--device", "cpu", "--variants", "ti", "s"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith("| variant")]) == 1
+    assert len([line for line in lines if line.startswith(("| ti", "| s"))]) == 6
+
+
+def test_a_failed_side_of_timms_is_a_row_a_note_and_status_1(measured, capsys):
+    measured["ti"] = {"flax": _times(), "timm": _times(), "timm-compile": _times("out of memory")}
+    assert main("inference", ["--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "failed: out of memory" in out and "Not beside timm at its best" in out
+    assert "The goal" not in out

@@ -1,0 +1,197 @@
+"""The end-to-end benchmark: what it refuses, what it takes for photographs, how rounds begin and end, a small run."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from benchmarks import cpu_time, steady_state
+from benchmarks.end_to_end import as_markdown, main, require_comparable
+from benchmarks.end_to_end_report import as_json
+from benchmarks.end_to_end_task import CLASSES, Delivered, EndToEndTask, write_photographs
+from benchmarks.measure import SidesDisagree, Times
+from benchmarks.task import Task
+from benchmarks.worker import Ready, Round
+from tests.command_line import refusal
+from tests.train.runner import QUICK_COMPILATION
+from train.sources import open_image_sets
+
+
+def _task(**changes) -> EndToEndTask:
+    step = Task(benchmark="training", variant="ti", batch_size=4, dtype="float32", device="cpu", weights="none")
+    return EndToEndTask(**{"step": step, "folder": "none", "workers": 3} | changes)
+
+
+def _photographs(task) -> tuple[np.ndarray, np.ndarray]:
+    """A batch as it should be."""
+    shape = (task.step.batch_size, *task.image_size, 3)
+    return np.random.default_rng(0).uniform(-2.0, 2.5, shape).astype(np.float32), np.array([0, 3, 9, 3])
+
+
+def _times(*seconds: float, check=None, failure=None) -> Times:
+    return Times(Ready(check, {"jax": "1"}, 1, 1.0, 2.0, 3.0), [Round(s, 0.0) for s in seconds], failure=failure)
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--repeats 0", "--repeats"),
+        ("--workers 0", "--workers"),
+        ("--augment-on nowhere", "--augment-on"),
+        ("--variants resnet", "unknown CrossViT variant"),
+        ("--images 7 --batch-size 8", "--images 7 do not fill a batch of 8"),
+        ("--device cpu --flax-step flax-cudnn", "needs a GPU"),
+        ("--json /no/such/folder/x.json", "existing folder"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_status_2(flags, says, capsys):
+    assert says in refusal(capsys, "python -m benchmarks.end_to_end", main, *flags.split())
+
+
+def test_photographs_as_the_model_wants_them_are_accepted():
+    task = _task()
+    images, labels = _photographs(task)
+    images[0, :60, :60] = np.random.default_rng(1).normal(size=(60, 60, 3))  # erased
+    assert Delivered.of(images, labels).problem(task) is None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda images: images[:, :-1], "not float32 of"),
+        (lambda images: images.astype(np.float64), "batches are float64"),
+        (lambda images: (images + 2) / 4.5, "no photographs"),  # from 0 to 1: not normalised
+        (lambda images: images * 50, "no photographs"),  # from 0 to 255
+        (lambda images: images * np.nan, "no photographs"),
+    ],
+)
+def test_a_pipeline_that_delivers_anything_else_is_told(spoil, says):
+    task = _task()
+    images, labels = _photographs(task)
+    assert says in Delivered.of(spoil(images), labels).problem(task)
+    assert "labels" in Delivered.of(images, labels + CLASSES).problem(task)
+
+
+def test_nothing_is_timed_where_steps_or_pictures_are_wrong():
+    task = _task()
+    good = Delivered.of(*_photographs(task))
+
+    def sides(loss=7.0, fed=good):
+        steps = {side: {"losses": np.array([7.0, own])} for side, own in (("flax", loss), ("timm", 7.0))}
+        fed = {"flax-device": fed, "timm-loader": good}
+        return {side: _times(check=check) for side, check in (steps | fed).items()}
+
+    require_comparable(task, sides())
+    with pytest.raises(SidesDisagree, match="flax's losses differ from timm's"):
+        require_comparable(task, sides(loss=7.1))
+    with pytest.raises(SidesDisagree, match="flax-device: batches are uint8"):
+        require_comparable(task, sides(fed=dataclasses.replace(good, dtype="uint8")))
+
+
+# --- rounds ---
+
+
+def test_a_round_begins_with_empty_queues():
+    happened = []
+    take, train = lambda: happened.append("take"), lambda steps: happened.append(f"train {steps}")
+    with steady_state.steady_state(take, train, ahead=3, workers=2):
+        happened.append("round")
+    assert happened == ["take", "take", "take", "train 2", "round"]
+
+
+def test_the_next_turn_begins_when_the_workers_rest(monkeypatch):
+    worked = iter([0.0, 0.4, 0.8, 0.81, 2.0])
+    monkeypatch.setattr(steady_state, "children_seconds", lambda: next(worked))
+    monkeypatch.setattr(steady_state.time, "sleep", lambda seconds: None)
+    steady_state.wait_for_rest()
+    assert list(worked) == [2.0]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs Linux's /proc")
+def test_what_children_work_counts_as_the_sides_own():
+    before = cpu_time.own_seconds()
+    child = multiprocessing.get_context("spawn").Process(target=_work)
+    child.start()
+    try:
+        end = time.monotonic() + 60
+        while cpu_time.children_seconds() < 0.1 and time.monotonic() < end:
+            time.sleep(0.05)
+        assert cpu_time.children_seconds() >= 0.1
+        assert cpu_time.own_seconds() >= before + 0.1
+    finally:
+        child.kill()
+        child.join()
+    assert cpu_time.children_seconds() == 0
+
+
+def _work():
+    while True:
+        pass
+
+
+# --- photographs and tables ---
+
+
+def test_the_photographs_are_a_data_set_of_the_trainer(tmp_path):
+    write_photographs(tmp_path, 12)
+    sets = open_image_sets(_task(folder=str(tmp_path)).recipe("device"))
+    assert len(sets.train) == 12 and len(sets.class_names) == CLASSES
+    assert sets.train[0]["image"].startswith(b"\xff\xd8")
+
+
+def test_shares_are_of_the_sides_own_step_and_ratios_of_what_is_fed_alike():
+    sides = {"flax": _times(1.0, 1.2, 1.1), "flax-device": _times(1.25, 1.5, 1.375)}
+    sides |= {"timm": _times(2.2, 2.2, 2.2), "timm-loader": _times(5.5, 5.5, 5.5)}
+    content = json.loads(json.dumps(as_json([(_task(), sides)], images=64)))
+    rows = {cells[4]: cells[5:-1] for cells in _rows(as_markdown(content))}
+    assert rows == {
+        "flax": ["43.6 (40.0-48.0)", "", "2.00 (1.83-2.20)"],  # 12 steps of 4 images
+        "flax-device": ["34.9 (32.0-38.4)", "80 % (80-80)", "4.00 (3.67-4.40)"],
+        "timm": ["21.8 (21.8-21.8)", "", ""],
+        "timm-loader": ["8.7 (8.7-8.7)", "40 % (40-40)", ""],
+    }
+
+
+def test_a_side_that_failed_is_a_row_that_says_why():
+    sides = {"flax": _times(1.0), "flax-device": _times(failure="no | grain")}
+    sides |= {"timm": _times(2.0), "timm-loader": _times(3.0)}
+    rows = {cells[4]: cells[5:-1] for cells in _rows(as_markdown(as_json([(_task(), sides)], images=64)))}
+    assert rows["flax-device"] == ["failed: no / grain", "", ""]
+    assert rows["flax"][2] == "2.00 (2.00-2.00)"
+
+
+def _rows(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")] for line in table.splitlines() if line.startswith("| ti |")]
+
+
+# --- a whole run ---
+
+
+@pytest.mark.slow
+def test_a_small_run(tmp_path):
+    """Every process is a real one; nothing is left behind, neither processes nor shared memory."""
+    path = tmp_path / "result.json"
+    flags = "--device cpu --batch-size 2 --images 16 --workers 1 --augment-on device --repeats 1 --json"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.small_end_to_end", *flags.split(), str(path)],
+        env=os.environ | {"XLA_FLAGS": QUICK_COMPILATION},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "leaked" not in done.stderr and "Traceback" not in done.stderr
+    written = json.loads(path.read_text())
+    assert written["benchmark"] == "end_to_end" and (written["images"], written["workers"]) == (16, 1)
+    (result,) = written["results"]
+    assert list(result["sides"]) == ["flax", "flax-device", "timm", "timm-loader"]
+    assert all(side["failure"] is None and len(side["rounds_s_per_call"]) == 1 for side in result["sides"].values())
+    assert len(_rows(done.stdout)) == 4 and done.stdout.strip() == as_markdown(written).strip()
