@@ -61,11 +61,9 @@ def timm(task: DataTask) -> Program:
 
 def ours(task: DataTask, *, augment_on: str) -> Program:
     """What a worker of ours does to a batch."""
-    from train.transforms import one_torch_thread, train_transform
+    from train.transforms import train_transform
 
     config, samples = task.recipe(augment_on), task.samples()
-    if augment_on == "host":
-        one_torch_thread()
     transform = train_transform(config, config.model_config(1000))
     rng = np.random.default_rng(0)
 

@@ -17,7 +17,7 @@ from train.metrics import NoLog
 from train.prefetch import device_batches
 from train.progress import Progress
 from train.sources import open_image_sets
-from train.transforms import one_torch_thread, train_transform
+from train.transforms import train_transform
 from train.workers import give_back_memory
 
 # At most: a worker reads two, waits with one and has one in its queue, the main process has two more of each worker
@@ -28,7 +28,6 @@ _AHEAD_PER_WORKER, _AHEAD = 6, 4
 def load(task: EndToEndTask, augment_on: str) -> Program:
     """The program, whose workers have begun to read; its step is not compiled yet."""
     set_up(task.step)
-    one_torch_thread()
     config = task.recipe(augment_on)
     mesh, state, step_of = begin_training(task.step, "cudnn" if task.flax == "flax-cudnn" else "xla")
     step = step_of(config)

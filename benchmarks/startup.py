@@ -17,7 +17,7 @@ from benchmarks.machine import about, where
 from benchmarks.ratios import spread
 from benchmarks.record import write_json
 from benchmarks.worker import SideFailed
-from convert.command_line import Parser, at_least_one
+from convert.command_line import Parser, at_least_one, at_least_zero
 from train.config import RECIPES, SettingsError
 
 GOAL = 1 / 3  # share of the first start that a second one may take
@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--image-size", type=at_least_one, default=240, metavar="PIXELS", help="default: 240")
     parser.add_argument("--batch-size", type=at_least_one, default=8, metavar="N", help="default: 8")
     parser.add_argument(
+        "--workers", type=at_least_zero, default=0, metavar="N", help="processes that read; default: 0, the digits' own"
+    )
+    parser.add_argument(
         "--repeats", type=at_least_one, default=3, metavar="N", help="pairs of a first and a second start; default: 3"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured to FILE")
@@ -52,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     flags = ["--variant", args.variant, "--image-size", str(args.image_size), "--batch-size", str(args.batch_size)]
+    flags += ["--workers", str(args.workers)]
     starts: dict[str, list[float]] = {"first_start_s": [], "second_start_s": []}
     with tempfile.TemporaryDirectory(prefix="crossvit-startup-") as folder:
         uncached = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}

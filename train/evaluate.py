@@ -226,7 +226,7 @@ def evaluate(
     from train.evaluation import Evaluation
     from train.prefetch import device_batches
     from train.step import TOP5_CLASSES, soft_target_cross_entropy, within_top
-    from train.transforms import eval_transform, one_torch_thread
+    from train.transforms import eval_transform
 
     config = classifier.config
 
@@ -252,7 +252,6 @@ def evaluate(
         sums["loss"] += float(outputs["loss"][counted].sum(dtype=np.float64))
         np.add.at(confusion, (outputs["label"][counted], outputs["predicted"][counted]), 1)
 
-    one_torch_thread()
     batches = eval_batches(source, eval_transform(config), batch_size=batch_size, workers=workers)
     steps = -(-len(source) // batch_size)
     pending: deque[dict[str, jax.Array]] = deque()

@@ -35,7 +35,7 @@ from train.schedule import learning_rate
 from train.sharding import fetch, state_shardings
 from train.state import abstract_model, abstract_state, init_state
 from train.step import abstract_batch, jit_eval_step, jit_train_step, make_eval_step, make_train_step
-from train.transforms import eval_transform, one_torch_thread, train_transform
+from train.transforms import eval_transform, train_transform
 
 WEIGHTS_FILE, EMA_FILE, CURVES_FILE = "weights.safetensors", "weights-ema.safetensors", "curves.png"
 _CURVES_EVERY_S = 60.0
@@ -81,7 +81,6 @@ def train(job: Job) -> Result:
         checkpoints = stack.enter_context(closing(Checkpoints(folder, description=description, say=_say)))
 
         # --- data: Grain decodes and crops or augments in workers, and brings batches to the devices ahead of time ---
-        one_torch_thread()
         hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         train_steps = config.epochs * job.steps_per_epoch
 

@@ -137,7 +137,6 @@ def classify(
 
     from train.attention import PictureNames, class_token_attention, draw_attention
     from train.predictions import Prediction
-    from train.transforms import one_torch_thread
 
     config, class_names = classifier.config, classifier.names
 
@@ -167,7 +166,6 @@ def classify(
             results.append(Result(path, predictions, picture and str(picture)))
         return results
 
-    one_torch_thread()
     shapes = {"image": jax.ShapeDtypeStruct((batch_size, *config.image_size, 3), jnp.float32)}
     pending: deque[tuple[list[str], np.ndarray, Any]] = deque()
     with ThreadPoolExecutor() as threads:

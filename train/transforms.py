@@ -50,6 +50,15 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
+def _timm_data():
+    """timm.data. torch's tensor operations, all tiny here, keep off the other cores: those are for workers and jax."""
+    import torch
+    from timm import data
+
+    torch.set_num_threads(1)
+    return data
+
+
 @dataclass(frozen=True)
 class TrainTransform:
     """timm's training transform: random crop, flip, RandAugment, normalisation, random erasing.
@@ -64,11 +73,11 @@ class TrainTransform:
     @cached_property
     def timm_transform(self):
         """A torchvision `Compose`. Raises whatever timm does for an `auto_augment` that it does not understand."""
-        from timm.data import auto_augment, create_transform
-
+        data = _timm_data()
         # magnitude 9 with its noise asks for 0 bits about once in 660 images
-        auto_augment.NAME_TO_OP["Posterize"] = auto_augment.NAME_TO_OP["PosterizeIncreasing"] = _posterize
-        return create_transform(
+        operations = data.auto_augment.NAME_TO_OP
+        operations["Posterize"] = operations["PosterizeIncreasing"] = _posterize
+        return data.create_transform(
             (3, *self.image_size),
             is_training=True,
             scale=self.config.crop_scale,
@@ -135,9 +144,7 @@ class EvalTransform:
     @cached_property
     def timm_transform(self):
         """A torchvision `Compose`."""
-        from timm.data import create_transform
-
-        return create_transform((3, *self.image_size), interpolation="bicubic", crop_pct=self.crop_pct)
+        return _timm_data().create_transform((3, *self.image_size), interpolation="bicubic", crop_pct=self.crop_pct)
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         pixels = self.timm_transform(decode_image(sample["image"], sample["name"]))
@@ -159,10 +166,3 @@ def train_transform(config: TrainConfig, model_config: CrossViTConfig) -> TrainT
 def eval_transform(model_config: CrossViTConfig) -> EvalTransform:
     """The transform of the held-out images for a model."""
     return EvalTransform(model_config.image_size, model_config.crop_pct)
-
-
-def one_torch_thread() -> None:
-    """Keep torch's tensor operations, all tiny here, off the other cores: they are for other workers and for jax."""
-    import torch
-
-    torch.set_num_threads(1)

@@ -13,13 +13,14 @@ def test_every_pair_begins_with_a_cache_of_its_own(monkeypatch, tmp_path, capsys
     caches = []
 
     def seconds(flags, output, environment):
+        assert flags[-2:] == ["--workers", "3"]
         caches.append(environment.get("JAX_COMPILATION_CACHE_DIR"))
         return float(len(caches))
 
     monkeypatch.setattr(startup, "_seconds", seconds)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     file = tmp_path / "x.json"
-    assert main(["--repeats", "2", "--json", str(file)]) == 0
+    assert main(["--workers", "3", "--repeats", "2", "--json", str(file)]) == 0
     assert caches[0] is None  # the warm-up
     assert caches[1] == caches[2] != caches[3] == caches[4]
     told = json.loads(file.read_text())
