@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,17 @@ from train.decode import decode_image, decode_pixels
 # The generators belong to one image at a time: reader threads take turns. Reading and decoding are outside.
 _generators_lock = threading.Lock()
 
+# Reader threads begin at the same time, and timm's modules import each other in a circle: two threads in it meet.
+_import_lock = threading.Lock()
+
 
 @contextmanager
 def _timm_drawing_from(rng: np.random.Generator) -> Iterator[None]:
     """Whatever timm and torchvision draw in here follows from `rng` alone."""
+    data = _timm_data()
     import torch
-    from timm.data import auto_augment, random_erasing, transforms
 
+    auto_augment, random_erasing, transforms = data.auto_augment, data.random_erasing, data.transforms
     python_seed, numpy_seed, torch_seed = (int(seed) for seed in rng.integers(0, 2**32, size=3))
     with _generators_lock:
         # other threads may use Python's generator at any time (wandb, beartype), so timm gets one that nobody shares
@@ -50,11 +54,12 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
+@cache
 def _timm_data():
     """timm.data. torch's tensor operations, all tiny here, keep off the other cores: those are for workers and jax."""
-    import torch
-    from timm import data
-
+    with _import_lock:
+        import torch
+        from timm import data
     torch.set_num_threads(1)
     return data
 
@@ -93,23 +98,21 @@ class TrainTransform:
     @cached_property
     def _steps(self):
         """timm's crop, its steps before an image becomes a tensor, mean, deviation, and the steps after these."""
-        # not `from timm.data.transforms`: a thread that begins timm from its end waits for one that begins at its start
-        from timm.data import transforms
-
         crop, *steps = self.timm_transform.transforms
-        (end,) = (place for place, step in enumerate(steps) if isinstance(step, transforms.MaybeToTensor))
+        tensor = _timm_data().transforms.MaybeToTensor
+        (end,) = (place for place, step in enumerate(steps) if isinstance(step, tensor))
         normalise = steps[end + 1]
         # for each value of a row of pixels: numpy is slow at using the same three again and again
         mean, std = (np.tile(x.numpy(), self.image_size[1]) for x in (normalise.mean, normalise.std))
         return crop, steps[:end], mean, std, steps[end + 2 :]
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        import torch
-
         from train.resample import resize  # compiles itself at import, which only workers need
 
         pixels = decode_pixels(sample["image"], sample["name"])
         crop, before, mean, std, after = self._steps
+        import torch  # after timm, which one thread at a time imports
+
         height, width, _ = pixels.shape
         with _timm_drawing_from(rng):
             box = crop.get_params(Image.new("1", (width, height)), crop.scale, crop.ratio)
