@@ -180,9 +180,13 @@ def test_a_run_trains_and_evaluates_with_rounded_weights_and_leaves_float_ones(
         assert evaluate([*command, f"--output={folder}", "--batch-size=240"]) == 0
         results[quantize] = json.loads((folder / "evaluation.json").read_text())
         assert results[quantize]["quantize"] == quantize
-    assert results["int4"]["loss"] == pytest.approx(told["eval/loss"], rel=1e-4)
-    assert results["int4"]["top1"] == pytest.approx(told["eval/top1"], abs=0.3)
-    assert results[None]["loss"] != pytest.approx(told["eval/loss"], rel=1e-3)
+    told, rounded, floats = (
+        [of[prefix + name] for name in ("loss", "top1", "top5")]
+        for prefix, of in (("eval/", told), ("", results["int4"]), ("", results[None]))
+    )
+    assert rounded == pytest.approx(told, rel=1e-5)
+    # one alone may be the same by chance: rounding moves the mean loss of a model that has learnt little either way
+    assert floats != pytest.approx(told, rel=1e-4)
 
     # the run goes on as it was begun, and in no other way
     assert main([f"--resume={tmp_path / 'run'}"]) == 0
