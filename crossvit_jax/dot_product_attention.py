@@ -70,15 +70,18 @@ def _attend(q: Heads, k: Heads, v: Heads) -> Heads:
 
 
 def _forward(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Weights, Tokens, Tokens]:
-    """Attention, the exponentials that weigh the values, and each query's sum of them and largest score."""
+    """Attention, the exponentials that weigh the values, and each query's sum of them and largest scaled score."""
+    scale = _scale(q)
+    if q.dtype.itemsize >= 4:  # half precision would round the queries once more
+        q, scale = q * scale, 1.0  # for the scores' scale, a CPU reads an array of their size
     scores = _matmul(q, _transposed(k))
     largest = scores.max(-1, keepdims=True)
-    weights = jnp.exp((scores - largest) * _scale(q))  # scaled here, scores need not be written twice
+    weights = jnp.exp((scores - largest) * scale)
     total = weights.sum(-1, keepdims=True)
     weights = weights.astype(q.dtype)
     # dividing the (tokens, width) result is less work than dividing the (tokens, tokens) weights
     out = (_matmul(weights, v) / total).astype(q.dtype)
-    return out, weights, total, largest
+    return out, weights, total, largest * scale
 
 
 @jax.custom_vjp
@@ -89,7 +92,7 @@ def _attend_and_recompute(q: Heads, k: Heads, v: Heads) -> Heads:
 
 def _recompute_forward(q: Heads, k: Heads, v: Heads) -> tuple[Heads, tuple[Array, ...]]:
     out, _, total, largest = _forward(q, k, v)
-    return out, (q, k, v, out, largest * _scale(q) + jnp.log(total))
+    return out, (q, k, v, out, largest + jnp.log(total))
 
 
 def _recompute_backward(residuals: tuple[Array, ...], d_out: Heads) -> tuple[Heads, Heads, Heads]:
@@ -172,7 +175,6 @@ def _joined(parts: tuple[Float[Array, "_ tokens width"], ...], shape: tuple[int,
 
 
 def _scale(q: Heads) -> float:
-    # not of the queries themselves, which half precision would round once more
     return q.shape[-1] ** -0.5
 
 
