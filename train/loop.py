@@ -1,5 +1,6 @@
 """The story of a run: data, model, optimiser, epochs of steps and evaluations, checkpoints, the weights at the end."""
 
+import gc
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -197,6 +198,7 @@ def train(job: Job) -> Result:
                     jax.block_until_ready(metrics)
                     _say(f"the first step was done after {time.perf_counter() - start:.1f} s")
                     first_step = False
+                    gc.enable()  # see train.main
                 meter.add(metrics)
                 if step % config.checkpoint_every == 0 or step % job.steps_per_epoch == 0 or interruption.wanted(step):
                     save(meter)
