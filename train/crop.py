@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from train.decode import decode_pixels
+from train.resize import resize
 
 _TRIES = 10  # boxes drawn until one fits; after that, the largest in the middle
 
@@ -25,8 +26,6 @@ class CropTransform:
     ratio: tuple[float, float]
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        from train.resample import resize  # compiles itself at import, which only workers need
-
         pixels = decode_pixels(sample["image"], sample["name"])
         top, left, height, width = draw_crop(rng, pixels.shape[:2], self.scale, self.ratio)
         crop = resize(pixels[top : top + height, left : left + width], self.image_size)

@@ -24,6 +24,7 @@ from crossvit_jax.config import CrossViTConfig
 from train.config import TrainConfig
 from train.crop import CropTransform, draw_crop
 from train.decode import decode_pixels
+from train.resize import resize
 
 _MEAN, _STD = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))  # ImageNet's
 
@@ -108,8 +109,6 @@ class TrainTransform:
         return steps[:end], steps[end + 2 :]  # after normalisation
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        from train.resample import resize  # compiles itself at import, which only workers need
-
         pixels = decode_pixels(sample["image"], sample["name"])
         python_seed, *seeds = (int(seed) for seed in rng.integers(0, 2**32, size=3))
         draws = random.Random(python_seed)
@@ -142,8 +141,6 @@ class EvalTransform:
     crop_pct: float
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        from train.resample import resize
-
         pixels = decode_pixels(sample["image"], sample["name"])
         resized = resize(pixels, self._resized(*pixels.shape[:2]))
         # Python's rounding, of halves to even numbers, as in torchvision

@@ -49,12 +49,12 @@ assert read == [(24, 24, 3)] * 4, read
     assert done.returncode == 0, done.stderr
 
 
-def test_the_digits_are_read_without_timm_and_torch(digits_dir):
+def test_the_digits_are_read_without_timm_torch_and_numba(digits_dir):
     program = """
 import sys
 
-for name in ("timm", "torch", "torchvision"):
-    sys.modules[name] = None  # as if it were not installed: each takes seconds to import
+for name in ("numba", "timm", "torch"):
+    sys.modules[name] = None  # as if it were not installed: they take seconds to import
 
 import numpy as np
 import train.loop
