@@ -1,12 +1,14 @@
 """What is left to workers where the device augments: an image decoded, a random part of it cut out and resized."""
 
 import math
+import random
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from train.decode import decode_pixels
+from train.resize import resize
 
 _TRIES = 10  # boxes drawn until one fits; after that, the largest in the middle
 
@@ -24,8 +26,6 @@ class CropTransform:
     ratio: tuple[float, float]
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        from train.resample import resize  # compiles itself at import, which only workers need
-
         pixels = decode_pixels(sample["image"], sample["name"])
         top, left, height, width = draw_crop(rng, pixels.shape[:2], self.scale, self.ratio)
         crop = resize(pixels[top : top + height, left : left + width], self.image_size)
@@ -33,15 +33,20 @@ class CropTransform:
 
 
 def draw_crop(
-    rng: np.random.Generator, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
+    rng: np.random.Generator | random.Random,
+    size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
 ) -> tuple[int, int, int, int]:
     """Top, left, height and width of a random part of an image of a size (height, width): timm's `get_params`.
 
     Args:
+        rng: numpy's, or Python's, from which timm draws: then the part is timm's own, but where that has no pixel.
         scale: smallest and largest area, as share of the image.
         ratio: smallest and largest width / height.
     """
     height, width = size
+    integer = rng.randrange if isinstance(rng, random.Random) else rng.integers
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_TRIES):
         area = rng.uniform(*scale) * (height * width)
@@ -49,8 +54,8 @@ def draw_crop(
         # of an image of few pixels a small share is none, which timm cannot resize
         crop_width, crop_height = max(1, round(math.sqrt(area * aspect))), max(1, round(math.sqrt(area / aspect)))
         if crop_width <= width and crop_height <= height:
-            top = rng.integers(0, height - crop_height + 1)
-            left = rng.integers(0, width - crop_width + 1)
+            top = integer(height - crop_height + 1)
+            left = integer(width - crop_width + 1)
             return int(top), int(left), crop_height, crop_width
     aspect = min(max(width / height, ratio[0]), ratio[1])
     crop_width, crop_height = min(width, round(height * aspect)), min(height, round(width / aspect))

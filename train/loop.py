@@ -1,11 +1,13 @@
 """The story of a run: data, model, optimiser, epochs of steps and evaluations, checkpoints, the weights at the end."""
 
+import gc
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -97,19 +99,19 @@ def train(job: Job) -> Result:
             )
             return stack.enter_context(closing(device_batches(batches, mesh)))
 
-        newest_step = checkpoints.latest_step
-        train_stream = open_train_stream(newest_step)
-        eval_stream = device_batches(
-            eval_batches(
+        @cache
+        def eval_stream():
+            batches = eval_batches(
                 job.image_sets.held_out,
                 eval_transform(model_config),
                 batch_size=job.eval_batch_size,
                 workers=config.workers,
                 **hosts,
-            ),
-            mesh,
-        )
-        stack.enter_context(closing(eval_stream))
+            )
+            return stack.enter_context(closing(device_batches(batches, mesh)))
+
+        newest_step = checkpoints.latest_step
+        train_stream = open_train_stream(newest_step)
 
         # --- model, optimiser, and the programs that the devices run, compiled at the same time ---
         model = abstract_model(model_config, config)
@@ -197,6 +199,8 @@ def train(job: Job) -> Result:
                     jax.block_until_ready(metrics)
                     _say(f"the first step was done after {time.perf_counter() - start:.1f} s")
                     first_step = False
+                    gc.enable()  # see train.main
+                    eval_stream()  # not before: its workers would take the cores from what the first step waits for
                 meter.add(metrics)
                 if step % config.checkpoint_every == 0 or step % job.steps_per_epoch == 0 or interruption.wanted(step):
                     save(meter)
@@ -206,7 +210,7 @@ def train(job: Job) -> Result:
                 final = {}
                 for name, weights in (("", "params"), ("ema_", "ema")):
                     if weights in state:
-                        batches = _watched(eval_stream, bad_held_out, stop_if_wanted)
+                        batches = _watched(eval_stream(), bad_held_out, stop_if_wanted)
                         final |= evaluate(
                             eval_step, state[weights], batches, steps=job.eval_steps, prefix=f"eval/{name}"
                         )

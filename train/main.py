@@ -2,6 +2,7 @@
 
 # What takes long to import is imported when it is needed: `--help` and wrong flags are answered at once, and worker
 # processes, which import this module too, need none of it.
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -17,10 +18,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         SIGTERM.
     """
     config = parse_flags(sys.argv[1:] if argv is None else argv)
+    # Until the first step, after which `train.loop` turns it on again: hardly anything of what is imported and traced
+    # is garbage, and looking for it takes a fifth of the time.
+    gc.disable()
     try:
         return _run(config)
     except KeyboardInterrupt:
         return _fail("interrupted before the first step; nothing was to be saved", status=130)
+    finally:
+        gc.enable()
 
 
 def _run(config) -> int:

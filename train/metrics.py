@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,18 @@ class MetricsLog:
 
     def __init__(self, folder: Path, *, position: int = 0, step: int = 0, wandb_run: Any = None):
         """Go on after `position` bytes and `step` training steps; what was written later is dropped."""
-        from tensorboardX import SummaryWriter
-
         self._lines = open(folder / FILE, "ab")  # noqa: SIM115 (closed by close)
         self._lines.truncate(min(position, self._lines.tell()))
         self._lines.seek(0, os.SEEK_END)
-        self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._folder, self._step = folder, step
         self._wandb = wandb_run
+
+    @cached_property
+    def _events(self):
+        """TensorBoard's file. Its package imports torch, which takes a second: not before anything is written."""
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(str(self._folder), purge_step=self._step + 1 if self._step else None)
 
     @property
     def position(self) -> int:
@@ -56,7 +62,8 @@ class MetricsLog:
 
     def close(self) -> None:
         self._lines.close()
-        self._events.close()
+        if "_events" in self.__dict__:
+            self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
 

@@ -189,18 +189,18 @@ def _read_batches(
     """Paths of readable images and the images, normalised (batch, height, width, 3) float32, zeros at the end."""
     import numpy as np
 
-    from train.decode import UnreadableImage, decode_image
+    from train.decode import UnreadableImage
     from train.image_paths import shown
-    from train.transforms import channels_last, eval_transform
+    from train.transforms import eval_transform
 
-    transform = eval_transform(classifier.config).timm_transform
+    transform = eval_transform(classifier.config)
 
     def read(path: str) -> np.ndarray:
         try:
             encoded = Path(path).read_bytes()
         except OSError as error:
             raise UnreadableImage(shown(path), error.strerror or str(error)) from error
-        return channels_last(transform(decode_image(encoded, shown(path))))
+        return transform({"image": encoded, "label": 0, "name": shown(path)})["image"]
 
     def stack(images: list[np.ndarray]) -> np.ndarray:
         return np.pad(np.stack(images), [(0, batch_size - len(images))] + [(0, 0)] * 3)

@@ -1,27 +1,32 @@
-"""From an encoded image to the model's input: timm's own transforms, made to draw from a generator of ours.
+"""From an encoded image to the model's input: timm's transforms, made to draw from a generator of ours.
 
 timm draws from the global generators of Python, numpy and torch. For each image they are set from the sample's own
-generator, so that its pixels depend on nothing else. The transforms are built on first use, in the process that uses
-them: importing timm takes seconds, and a worker pays for it while the main process compiles. What can be done faster
-with the same pixels is done here: decoding, the crop and its resizing, and the way to normalised values.
+generator, so that its pixels depend on nothing else. What can be done faster with the same pixels is done here:
+decoding, crops and their resizing, and the way to normalised values. Flips, RandAugment and random erasing are timm's
+own. Importing it takes seconds: it happens on first use, in the process that uses it, and where a recipe has none of
+these steps, never.
 """
 
+import math
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
 from crossvit_jax.config import CrossViTConfig
 from train.config import TrainConfig
-from train.crop import CropTransform
-from train.decode import decode_image, decode_pixels
+from train.crop import CropTransform, draw_crop
+from train.decode import decode_pixels
+from train.resize import resize
+
+_MEAN, _STD = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))  # ImageNet's
 
 # The generators belong to one image at a time: reader threads take turns. Reading and decoding are outside.
 _generators_lock = threading.Lock()
@@ -31,22 +36,20 @@ _import_lock = threading.Lock()
 
 
 @contextmanager
-def _timm_drawing_from(rng: np.random.Generator) -> Iterator[None]:
-    """Whatever timm and torchvision draw in here follows from `rng` alone."""
+def _timm_drawing_from(draws: random.Random, numpy_seed: int, torch_seed: int) -> Iterator[None]:
+    """Whatever timm and torchvision draw in here follows from these alone."""
     data = _timm_data()
     import torch
 
-    auto_augment, random_erasing, transforms = data.auto_augment, data.random_erasing, data.transforms
-    python_seed, numpy_seed, torch_seed = (int(seed) for seed in rng.integers(0, 2**32, size=3))
     with _generators_lock:
         # other threads may use Python's generator at any time (wandb, beartype), so timm gets one that nobody shares
-        auto_augment.random = random_erasing.random = transforms.random = random.Random(python_seed)
+        data.auto_augment.random = data.random_erasing.random = draws
         np.random.seed(numpy_seed)
         torch.default_generator.manual_seed(torch_seed)  # torch.manual_seed would also visit every accelerator
         try:
             yield
         finally:
-            auto_augment.random = random_erasing.random = transforms.random = random
+            data.auto_augment.random = data.random_erasing.random = random
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
@@ -97,41 +100,34 @@ class TrainTransform:
 
     @cached_property
     def _steps(self):
-        """timm's crop, its steps before an image becomes a tensor, mean, deviation, and the steps after these."""
-        crop, *steps = self.timm_transform.transforms
+        """timm's steps on the cropped image, and on its normalised values."""
+        if not (self.config.hflip or self.config.auto_augment or self.config.erase_prob):
+            return (), ()
+        _, *steps = self.timm_transform.transforms
         tensor = _timm_data().transforms.MaybeToTensor
         (end,) = (place for place, step in enumerate(steps) if isinstance(step, tensor))
-        normalise = steps[end + 1]
-        # for each value of a row of pixels: numpy is slow at using the same three again and again
-        mean, std = (np.tile(x.numpy(), self.image_size[1]) for x in (normalise.mean, normalise.std))
-        return crop, steps[:end], mean, std, steps[end + 2 :]
+        return steps[:end], steps[end + 2 :]  # after normalisation
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        from train.resample import resize  # compiles itself at import, which only workers need
-
         pixels = decode_pixels(sample["image"], sample["name"])
-        crop, before, mean, std, after = self._steps
-        import torch  # after timm, which one thread at a time imports
+        python_seed, *seeds = (int(seed) for seed in rng.integers(0, 2**32, size=3))
+        draws = random.Random(python_seed)
+        top, left, height, width = draw_crop(draws, pixels.shape[:2], self.config.crop_scale, self.config.crop_ratio)
+        crop = resize(pixels[top : top + height, left : left + width], self.image_size)
+        on_image, on_values = self._steps
+        with _timm_drawing_from(draws, *seeds) if on_image or on_values else nullcontext():
+            if on_image:
+                image = Image.fromarray(crop)
+                for step in on_image:
+                    image = step(image)
+                crop = np.asarray(image)
+            values = normalised(crop)
+            if on_values:
+                import torch
 
-        height, width, _ = pixels.shape
-        with _timm_drawing_from(rng):
-            box = crop.get_params(Image.new("1", (width, height)), crop.scale, crop.ratio)
-            image = Image.fromarray(resize(_part(pixels, *box), self.image_size))
-            for step in before:
-                image = step(image)
-            rows = np.asarray(image).reshape(self.image_size[0], -1) / np.float32(255)
-            rows -= mean
-            rows /= std
-            pixels = rows.reshape(*self.image_size, 3)
-            for step in after:
-                step(torch.from_numpy(pixels).permute(2, 0, 1))  # in place
-        return {"image": pixels, "label": np.int32(sample["label"])}
-
-
-def _part(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
-    """A part of an image, of at least one pixel: of few pixels timm may draw none, and makes black of that."""
-    top, left = min(top, pixels.shape[0] - 1), min(left, pixels.shape[1] - 1)
-    return pixels[top : top + max(1, height), left : left + max(1, width)]
+                for step in on_values:
+                    step(torch.from_numpy(values).permute(2, 0, 1))  # in place
+        return {"image": values, "label": np.int32(sample["label"])}
 
 
 @dataclass(frozen=True)
@@ -144,19 +140,33 @@ class EvalTransform:
     image_size: tuple[int, int]
     crop_pct: float
 
-    @cached_property
-    def timm_transform(self):
-        """A torchvision `Compose`."""
-        return _timm_data().create_transform((3, *self.image_size), interpolation="bicubic", crop_pct=self.crop_pct)
-
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        pixels = self.timm_transform(decode_image(sample["image"], sample["name"]))
-        return {"image": channels_last(pixels), "label": np.int32(sample["label"])}
+        pixels = decode_pixels(sample["image"], sample["name"])
+        resized = resize(pixels, self._resized(*pixels.shape[:2]))
+        # Python's rounding, of halves to even numbers, as in torchvision
+        top, left = (round((size - wanted) / 2) for size, wanted in zip(resized.shape, self.image_size, strict=False))
+        crop = resized[top : top + self.image_size[0], left : left + self.image_size[1]]
+        return {"image": normalised(crop), "label": np.int32(sample["label"])}
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """The size of the image that is cropped: torchvision's for square models, timm's for others."""
+        wanted_height, wanted_width = (math.floor(size / self.crop_pct) for size in self.image_size)
+        if wanted_height != wanted_width:
+            ratio = min(height / wanted_height, width / wanted_width)
+            return round(height / ratio), round(width / ratio)
+        if width <= height:
+            return int(wanted_width * height / width), wanted_width
+        return wanted_height, int(wanted_height * width / height)
 
 
-def channels_last(pixels) -> Float32[np.ndarray, "height width channels"]:
-    """A torch tensor (channels, height, width) as a numpy array in the model's order."""
-    return np.ascontiguousarray(pixels.numpy().transpose(1, 2, 0))
+def normalised(pixels: UInt8[np.ndarray, "height width 3"]) -> Float32[np.ndarray, "height width 3"]:
+    """The model's input: timm's `ToTensor` and `Normalize`, in the model's layout, in new memory."""
+    height, width, _ = pixels.shape
+    rows = pixels.reshape(height, -1) / np.float32(255)
+    # a value for each of a row: numpy is slow at using the same three again and again
+    rows -= np.tile(_MEAN, width)
+    rows /= np.tile(_STD, width)
+    return rows.reshape(height, width, 3)
 
 
 def train_transform(config: TrainConfig, model_config: CrossViTConfig) -> TrainTransform | CropTransform:

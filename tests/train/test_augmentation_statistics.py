@@ -59,10 +59,10 @@ def _watch(compose):
     """
     images = []
     crop, flip, randaugment, *_, erasing = compose.transforms
-    draw_crop = crop.get_params
+    get_params = crop.get_params
 
-    def get_params(image, scale, ratio):
-        images.append(Draws(crop=draw_crop(_LARGE, scale, ratio)))
+    def get_whole(image, scale, ratio):
+        images.append(Draws(crop=get_params(_LARGE, scale, ratio)))
         return 0, 0, image.height, image.width
 
     def maybe_flip(image):
@@ -97,7 +97,7 @@ def _watch(compose):
             images[-1].erased = (rows[0], columns[0], len(rows), len(columns))
         return image
 
-    crop.get_params = get_params
+    crop.get_params = get_whole
     randaugment.ops = [operation(op) for op in randaugment.ops]
     compose.transforms[1], compose.transforms[-1] = maybe_flip, maybe_erase
     return images
@@ -123,13 +123,19 @@ def _on_host(config):
     """The draws of our pipeline where the workers augment."""
     transform = TrainTransform(config, (_SIZE, _SIZE))
     images = _watch(transform.timm_transform)
+
+    def draw_whole(rng, size, scale, ratio):  # timm's crop is not asked
+        images.append(Draws(crop=draw_crop(rng, _LARGE.size, scale, ratio)))
+        return 0, 0, *size
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.transforms.draw_crop", draw_whole)
         # one thread, so that they come in their order
         patch.setattr("train.data._READ_OPTIONS", grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         batches = train_batches(Same(), transform, batch_size=100, seed=0, workers=0)
-    with closing(iter(batches)) as stream:
-        for _ in range(_IMAGES // 100):
-            next(stream)
+        with closing(iter(batches)) as stream:
+            for _ in range(_IMAGES // 100 + 1):  # more than is looked at: the reader ends after the patches
+                next(stream)
     return images[:_IMAGES]
 
 

@@ -26,20 +26,19 @@ import io, threading
 import numpy as np
 from PIL import Image
 from train.config import RECIPES
-from train.transforms import EvalTransform, TrainTransform
+from train.transforms import TrainTransform
 
 file = io.BytesIO()
 Image.new("RGB", (40, 30)).save(file, "PNG")
 sample = {"image": file.getvalue(), "label": 1, "name": "black"}
-train, evaluate = TrainTransform(RECIPES["imagenet"], (24, 24)), EvalTransform((24, 24), 0.875)
+train, light = (TrainTransform(RECIPES[name], (24, 24)) for name in ("imagenet", "digits"))
 together, read = threading.Barrier(4), []
 
-def start(transform, *rng):
+def start(transform):
     together.wait()
-    read.append(transform(sample, *rng)["image"].shape)
+    read.append(transform(sample, np.random.default_rng(0))["image"].shape)
 
-calls = [(train, np.random.default_rng(0)), (evaluate,)] * 2
-threads = [threading.Thread(target=start, args=call) for call in calls]
+threads = [threading.Thread(target=start, args=[transform]) for transform in (train, light) * 2]
 for thread in threads:
     thread.start()
 for thread in threads:
@@ -48,3 +47,27 @@ assert read == [(24, 24, 3)] * 4, read
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_digits_are_read_without_timm_torch_and_numba(digits_dir):
+    program = """
+import sys
+
+for name in ("numba", "timm", "torch"):
+    sys.modules[name] = None  # as if it were not installed: they take seconds to import
+
+import numpy as np
+import train.loop
+from train.config import RECIPES
+from train.sources import open_digits
+from train.transforms import eval_transform, train_transform
+
+config = RECIPES["digits"]
+model = config.model_config(10)
+sets = open_digits(sys.argv[1])
+print(train_transform(config, model)(sets.train[0], np.random.default_rng(0))["image"].shape)
+print(eval_transform(model)(sets.held_out[0])["image"].shape)
+"""
+    done = subprocess.run([sys.executable, "-c", program, digits_dir], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "(48, 48, 3)\n" * 2

@@ -15,12 +15,12 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-import train.decode
+import train.transforms
 from convert import load_flax
 from tests.train.small_weights import save_small
 from train.inference import load_classifier
 from train.predict import classify, main
-from train.transforms import channels_last, eval_transform
+from train.transforms import eval_transform
 
 
 @pytest.fixture
@@ -71,9 +71,9 @@ def test_probabilities_are_the_models_own_the_best_first(predict, weights, photo
     assert [line["path"] for line in lines] == [str(photos / name) for name in _IN_ORDER]
 
     model = load_flax(weights)
-    transform = eval_transform(model.config).timm_transform
+    transform = eval_transform(model.config)
     images = [
-        channels_last(transform(train.decode.decode_image((photos / name).read_bytes(), name))) for name in _IN_ORDER
+        transform({"image": (photos / name).read_bytes(), "label": 0, "name": name})["image"] for name in _IN_ORDER
     ]
     expected = np.asarray(jax.nn.softmax(nnx.jit(lambda m, x: m(x))(model, jnp.stack(images))))
     assert len(set(expected.argmax(1))) > 1  # else the order of the images would not be seen
@@ -175,9 +175,9 @@ def test_in_a_table_a_file_name_cannot_break_the_line(predict, image_folder):
 
 def test_results_come_long_before_the_last_image_is_read(weights, photos, monkeypatch):
     read = []
-    decode = train.decode.decode_image
+    decode = train.transforms.decode_pixels
     monkeypatch.setattr(
-        train.decode, "decode_image", lambda encoded, name: (read.append(name), decode(encoded, name))[1]
+        train.transforms, "decode_pixels", lambda encoded, name: (read.append(name), decode(encoded, name))[1]
     )
     classifier = load_classifier(str(weights))
     paths = [str(photos / name) for name in (*_IN_ORDER, *(40 * ["a.png"]))]

@@ -15,7 +15,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 
 from train.config import RECIPES
 from train.decode import decode_image
-from train.transforms import eval_transform, train_transform
+from train.transforms import EvalTransform, train_transform
 
 _IMAGENET = RECIPES["imagenet"]
 _MODEL = _IMAGENET.model_config(1000)
@@ -31,6 +31,12 @@ def sample(photo):
     return {"image": photo, "label": 7, "name": "photo"}
 
 
+def _encoded(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
 def test_training_images_are_those_of_the_recipe_in_timm(sample):
     reference = create_transform(
         240,
@@ -42,23 +48,52 @@ def test_training_images_are_those_of_the_recipe_in_timm(sample):
         re_mode="pixel",
     )
     for seed in range(12):  # enough for every step of the recipe to happen
-        seeds = [int(part) for part in np.random.default_rng(seed).integers(0, 2**32, size=3)]
-        random.seed(seeds[0])
-        np.random.seed(seeds[1])
-        torch.manual_seed(seeds[2])
-        expected = reference(decode_image(sample["image"], "photo")).permute(1, 2, 0).numpy()
-        augmented = _augmented(sample, seed)
-        np.testing.assert_array_equal(augmented["image"], expected)
-        assert augmented["label"] == 7
+        _assert_timms(reference, sample, seed, _IMAGENET)
 
 
-def test_the_evaluation_image_is_timms(sample):
-    reference = create_transform(240, interpolation="bicubic", crop_pct=0.875)
+@pytest.mark.parametrize("only", [{}, {"hflip": 0.5}, {"erase_prob": 1.0}, {"auto_augment": "augmix-m3"}])
+def test_training_images_are_timms_with_few_of_its_steps_or_none(only):
+    config = dataclasses.replace(RECIPES["digits"], crop_scale=(0.3, 1.0), **only)
+    reference = create_transform(
+        48,
+        is_training=True,
+        scale=config.crop_scale,
+        ratio=config.crop_ratio,
+        hflip=config.hflip,
+        color_jitter=None,
+        auto_augment=config.auto_augment or None,
+        interpolation="bicubic",
+        re_prob=config.erase_prob,
+        re_mode="pixel",
+    )
+    digit = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    for seed in range(20):
+        _assert_timms(reference, {"image": _encoded(digit), "label": 7, "name": "digit"}, seed, config)
+
+
+def _assert_timms(reference, sample, seed, config):
+    seeds = [int(part) for part in np.random.default_rng(seed).integers(0, 2**32, size=3)]
+    random.seed(seeds[0])
+    np.random.seed(seeds[1])
+    torch.manual_seed(seeds[2])
     expected = reference(decode_image(sample["image"], "photo")).permute(1, 2, 0).numpy()
-    image = eval_transform(_MODEL)(sample)["image"]
-    np.testing.assert_array_equal(image, expected)
-    assert image.dtype == np.float32
-    assert image.flags.c_contiguous
+    augmented = _augmented(sample, seed, config)
+    np.testing.assert_array_equal(augmented["image"], expected)
+    assert augmented["label"] == 7
+
+
+@pytest.mark.parametrize("image_size", [(240, 240), (48, 48), (48, 96), (120, 96)])
+@pytest.mark.parametrize("crop_pct", [0.875, 1.0])
+def test_the_evaluation_image_is_timms(photo, image_size, crop_pct):
+    reference = create_transform((3, *image_size), interpolation="bicubic", crop_pct=crop_pct)
+    pixels = np.asarray(decode_image(photo, "photo"))  # 90 x 130
+    for part in (pixels, pixels[:, :61], pixels[:, :90], pixels[:8, :7], pixels[:1, :3], pixels[:55, :110]):
+        encoded = _encoded(np.ascontiguousarray(part))
+        expected = reference(decode_image(encoded, "part")).permute(1, 2, 0).numpy()
+        image = EvalTransform(image_size, crop_pct)({"image": encoded, "label": 7, "name": "part"})["image"]
+        np.testing.assert_array_equal(image, expected)
+        assert image.dtype == np.float32
+        assert image.flags.c_contiguous
 
 
 def test_an_image_depends_on_its_generator_only(sample):
@@ -96,10 +131,9 @@ def test_others_that_draw_at_the_same_time_do_not_disturb(sample):
 def test_a_part_of_an_image_has_at_least_one_pixel():
     """timm draws none of so few now and then, and makes black of them."""
     config = dataclasses.replace(_IMAGENET, auto_augment="", erase_prob=0.0)
-    file = io.BytesIO()
-    Image.new("RGB", (1, 1), (255, 255, 255)).save(file, "PNG")
+    dot = _encoded(np.full((1, 1, 3), 255, np.uint8))
     for seed in range(20):
-        assert (_augmented({"image": file.getvalue(), "label": 0, "name": "dot"}, seed, config)["image"] > 2).all()
+        assert (_augmented({"image": dot, "label": 0, "name": "dot"}, seed, config)["image"] > 2).all()
 
 
 # --- posterising to nothing ---
