@@ -53,11 +53,6 @@ class Times:
         return statistics.median(self.seconds)
 
 
-def times_as_fast(side: Times, other: Times) -> list[float]:
-    """How many times as fast a side is as another, round by round: neighbours share the machine's mood."""
-    return [b / a for a, b in zip(side.seconds, other.seconds, strict=True)]
-
-
 def not_failed(sides: Mapping[str, Times]) -> dict[str, Times]:
     """Those that did not fail."""
     return {side: times for side, times in sides.items() if times.failure is None}

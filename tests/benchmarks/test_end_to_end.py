@@ -34,8 +34,8 @@ def _photographs(task) -> tuple[np.ndarray, np.ndarray]:
     return np.random.default_rng(0).uniform(-2.0, 2.5, shape).astype(np.float32), np.array([0, 3, 9, 3])
 
 
-def _times(*seconds: float, check=None, failure=None) -> Times:
-    return Times(Ready(check, {"jax": "1"}, 1, 1.0, 2.0, 3.0), [Round(s, 0.0) for s in seconds], failure=failure)
+def _times(*seconds: float, check=None, failure=None, others: float = 0.0) -> Times:
+    return Times(Ready(check, {"jax": "1"}, 1, 1.0, 2.0, 3.0), [Round(s, others) for s in seconds], failure=failure)
 
 
 # --- what is refused ---
@@ -159,6 +159,31 @@ def test_shares_are_of_the_sides_own_step_and_ratios_of_what_is_fed_alike():
         "timm": ["21.8 (21.8-21.8)", "", ""],
         "timm-loader": ["8.7 (8.7-8.7)", "40 % (40-40)", ""],
     }
+
+
+def _verdicts(variant: str, *, device: str = "gpu", others: float = 0.0) -> list[str]:
+    """Fed steps take 1.25 and 1.1 seconds, alone 1; those of timm 4.5."""
+    seconds = {"flax": 1.0, "flax-device": 1.25, "flax-host": 1.1, "timm": 2.0, "timm-loader": 4.5}
+    step = dataclasses.replace(_task().step, variant=variant, device=device, dtype="bfloat16")
+    sides = {side: _times(value, others=others) for side, value in seconds.items()}
+    table = as_markdown(as_json([(_task(step=step), sides)], images=64))
+    return [line for line in table.splitlines() if line.startswith("The goal")]
+
+
+@pytest.mark.parametrize(
+    ("variant", "verdict"),
+    [
+        ("ti", "The goal, 4.0 times timm's loader, is reached by ti at batch 4 (4.091)."),
+        ("s", "The goal, 90% of the step alone, is reached by s at batch 4 (90.9%)."),
+        ("b", "The goal, 90% of the step alone, is reached by b at batch 4 (90.9%)."),
+    ],
+)
+def test_on_a_gpu_the_faster_pipeline_is_beside_the_goal_of_its_variant(variant, verdict):
+    assert _verdicts(variant) == [verdict]
+
+
+def test_on_a_cpu_and_on_a_busy_machine_there_is_no_verdict():
+    assert _verdicts("ti", device="cpu") == _verdicts("s", others=1e3) == []
 
 
 def test_a_side_that_failed_is_a_row_that_says_why():
