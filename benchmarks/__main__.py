@@ -157,13 +157,13 @@ def _end(process: subprocess.Popen) -> None:
 def _folder(parser: Parser, asked_for: Path | None, entries: Mapping[str, Entry]) -> Path:
     """Where the JSON goes, made if it is missing. Ends the program rather than replace results."""
     folder = asked_for or Path(f"benchmarks-{datetime.now():%Y%m%d-%H%M%S}")
-    there = [name for name in entries if (folder / f"{name}.json").exists()]
-    if there:
-        parser.error(f"--output {folder}: has {there[0]}.json already")
     try:
         folder.mkdir(exist_ok=True)
+        there = [name for name in entries if (folder / f"{name}.json").exists()]
     except OSError as error:
         parser.error(f"--output {folder}: {error.strerror}")
+    if there:
+        parser.error(f"--output {folder}: has {there[0]}.json already")
     return folder
 
 

@@ -1,6 +1,7 @@
 """The commands `python -m benchmarks.inference` and `training`; and what all benchmarks share: flags, how they end."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -191,9 +192,11 @@ def writable_json(parser: Parser, file: Path | None) -> None:
     """Ends the program if nothing can be written there: before anything is measured, not after it."""
     if file is None:
         return
-    if file.is_dir() or not file.absolute().parent.is_dir():
-        parser.error(f"--json {file}: not a file in an existing folder")
     try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(file)  # a name may be too long
+        if file.is_dir() or not file.absolute().parent.is_dir():
+            parser.error(f"--json {file}: not a file in an existing folder")
         tempfile.TemporaryFile(dir=file.absolute().parent).close()
     except OSError as error:
         parser.error(f"--json {file}: {error.strerror}")

@@ -136,10 +136,12 @@ def test_results_are_never_replaced(tmp_path, capsys):
     assert "has data.json already" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize(("folder", "says"), [("none/none", "No such file"), ("x" * 256, "File name too long")])
+def test_a_folder_that_cannot_be_made_is_refused(folder, says, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        main(["--device", "cpu", "--output", str(tmp_path / "none" / "none")])
-    assert "No such file" in capsys.readouterr().err
+        main(["--device", "cpu", "--output", str(tmp_path / folder)])
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
 
 
 def test_by_default_results_go_to_a_new_folder(clock, tmp_path, monkeypatch):
