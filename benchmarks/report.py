@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             draw_ratios([content for content in contents if content["benchmark"] in MODELS], args.plot)
         except (OSError, ValueError) as error:
-            parser.error(f"--plot {args.plot}: {error}")
+            parser.error(f"--plot {args.plot}: {getattr(error, 'strerror', None) or error}")
     return 0
 
 
