@@ -183,9 +183,24 @@ def workers_environment(device: str, folder: Path, *, one_at_a_time: bool) -> di
 
 def require_onnx() -> None:
     """Raises ConversionError if a package of the extra "onnx" is missing."""
-    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    _require("the ONNX forms need", ("onnx", "onnxruntime", "onnxscript"), "'crossvit-jax[onnx]'")
+
+
+def require_pipeline(*more: str) -> None:
+    """Raises ConversionError if a package of the input pipelines is missing, as on a machine set up for models alone.
+
+    Told before minutes go into sides that have nothing to be compared with.
+
+    Args:
+        more: packages that are needed besides those of a worker and of the photographs.
+    """
+    _require("the input pipelines need", ("numba", "simplejpeg", "sklearn", *more), "crossvit-jax")
+
+
+def _require(who: str, packages: Sequence[str], what_brings_them: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConversionError(f"the ONNX forms need {', '.join(missing)}: pip install 'crossvit-jax[onnx]'")
+        raise ConversionError(f"{who} {', '.join(missing)}: pip install {what_brings_them}")
 
 
 def writable_json(parser: Parser, file: Path | None) -> None:

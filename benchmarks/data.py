@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import goals
-from benchmarks.command import exit_status, writable_json
+from benchmarks.command import exit_status, require_pipeline, writable_json
 from benchmarks.data_task import SIDES, SIDES_ON_A_CORE, DataTask
 from benchmarks.machine import about, where
 from benchmarks.measure import ACCEPTED_OTHERS, SidesDisagree, Times, cores_of_others, take_turns
@@ -25,7 +25,9 @@ from convert.command_line import Parser, at_least_one
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; returns the exit status: 0 done; 1 the sides disagree or one failed; 2 wrong flags."""
+    """Runs the benchmark; returns the exit status: 0 done; 1 the sides disagree or one failed; 2 wrong flags, or a
+    package is missing.
+    """
     parser = Parser(prog="python -m benchmarks.data", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--photographs", type=at_least_one, default=48, metavar="N", help="images in a batch; default: 48"
@@ -40,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(task: DataTask, args: argparse.Namespace) -> int:
+    require_pipeline()
     sides = _measure(task, args.repeats)
     content = as_json(task, sides)
     print(as_markdown(content))

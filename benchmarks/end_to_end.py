@@ -15,20 +15,29 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.command import exit_status, pick_device, variant_name, workers_environment, writable_json
+from benchmarks.command import (
+    exit_status,
+    pick_device,
+    require_pipeline,
+    variant_name,
+    workers_environment,
+    writable_json,
+)
 from benchmarks.end_to_end_report import as_json, as_markdown, notes, table_lines
 from benchmarks.end_to_end_task import FLAX_FED, FLAX_STEPS, TIMM_FED, TIMM_STEPS, EndToEndTask, write_photographs
 from benchmarks.measure import GPU_PATIENCE, Measured, SidesDisagree, Times, not_failed, require_agreement, take_turns
 from benchmarks.record import write_json
 from benchmarks.task import Task, usable_cores
-from benchmarks.worker import PATIENCE, SideFailed
+from benchmarks.worker import PATIENCE
 from convert.command_line import Parser, at_least_one
 
 __all__ = ["as_markdown", "main"]  # the first for `benchmarks.report`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; returns the exit status: 0 done; 1 the sides disagree or one failed; 2 wrong flags."""
+    """Runs the benchmark; returns the exit status: 0 done; 1 the sides disagree or one failed; 2 wrong flags, or a
+    package is missing.
+    """
     parser = Parser(
         prog="python -m benchmarks.end_to_end",
         description="Time training with its input pipeline, JPEG files to updated weights: Flax against timm.",
@@ -69,16 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, device: str) -> int:
+    require_pipeline("grain")
     from benchmarks.timm_side import write_weights
 
     results: list[tuple[EndToEndTask, dict[str, Times]]] = []
     printed = 0
     with tempfile.TemporaryDirectory(prefix="crossvit-benchmark-") as name:
         folder = Path(name)
-        try:
-            write_photographs(folder, args.images)
-        except ImportError as error:  # a machine that was set up for models alone
-            raise SideFailed(f"no photographs: {error}") from None
+        write_photographs(folder, args.images)
         environment = workers_environment(device, folder, one_at_a_time=False)
         for variant in args.variants:
             weights = folder / f"{variant}.safetensors"

@@ -1,6 +1,7 @@
 """The end-to-end benchmark: what it refuses, what it takes for photographs, how rounds begin and end, a small run."""
 
 import dataclasses
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import cpu_time, steady_state
+from benchmarks import cpu_time, data, end_to_end, steady_state
 from benchmarks.end_to_end import as_markdown, main, require_comparable
 from benchmarks.end_to_end_report import as_json
 from benchmarks.end_to_end_task import CLASSES, Delivered, EndToEndTask, write_photographs
@@ -55,6 +56,21 @@ def _times(*seconds: float, check=None, failure=None, others: float = 0.0) -> Ti
 )
 def test_a_wrong_flag_is_one_line_and_status_2(flags, says, capsys):
     assert says in refusal(capsys, "python -m benchmarks.end_to_end", main, *flags.split())
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "flags", "missing"), [(end_to_end, ["--device", "cpu"], "grain"), (data, [], "simplejpeg")]
+)
+def test_without_a_package_of_the_pipeline_nothing_is_started_and_one_line_says_which(
+    benchmark, flags, missing, monkeypatch, capsys
+):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else found(name))
+    monkeypatch.setattr(data, "_measure", None)
+    monkeypatch.setattr(end_to_end, "write_photographs", None)
+    assert benchmark.main(flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"error: the input pipelines need {missing}: pip install crossvit-jax")
 
 
 def test_photographs_as_the_model_wants_them_are_accepted():
