@@ -19,6 +19,7 @@ from convert.command_line import Parser, at_least_one
 
 _PROGRAM = "python -m benchmarks"
 _GRACE = 10.0  # seconds that a benchmark has to end its processes and remove its folders
+_KEEP_WHAT_IS_DONE = ("inference", "training", "end_to_end")  # where time is short, they end with fewer rounds
 
 _EPILOG = """\
 On a GPU: training, end to end and inference in bfloat16, each variant at a batch that leaves room for all sides. On a
@@ -117,10 +118,13 @@ def run(entries: Mapping[str, Entry], output: Path, start: float, seconds: float
             command = f"python -m benchmarks.{' '.join(entry.flags)}"
             print(f"\n## {name}\n\n`{command}`\n", flush=True)
             module, *flags = entry.flags
+            limit = left if name == last else min(left, entry.share * seconds)
+            if module in _KEEP_WHAT_IS_DONE:
+                flags += ["--seconds", str(max(1, int(limit - _GRACE)))]
             problem = _run(
                 [sys.executable, "-m", f"benchmarks.{module}", *flags, "--json", str(output / f"{name}.json")],
                 environment,
-                left if name == last else min(left, entry.share * seconds),
+                limit,
             )
             if problem:
                 problems.append(f"{name} {problem}")

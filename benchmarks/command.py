@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -82,8 +83,24 @@ def _parser(benchmark: str) -> Parser:
     parser.add_argument(
         "--repeats", type=at_least_one, default=10, metavar="N", help="rounds of about 1 s; default: 10"
     )
+    add_seconds(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
     return parser
+
+
+def add_seconds(parser: Parser) -> None:
+    """The flag with which `python -m benchmarks` keeps what a benchmark has measured when its time is up."""
+    parser.add_argument(
+        "--seconds",
+        type=at_least_one,
+        metavar="N",
+        help="begin no round, but the first, that would end after N seconds",
+    )
+
+
+def until(args: argparse.Namespace) -> float | None:
+    """When --seconds are over that begin now, by time.monotonic()."""
+    return None if args.seconds is None else time.monotonic() + args.seconds
 
 
 def pick_device(parser: Parser, args: argparse.Namespace) -> str:
@@ -118,6 +135,7 @@ def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
     def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
+    end = until(args)
     results: list[Measured] = []
     printed = 0
     with tempfile.TemporaryDirectory(prefix="crossvit-benchmark-") as folder:
@@ -142,6 +160,7 @@ def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
                     task,
                     args.sides,
                     rounds=args.repeats,
+                    until=end,
                     keep=not args.find_largest_batch,
                     environment=environment,
                     say=say,

@@ -16,9 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.command import (
+    add_seconds,
     exit_status,
     pick_device,
     require_pipeline,
+    until,
     variant_name,
     workers_environment,
     writable_json,
@@ -66,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--images", type=at_least_one, default=20_000, metavar="N", help="JPEG files in an epoch; default: 20000"
     )
     parser.add_argument("--repeats", type=at_least_one, default=5, metavar="N", help="rounds; default: 5")
+    add_seconds(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
     args = parser.parse_args(argv)
     if args.images < args.batch_size:
@@ -78,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, device: str) -> int:
+    end = until(args)
     require_pipeline("grain")
     from benchmarks.timm_side import write_weights
 
@@ -102,7 +106,8 @@ def _run(args: argparse.Namespace, device: str) -> int:
             _say(f"CrossViT {variant}, end to end, {args.dtype}, {device}")
             fed = [side for side, place in FLAX_FED.items() if place in args.augment_on]
             sides = [task.flax, *fed, task.timm, TIMM_FED]
-            results.append((task, measure(task, sides, rounds=args.repeats, environment=environment)))
+            times = measure(task, sides, rounds=args.repeats, until=end, environment=environment)
+            results.append((task, times))
             # after each variant, so that an interruption costs one
             content = as_json(results, images=args.images)
             lines = table_lines(content)
@@ -115,7 +120,9 @@ def _run(args: argparse.Namespace, device: str) -> int:
     return 1 if any(times.failure for _, sides in results for times in sides.values()) else 0
 
 
-def measure(task: EndToEndTask, sides: Sequence[str], *, rounds: int, environment: dict[str, str]) -> dict[str, Times]:
+def measure(
+    task: EndToEndTask, sides: Sequence[str], *, rounds: int, until: float | None, environment: dict[str, str]
+) -> dict[str, Times]:
     """Times the sides in turn, as `take_turns` does. Raises SidesDisagree as `require_comparable` does."""
     times = {side: Times() for side in sides}
     on_gpu = task.step.device == "gpu"
@@ -124,6 +131,7 @@ def measure(task: EndToEndTask, sides: Sequence[str], *, rounds: int, environmen
         times,
         compare=lambda: require_comparable(task, times),
         rounds=rounds,
+        until=until,
         together=on_gpu,
         patience=GPU_PATIENCE if on_gpu else PATIENCE,
         environment=environment,
