@@ -19,6 +19,7 @@ from convert.command_line import Parser, at_least_one
 
 _PROGRAM = "python -m benchmarks"
 _GRACE = 10.0  # seconds that a benchmark has to end its processes and remove its folders
+_KEEP_WHAT_IS_DONE = ("inference", "training", "end_to_end")  # where time is short, they end with fewer rounds
 
 _EPILOG = """\
 On a GPU: training, end to end and inference in bfloat16, each variant at a batch that leaves room for all sides. On a
@@ -38,12 +39,15 @@ class Entry:
 
 
 def plan(device: str) -> dict[str, Entry]:
-    """The benchmarks by the names of their JSON files, most telling first."""
+    """The benchmarks by the names of their JSON files, most telling first.
+
+    The shares of the first are generous: where a machine is slow, a few tables are better than many without an end.
+    """
     if device == "cpu":
         ti = ["--device", "cpu", "--variants", "ti"]
         return {
-            "cpu-inference-ti": Entry(["inference", *ti, "--repeats", "5"], 0.3),
-            "cpu-training-ti": Entry(["training", *ti, "--repeats", "4"], 0.4),
+            "cpu-inference-ti": Entry(["inference", *ti, "--repeats", "5"], 0.5),
+            "cpu-training-ti": Entry(["training", *ti, "--repeats", "4"], 0.6),
             "data": Entry(["data", "--repeats", "6"], 0.3),
             "startup": Entry(["startup", "--repeats", "1"], 0.4),
             "cpu-end-to-end-ti": Entry(["end_to_end", *ti, "--augment-on", "host", "--repeats", "2"], 0.5),
@@ -57,7 +61,7 @@ def plan(device: str) -> dict[str, Entry]:
     # Batches for 78 GiB: in training each of the five sides was estimated to need 10 GiB, and all start at once. End to
     # end has those of training, whose compiled programs it finds again.
     return {
-        "gpu-training-b": models("training", "b", 96, 0.35),
+        "gpu-training-b": models("training", "b", 96, 0.5),
         "gpu-training-ti": models("training", "ti", 384, 0.3),
         "gpu-end-to-end-ti": models("end_to_end", "ti", 384, 0.4),
         "gpu-inference-b": models("inference", "b", 256, 0.25),
@@ -117,12 +121,16 @@ def run(entries: Mapping[str, Entry], output: Path, start: float, seconds: float
             command = f"python -m benchmarks.{' '.join(entry.flags)}"
             print(f"\n## {name}\n\n`{command}`\n", flush=True)
             module, *flags = entry.flags
+            limit = left if name == last else min(left, entry.share * seconds)
+            if module in _KEEP_WHAT_IS_DONE:
+                flags += ["--seconds", str(max(1, int(limit - _GRACE)))]
             problem = _run(
                 [sys.executable, "-m", f"benchmarks.{module}", *flags, "--json", str(output / f"{name}.json")],
                 environment,
-                left if name == last else min(left, entry.share * seconds),
+                limit,
             )
             if problem:
+                print(f"{name} {problem}", flush=True)
                 problems.append(f"{name} {problem}")
     print(f"\nThe tables again: python -m benchmarks.report {output}/*.json")
     if problems:
@@ -157,13 +165,13 @@ def _end(process: subprocess.Popen) -> None:
 def _folder(parser: Parser, asked_for: Path | None, entries: Mapping[str, Entry]) -> Path:
     """Where the JSON goes, made if it is missing. Ends the program rather than replace results."""
     folder = asked_for or Path(f"benchmarks-{datetime.now():%Y%m%d-%H%M%S}")
-    there = [name for name in entries if (folder / f"{name}.json").exists()]
-    if there:
-        parser.error(f"--output {folder}: has {there[0]}.json already")
     try:
         folder.mkdir(exist_ok=True)
+        there = [name for name in entries if (folder / f"{name}.json").exists()]
     except OSError as error:
         parser.error(f"--output {folder}: {error.strerror}")
+    if there:
+        parser.error(f"--output {folder}: has {there[0]}.json already")
     return folder
 
 

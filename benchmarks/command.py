@@ -1,11 +1,13 @@
 """The commands `python -m benchmarks.inference` and `training`; and what all benchmarks share: flags, how they end."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -81,8 +83,24 @@ def _parser(benchmark: str) -> Parser:
     parser.add_argument(
         "--repeats", type=at_least_one, default=10, metavar="N", help="rounds of about 1 s; default: 10"
     )
+    add_seconds(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
     return parser
+
+
+def add_seconds(parser: Parser) -> None:
+    """The flag with which `python -m benchmarks` keeps what a benchmark has measured when its time is up."""
+    parser.add_argument(
+        "--seconds",
+        type=at_least_one,
+        metavar="N",
+        help="begin no round, but the first, that would end after N seconds",
+    )
+
+
+def until(args: argparse.Namespace) -> float | None:
+    """When --seconds are over that begin now, by time.monotonic()."""
+    return None if args.seconds is None else time.monotonic() + args.seconds
 
 
 def pick_device(parser: Parser, args: argparse.Namespace) -> str:
@@ -117,6 +135,7 @@ def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
     def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
+    end = until(args)
     results: list[Measured] = []
     printed = 0
     with tempfile.TemporaryDirectory(prefix="crossvit-benchmark-") as folder:
@@ -141,6 +160,7 @@ def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
                     task,
                     args.sides,
                     rounds=args.repeats,
+                    until=end,
                     keep=not args.find_largest_batch,
                     environment=environment,
                     say=say,
@@ -182,18 +202,35 @@ def workers_environment(device: str, folder: Path, *, one_at_a_time: bool) -> di
 
 def require_onnx() -> None:
     """Raises ConversionError if a package of the extra "onnx" is missing."""
-    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    _require("the ONNX forms need", ("onnx", "onnxruntime", "onnxscript"), "'crossvit-jax[onnx]'")
+
+
+def require_pipeline(*more: str) -> None:
+    """Raises ConversionError if a package of the input pipelines is missing, as on a machine set up for models alone.
+
+    Told before minutes go into sides that have nothing to be compared with.
+
+    Args:
+        more: packages that are needed besides those of a worker and of the photographs.
+    """
+    _require("the input pipelines need", ("numba", "simplejpeg", "sklearn", *more), "crossvit-jax")
+
+
+def _require(who: str, packages: Sequence[str], what_brings_them: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConversionError(f"the ONNX forms need {', '.join(missing)}: pip install 'crossvit-jax[onnx]'")
+        raise ConversionError(f"{who} {', '.join(missing)}: pip install {what_brings_them}")
 
 
 def writable_json(parser: Parser, file: Path | None) -> None:
     """Ends the program if nothing can be written there: before anything is measured, not after it."""
     if file is None:
         return
-    if file.is_dir() or not file.absolute().parent.is_dir():
-        parser.error(f"--json {file}: not a file in an existing folder")
     try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(file)  # a name may be too long
+        if file.is_dir() or not file.absolute().parent.is_dir():
+            parser.error(f"--json {file}: not a file in an existing folder")
         tempfile.TemporaryFile(dir=file.absolute().parent).close()
     except OSError as error:
         parser.error(f"--json {file}: {error.strerror}")

@@ -13,18 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.command import exit_status, writable_json
+from benchmarks import goals
+from benchmarks.command import exit_status, require_pipeline, writable_json
 from benchmarks.data_task import SIDES, SIDES_ON_A_CORE, DataTask
 from benchmarks.machine import about, where
-from benchmarks.measure import ACCEPTED_OTHERS, SidesDisagree, Times, cores_of_others, take_turns, times_as_fast
-from benchmarks.ratios import spread
+from benchmarks.measure import ACCEPTED_OTHERS, SidesDisagree, Times, cores_of_others, take_turns
+from benchmarks.ratios import images_per_s, times_as_fast
 from benchmarks.record import write_json
 from benchmarks.worker import SideFailed
 from convert.command_line import Parser, at_least_one
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; returns the exit status: 0 done; 1 the sides disagree or one failed; 2 wrong flags."""
+    """Runs the benchmark; returns the exit status: 0 done; 1 the sides disagree or one failed; 2 wrong flags, or a
+    package is missing.
+    """
     parser = Parser(prog="python -m benchmarks.data", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--photographs", type=at_least_one, default=48, metavar="N", help="images in a batch; default: 48"
@@ -39,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(task: DataTask, args: argparse.Namespace) -> int:
+    require_pipeline()
     sides = _measure(task, args.repeats)
     content = as_json(task, sides)
     print(as_markdown(content))
@@ -75,16 +79,6 @@ def compare(checks: dict[str, dict[str, np.ndarray]]) -> None:
                 raise SidesDisagree(f"the {name} of {side} are not those of timm: nothing is timed")
 
 
-def rates(task: DataTask, times: Times) -> list[float]:
-    """Images per second, round by round."""
-    return [task.photographs / seconds for seconds in times.seconds]
-
-
-def ratios(sides: dict[str, Times], side: str) -> list[float]:
-    """How many times as fast as timm a side is, round by round."""
-    return times_as_fast(sides[side], sides["timm"])
-
-
 def as_json(task: DataTask, sides: dict[str, Times]) -> dict[str, Any]:
     """Everything measured, with every round, in plain types."""
     return about("data", _software(sides)) | {
@@ -92,9 +86,11 @@ def as_json(task: DataTask, sides: dict[str, Times]) -> dict[str, Any]:
         "others_cores": cores_of_others(sides),
         "sides": {
             side: {
-                "images_per_s": spread(rates(task, times)),
-                "times_as_fast_as_timm": spread(ratios(sides, side)) if side in SIDES_ON_A_CORE else None,
-                "rounds_images_per_s": rates(task, times),
+                "images_per_s": images_per_s(times.seconds, task.photographs),
+                "times_as_fast_as_timm": times_as_fast(times.seconds, sides["timm"].seconds)
+                if side in SIDES_ON_A_CORE
+                else None,
+                "rounds_images_per_s": [task.photographs / seconds for seconds in times.seconds],
                 "calls_per_round": times.ready.calls,
                 "load_s": times.ready.load_s,
                 "first_result_s": times.ready.first_s,
@@ -112,18 +108,22 @@ def as_markdown(content: Mapping[str, Any]) -> str:
         "| side | images/s, median (min-max) | times as fast as timm (min-max) |",
         "| --- | --- | --- |",
     ]
-    timm = content["sides"]["timm"]["images_per_s"]
-    for name, side in content["sides"].items():
-        rate = "{median:.0f} ({min:.0f}-{max:.0f})".format(**side["images_per_s"])
-        ratio = "beside the workers"
-        if by_round := side["times_as_fast_as_timm"]:
-            of_medians = side["images_per_s"]["median"] / timm["median"]
-            ratio = f"{of_medians:.2f} ({by_round['min']:.2f}-{by_round['max']:.2f})"
-        lines.append(f"| {name} | {rate} | {ratio} |")
+    photographs = content["photographs"]
+    timed = {
+        side: [photographs / rate for rate in told["rounds_images_per_s"]] for side, told in content["sides"].items()
+    }
+    ratios = {side: times_as_fast(timed[side], timed["timm"]) for side in SIDES_ON_A_CORE}
+    for side, seconds in timed.items():
+        rate = "{median:.0f} ({min:.0f}-{max:.0f})".format(**images_per_s(seconds, photographs))
+        ratio = "{ratio:.2f} ({min:.2f}-{max:.2f})".format(**ratios[side]) if side in ratios else "beside the workers"
+        lines.append(f"| {side} | {rate} | {ratio} |")
     busy = content["others_cores"]
     # each side needs a core for itself
     if busy is not None and busy > content["machine"]["cores"] - 1 + ACCEPTED_OTHERS:
         lines += ["", f"**Not valid as a comparison**: other programs kept {busy:.1f} cores busy meanwhile."]
+    else:
+        ours = [(side, ratios[side]["ratio"]) for side in SIDES_ON_A_CORE if side != "timm"]
+        lines += goals.verdict(f"{goals.DATA_TIMES_AS_FAST} times timm on a core", ours, goals.DATA_TIMES_AS_FAST)
     return "\n".join(lines)
 
 

@@ -9,8 +9,8 @@ from benchmarks.deploy_measure import BATCHES, Measured
 from benchmarks.deploy_runs import Model
 from benchmarks.deploy_task import Form
 from benchmarks.machine import about, where
-from benchmarks.measure import ACCEPTED_OTHERS, Times, cores_of_others, times_as_fast
-from benchmarks.ratios import spread
+from benchmarks.measure import ACCEPTED_OTHERS, cores_of_others
+from benchmarks.ratios import rounds, spread, times_as_fast
 
 _FASTER = "times as fast as torch (min-max)"
 _SHARE = f"% of {FLOAT_FILE}"
@@ -138,7 +138,7 @@ def failures(result: Mapping[str, Any]) -> list[str]:
 
 
 def _cells(result: Mapping[str, Any], name: str) -> list[str]:
-    form, reference = result["forms"][name], result["compared_with"]
+    form, forms, reference = result["forms"][name], result["forms"], result["compared_with"]
     cells = [name, f"{form['bytes'] / 1e6:.1f}{' in memory' if form['runs_in'] == 'qwix' else ''}"]
     cells.append(_number(form["percent_of_onnx_float32"], ".1f"))
     for batch_size in BATCHES:
@@ -148,8 +148,10 @@ def _cells(result: Mapping[str, Any], name: str) -> list[str]:
             continue
         seconds = batch["median_s_per_call"]
         cells.append(f"{1000 * seconds:.2f}" if batch_size == 1 else f"{batch_size / seconds:.1f}")
-        ratios = batch["times_as_fast_as_torch"] if name != reference else None
-        cells.append("{median:.2f} ({min:.2f}-{max:.2f})".format(**ratios) if ratios else "")
+        timed = rounds({"sides": {side: known["batches"][str(batch_size)] for side, known in forms.items()}})
+        beside = name != reference and reference in timed
+        ratio = "{ratio:.2f} ({min:.2f}-{max:.2f})"
+        cells.append(ratio.format(**times_as_fast(timed[name], timed[reference])) if beside else "")
     cells += [_number(form["top1"], ".2f"), "" if name == reference else _number(form["points_from_float32"], "+.2f")]
     far = [(batch["difference"], batch["difference_of"]) for batch in form["batches"].values() if "difference" in batch]
     return [*cells, "{:.1e} of the {}".format(*max(far)) if far else ""]
@@ -172,14 +174,10 @@ def _side(measured: Measured, name: str) -> dict[str, Any]:
     if times.failure is None:
         known |= {f"{key}_s_per_call": value for key, value in spread(times.seconds).items()}
         known["images_per_s"] = measured.batch_size / times.median
-        ratios = _ratios(measured, name)
-        known["times_as_fast_as_torch"] = spread(ratios) if ratios else None
+        torch = measured.sides[REFERENCE]
+        ratio = times_as_fast(times.seconds, torch.seconds) if torch.failure is None else None
+        known["times_as_fast_as_torch"] = ratio
     return known
-
-
-def _ratios(measured: Measured, name: str) -> list[float] | None:
-    reference: Times = measured.sides[REFERENCE]
-    return times_as_fast(measured.sides[name], reference) if reference.failure is None else None
 
 
 def _software(results: Sequence[Deployed]) -> dict[str, str]:

@@ -15,20 +15,31 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.command import exit_status, pick_device, variant_name, workers_environment, writable_json
+from benchmarks.command import (
+    add_seconds,
+    exit_status,
+    pick_device,
+    require_pipeline,
+    until,
+    variant_name,
+    workers_environment,
+    writable_json,
+)
 from benchmarks.end_to_end_report import as_json, as_markdown, notes, table_lines
 from benchmarks.end_to_end_task import FLAX_FED, FLAX_STEPS, TIMM_FED, TIMM_STEPS, EndToEndTask, write_photographs
 from benchmarks.measure import GPU_PATIENCE, Measured, SidesDisagree, Times, not_failed, require_agreement, take_turns
 from benchmarks.record import write_json
 from benchmarks.task import Task, usable_cores
-from benchmarks.worker import PATIENCE, SideFailed
+from benchmarks.worker import PATIENCE
 from convert.command_line import Parser, at_least_one
 
 __all__ = ["as_markdown", "main"]  # the first for `benchmarks.report`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; returns the exit status: 0 done; 1 the sides disagree or one failed; 2 wrong flags."""
+    """Runs the benchmark; returns the exit status: 0 done; 1 the sides disagree or one failed; 2 wrong flags, or a
+    package is missing.
+    """
     parser = Parser(
         prog="python -m benchmarks.end_to_end",
         description="Time training with its input pipeline, JPEG files to updated weights: Flax against timm.",
@@ -57,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--images", type=at_least_one, default=20_000, metavar="N", help="JPEG files in an epoch; default: 20000"
     )
     parser.add_argument("--repeats", type=at_least_one, default=5, metavar="N", help="rounds; default: 5")
+    add_seconds(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
     args = parser.parse_args(argv)
     if args.images < args.batch_size:
@@ -69,16 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, device: str) -> int:
+    end = until(args)
+    require_pipeline("grain")
     from benchmarks.timm_side import write_weights
 
     results: list[tuple[EndToEndTask, dict[str, Times]]] = []
     printed = 0
     with tempfile.TemporaryDirectory(prefix="crossvit-benchmark-") as name:
         folder = Path(name)
-        try:
-            write_photographs(folder, args.images)
-        except ImportError as error:  # a machine that was set up for models alone
-            raise SideFailed(f"no photographs: {error}") from None
+        write_photographs(folder, args.images)
         environment = workers_environment(device, folder, one_at_a_time=False)
         for variant in args.variants:
             weights = folder / f"{variant}.safetensors"
@@ -95,7 +106,8 @@ def _run(args: argparse.Namespace, device: str) -> int:
             _say(f"CrossViT {variant}, end to end, {args.dtype}, {device}")
             fed = [side for side, place in FLAX_FED.items() if place in args.augment_on]
             sides = [task.flax, *fed, task.timm, TIMM_FED]
-            results.append((task, measure(task, sides, rounds=args.repeats, environment=environment)))
+            times = measure(task, sides, rounds=args.repeats, until=end, environment=environment)
+            results.append((task, times))
             # after each variant, so that an interruption costs one
             content = as_json(results, images=args.images)
             lines = table_lines(content)
@@ -108,7 +120,9 @@ def _run(args: argparse.Namespace, device: str) -> int:
     return 1 if any(times.failure for _, sides in results for times in sides.values()) else 0
 
 
-def measure(task: EndToEndTask, sides: Sequence[str], *, rounds: int, environment: dict[str, str]) -> dict[str, Times]:
+def measure(
+    task: EndToEndTask, sides: Sequence[str], *, rounds: int, until: float | None, environment: dict[str, str]
+) -> dict[str, Times]:
     """Times the sides in turn, as `take_turns` does. Raises SidesDisagree as `require_comparable` does."""
     times = {side: Times() for side in sides}
     on_gpu = task.step.device == "gpu"
@@ -117,6 +131,7 @@ def measure(task: EndToEndTask, sides: Sequence[str], *, rounds: int, environmen
         times,
         compare=lambda: require_comparable(task, times),
         rounds=rounds,
+        until=until,
         together=on_gpu,
         patience=GPU_PATIENCE if on_gpu else PATIENCE,
         environment=environment,

@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.end_to_end_task import TIMM_FED, EndToEndTask
+from benchmarks import goals
+from benchmarks.end_to_end_task import FLAX_FED, TIMM_FED, EndToEndTask
 from benchmarks.machine import about, where
 from benchmarks.measure import Measured, Times
-from benchmarks.ratios import rounds, spread, times_as_fast
+from benchmarks.ratios import best, images_per_s, rounds, times_as_fast
 
 Content = Mapping[str, Any]  # of a JSON file
 
@@ -73,12 +74,31 @@ def table_lines(content: Content) -> list[str]:
 def notes(content: Content) -> list[str]:
     """What has to be said under the table."""
     disturbed = [result["others_cores"] for result in content["results"] if result["disturbed"]]
-    if not disturbed:
-        return []
+    lines = []
+    if disturbed:
+        lines += [
+            "",
+            f"**Not valid as a comparison**: other programs kept up to {max(disturbed):.1f} of "
+            f"{content['machine']['cores']} cores busy meanwhile.",
+        ]
+    return lines + _verdicts([result for result in content["results"] if goals.on_gpu(result)])
+
+
+def _verdicts(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where the faster of Flax's pipelines reaches the goals, and where it does not."""
+    shares, ratios = [], []
+    for result in results:
+        timed, fed = rounds(result), best(result, tuple(FLAX_FED))
+        if fed is None or result["disturbed"]:
+            continue
+        name, alone = f"{result['variant']} at batch {result['batch_size']}", result["step_alone"][fed]
+        if result["variant"] in ("s", "b") and alone in timed:
+            shares.append((name, times_as_fast(timed[fed], timed[alone])["ratio"]))
+        if result["variant"] == "ti" and TIMM_FED in timed:
+            ratios.append((name, times_as_fast(timed[fed], timed[TIMM_FED])["ratio"]))
     return [
-        "",
-        f"**Not valid as a comparison**: other programs kept up to {max(disturbed):.1f} of "
-        f"{content['machine']['cores']} cores busy meanwhile.",
+        *goals.verdict(f"{goals.FED_SHARE:.0%} of the step alone", shares, goals.FED_SHARE, as_text=".1%"),
+        *goals.verdict(f"{goals.FED_TIMES_AS_FAST} times timm's loader", ratios, goals.FED_TIMES_AS_FAST),
     ]
 
 
@@ -87,7 +107,7 @@ def _cells(result: Mapping[str, Any], side: str) -> list[str]:
     if side not in rounds(result):
         return [*cells, f"failed: {result['sides'][side]['failure'].replace('|', '/')}", "", ""]
     images = result["steps_per_call"] * result["batch_size"]
-    rates = spread([images / seconds for seconds in rounds(result)[side]])
+    rates = images_per_s(rounds(result)[side], images)
     return [*cells, "{median:.1f} ({min:.1f}-{max:.1f})".format(**rates), *_ratios(result, side)]
 
 
@@ -96,11 +116,11 @@ def _ratios(result: Mapping[str, Any], side: str) -> list[str]:
     timed, step_alone = rounds(result), result["step_alone"]
     share = ratio = ""
     if step_alone[side] != side and step_alone[side] in timed:
-        shares = {name: 100 * value for name, value in times_as_fast(result, side, step_alone[side]).items()}
+        shares = {name: 100 * value for name, value in times_as_fast(timed[side], timed[step_alone[side]]).items()}
         share = "{ratio:.0f} % ({min:.0f}-{max:.0f})".format(**shares)
     other = TIMM_FED if step_alone[side] != side else step_alone[TIMM_FED]
     if other != side and other in timed:
-        ratio = "{ratio:.2f} ({min:.2f}-{max:.2f})".format(**times_as_fast(result, side, other))
+        ratio = "{ratio:.2f} ({min:.2f}-{max:.2f})".format(**times_as_fast(timed[side], timed[other]))
     return [share, ratio]
 
 

@@ -53,11 +53,6 @@ class Times:
         return statistics.median(self.seconds)
 
 
-def times_as_fast(side: Times, other: Times) -> list[float]:
-    """How many times as fast a side is as another, round by round: neighbours share the machine's mood."""
-    return [b / a for a, b in zip(side.seconds, other.seconds, strict=True)]
-
-
 def not_failed(sides: Mapping[str, Times]) -> dict[str, Times]:
     """Those that did not fail."""
     return {side: times for side, times in sides.items() if times.failure is None}
@@ -118,6 +113,7 @@ def measure(
     sides: Sequence[str],
     *,
     rounds: int,
+    until: float | None = None,
     keep: bool,
     environment: dict[str, str],
     say: Callable[[str], None],
@@ -135,6 +131,7 @@ def measure(
         measured.sides,
         compare=lambda: require_agreement(measured),
         rounds=rounds,
+        until=until,
         keep=keep,
         together=on_gpu and keep,
         patience=GPU_PATIENCE if on_gpu else PATIENCE,
@@ -150,6 +147,7 @@ def take_turns(
     *,
     compare: Callable[[], None],
     rounds: int,
+    until: float | None = None,
     keep: bool = True,
     together: bool = False,
     patience: float = PATIENCE,
@@ -164,6 +162,7 @@ def take_turns(
         task: what `Worker` takes.
         sides: in the order of their turns, with nothing known yet: is filled in.
         compare: is called when all sides are ready, before any round; it may raise, or note failures in `sides`.
+        until: by time.monotonic(): no round is begun that would end later, if it takes as long as the one before.
         keep: let each side's process live through all rounds; otherwise a turn starts one anew, so that only one holds
             memory on the device at a time.
         together: load and compile all sides at once, for machines with many cores; they still warm up one by one.
@@ -191,7 +190,12 @@ def take_turns(
                 times.ready = worker(side).ready
             say(f"{side}: {times.failure or _readiness(times.ready)}")
         compare()
+        begun = time.monotonic()
         for number in range(1, rounds + 1):
+            before, begun = begun, time.monotonic()
+            if until is not None and number > 1 and begun + (begun - before) > until:
+                say(f"no time for more than {number - 1} of {rounds} rounds")
+                break
             for side, times in not_failed(sides).items():
                 with _noting_failure(times):
                     times.rounds.append(worker(side).round())

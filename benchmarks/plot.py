@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.goals import TIMES_AS_FAST
 from benchmarks.machine import device_name
-from benchmarks.ratios import GOALS, Result, best, counts, rounds, times_as_fast
+from benchmarks.ratios import Result, best, counts, rounds, times_as_fast
 from train.plots import save_figure
 
 if TYPE_CHECKING:
@@ -58,13 +59,13 @@ def _in_groups(results: Sequence[Result]) -> list[Result]:
 
 
 def _draw_panel(axes: "Axes", results: Sequence[Result]) -> None:
-    goal = GOALS[results[0]["device"]]
+    goal = TIMES_AS_FAST[results[0]["device"]]
     axes.axhline(1, color=_NEUTRAL, lw=0.8)
     axes.axhline(goal, color=_NEUTRAL, lw=1.2, ls="--", label="goal")
     sides = [side for side in _COLOURS if any(side in rounds(result) for result in results)]
     for place, result in enumerate(results):
         for number, side in enumerate(side for side in sides if side in rounds(result)):
-            ratio = times_as_fast(result, side, best(result, "timm"))
+            ratio = times_as_fast(rounds(result)[side], rounds(result)[best(result, "timm")])
             x, y = place + _BETWEEN_SIDES * (number - (len(sides) - 1) / 2), ratio["ratio"]
             whiskers = [[y - ratio["min"]], [ratio["max"] - y]]
             filling = _COLOURS[side] if counts(result) else "white"

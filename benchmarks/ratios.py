@@ -10,8 +10,6 @@ from typing import Any
 
 Result = Mapping[str, Any]
 
-GOALS = {"cpu": 1.0, "gpu": 1.25}  # times as fast as the best of timm
-
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, smallest and largest."""
@@ -23,8 +21,8 @@ def rounds(result: Result) -> dict[str, list[float]]:
     return {name: side["rounds_s_per_call"] for name, side in result["sides"].items() if side["failure"] is None}
 
 
-def best(result: Result, whose: str) -> str | None:
-    """The side with the smallest median of those whose name begins with "flax" or "timm"; None if all failed."""
+def best(result: Result, whose: str | tuple[str, ...]) -> str | None:
+    """The side with the smallest median of those whose name begins so; None if all failed."""
     medians = {name: statistics.median(times) for name, times in rounds(result).items() if name.startswith(whose)}
     return min(medians, key=medians.get, default=None)
 
@@ -39,13 +37,21 @@ def counts(result: Result) -> bool:
     return not result["disturbed"] and not failed(result, "timm")
 
 
-def times_as_fast(result: Result, side: str, other: str) -> dict[str, float]:
-    """How many times as fast `side` is as `other`; neither may have failed.
+def images_per_s(seconds: Sequence[float], images: int) -> dict[str, float]:
+    """`spread` as images per second, where each round takes so many seconds for `images`: median is that of the time.
+
+    So the ratio of two medians is that of `times_as_fast`, whatever the number of rounds.
+    """
+    times = spread(seconds)
+    return {"median": images / times["median"], "min": images / times["max"], "max": images / times["min"]}
+
+
+def times_as_fast(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """How many times as fast a side is as another, from the seconds that each took, round by round.
 
     The ratio is that of the medians, so that whoever has these can compute it. The range is that of the ratios in each
     round, whose calls share the machine's mood; it always holds the ratio of the medians.
     """
-    ours, theirs = rounds(result)[side], rounds(result)[other]
     by_round = [b / a for a, b in zip(ours, theirs, strict=True)]
     return {
         "ratio": statistics.median(theirs) / statistics.median(ours),

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.machine import about
 from benchmarks.measure import Measured
-from benchmarks.ratios import best, spread, times_as_fast
+from benchmarks.ratios import best, rounds, spread, times_as_fast
 from train.whole_file import write_whole
 
 
@@ -39,8 +39,8 @@ def _result(measured: Measured) -> dict[str, Any]:
         "others_cores": measured.others,
         "disturbed": measured.disturbed,
     }
-    best_timm = best(result, "timm")
-    ratios = {side: times_as_fast(result, side, best_timm) for side in measured.timed} if best_timm else {}
+    best_timm, timed = best(result, "timm"), rounds(result)
+    ratios = {side: times_as_fast(ours, timed[best_timm]) for side, ours in timed.items()} if best_timm else {}
     return result | {"best_timm": best_timm, "times_as_fast_as_best_timm": ratios}
 
 

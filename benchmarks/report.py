@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import goals
 from benchmarks.machine import described, where
-from benchmarks.ratios import GOALS, Result, best, counts, failed, rounds, spread, times_as_fast
+from benchmarks.ratios import Result, best, counts, failed, rounds, spread, times_as_fast
 from convert.command_line import Parser
 
 Content = Mapping[str, Any]  # of a JSON file
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             draw_ratios([content for content in contents if content["benchmark"] in MODELS], args.plot)
         except (OSError, ValueError) as error:
-            parser.error(f"--plot {args.plot}: {error}")
+            parser.error(f"--plot {args.plot}: {getattr(error, 'strerror', None) or error}")
     return 0
 
 
@@ -98,7 +99,7 @@ def table_lines(contents: Sequence[Content]) -> list[str]:
 
 
 def notes(contents: Sequence[Content]) -> list[str]:
-    """What has to be said under a table: what does not count, and which goals are missed."""
+    """What has to be said under a table: what does not count, and which goals are reached."""
     results = _results(contents)
     lines = []
     disturbed = [result["others_cores"] for result in results if result["disturbed"]]
@@ -113,25 +114,39 @@ def notes(contents: Sequence[Content]) -> list[str]:
     if incomplete:
         which = "; ".join(f"{_name(result)}: {', '.join(failed(result, 'timm'))} failed" for result in incomplete)
         lines += ["", f"**Not beside timm at its best**: {which}. There the ratios are to what was left of timm."]
-    return lines + _verdict([result for result in results if counts(result)])
+    return lines + _verdicts(contents[0]["benchmark"], results)
 
 
-def _verdict(results: Sequence[Result]) -> list[str]:
-    """Where the best of Flax reaches the goal, and where it does not."""
+def _verdicts(benchmark: str, results: Sequence[Result]) -> list[str]:
+    """Where the fastest side of Flax reaches the goals, and where it does not."""
+    beside_timm = [
+        (result, best(result, "flax"), best(result, "timm"))
+        for result in results
+        if counts(result) and best(result, "flax") and best(result, "timm")
+    ]
     lines = []
-    for device, goal in GOALS.items():
-        ratios = {
-            _name(result): times_as_fast(result, best(result, "flax"), best(result, "timm"))["ratio"]
-            for result in results
-            if result["device"] == device and best(result, "flax") and best(result, "timm")
-        }
-        by_verdict = {
-            "missed": [f"{name} ({ratio:.3f})" for name, ratio in ratios.items() if ratio < goal],
-            "reached": [f"{name} ({ratio:.3f})" for name, ratio in ratios.items() if ratio >= goal],
-        }
-        verdicts = [f"{verdict} by {', '.join(names)}" for verdict, names in by_verdict.items() if names]
-        if verdicts:
-            lines += ["", f"The goal, {goal} times timm's best, is {'; '.join(verdicts)}."]
+    for device, times in goals.TIMES_AS_FAST.items():
+        ratios = [
+            (_name(result), times_as_fast(rounds(result)[ours], rounds(result)[theirs])["ratio"])
+            for result, ours, theirs in beside_timm
+            if result["device"] == device
+        ]
+        lines += goals.verdict(f"{times} times timm's best", ratios, times)
+    shares = [
+        (_name(result), share)
+        for result in results
+        if goals.on_gpu(result) and result["variant"] == "b" and not result["disturbed"]
+        if (share := _share_of_peak(result, best(result, "flax"))) is not None
+    ]
+    least = goals.PEAK_SHARE[benchmark]
+    lines += goals.verdict(f"{least:.0%} of the matmul peak", shares, least, as_text=".1%")
+    if benchmark == "training":
+        memory = [
+            (_name(result), _peak_bytes(result, ours) / _peak_bytes(result, theirs))
+            for result, ours, theirs in beside_timm
+            if goals.on_gpu(result) and _peak_bytes(result, ours) and _peak_bytes(result, theirs)
+        ]
+        lines += goals.verdict("the peak memory of timm's best at most", memory, goals.PEAK_MEMORY, at_most=True)
     return lines
 
 
@@ -140,7 +155,8 @@ def _results(contents: Sequence[Content]) -> list[Result]:
 
 
 def _name(result: Result) -> str:
-    return f"{result['variant']} at batch {result['batch_size']}"
+    name = f"{result['variant']} at batch {result['batch_size']}"
+    return name if result["dtype"] == "float32" else f"{name} in {result['dtype']}"
 
 
 def _titles(result: Result) -> tuple[str, ...]:
@@ -170,17 +186,26 @@ def _ratio(result: Result, side: str) -> str:
         return ""
     if side == best_timm:
         return "**best of timm that ran**" if failed(result, "timm") else "**best of timm**"
-    return "{ratio:.2f} ({min:.2f}-{max:.2f})".format(**times_as_fast(result, side, best_timm))
+    return "{ratio:.2f} ({min:.2f}-{max:.2f})".format(**times_as_fast(rounds(result)[side], rounds(result)[best_timm]))
+
+
+def _peak_bytes(result: Result, side: str) -> int | None:
+    return result["sides"][side].get("peak_bytes")
 
 
 def _peak_memory(result: Result, side: str) -> str:
-    known = result["sides"][side].get("peak_bytes")
+    known = _peak_bytes(result, side)
     return "" if known is None else f"{known / 2**30:.2f}"
 
 
-def _share_of_peak(result: Result, side: str) -> str:
+def _share_of_peak(result: Result, side: str | None) -> float | None:
     flops, peak, times = result.get("flops_per_call"), result.get("peak_flops"), rounds(result).get(side)
-    return f"{flops / spread(times)['median'] / peak:.0%}" if flops and peak and times else ""
+    return flops / spread(times)["median"] / peak if flops and peak and times else None
+
+
+def _percent_of_peak(result: Result, side: str) -> str:
+    share = _share_of_peak(result, side)
+    return "" if share is None else f"{share:.0%}"
 
 
 def _difference(result: Result, side: str) -> str:
@@ -204,7 +229,7 @@ _CELLS: dict[str, Callable[[Result, str], str]] = {
     "images/s": _images_per_s,
     "times as fast as timm's best (min-max)": _ratio,
     "peak memory, GiB": _peak_memory,
-    "of the matmul peak": _share_of_peak,
+    "of the matmul peak": _percent_of_peak,
     "difference": _difference,
     "from float32": _from_float32,
 }

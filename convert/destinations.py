@@ -19,6 +19,7 @@ from convert.tree import nest, to_flax_paths
 from convert.weights import Weights
 
 EXPORTED = (".onnx", ".stablehlo")  # endings of whole models, see convert.export
+_SHOWN = 32  # characters of a destination's name in that of its temporary folder
 
 
 def check_destination(destination: str | Path, *, overwrite: bool = False) -> Path:
@@ -88,7 +89,8 @@ def replacing(path: Path) -> Iterator[Path]:
         ConversionError: anything at all was raised while it was written.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as partial:
+        prefix = f".{path.name[:_SHOWN]}."  # the whole name may be as long as names can be
+        with tempfile.TemporaryDirectory(prefix=prefix, suffix=".partial", dir=path.parent) as partial:
             new = Path(partial, "new")
             yield new
             if new.exists():

@@ -35,6 +35,8 @@ def test_every_entry_of_the_plan_is_a_command_that_takes_its_flags(device, monke
         owner = command if arguments else module
         monkeypatch.setattr(owner, "_run", accept)
         monkeypatch.setattr(owner, "pick_device", lambda parser, args: args.device, raising=False)
+        if benchmark in everything._KEEP_WHAT_IS_DONE:
+            flags += ["--seconds", "60"]
         with pytest.raises(_Accepted):
             module.main(*arguments, [*flags, "--json", str(tmp_path / f"{name}.json")])
 
@@ -68,6 +70,15 @@ def test_a_benchmark_takes_its_share_at_most_and_what_it_leaves_is_for_the_other
 def test_the_last_benchmark_may_take_all_the_time_that_is_left(clock, tmp_path):
     run({"a": Entry(["startup"], 0.5), "b": Entry(["startup"], 0.1)}, tmp_path, 0.0, 100.0)
     assert clock["allowed"] == {"a": 50.0, "b": 100.0}
+
+
+def test_a_benchmark_that_has_rounds_is_told_when_to_end_them(monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setattr(everything, "_run", lambda command, *_: commands.append(command))
+    run({"a": Entry(["training"], 0.5), "b": Entry(["startup"], 1.0)}, tmp_path, time.monotonic(), 100.0)
+    training, startup = commands
+    assert training[3:5] == ["--seconds", "40"]  # 10 seconds before it would be stopped
+    assert "--seconds" not in startup
 
 
 def test_the_time_counts_from_the_start_of_the_command(clock, tmp_path):
@@ -136,10 +147,12 @@ def test_results_are_never_replaced(tmp_path, capsys):
     assert "has data.json already" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize(("folder", "says"), [("none/none", "No such file"), ("x" * 256, "File name too long")])
+def test_a_folder_that_cannot_be_made_is_refused(folder, says, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        main(["--device", "cpu", "--output", str(tmp_path / "none" / "none")])
-    assert "No such file" in capsys.readouterr().err
+        main(["--device", "cpu", "--output", str(tmp_path / folder)])
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
 
 
 def test_by_default_results_go_to_a_new_folder(clock, tmp_path, monkeypatch):

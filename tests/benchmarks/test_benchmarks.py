@@ -107,6 +107,17 @@ def test_the_sides_take_turns(workers):
     assert [entry for entry in workers.log if entry in SIDES] == ["flax", "timm", "timm-compile"] * 2
 
 
+@pytest.mark.parametrize(("until", "rounds"), [(None, 4), (14.0, 4), (13.9, 3), (10.0, 2), (1.0, 1)])
+def test_no_round_is_begun_that_would_end_too_late_but_the_first(workers, monkeypatch, until, rounds):
+    """Each of the three sides takes a second, and the first round begins after two."""
+    monkeypatch.setattr(measure.time, "monotonic", lambda: 2.0 + sum(entry in SIDES for entry in workers.log))
+    sides = {side: Times() for side in ("flax", "timm", "timm-compile")}
+    told = []
+    measure.take_turns(_task(), sides, compare=lambda: None, rounds=4, until=until, environment={}, say=told.append)
+    assert [len(times.rounds) for times in sides.values()] == [rounds] * 3
+    assert ("no time for more" in told[-1]) == (rounds < 4)
+
+
 def test_on_a_cpu_a_side_is_warm_before_the_next_one_starts(workers):
     _measure()
     first_round = workers.log.index("flax")

@@ -61,10 +61,14 @@ sys.exit(exit_status(Parser(prog="x"), run))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(capsys):
+@pytest.mark.parametrize(
+    ("file", "says"), [("/proc/x.json", "No such file"), (f"/{'x' * 256}", "too long"), (f"/{'x' * 256}/x", "too long")]
+)
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(file, says, capsys):
     with pytest.raises(SystemExit, match="2"):
-        main("inference", ["--device", "cpu", "--json", "/proc/x.json"])
-    assert "--json /proc/x.json: No such file" in capsys.readouterr().err
+        main("inference", ["--device", "cpu", "--json", file])
+    error = capsys.readouterr().err
+    assert f"--json {file}: " in error and says in error and error.count("\n") == 1
 
 
 def test_cudnns_attention_needs_a_gpu(capsys):

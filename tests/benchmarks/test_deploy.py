@@ -234,8 +234,17 @@ def test_the_table_has_size_ratios_and_points(scripted, weights, pictures):
     assert rows["int8"][7] == "-10.00" and rows["int8"][8].endswith("of the logits' spread")
     assert rows["int8 of qat"][0] == "1.0 in memory"
     (told,) = content["results"]
-    assert told["forms"]["half"]["batches"]["8"]["times_as_fast_as_torch"] == {"median": 2, "min": 2, "max": 2}
+    assert told["forms"]["half"]["batches"]["8"]["times_as_fast_as_torch"] == {"ratio": 2, "min": 2, "max": 2}
     assert (told["held_out_images"], told["images"], told["unreadable_images"]) == (9, 20, 1)
+
+
+def test_the_ratio_is_that_of_the_printed_medians_whatever_a_file_says_of_it(scripted, weights, pictures):
+    content = as_json([_deployed(scripted, weights, pictures, {})])
+    torch, half = (content["results"][0]["forms"][name]["batches"]["1"] for name in (REFERENCE, "half"))
+    torch |= {"rounds_s_per_call": [9.0, 9.0]}
+    half |= {"rounds_s_per_call": [1.0, 5.0], "times_as_fast_as_torch": {"median": 7.0, "min": 7.0, "max": 7.0}}
+    rows = {cells[1]: cells[2:-1] for cells in _cells(as_markdown(content))}
+    assert rows["half"][3] == "3.00 (1.80-9.00)"
 
 
 def test_sizes_are_shares_of_the_float_onnx_file(scripted, weights, pictures):

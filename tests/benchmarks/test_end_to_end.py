@@ -1,6 +1,7 @@
 """The end-to-end benchmark: what it refuses, what it takes for photographs, how rounds begin and end, a small run."""
 
 import dataclasses
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import cpu_time, steady_state
+from benchmarks import cpu_time, data, end_to_end, steady_state
 from benchmarks.end_to_end import as_markdown, main, require_comparable
 from benchmarks.end_to_end_report import as_json
 from benchmarks.end_to_end_task import CLASSES, Delivered, EndToEndTask, write_photographs
@@ -34,8 +35,8 @@ def _photographs(task) -> tuple[np.ndarray, np.ndarray]:
     return np.random.default_rng(0).uniform(-2.0, 2.5, shape).astype(np.float32), np.array([0, 3, 9, 3])
 
 
-def _times(*seconds: float, check=None, failure=None) -> Times:
-    return Times(Ready(check, {"jax": "1"}, 1, 1.0, 2.0, 3.0), [Round(s, 0.0) for s in seconds], failure=failure)
+def _times(*seconds: float, check=None, failure=None, others: float = 0.0) -> Times:
+    return Times(Ready(check, {"jax": "1"}, 1, 1.0, 2.0, 3.0), [Round(s, others) for s in seconds], failure=failure)
 
 
 # --- what is refused ---
@@ -55,6 +56,21 @@ def _times(*seconds: float, check=None, failure=None) -> Times:
 )
 def test_a_wrong_flag_is_one_line_and_status_2(flags, says, capsys):
     assert says in refusal(capsys, "python -m benchmarks.end_to_end", main, *flags.split())
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "flags", "missing"), [(end_to_end, ["--device", "cpu"], "grain"), (data, [], "simplejpeg")]
+)
+def test_without_a_package_of_the_pipeline_nothing_is_started_and_one_line_says_which(
+    benchmark, flags, missing, monkeypatch, capsys
+):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else found(name))
+    monkeypatch.setattr(data, "_measure", None)
+    monkeypatch.setattr(end_to_end, "write_photographs", None)
+    assert benchmark.main(flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"error: the input pipelines need {missing}: pip install crossvit-jax")
 
 
 def test_photographs_as_the_model_wants_them_are_accepted():
@@ -159,6 +175,31 @@ def test_shares_are_of_the_sides_own_step_and_ratios_of_what_is_fed_alike():
         "timm": ["21.8 (21.8-21.8)", "", ""],
         "timm-loader": ["8.7 (8.7-8.7)", "40 % (40-40)", ""],
     }
+
+
+def _verdicts(variant: str, *, device: str = "gpu", others: float = 0.0) -> list[str]:
+    """Fed steps take 1.25 and 1.1 seconds, alone 1; those of timm 4.5."""
+    seconds = {"flax": 1.0, "flax-device": 1.25, "flax-host": 1.1, "timm": 2.0, "timm-loader": 4.5}
+    step = dataclasses.replace(_task().step, variant=variant, device=device, dtype="bfloat16")
+    sides = {side: _times(value, others=others) for side, value in seconds.items()}
+    table = as_markdown(as_json([(_task(step=step), sides)], images=64))
+    return [line for line in table.splitlines() if line.startswith("The goal")]
+
+
+@pytest.mark.parametrize(
+    ("variant", "verdict"),
+    [
+        ("ti", "The goal, 4.0 times timm's loader, is reached by ti at batch 4 (4.091)."),
+        ("s", "The goal, 90% of the step alone, is reached by s at batch 4 (90.9%)."),
+        ("b", "The goal, 90% of the step alone, is reached by b at batch 4 (90.9%)."),
+    ],
+)
+def test_on_a_gpu_the_faster_pipeline_is_beside_the_goal_of_its_variant(variant, verdict):
+    assert _verdicts(variant) == [verdict]
+
+
+def test_on_a_cpu_and_on_a_busy_machine_there_is_no_verdict():
+    assert _verdicts("ti", device="cpu") == _verdicts("s", others=1e3) == []
 
 
 def test_a_side_that_failed_is_a_row_that_says_why():

@@ -23,14 +23,15 @@ def _times(*seconds: float, others: float = 0.0, failure: str | None = None, **f
     return Times(ready, [Round(s, others) for s in seconds], 0.0, failure)
 
 
-def _measured(**sides: Times) -> Measured:
-    task = Task(benchmark="training", variant="ti", batch_size=4, dtype="float32", device="cpu", weights="none")
-    return Measured(task, "timm", {name.replace("_", "-"): times for name, times in sides.items()})
+def _measured(task: dict | None = None, **sides: Times) -> Measured:
+    settings = {"benchmark": "training", "variant": "ti", "batch_size": 4, "dtype": "float32", "device": "cpu"}
+    settings |= {"weights": "none"} | (task or {})
+    return Measured(Task(**settings), "timm", {name.replace("_", "-"): times for name, times in sides.items()})
 
 
-def _content(*measured: Measured) -> dict:
+def _content(*measured: Measured, benchmark: str = "training") -> dict:
     """As it is read from a file."""
-    return json.loads(json.dumps(as_json("training", measured)))
+    return json.loads(json.dumps(as_json(benchmark, measured)))
 
 
 def _rows(*contents: dict) -> list[dict[str, str]]:
@@ -101,6 +102,82 @@ def test_the_best_side_of_ours_is_beside_the_goal():
     assert "reached by ti at batch 4 (2.000)" in notes([content])[-1]
 
 
+_B_ON_A_GPU = {"variant": "b", "device": "gpu", "dtype": "bfloat16"}
+
+
+def _on_a_gpu(task: dict | None = None, *, others: float = 0.0, timms_failure: str | None = None) -> Measured:
+    """A step of two seconds for 1.9 of its FLOPs at a peak of 2 per second, in three quarters of timm's memory."""
+    flax = _times(2.0, others=others, peak_bytes=3, flops_per_call=19, peak_flops=20.0)
+    compiled = _times(3.0, others=others, peak_bytes=4, failure=timms_failure)
+    eager = _times(4.0, others=others, peak_bytes=2)
+    return _measured(_B_ON_A_GPU | (task or {}), flax=flax, timm=eager, timm_compile=compiled)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "verdicts"),
+    [
+        (
+            "training",
+            [
+                "The goal, 1.25 times timm's best, is reached by b at batch 4 in bfloat16 (1.500).",
+                "The goal, 45% of the matmul peak, is reached by b at batch 4 in bfloat16 (47.5%).",
+                "The goal, the peak memory of timm's best at most, is reached by b at batch 4 in bfloat16 (0.750).",
+            ],
+        ),
+        (
+            "inference",
+            [
+                "The goal, 1.25 times timm's best, is reached by b at batch 4 in bfloat16 (1.500).",
+                "The goal, 50% of the matmul peak, is missed by b at batch 4 in bfloat16 (47.5%).",
+            ],
+        ),
+    ],
+)
+def test_on_a_gpu_the_share_of_the_peak_and_training_memory_have_goals_too(benchmark, verdicts):
+    assert list(filter(None, notes([_content(_on_a_gpu(), benchmark=benchmark)]))) == verdicts
+
+
+def test_more_memory_than_timms_fastest_side_misses_the_goal():
+    sides = {
+        "flax": _times(1.0, peak_bytes=4),
+        "flax_cudnn": _times(2.0, peak_bytes=1),
+        "timm": _times(2.0, peak_bytes=3),
+    }
+    assert notes([_content(_measured(_B_ON_A_GPU, **sides))])[-1].endswith(
+        "is missed by b at batch 4 in bfloat16 (1.333)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "goals"),
+    [
+        ({"variant": "s"}, ["1.25 times", "peak memory"]),
+        ({"dtype": "float32"}, ["1.25 times"]),
+        ({"device": "cpu"}, ["1.0 times"]),
+    ],
+)
+def test_the_goals_of_gpus_are_for_what_they_were_set_for(task, goals):
+    verdicts = list(filter(None, notes([_content(_on_a_gpu(task))])))
+    assert len(verdicts) == len(goals)
+    assert all(goal in verdict for goal, verdict in zip(goals, verdicts, strict=True))
+
+
+def test_a_share_of_the_peak_counts_without_timm_but_not_on_a_busy_machine():
+    failed, busy = (notes([_content(_on_a_gpu(**how))]) for how in ({"timms_failure": "no compiler"}, {"others": 1e3}))
+    assert [line for line in failed if "The goal" in line] == [
+        "The goal, 45% of the matmul peak, is reached by b at batch 4 in bfloat16 (47.5%)."
+    ]
+    assert not [line for line in busy if "The goal" in line]
+
+
+def test_two_precisions_of_one_variant_both_have_a_verdict():
+    sides = {"flax": _times(1.0), "timm": _times(2.0)}
+    content = _content(_measured(**sides), _measured({"dtype": "bfloat16"}, flax=_times(4.0), timm=_times(2.0)))
+    assert notes([content])[-1].endswith(
+        "is missed by ti at batch 4 in bfloat16 (0.500); reached by ti at batch 4 (2.000)."
+    )
+
+
 @pytest.mark.parametrize(("others", "disturbed"), [(0.0, False), (1e3, True)])
 def test_a_busy_machine_is_said_aloud_and_has_no_verdict(others, disturbed):
     content = _content(_measured(flax=_times(1.0, others=others), timm=_times(2.0, others=others)))
@@ -122,7 +199,7 @@ def test_the_ratio_of_the_medians_lies_within_the_range_of_the_rounds():
     rng = np.random.default_rng(0)
     for _ in range(50):
         sides = {name: _times(*rng.uniform(1, 9, size=6)) for name in ("flax", "timm")}
-        ratio = times_as_fast(_content(_measured(**sides))["results"][0], "flax", "timm")
+        ratio = times_as_fast(*(sides[name].seconds for name in ("flax", "timm")))
         assert ratio["min"] <= ratio["ratio"] <= ratio["max"]
 
 

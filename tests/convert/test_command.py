@@ -118,6 +118,36 @@ def test_refusals_are_one_line_and_exit_status_2(capsys, weights_file, tmp_path,
     assert sorted(os.listdir(tmp_path)) == ["bad.pth", "weights.pth"]
 
 
+_TOO_LONG = "x" * 256  # for Linux and others; what their names may have are 255 bytes
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "flags"),
+    [
+        (f"{_TOO_LONG}.pth", "out.pth", []),
+        (f"{_TOO_LONG}/in.pth", "out.pth", []),
+        ("weights.pth", f"{_TOO_LONG}.pth", []),
+        ("weights.pth", _TOO_LONG, []),
+        ("weights.pth", f"{_TOO_LONG}/out.pth", []),
+        ("weights.pth", f"{_TOO_LONG}.stablehlo", []),
+        ("weights.pth", "out.onnx", ["--quantize", "static", "--calibrate", _TOO_LONG]),
+    ],
+)
+def test_a_name_that_is_too_long_is_refused_before_anything_is_read(
+    capsys, weights_file, monkeypatch, source, destination, flags
+):
+    monkeypatch.chdir(weights_file.parent)
+    assert "File name too long" in refused(capsys, source, destination, *flags)
+    assert os.listdir() == ["weights.pth"]
+
+
+@pytest.mark.parametrize("ending", [".pth", ""])
+def test_a_name_may_be_as_long_as_the_system_allows(capsys, weights_file, tmp_path, ending):
+    name = "ä" * ((255 - len(ending)) // 2) + ending
+    assert run(capsys, weights_file, tmp_path / name)[0] == 0
+    assert load_weights(tmp_path / name).config.num_classes == 10
+
+
 def test_a_file_can_be_converted_in_place(capsys, weights_file):
     status, _, _ = run(capsys, weights_file, weights_file, "--overwrite", "--dtype", "float16", "--num-classes", 3)
     assert status == 0
