@@ -18,6 +18,8 @@ from benchmarks.report import table_lines
 from benchmarks.task import SIDES, Program, Task, default_sides
 from benchmarks.worker import Ready, Round, SideFailed
 from crossvit_jax.config import get_config
+from tests.benchmarks.brief import BriefTask
+from tests.train.runner import QUICK_COMPILATION
 
 
 def _task(**changes) -> Task:
@@ -334,7 +336,9 @@ def test_the_model_table_counts_what_the_paper_counts():
 @pytest.mark.parametrize(
     ("benchmark", "batch_size"), [("inference", 2), ("training", 2), pytest.param("training", 1, id="training-unmixed")]
 )
-def test_a_small_run(benchmark, batch_size, tmp_path, capsys):
+def test_a_small_run(benchmark, batch_size, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", QUICK_COMPILATION)
+    monkeypatch.setattr("benchmarks.command.Task", BriefTask)
     path = tmp_path / "result.json"
     flags = f"--variant ti --batch-size {batch_size} --repeats 1 --device cpu --sides flax timm --json"
     assert main(benchmark, [*flags.split(), str(path)]) == 0

@@ -9,6 +9,7 @@ from benchmarks.data import as_json, as_markdown, compare, main
 from benchmarks.data_task import SIDES, SIDES_ON_A_CORE, DataTask
 from benchmarks.measure import SidesDisagree, Times
 from benchmarks.worker import Ready, Round
+from tests.benchmarks.brief import BriefDataTask
 
 
 def _times(*seconds, others=0.0):
@@ -63,7 +64,8 @@ def test_a_busy_machine_is_said_aloud_and_has_no_verdict(others, valid):
 
 
 @pytest.mark.slow
-def test_a_small_run(tmp_path, capsys):
+def test_a_small_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("benchmarks.data.DataTask", BriefDataTask)
     path = tmp_path / "result.json"
     assert main(["--photographs", "4", "--repeats", "1", "--json", str(path)]) == 0
     written = json.loads(path.read_text())

@@ -18,6 +18,7 @@ from benchmarks.deploy_task import DeployTask, Form
 from benchmarks.worker import Ready, Round, SideFailed
 from convert import load_weights, save
 from convert.stablehlo import stablehlo_program
+from tests.benchmarks.brief import BriefDeployTask
 from tests.command_line import refusal
 from tests.train.small_weights import save_small
 from train.config import SettingsError, TrainConfig
@@ -341,6 +342,7 @@ def test_sides_in_processes_of_their_own(tmp_path, pictures, weights, monkeypatc
         return {REFERENCE: _saved(weights, folder), "StableHLO float32": stablehlo}
 
     monkeypatch.setattr("benchmarks.deploy_forms.float_forms", forms)
+    monkeypatch.setattr("benchmarks.deploy_measure.DeployTask", BriefDeployTask)
     file = tmp_path / "deploy.json"
     flags = ["--runs", str(weights), "--dataset", pictures, "--images", "5", "--repeats", "1", "--json", str(file)]
     assert main(flags) == 0

@@ -159,18 +159,18 @@ def gradient_errors(result: dict, reference: dict[str, torch.Tensor]) -> dict[st
     return errors
 
 
-def output_errors(variant: str, precision: str, size=None, **settings) -> dict[str, dict[str, float]]:
+def output_errors(variant: str, precision: str, size=None, batch: int = 2, **settings) -> dict[str, dict[str, float]]:
     """The errors of both twins against timm: of the logits, and of each branch's normalised tokens.
 
     `size` is that of the images, by default the model's.
     """
     dtype = getattr(torch, precision)
     config = get_config(variant, **settings)
-    x = images(size or config.image_size, channels=config.in_chans)
+    x = images(size or config.image_size, batch, config.in_chans)
     reference = timm_model(variant, precision, **settings)
     twin = torch_twin(variant, reference.state_dict(), precision, **settings)
     with torch.no_grad():
-        expected = [reference(torch.tensor(x, dtype=dtype)), *reference.forward_features(torch.tensor(x, dtype=dtype))]
+        expected = timm_outputs(reference, torch.tensor(x, dtype=dtype))
         torch_result = [twin(torch.tensor(x, dtype=dtype)), *twin.forward_features(torch.tensor(x, dtype=dtype))]
     with jax.enable_x64(precision == "float64"):
         flax_result = flax_outputs(flax_twin(variant, reference.state_dict(), precision, **settings), x, precision)
@@ -179,6 +179,16 @@ def output_errors(variant: str, precision: str, size=None, **settings) -> dict[s
         twin_name: {name: error(r, e) for name, r, e in zip(names, result, expected, strict=True)}
         for twin_name, result in (("torch", torch_result), ("flax", flax_result))
     }
+
+
+def timm_outputs(model: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Logits and both branches' features, which timm computes on the way to them."""
+    features, forward_features = [], model.forward_features
+    model.forward_features = lambda x: features.extend(forward_features(x)) or features
+    try:
+        return [model(x), *features]
+    finally:
+        del model.forward_features  # the instance's own; the class's is back
 
 
 def flax_outputs(model: crossvit_jax.CrossViT, x: np.ndarray, precision: str) -> list[jax.Array]:

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import os
 
 import jax
 import numpy as np
@@ -16,9 +17,12 @@ QUICK = {"xla_backend_optimization_level": 0}  # for what a fixture of a module 
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
-    """Runs of these tests that need the same program share one compilation."""
+    """Runs of these tests that need the same program share one compilation, also where `pytest -n` parts them."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": str(folder / "compiled-programs"),
         "jax_persistent_cache_min_compile_time_secs": 0.2,
     }
     before = {name: getattr(jax.config, name) for name in settings}

@@ -15,9 +15,10 @@ _context.set_forkserver_preload(["tests.train.runner_imports"])
 class Run:
     """`python -m train.main` with flags, on the shrunk model; what it prints goes to a file."""
 
-    def __init__(self, flags, log, *, cache, file_limit=None):
+    def __init__(self, flags, log, *, cache, devices=1, file_limit=None):
         self._log = log
-        self._process = _context.Process(target=_main, args=(list(map(str, flags)), str(log), str(cache), file_limit))
+        args = (list(map(str, flags)), str(log), str(cache), devices, file_limit)
+        self._process = _context.Process(target=_main, args=args)
         self._process.start()
 
     @property
@@ -42,14 +43,15 @@ class Run:
         os.kill(self._process.pid, number)
 
 
-def _main(flags, log, cache, file_limit):
+def _main(flags, log, cache, devices, file_limit):
     import jax
 
     from tests.train.conftest import shrink
     from train.main import main
 
     shrink(dict.__setitem__)
-    os.environ["XLA_FLAGS"] = QUICK_COMPILATION
+    os.environ["XLA_FLAGS"] = f"{QUICK_COMPILATION} --xla_force_host_platform_device_count={devices}"
+    jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -59,5 +61,7 @@ def _main(flags, log, cache, file_limit):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     status = main(flags)
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()  # as at the end of Python; otherwise the other processes of the run miss this one
     sys.stdout.flush()
     os._exit(status)  # as in a shell: nothing of multiprocessing comes after it

@@ -1,47 +1,31 @@
 """The same run on one device, on eight in two meshes, and in two processes."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 
-from tests.train.runner import QUICK_COMPILATION
+from tests.train.runner import Run
 from train.metrics import read_metrics
 
-_SCRIPT = """
-import sys
-from tests.train.conftest import shrink
-from train.main import main
-
-shrink(dict.__setitem__)
-sys.exit(main(sys.argv[1:]))
-"""
 # 20 steps, with all that is random in them
 _FLAGS = ["--recipe=digits", "--epochs=4", "--batch-size=256", "--log-every=1", "--checkpoint-every=7"]
 _FLAGS += ["--mixup=0.8", "--cutmix=1", "--drop-path=0.1", "--dropout=0.1", "--ema-decay=0.9"]
 
 
-def _start(folder, digits_dir, cache, *flags, devices):
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{QUICK_COMPILATION} --xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-    }
-    command = [sys.executable, "-c", _SCRIPT, f"--data-dir={digits_dir}", f"--output={folder}", *_FLAGS, *flags]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def _start(folder, digits_dir, cache, *flags, devices, process=0):
+    log = folder.with_name(f"{folder.name}-{process}.log")
+    log.unlink(missing_ok=True)
+    return Run([f"--data-dir={digits_dir}", f"--output={folder}", *_FLAGS, *flags], log, cache=cache, devices=devices)
 
 
-def _end(*processes):
-    """The output of processes that must end well."""
-    outputs = [process.communicate(timeout=1200)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
+def _end(*runs, status=0):
+    """The output of processes that must end so."""
+    statuses = [run.wait(1200) for run in runs]
+    outputs = [run.output for run in runs]
+    assert statuses == [status] * len(runs), "\n".join(outputs)
     return outputs
 
 
@@ -86,6 +70,7 @@ def _start_two(folder, digits_dir, cache, *flags):
             f"--process-id={process}",
             *flags,
             devices=2,
+            process=process,
         )
         for process in range(2)
     ]
@@ -94,15 +79,10 @@ def _start_two(folder, digits_dir, cache, *flags):
 @pytest.mark.slow
 def test_two_processes_train_as_one_does_stop_together_and_go_on(one_device, digits_dir, cache, tmp_path):
     folder = tmp_path / "2"
-    processes = _start_two(folder, digits_dir, cache, "--mesh=fsdp=2")
-    end = time.monotonic() + 900
-    while not (folder / "metrics.jsonl").exists() or len(read_metrics(folder)) < 3:
-        assert time.monotonic() < end
-        assert [process.poll() for process in processes] == [None, None], processes[0].communicate()[0]
-        time.sleep(0.01)
-    processes[1].send_signal(signal.SIGTERM)  # one is told, both save and end
-    outputs = [process.communicate(timeout=1200)[0] for process in processes]
-    assert [process.returncode for process in processes] == [143, 143], "\n".join(outputs)
+    first, second = _start_two(folder, digits_dir, cache, "--mesh=fsdp=2")
+    assert first.wait_for(lambda: (folder / "metrics.jsonl").exists() and len(read_metrics(folder)) >= 3), first.output
+    second.send(signal.SIGTERM)  # one is told, both save and end
+    _end(first, second, status=143)
     steps = sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
     assert 0 < steps[-1] < 20
 

@@ -204,8 +204,8 @@ def test_predictions_are_those_of_the_integers_that_are_evaluated(image_folder, 
     flags = [f"--weights={weights}", f"--precision={precision}", "--batch-size=4"]
     data = [f"--dataset=folder:{pictures}", "--split=all", f"--output={evaluation}"]
 
-    def loss(*more):
-        """And the number of images that get their own class."""
+    def losses(*more):
+        """Of each image; and the number of images that get their own class."""
         capsys.readouterr()
         assert predict([*flags, *more, "--format=jsonl", str(pictures)]) == 0
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -213,14 +213,16 @@ def test_predictions_are_those_of_the_integers_that_are_evaluated(image_folder, 
             {p["class"]: p["probability"] for p in line["predictions"]}[line["path"].split("/")[-2]] for line in lines
         ]
         right = sum(line["predictions"][0]["probability"] == p for line, p in zip(lines, own, strict=True))
-        return -np.log(own).mean(), right
+        return -np.log(own), right
 
-    predicted, right = loss(f"--quantize={dtype}")
+    predicted, right = losses(f"--quantize={dtype}")
     assert evaluate([*flags, *data, f"--quantize={dtype}"]) == 0
     told = json.loads((evaluation / "evaluation.json").read_text())
-    assert predicted == pytest.approx(told["loss"], rel=1e-4)
+    assert predicted.mean() == pytest.approx(told["loss"], rel=1e-4)
     assert right == pytest.approx(12 * told["top1"] / 100)
-    assert predicted != pytest.approx(loss()[0], rel=1e-3)
+    # of each image: rounding moves their mean either way, and hardly for int8
+    difference = np.abs(predicted - losses()[0]).max()
+    assert difference > 3e-3, difference
 
 
 def test_fresh_weights_are_refused(capsys):

@@ -1,11 +1,14 @@
 """Whole runs: what they print, write and leave, and how they refuse what cannot work."""
 
 import json
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import timm
+import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -13,7 +16,10 @@ from convert import load_flax
 from convert.__main__ import main as convert_main
 from convert.metadata import understand
 from train.config import RECIPES
+from train.evaluate import main as evaluate
 from train.main import main
+from train.sources import open_digits
+from train.transforms import eval_transform
 
 _SHORT = ["--epochs=2", "--batch-size=240", "--log-every=2", "--eval-every=2"]
 
@@ -262,50 +268,39 @@ def test_without_output_a_new_folder_under_runs_is_made(digits_dir, small_varian
 
 # --- the real thing ---
 
-_TIMM = """
-import sys
-import numpy as np, timm, torch
-from train.sources import open_digits
-from train.config import RECIPES
-from train.transforms import eval_transform
 
-checkpoint, data_dir = sys.argv[1:]
-model = timm.create_model("crossvit_tiny_240", num_classes=10, img_size=48, img_scale=(1.0, 2 / 3))
-model.load_state_dict(torch.load(checkpoint, weights_only=True), strict=True)
-source, transform = open_digits(data_dir).held_out, eval_transform(RECIPES["digits"].model_config(10))
-samples = [transform(source[i]) for i in range(len(source))]
-images = torch.tensor(np.stack([sample["image"] for sample in samples])).permute(0, 3, 1, 2)
-with torch.no_grad():
-    right = model.eval()(images).argmax(1).numpy() == [sample["label"] for sample in samples]
-print(right.sum())
-"""
+def _right_in_timm(checkpoint, data_dir):
+    """How many of the held-out images timm gets right with it."""
+    model = timm.create_model("crossvit_tiny_240", num_classes=10, img_size=48, img_scale=(1.0, 2 / 3))
+    model.load_state_dict(torch.load(checkpoint, weights_only=True), strict=True)
+    source, transform = open_digits(data_dir).held_out, eval_transform(RECIPES["digits"].model_config(10))
+    samples = [transform(source[i]) for i in range(len(source))]
+    images = torch.tensor(np.stack([sample["image"] for sample in samples])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        right = model.eval()(images).argmax(1).numpy() == [sample["label"] for sample in samples]
+    return right.sum()
 
 
 @pytest.mark.slow
 def test_the_main_job_learns_the_digits_and_timm_and_bfloat16_score_the_same_with_its_weights(digits_dir, tmp_path):
-    def python(*arguments):
-        return subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True).stdout
-
     folder = tmp_path / "run"
-    out = python(
-        *("-m", "train.main", "--variant", "ti", "--epochs", "6"),
-        *("--data-dir", digits_dir, "--output", str(folder)),
-    )
+    command = [sys.executable, "-m", "train.main", "--variant", "ti", "--epochs", "6"]
+    command += ["--data-dir", digits_dir, "--output", str(folder)]
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     losses = [line["train/loss"] for line in _lines(folder) if "train/loss" in line]
     assert losses[-1] < 0.7 * losses[0]
     top1 = _lines(folder)[-1]["eval/top1"]
     assert top1 > 85  # after all epochs of the recipe it is above 95
     assert f"top-1 {top1:.2f} %" in out
 
-    python("-m", "convert", str(folder / "weights.safetensors"), str(tmp_path / "timm.pth"))
-    right = int(python("-c", _TIMM, str(tmp_path / "timm.pth"), digits_dir))
+    assert convert_main([str(folder / "weights.safetensors"), str(tmp_path / "timm.pth")]) == 0
+    right = _right_in_timm(tmp_path / "timm.pth", digits_dir)
     assert right == round(top1 / 100 * 359)
     np.testing.assert_allclose(100 * right / 359, top1)
 
     for precision in ("float32", "bfloat16"):
-        python(
-            *("-m", "train.evaluate", "--weights", str(folder), "--dataset", "digits", "--data-dir", digits_dir),
-            *("--precision", precision, "--output", str(tmp_path / precision)),
-        )
+        flags = ["--weights", str(folder), "--dataset", "digits", "--data-dir", digits_dir, "--precision", precision]
+        assert evaluate([*flags, "--output", str(tmp_path / precision)]) == 0
         evaluation = json.loads((tmp_path / precision / "evaluation.json").read_text())
         assert evaluation["top1"] == pytest.approx(top1, abs=0.2), precision  # one image is 0.28
