@@ -7,10 +7,12 @@ import sys
 
 from benchmarks import end_to_end, timm_side
 from crossvit_jax.config import VARIANTS
+from tests.benchmarks.brief import BriefEndToEndTask
 from tests.train.small_weights import save_small, small_config, small_timm_model
 
 _CLASSES = 1000
 
+end_to_end.EndToEndTask = BriefEndToEndTask
 VARIANTS["ti"] = small_config(_CLASSES)
 timm_side._model = lambda task: small_timm_model(_CLASSES)
 timm_side.write_weights = lambda variant, path: save_small(path, None, classes=_CLASSES)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 
@@ -54,9 +55,12 @@ def _main(flags, log, cache, devices, file_limit):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    if file_limit is not None:  # not for what is printed, of which Orbax's threads make much when they fail
+        printer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=output)
+        output = printer.stdin.fileno()
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     if file_limit is not None:  # like a full disk: writing beyond it is an error of the system
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
@@ -64,4 +68,9 @@ def _main(flags, log, cache, devices, file_limit):
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()  # as at the end of Python; otherwise the other processes of the run miss this one
     sys.stdout.flush()
+    if file_limit is not None:
+        os.close(1)
+        os.close(2)
+        printer.stdin.close()
+        printer.wait()
     os._exit(status)  # as in a shell: nothing of multiprocessing comes after it
