@@ -40,13 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--workers", type=at_least_zero, default=0, metavar="N", help="processes that read; default: 0, the digits' own"
     )
+    parser.add_argument("--recipe", choices=RECIPES, default="digits", help="default: digits, with little augmentation")
+    parser.add_argument("--augment-on", choices=("host", "device"), help="default: where train.main does by itself")
     parser.add_argument(
         "--repeats", type=at_least_one, default=3, metavar="N", help="pairs of a first and a second start; default: 3"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured to FILE")
     args = parser.parse_args(argv)
     try:
-        dataclasses.replace(RECIPES["digits"], variant=args.variant, image_size=args.image_size).model_config(10)
+        dataclasses.replace(RECIPES[args.recipe], variant=args.variant, image_size=args.image_size).model_config(10)
     except SettingsError as error:
         parser.error(str(error))
     writable_json(parser, args.json)
@@ -55,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     flags = ["--variant", args.variant, "--image-size", str(args.image_size), "--batch-size", str(args.batch_size)]
-    flags += ["--workers", str(args.workers)]
+    flags += ["--workers", str(args.workers), "--dataset", "digits", "--recipe", args.recipe]
+    if args.augment_on:
+        flags += ["--augment-on", args.augment_on]
     starts: dict[str, list[float]] = {"first_start_s": [], "second_start_s": []}
     with tempfile.TemporaryDirectory(prefix="crossvit-startup-") as folder:
         uncached = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}

@@ -32,9 +32,13 @@ def number_pair(text: str) -> tuple[float, float]:
 
 
 def home_path(text: str) -> str:
-    """A path, with the home folder in place of `~` or `~name`. Raises argparse's error if nobody's is meant."""
+    """A path, with the home folder in place of `~` or `~name`.
+
+    Raises argparse's error if nobody's is meant, or if a name is too long for a file.
+    """
     try:
-        return str(typed_path(text)) if text.startswith("~") else text
+        path = typed_path(text)
+        return str(path) if text.startswith("~") else text
     except ConversionError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

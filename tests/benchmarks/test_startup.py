@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import train.flags
 from benchmarks import startup
 from benchmarks.startup import main
 from benchmarks.worker import SideFailed
@@ -13,14 +14,18 @@ def test_every_pair_begins_with_a_cache_of_its_own(monkeypatch, tmp_path, capsys
     caches = []
 
     def seconds(flags, output, environment):
-        assert flags[-2:] == ["--workers", "3"]
+        given = dict(zip(flags[::2], flags[1::2], strict=True))
+        assert given["--workers"] == "3"
+        assert (given["--recipe"], given["--augment-on"]) == ("imagenet", "device")
+        train.flags.parse_flags(flags)  # which train.main understands
         caches.append(environment.get("JAX_COMPILATION_CACHE_DIR"))
         return float(len(caches))
 
     monkeypatch.setattr(startup, "_seconds", seconds)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     file = tmp_path / "x.json"
-    assert main(["--workers", "3", "--repeats", "2", "--json", str(file)]) == 0
+    flags = ["--workers", "3", "--recipe", "imagenet", "--augment-on", "device"]
+    assert main([*flags, "--repeats", "2", "--json", str(file)]) == 0
     assert caches[0] is None  # the warm-up
     assert caches[1] == caches[2] != caches[3] == caches[4]
     told = json.loads(file.read_text())

@@ -95,6 +95,8 @@ def test_the_warm_up_shrinks_with_the_epochs_unless_it_is_given():
         (["--data-dir=~nobody-of-this-name"], "argument --data-dir: ~nobody-of-this-name: "),
         (["--dataset=folder:~nobody-of-this-name/x"], "argument --dataset: ~nobody-of-this-name/x: "),
         (["--resume=~nobody-of-this-name/x"], "argument --resume: ~nobody-of-this-name/x: "),
+        ([f"--data-dir={'x' * 300}"], ": File name too long"),
+        ([f"--dataset=folder:{'x' * 300}"], ": File name too long"),
         (["stray"], "unrecognized arguments: stray"),
     ],
 )
