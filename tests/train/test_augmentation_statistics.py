@@ -9,6 +9,7 @@ import dataclasses
 import io
 import math
 import random
+import threading
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -62,28 +63,28 @@ def _watch(compose):
     get_params = crop.get_params
 
     def get_whole(image, scale, ratio):
-        images.append(Draws(crop=get_params(_LARGE, scale, ratio)))
+        _begin(images, get_params(_LARGE, scale, ratio))
         return 0, 0, image.height, image.width
 
     def maybe_flip(image):
         flipped = flip(image)
-        images[-1].flipped = flipped is not image
+        _now.image.flipped = flipped is not image
         return flipped
 
     def operation(op):
         level_fn = op.level_fn
 
         def level_to_arguments(magnitude, hparams):
-            images[-1].magnitudes.append(magnitude)
+            _now.image.magnitudes.append(magnitude)
             return level_fn(magnitude, hparams)
 
         def apply(image, *arguments, **_):
-            images[-1].applied.append(op.name)
-            images[-1].arguments.setdefault(op.name, []).extend(arguments)
+            _now.image.applied.append(op.name)
+            _now.image.arguments.setdefault(op.name, []).extend(arguments)
             return image
 
         def call(image):
-            images[-1].drawn.append(op.name)
+            _now.image.drawn.append(op.name)
             return op(image)
 
         op.level_fn, op.aug_fn = level_fn and level_to_arguments, apply
@@ -94,13 +95,21 @@ def _watch(compose):
         changed = (erasing(image).numpy() != before).any(axis=0)
         if changed.any():
             rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
-            images[-1].erased = (rows[0], columns[0], len(rows), len(columns))
+            _now.image.erased = (rows[0], columns[0], len(rows), len(columns))
         return image
 
     crop.get_params = get_whole
     randaugment.ops = [operation(op) for op in randaugment.ops]
     compose.transforms[1], compose.transforms[-1] = maybe_flip, maybe_erase
     return images
+
+
+_now = threading.local()  # the image that is being made: those of two threads must not be taken for one
+
+
+def _begin(images, crop):
+    _now.image = Draws(crop=crop)
+    images.append(_now.image)
 
 
 class Same:
@@ -125,7 +134,7 @@ def _on_host(config):
     images = _watch(transform.timm_transform)
 
     def draw_whole(rng, size, scale, ratio):  # timm's crop is not asked
-        images.append(Draws(crop=draw_crop(rng, _LARGE.size, scale, ratio)))
+        _begin(images, draw_crop(rng, _LARGE.size, scale, ratio))
         return 0, 0, *size
 
     with pytest.MonkeyPatch.context() as patch:

@@ -299,8 +299,12 @@ def test_the_main_job_learns_the_digits_and_timm_and_bfloat16_score_the_same_wit
     assert right == round(top1 / 100 * 359)
     np.testing.assert_allclose(100 * right / 359, top1)
 
-    for precision in ("float32", "bfloat16"):
+    results = {}
+    for precision, split in (("float32", "held-out"), ("float32", "train"), ("bfloat16", "train")):
+        output = tmp_path / f"{precision}-{split}"
         flags = ["--weights", str(folder), "--dataset", "digits", "--data-dir", digits_dir, "--precision", precision]
-        assert evaluate([*flags, "--output", str(tmp_path / precision)]) == 0
-        evaluation = json.loads((tmp_path / precision / "evaluation.json").read_text())
-        assert evaluation["top1"] == pytest.approx(top1, abs=0.2), precision  # one image is 0.28
+        assert evaluate([*flags, "--split", split, "--output", str(output)]) == 0
+        results[precision, split] = json.loads((output / "evaluation.json").read_text())["top1"]
+    assert results["float32", "held-out"] == pytest.approx(top1)
+    # one of the 1,438 images is 0.07
+    assert results["bfloat16", "train"] == pytest.approx(results["float32", "train"], abs=0.2)
