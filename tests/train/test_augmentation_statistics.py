@@ -132,6 +132,7 @@ def _on_host(config):
     """The draws of our pipeline where the workers augment."""
     transform = TrainTransform(config, (_SIZE, _SIZE))
     images = _watch(transform.timm_transform)
+    others = set(threading.enumerate())
 
     def draw_whole(rng, size, scale, ratio):  # timm's crop is not asked
         _begin(images, draw_crop(rng, _LARGE.size, scale, ratio))
@@ -145,6 +146,8 @@ def _on_host(config):
         with closing(iter(batches)) as stream:
             for _ in range(_IMAGES // 100 + 1):  # more than is looked at: the reader ends after the patches
                 next(stream)
+    for reader in set(threading.enumerate()) - others:  # which ends what it has begun, and would set timm's generators
+        reader.join()
     return images[:_IMAGES]
 
 
