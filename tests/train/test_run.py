@@ -1,5 +1,6 @@
 """Whole runs: what they print, write and leave, and how they refuse what cannot work."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -204,7 +205,10 @@ def test_the_head_is_kept_for_the_same_classes_and_replaced_for_others_of_the_sa
         (["--batch-size=64", "--grad-accum=3"], "batch_size 64 cannot be cut into grad_accum 3 parts"),
     ],
 )
-def test_what_cannot_work_is_one_line_and_status_2_and_leaves_nothing(run, tmp_path, flags, message, capsys):
+def test_what_cannot_work_is_one_line_and_status_2_and_leaves_nothing(
+    run, tmp_path, flags, message, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
     try:
         status, _, error, folder = run(*flags)
     except SystemExit as exit:
@@ -234,13 +238,14 @@ def init(**settings):
 def test_weights_and_biases_gets_the_metrics_and_a_continued_run_the_same_name(
     run, small_variant, tmp_path, monkeypatch
 ):
-    (tmp_path / "packages").mkdir()
-    (tmp_path / "packages" / "wandb.py").write_text(_WANDB)
-    monkeypatch.syspath_prepend(tmp_path / "packages")
+    (tmp_path / "wandb.py").write_text(_WANDB)
+    spec = importlib.util.spec_from_file_location("wandb", tmp_path / "wandb.py")
+    wandb = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(wandb)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     for _ in range(2):
         status, _, error, _ = run(*_SHORT, "--wandb=digits")
         assert status == 0, error
-    import wandb
 
     first, second = (call for call in wandb.calls if isinstance(call, dict))
     assert first["project"] == "digits"
