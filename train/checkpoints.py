@@ -17,15 +17,11 @@ from orbax.checkpoint.checkpoint_managers import PreservationContext
 
 from convert import metadata
 from convert.errors import one_line, quiet
+from train.run_folder import CHECKPOINTS, CheckpointError
 from train.state import State
 
-FOLDER = "checkpoints"
 _STATE, _PROGRESS = "state", "progress"
 _KEPT = 2
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, or none can be read; the message is one line."""
 
 
 class Checkpoints:
@@ -33,7 +29,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, description: dict, say: Callable[[str], None]):
         """`description` is that of `convert.metadata`; `say` shows the user a line."""
-        self._folder = (folder / FOLDER).absolute()
+        self._folder = (folder / CHECKPOINTS).absolute()
         self._description, self._say = description, say
         self._keep = _LatestAndBest()
         self._last_whole: int | None = None
@@ -53,11 +49,6 @@ class Checkpoints:
     @best_step.setter
     def best_step(self, step: int | None) -> None:
         self._keep.best_step = step
-
-    @property
-    def latest_step(self) -> int:
-        """The step of the newest checkpoint, whole or damaged; 0: there is none."""
-        return self._manager.latest_step() or 0
 
     def save(self, step: int, state: State, progress: dict[str, Any]) -> None:
         """Write a checkpoint; returns when the state may change, and goes on in the background.

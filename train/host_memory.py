@@ -7,7 +7,8 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 
 # <malloc.h> of glibc
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_LARGEST_HEAP = 64 * 2**20  # bytes, of a thread
 
 
 def keep_freed_memory() -> bool:
@@ -17,6 +18,9 @@ def keep_freed_memory() -> bool:
     step of Ti at batch 8. By default malloc takes a block this large from the system and gives it back afterwards, and
     each of its 4 KB pages is cleared again when it is first touched: a fifth of the step's CPU time
     (benchmarks/NOTES.md).
+
+    The heaps of other threads are asked for whole, too, and not page by page, in which a tenth of the time went by that
+    it takes to load a compiled program.
 
     Only the main thread's heap can hold so large a block, so that programs have to be started there, not in threads of
     jax's own: calls return when the result is there. The same from outside: JAX_CPU_ENABLE_ASYNC_DISPATCH=false
@@ -31,7 +35,8 @@ def keep_freed_memory() -> bool:
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     mallopt = ctypes.CDLL(None).mallopt
-    return all(mallopt(*setting) == 1 for setting in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)))
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, _LARGEST_HEAP))
+    return all(mallopt(*setting) == 1 for setting in settings)
 
 
 def _only_cpus() -> bool:

@@ -19,7 +19,6 @@ from convert.metadata import describe
 from convert.tree import nest
 from train.augment import compile_augment
 from train.bad_images import BadImages, too_many
-from train.checkpoints import Checkpoints
 from train.config import SettingsError
 from train.data import eval_batches, train_batches
 from train.hosts import is_main
@@ -32,10 +31,10 @@ from train.optimizer import make_optimizer
 from train.plots import draw_curves
 from train.prefetch import device_batches
 from train.progress import Progress
-from train.run_folder import claim_run_folder, read_run, write_config
+from train.run_folder import claim_run_folder, newest_checkpoint, read_run, write_config
 from train.schedule import learning_rate
 from train.sharding import fetch, state_shardings
-from train.state import abstract_model, abstract_state, init_state
+from train.state import abstract_model, abstract_state, lower_init
 from train.step import abstract_batch, jit_eval_step, jit_train_step, make_eval_step, make_train_step
 from train.transforms import eval_transform, train_transform
 
@@ -80,7 +79,6 @@ def train(job: Job) -> Result:
         # --- the run's folder: taken now, written to when nothing can go wrong any more ---
         folder = _claim_folder(job, stack)
         description = describe(model_config, class_names)
-        checkpoints = stack.enter_context(closing(Checkpoints(folder, description=description, say=_say)))
 
         # --- data: Grain decodes and crops or augments in workers, and brings batches to the devices ahead of time ---
         hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -110,7 +108,7 @@ def train(job: Job) -> Result:
             )
             return stack.enter_context(closing(device_batches(batches, mesh)))
 
-        newest_step = checkpoints.latest_step
+        newest_step = newest_checkpoint(folder)
         train_stream = open_train_stream(newest_step)
 
         # --- model, optimiser, and the programs that the devices run, compiled at the same time ---
@@ -121,9 +119,11 @@ def train(job: Job) -> Result:
         eval_shapes = abstract_batch(model_config.image_size, job.eval_batch_size, masked=True)
         initial = None if job.weights is None else nest(job.weights.tensors)
         with ThreadPoolExecutor() as threads:
-            init = threads.submit(init_state, model_config, optimizer, config, mesh, initial)
+            init = threads.submit(lower_init(model_config, optimizer, config, mesh, initial))
             train_step = jit_train_step(make_train_step(model, optimizer, config), mesh, shapes)
             compiling = threads.submit(train_step.lower(shapes, train_shapes).compile)
+            from train.checkpoints import Checkpoints  # Orbax takes long to import; meanwhile others compile
+
             eval_step = jit_eval_step(make_eval_step(model), mesh, shapes["params"])
             eval_step = eval_step.lower(shapes["params"], eval_shapes)
             augmenting = None
@@ -136,6 +136,7 @@ def train(job: Job) -> Result:
         check_fits(memory, available, config, mesh)
 
         # --- the state that an earlier run left ---
+        checkpoints = stack.enter_context(closing(Checkpoints(folder, description=description, say=_say)))
         if is_main() and not job.resumed:
             write_config(folder, job.described)
         progress = {"step": 0, "log_bytes": 0, "meter": None, "best": {"top1": -1.0, "epoch": 0, "step": None}}

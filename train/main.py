@@ -33,13 +33,13 @@ def _run(config) -> int:
     from convert import ConversionError
     from train import hosts
     from train.bad_images import TooManyBadImages
-    from train.checkpoints import CheckpointError
     from train.compilation_cache import keep_compiled_programs
     from train.host_memory import keep_freed_memory
     from train.interruption import Interrupted
     from train.job import prepare
     from train.loop import train
     from train.meter import TrainingFailed
+    from train.run_folder import CheckpointError
     from train.sources import DataError
 
     try:

@@ -21,6 +21,11 @@ _CONFIG, _LOCK = "config.json", ".lock"
 _FREE = {"output", "data_dir", "dataset", "init", "workers", "mesh", "coordinator", "num_processes", "process_id"}
 _FREE |= {"checkpoint_every", "max_bad_images", "wandb"}
 BEFORE = {"augment_on": "host"}  # what runs did that were begun before there was the setting
+CHECKPOINTS = "checkpoints"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, or none can be read; the message is one line."""
 
 
 def read_run(output: str | None) -> dict[str, Any] | None:
@@ -98,6 +103,13 @@ def describe_run(config: TrainConfig, *, model: dict[str, Any], data: dict[str, 
 def write_config(folder: Path, described: dict[str, Any]) -> None:
     """Write `config.json` whole."""
     write_whole(folder / _CONFIG, (json.dumps(described, indent=2) + "\n").encode())
+
+
+def newest_checkpoint(folder: Path) -> int:
+    """The step of the newest checkpoint in a run's folder, whole or damaged, without opening it; 0: there is none."""
+    checkpoints = folder / CHECKPOINTS
+    names = os.listdir(checkpoints) if checkpoints.is_dir() else []
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def claim_run_folder(config: TrainConfig) -> "Claim":

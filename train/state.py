@@ -3,6 +3,8 @@
 With a moving average of the weights also `ema`, like `params`.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,10 +41,21 @@ class _Keys(nnx.Rngs):
         return self._keys[place]
 
 
+@partial(jax.jit, static_argnames=("model_config", "dtype"))
+def _draw(key: jax.Array, *, model_config: CrossViTConfig, dtype: Any) -> tuple[nnx.GraphDef, Any]:
+    """A new model's structure and parameters. A jitted function, because jax traces it once for all that call it."""
+    graphdef, params = nnx.split(CrossViT(model_config, dtype=dtype, rngs=_Keys(key)))
+    return graphdef, nnx.to_pure_dict(params)
+
+
+def _dtype(config: TrainConfig | None) -> Any:
+    return jnp.bfloat16 if config is not None and config.precision == "bfloat16" else None
+
+
 def abstract_model(model_config: CrossViTConfig, config: TrainConfig | None = None) -> CrossViT:
     """The model with shapes instead of arrays: its structure, at no cost. Computes as the run's settings want it."""
-    dtype = jnp.bfloat16 if config is not None and config.precision == "bfloat16" else None
-    model = nnx.eval_shape(lambda: CrossViT(model_config, dtype=dtype, rngs=_Keys(jax.random.key(0))))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    model = nnx.merge(*_draw.eval_shape(key, model_config=model_config, dtype=_dtype(config)))
     if config is not None:
         model.set_grad_checkpointing(config.grad_checkpointing)
         if config.qat is not None:
@@ -79,16 +92,31 @@ def init_state(
     Args:
         params: initial parameters as numpy arrays; none: newly drawn ones.
     """
+    return lower_init(model_config, optimizer, config, mesh, params)()
+
+
+def lower_init(
+    model_config: CrossViTConfig,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    mesh: Mesh,
+    params: Any = None,
+) -> Callable[[], State]:
+    """A function that does what `init_state` does, with the work of Python done: the rest is for another thread.
+
+    Two threads that trace at the same time wait for each other, and take longer than one after the other.
+    """
 
     def init(key: jax.Array) -> State:
-        model = CrossViT(model_config, rngs=_Keys(key))
-        return make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)
+        _, params = _draw(key, model_config=model_config, dtype=_dtype(config))
+        return make_state(params, optimizer, config)
 
     key = jax.random.key(config.seed)
     shardings = state_shardings(jax.eval_shape(init, key), mesh)
+    if params is not None:
+        around = jax.jit(lambda params: make_state(params, optimizer, config), out_shardings=shardings)
+        return lambda: around(put(params, shardings["params"]))
     # on a CPU, to optimise a program that runs once takes longer than the program
     options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
-    if params is None:
-        return jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
-    around = jax.jit(lambda params: make_state(params, optimizer, config), out_shardings=shardings)
-    return around(put(params, shardings["params"]))
+    lowered = jax.jit(init, out_shardings=shardings, compiler_options=options).lower(key)
+    return lambda: lowered.compile()(key)
