@@ -13,6 +13,7 @@ import grain
 import numpy as np
 
 from train.decode import UnreadableImage
+from train.epochs import steps_per_epoch
 from train.sources import DataError, Source
 from train.transforms import EvalTransform
 from train.workers import in_workers
@@ -22,19 +23,8 @@ Batch = dict[str, np.ndarray]
 
 # In each process: threads overlap reading and decoding, while images are augmented one at a time (see transforms.py).
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
-_REPEAT_ROUND = 256  # DeiT's sampler leaves out what does not fill so many places
 _NEIGHBOURS = 64  # so many unreadable images in a row are not single damaged files any more
 _NOT_BAD = np.int32(-1)
-
-
-def steps_per_epoch(images: int, batch_size: int, repeats: int = 1) -> int:
-    """Whole batches in an epoch; the rest is left out, another rest in each epoch.
-
-    With repeated augmentation an epoch has as many places as without, but rounded down to a multiple of 256, as in
-    DeiT's sampler. That one has no places at all for fewer than 256 images; here they all count, as in timm's.
-    """
-    places = images // _REPEAT_ROUND * _REPEAT_ROUND if repeats > 1 and images >= _REPEAT_ROUND else images
-    return places // batch_size
 
 
 def train_batches(
@@ -51,7 +41,8 @@ def train_batches(
 ) -> grain.IterDataset:
     """Endless batches of `image` (batch, height, width, channels) as transformed, `label` (batch,) int32 and `bad`.
 
-    Every `steps_per_epoch` batches hold each image at most `repeats` times, in an order of that epoch's own.
+    Every `steps_per_epoch` batches (see `train.epochs`) hold each image at most `repeats` times, in an order of that
+    epoch's own.
 
     `bad` (batch,) int32 is -1, or the index in the source of an image that could not be read. In its place is the next
     one that could, with its own label. DataError is raised, here or in a worker, if 64 in a row could not.

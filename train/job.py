@@ -15,7 +15,7 @@ from convert.metadata import describe, understand
 from convert.weights import Weights
 from crossvit_jax import CrossViTConfig, get_config
 from train.config import RECIPES, SettingsError, TrainConfig
-from train.data import steps_per_epoch
+from train.epochs import steps_per_epoch
 from train.initial_weights import initial_weights
 from train.qat import require_qwix
 from train.run_folder import BEFORE, check_same_run, describe_run, read_run

@@ -20,7 +20,6 @@ from convert.tree import nest
 from train.augment import compile_augment
 from train.bad_images import BadImages, too_many
 from train.config import SettingsError
-from train.data import eval_batches, train_batches
 from train.hosts import is_main
 from train.interruption import Interrupted, Interruption
 from train.job import Job
@@ -29,14 +28,12 @@ from train.meter import STEPS_BEHIND, Meter, TrainingFailed
 from train.metrics import MetricsLog, NoLog, read_metrics
 from train.optimizer import make_optimizer
 from train.plots import draw_curves
-from train.prefetch import device_batches
 from train.progress import Progress
 from train.run_folder import claim_run_folder, newest_checkpoint, read_run, write_config
 from train.schedule import learning_rate
 from train.sharding import fetch, state_shardings
-from train.state import abstract_model, abstract_state, lower_init
+from train.state import abstract_model, lower_init
 from train.step import abstract_batch, jit_eval_step, jit_train_step, make_eval_step, make_train_step
-from train.transforms import eval_transform, train_transform
 
 WEIGHTS_FILE, EMA_FILE, CURVES_FILE = "weights.safetensors", "weights-ema.safetensors", "curves.png"
 _CURVES_EVERY_S = 60.0
@@ -79,50 +76,30 @@ def train(job: Job) -> Result:
         # --- the run's folder: taken now, written to when nothing can go wrong any more ---
         folder = _claim_folder(job, stack)
         description = describe(model_config, class_names)
-
-        # --- data: Grain decodes and crops or augments in workers, and brings batches to the devices ahead of time ---
-        hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         train_steps = config.epochs * job.steps_per_epoch
-
-        def open_train_stream(start_step: int):
-            batches = train_batches(
-                job.image_sets.train,
-                train_transform(config, model_config),
-                batch_size=config.batch_size,
-                seed=config.seed,
-                workers=config.workers,
-                start_step=start_step,
-                repeats=config.repeated_aug,
-                **hosts,
-            )
-            return stack.enter_context(closing(device_batches(batches, mesh)))
-
-        @cache
-        def eval_stream():
-            batches = eval_batches(
-                job.image_sets.held_out,
-                eval_transform(model_config),
-                batch_size=job.eval_batch_size,
-                workers=config.workers,
-                **hosts,
-            )
-            return stack.enter_context(closing(device_batches(batches, mesh)))
-
-        newest_step = newest_checkpoint(folder)
-        train_stream = open_train_stream(newest_step)
 
         # --- model, optimiser, and the programs that the devices run, compiled at the same time ---
         model = abstract_model(model_config, config)
         optimizer = make_optimizer(config, steps_per_epoch=job.steps_per_epoch, no_weight_decay=model.no_weight_decay())
-        shapes = abstract_state(model, optimizer, config)
+        initial = None if job.weights is None else nest(job.weights.tensors)
+        shapes, init = lower_init(model_config, optimizer, config, mesh, initial)
         train_shapes = abstract_batch(model_config.image_size, config.batch_size, masked=False)
         eval_shapes = abstract_batch(model_config.image_size, job.eval_batch_size, masked=True)
-        initial = None if job.weights is None else nest(job.weights.tensors)
         with ThreadPoolExecutor() as threads:
-            init = threads.submit(lower_init(model_config, optimizer, config, mesh, initial))
+            init = threads.submit(init)
             train_step = jit_train_step(make_train_step(model, optimizer, config), mesh, shapes)
             compiling = threads.submit(train_step.lower(shapes, train_shapes).compile)
-            from train.checkpoints import Checkpoints  # Orbax takes long to import; meanwhile others compile
+
+            # --- meanwhile: the data, and evaluation; Grain and Orbax take long to import ---
+            from train.checkpoints import Checkpoints
+            from train.streams import open_eval_stream, open_train_stream
+
+            newest_step = newest_checkpoint(folder)
+            train_stream = stack.enter_context(closing(open_train_stream(job, start_step=newest_step)))
+
+            @cache
+            def eval_stream():
+                return stack.enter_context(closing(open_eval_stream(job)))
 
             eval_step = jit_eval_step(make_eval_step(model), mesh, shapes["params"])
             eval_step = eval_step.lower(shapes["params"], eval_shapes)
@@ -147,7 +124,7 @@ def train(job: Job) -> Result:
         step, best = progress["step"], progress["best"]
         if step != newest_step:  # the newest checkpoint was damaged
             train_stream.close()
-            train_stream = open_train_stream(step)
+            train_stream = stack.enter_context(closing(open_train_stream(job, start_step=step)))
         checkpoints.best_step = best["step"]
         _say(_headline(job, folder))
         _say(memory.describe(available))

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -92,7 +93,8 @@ def init_state(
     Args:
         params: initial parameters as numpy arrays; none: newly drawn ones.
     """
-    return lower_init(model_config, optimizer, config, mesh, params)()
+    _, init = lower_init(model_config, optimizer, config, mesh, params)
+    return init()
 
 
 def lower_init(
@@ -101,22 +103,23 @@ def lower_init(
     config: TrainConfig,
     mesh: Mesh,
     params: Any = None,
-) -> Callable[[], State]:
-    """A function that does what `init_state` does, with the work of Python done: the rest is for another thread.
+) -> tuple[State, Callable[[], State]]:
+    """The shapes of a new state, and a function that does what `init_state` does, for another thread.
 
-    Two threads that trace at the same time wait for each other, and take longer than one after the other.
+    All that takes Python long is done before: two threads that trace at the same time only wait for each other.
     """
 
-    def init(key: jax.Array) -> State:
-        _, params = _draw(key, model_config=model_config, dtype=_dtype(config))
+    def init(seed: jax.Array) -> State:
+        _, params = _draw(jax.random.key(seed), model_config=model_config, dtype=_dtype(config))
         return make_state(params, optimizer, config)
 
-    key = jax.random.key(config.seed)
-    shardings = state_shardings(jax.eval_shape(init, key), mesh)
+    seed = np.uint32(config.seed)
+    shapes = jax.eval_shape(init, seed)
+    shardings = state_shardings(shapes, mesh)
     if params is not None:
         around = jax.jit(lambda params: make_state(params, optimizer, config), out_shardings=shardings)
-        return lambda: around(put(params, shardings["params"]))
+        return shapes, lambda: around(put(params, shardings["params"]))
     # on a CPU, to optimise a program that runs once takes longer than the program
     options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
-    lowered = jax.jit(init, out_shardings=shardings, compiler_options=options).lower(key)
-    return lambda: lowered.compile()(key)
+    lowered = jax.jit(init, out_shardings=shardings, compiler_options=options).lower(seed)
+    return shapes, lambda: lowered.compile()(seed)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from train.config import RECIPES
-from train.data import eval_batches, steps_per_epoch, train_batches
+from train.data import eval_batches, train_batches
 from train.decode import UnreadableImage, decode_image
+from train.epochs import steps_per_epoch
 from train.sources import DataError, open_digits, open_folder
 from train.transforms import eval_transform, train_transform
 
