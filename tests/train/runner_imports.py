@@ -13,4 +13,5 @@ import train.job
 import train.loop
 import train.main
 import train.plots
-import train.resample  # noqa: F401
+import train.resample
+import train.streams  # noqa: F401
