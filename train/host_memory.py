@@ -24,7 +24,8 @@ def keep_freed_memory() -> bool:
 
     Only the main thread's heap can hold so large a block, so that programs have to be started there, not in threads of
     jax's own: calls return when the result is there. The same from outside: JAX_CPU_ENABLE_ASYNC_DISPATCH=false
-    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=9999999999. A setting of malloc by its variables is left alone.
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=9999999999 MALLOC_TOP_PAD_=67108864. A setting of malloc by its variables
+    is left alone.
 
     Returns:
         Whether anything was changed: not for accelerators, whose memory is not malloc's, nor without glibc.
