@@ -9,6 +9,7 @@ from importlib.util import find_spec
 # <malloc.h> of glibc
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _LARGEST_HEAP = 64 * 2**20  # bytes, of a thread
+_MADV_HUGEPAGE, _HUGE_PAGE = 14, 2 * 2**20  # <sys/mman.h> of Linux
 
 
 def keep_freed_memory() -> bool:
@@ -19,13 +20,16 @@ def keep_freed_memory() -> bool:
     each of its 4 KB pages is cleared again when it is first touched: a fifth of the step's CPU time
     (benchmarks/NOTES.md).
 
+    What the main thread's heap can grow into, up to half of the machine's memory, is to be in pages of 2 MB where the
+    system has them: 1 to 3 % of a step's time.
+
     The heaps of other threads are asked for whole, too, and not page by page, in which a tenth of the time went by that
     it takes to load a compiled program.
 
     Only the main thread's heap can hold so large a block, so that programs have to be started there, not in threads of
     jax's own: calls return when the result is there. The same from outside: JAX_CPU_ENABLE_ASYNC_DISPATCH=false
-    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=9999999999 MALLOC_TOP_PAD_=67108864. A setting of malloc by its variables
-    is left alone.
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=9999999999 MALLOC_TOP_PAD_=67108864
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1. A setting of malloc by its variables is left alone.
 
     Returns:
         Whether anything was changed: not for accelerators, whose memory is not malloc's, nor without glibc.
@@ -35,9 +39,24 @@ def keep_freed_memory() -> bool:
     import jax
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    mallopt = ctypes.CDLL(None).mallopt
+    libc = ctypes.CDLL(None)
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, _LARGEST_HEAP))
-    return all(mallopt(*setting) == 1 for setting in settings)
+    changed = all(libc.mallopt(*setting) == 1 for setting in settings)
+    if changed:
+        _ask_for_huge_pages(libc)
+    return changed
+
+
+def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
+    """For a block that is freed at once: it stays with the heap, and no page of it is there before it is used."""
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.madvise.argtypes, libc.free.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], [ctypes.c_void_p]
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    block = libc.malloc(size)
+    if block:  # not where the user, or the system, lets no process have so much
+        start = -(-block // _HUGE_PAGE) * _HUGE_PAGE
+        libc.madvise(start, block + size - start, _MADV_HUGEPAGE)
+        libc.free(block)
 
 
 def _only_cpus() -> bool:

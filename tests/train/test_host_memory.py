@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,39 +11,47 @@ from train.host_memory import keep_freed_memory
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the setting is glibc's")
 
-# the product is 128 MiB of temporary memory, 32,768 pages
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
+
+# the first product is 128 MiB of temporary memory, 32,768 pages of 4 KB
 PROGRAM = """
 import resource
 from train.host_memory import keep_freed_memory
 print(keep_freed_memory())
 import jax, jax.numpy as jnp
-largest = jax.jit(lambda a, b: (a @ b).max(0))
+products = jax.jit(lambda a, b: (a @ b) @ b.T)
 a, b = jnp.ones((8192, 16)), jnp.ones((16, 4096))
-largest(a, b).block_until_ready()
+assert products.lower(a, b).compile().memory_analysis().temp_size_in_bytes >= 128 * 2**20
+for _ in range(2):
+    products(a, b).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(3):
-    largest(a, b).block_until_ready()
+    products(a, b).block_until_ready()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(any(line.startswith("VmFlags") and " hg" in line for line in open("/proc/self/smaps")))
 """
 
 
-def changed_and_page_faults(**variables: str) -> tuple[bool, int]:
+def run(**variables: str) -> tuple[bool, int, bool]:
+    """Whether anything was changed, the page faults of three calls, and whether huge pages were asked for."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     environment |= {"PYTHONPATH": ":".join(p for p in sys.path if p), "JAX_PLATFORMS": "cpu"} | variables
     result = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    changed, faults = result.stdout.split()
-    return changed == "True", int(faults)
+    changed, faults, huge = result.stdout.split()
+    return changed == "True", int(faults), huge == "True"
 
 
 def test_no_fresh_pages_are_taken_for_a_programs_temporary_memory():
-    changed, faults = changed_and_page_faults()
+    changed, faults, huge = run()
     assert changed and faults < 10_000
+    assert huge or not HUGE_PAGES.exists()
 
 
 def test_a_setting_of_the_users_is_left_alone():
-    changed, faults = changed_and_page_faults(MALLOC_TOP_PAD_="131072")  # glibc's default: as without the call
+    changed, faults, huge = run(MALLOC_TOP_PAD_="131072")  # glibc's default: as without the call
     assert not changed and faults > 30_000
+    assert not huge
 
 
 @pytest.mark.parametrize("platforms", ["cuda", "tpu,cpu"])
