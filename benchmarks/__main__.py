@@ -46,7 +46,7 @@ def plan(device: str) -> dict[str, Entry]:
     if device == "cpu":
         ti = ["--device", "cpu", "--variants", "ti"]
         return {
-            "cpu-inference-ti": Entry(["inference", *ti, "--repeats", "5"], 0.5),
+            "cpu-inference-ti": Entry(["inference", *ti, "--repeats", "9"], 0.5),
             "cpu-training-ti": Entry(["training", *ti, "--repeats", "4"], 0.6),
             "data": Entry(["data", "--repeats", "6"], 0.3),
             "startup": Entry(["startup", "--repeats", "1"], 0.4),
