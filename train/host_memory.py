@@ -3,13 +3,16 @@
 import ctypes
 import os
 import platform
+import resource
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from pathlib import Path
 
 # <malloc.h> of glibc
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _LARGEST_HEAP = 64 * 2**20  # bytes, of a thread
 _MADV_HUGEPAGE, _HUGE_PAGE = 14, 2 * 2**20  # <sys/mman.h> of Linux
+_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 
 
 def keep_freed_memory() -> bool:
@@ -21,7 +24,7 @@ def keep_freed_memory() -> bool:
     (benchmarks/NOTES.md).
 
     What the main thread's heap can grow into, up to half of the machine's memory, is to be in pages of 2 MB where the
-    system has them: 1 to 3 % of a step's time.
+    system has them: 1 to 3 % of a step's time. Not where a limit on the process's memory counts what it only asks for.
 
     The heaps of other threads are asked for whole, too, and not page by page, in which a tenth of the time went by that
     it takes to load a compiled program.
@@ -34,7 +37,7 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether anything was changed: not for accelerators, whose memory is not malloc's, nor without glibc.
     """
-    if any(name.startswith("MALLOC_") for name in os.environ) or not _only_cpus() or platform.libc_ver()[0] != "glibc":
+    if _malloc_is_set() or not _only_cpus() or platform.libc_ver()[0] != "glibc":
         return False
     import jax
 
@@ -42,9 +45,29 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, _LARGEST_HEAP))
     changed = all(libc.mallopt(*setting) == 1 for setting in settings)
-    if changed:
+    if changed and not _memory_is_limited():
         _ask_for_huge_pages(libc)
     return changed
+
+
+def _malloc_is_set() -> bool:
+    """Whether the user has settings of malloc in the environment."""
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    return "glibc.malloc" in tunables or any(name.startswith("MALLOC_") for name in os.environ)
+
+
+def _memory_is_limited() -> bool:
+    """Whether to ask for much memory may fail, or take from what others get, even where none of it is used.
+
+    Where malloc has once failed, it goes on in another heap, which cannot hold what this is about.
+    """
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    if any(limit != resource.RLIM_INFINITY for limit in limits):
+        return True
+    try:
+        return _OVERCOMMIT.read_text().strip() == "2"  # the system's own limit, on what all processes ask for
+    except OSError:
+        return True
 
 
 def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
@@ -53,7 +76,7 @@ def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
     libc.madvise.argtypes, libc.free.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], [ctypes.c_void_p]
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     block = libc.malloc(size)
-    if block:  # not where the user, or the system, lets no process have so much
+    if block:
         start = -(-block // _HUGE_PAGE) * _HUGE_PAGE
         libc.madvise(start, block + size - start, _MADV_HUGEPAGE)
         libc.free(block)

@@ -75,6 +75,7 @@ def train(job: Job) -> Result:
 
         # --- the run's folder: taken now, written to when nothing can go wrong any more ---
         folder = _claim_folder(job, stack)
+        newest_step = newest_checkpoint(folder)
         description = describe(model_config, class_names)
         train_steps = config.epochs * job.steps_per_epoch
 
@@ -94,7 +95,6 @@ def train(job: Job) -> Result:
             from train.checkpoints import Checkpoints
             from train.streams import open_eval_stream, open_train_stream
 
-            newest_step = newest_checkpoint(folder)
             train_stream = stack.enter_context(closing(open_train_stream(job, start_step=newest_step)))
 
             @cache

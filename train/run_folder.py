@@ -106,9 +106,16 @@ def write_config(folder: Path, described: dict[str, Any]) -> None:
 
 
 def newest_checkpoint(folder: Path) -> int:
-    """The step of the newest checkpoint in a run's folder, whole or damaged, without opening it; 0: there is none."""
-    checkpoints = folder / CHECKPOINTS
-    names = os.listdir(checkpoints) if checkpoints.is_dir() else []
+    """The step of the newest checkpoint in a run's folder, whole or damaged, without opening it; 0: there is none.
+
+    Raises CheckpointError if that cannot be told.
+    """
+    try:
+        names = os.listdir(folder / CHECKPOINTS)
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise CheckpointError(f"cannot keep checkpoints in {folder / CHECKPOINTS}: {error.strerror}") from error
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 

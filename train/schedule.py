@@ -43,7 +43,7 @@ def learning_rates(config: TrainConfig) -> Float64[np.ndarray, " epochs"]:
 
 
 def make_schedule(config: TrainConfig, *, steps_per_epoch: int) -> Callable[[Any], Any]:
-    """The learning rate as a function of the steps done, a jax array (as optax wants it)."""
+    """The learning rate as a function of the steps done, a jax scalar (as optax wants it)."""
     if config.lr_stepping == "step":
         return lambda step: schedule_value(jnp.asarray(step), config, updates_per_epoch=steps_per_epoch)
     per_epoch = learning_rates(config)  # a table: its values are rounded once, from float64

@@ -117,8 +117,12 @@ def lower_init(
     shapes = jax.eval_shape(init, seed)
     shardings = state_shardings(shapes, mesh)
     if params is not None:
-        around = jax.jit(lambda params: make_state(params, optimizer, config), out_shardings=shardings)
-        return shapes, lambda: around(put(params, shardings["params"]))
+        around = jax.jit(
+            lambda params: make_state(params, optimizer, config),
+            in_shardings=(shardings["params"],),
+            out_shardings=shardings,
+        ).lower(shapes["params"])
+        return shapes, lambda: around.compile()(put(params, shardings["params"]))
     # on a CPU, to optimise a program that runs once takes longer than the program
     options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
     lowered = jax.jit(init, out_shardings=shardings, compiler_options=options).lower(seed)

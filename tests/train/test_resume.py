@@ -200,6 +200,17 @@ def test_when_all_checkpoints_are_damaged_the_run_is_not_begun_again(start, unin
     assert "Traceback" not in run.output
 
 
+def test_checkpoints_that_cannot_be_listed_are_a_clear_error(uninterrupted, tmp_path, capsys, small_variant):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints").write_text("no folder")
+    assert main(["--resume", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert f"cannot keep checkpoints in {folder / 'checkpoints'}" in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -14,7 +14,7 @@ from timm.utils import ModelEmaV3
 from train.config import TrainConfig
 from train.optimizer import make_optimizer
 from train.sharding import make_mesh
-from train.state import abstract_model, init_state, make_state
+from train.state import abstract_model, abstract_state, init_state, lower_init, make_state
 from train.step import (
     abstract_batch,
     binary_cross_entropy,
@@ -276,6 +276,21 @@ def test_top5_is_told_from_six_classes_on(classes, told):
 def test_broken_logits_are_not_counted_as_right():
     logits = jnp.array([[jnp.nan] * 3, [0.0, jnp.nan, 1.0], [0.0, 2.0, 1.0]])
     np.testing.assert_array_equal(within_top(1, logits, jnp.array([0, 2, 1])), [False, False, True])
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.9}, {"freeze_backbone": True}, {"precision": "bfloat16"}])
+def test_the_shapes_of_a_new_state_can_be_told_without_it(small_variant, changes):
+    config = _config(image_size=48, image_scale=(1.0, 2 / 3), **changes)
+    model_config, optimizer = config.model_config(_CLASSES), make_optimizer(config, steps_per_epoch=1)
+    shapes, init = lower_init(model_config, optimizer, config, make_mesh())
+    assert shapes == abstract_state(abstract_model(model_config, config), optimizer, config)
+    made = init()
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), made) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), shapes
+    )
+    params = jax.device_get(made["params"])
+    _, around = lower_init(model_config, optimizer, config, make_mesh(), params)
+    jax.tree.map(np.testing.assert_array_equal, around(), made)
 
 
 def test_initial_weights_follow_the_seed_and_need_no_arrays_before(small_variant):
