@@ -87,7 +87,7 @@ def train(job: Job) -> Result:
         train_shapes = abstract_batch(model_config.image_size, config.batch_size, masked=False)
         eval_shapes = abstract_batch(model_config.image_size, job.eval_batch_size, masked=True)
         with ThreadPoolExecutor() as threads:
-            init = threads.submit(init)
+            initialising = threads.submit(init)
             train_step = jit_train_step(make_train_step(model, optimizer, config), mesh, shapes)
             compiling = threads.submit(train_step.lower(shapes, train_shapes).compile)
 
@@ -107,7 +107,7 @@ def train(job: Job) -> Result:
             if config.augment_on == "device":  # not before: while qwix traces the model, it has its hands on jax itself
                 augmenting = threads.submit(compile_augment, train_shapes["image"].shape, config, mesh)
             eval_step = eval_step.compile()
-            state, train_step = init.result(), compiling.result()
+            state, train_step = initialising.result(), compiling.result()
             augment = augmenting and augmenting.result()
         memory, available = step_memory(train_step), available_memory(mesh)
         check_fits(memory, available, config, mesh)

@@ -116,7 +116,7 @@ def newest_checkpoint(folder: Path) -> int:
         return 0
     except OSError as error:
         raise CheckpointError(f"cannot keep checkpoints in {folder / CHECKPOINTS}: {error.strerror}") from error
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def claim_run_folder(config: TrainConfig) -> "Claim":
