@@ -132,7 +132,7 @@ def run(entries: Mapping[str, Entry], output: Path, start: float, seconds: float
             if problem:
                 print(f"{name} {problem}", flush=True)
                 problems.append(f"{name} {problem}")
-    print(f"\nThe tables again: python -m benchmarks.report {output}/*.json")
+    print(f"\nThe tables again: python -m benchmarks.table {output}/*.json")
     if problems:
         print(f"{_PROGRAM}: error: {'; '.join(problems)}", file=sys.stderr)
     return 1 if problems else 0

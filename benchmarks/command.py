@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.measure import Measured, SidesDisagree, largest_common_batch, measure
-from benchmarks.record import as_json, write_json
-from benchmarks.report import notes, table_lines
+from benchmarks.result import as_json, write_json
+from benchmarks.rounds import Measured, SidesDisagree, largest_common_batch, measure
+from benchmarks.table import notes, table_lines
 from benchmarks.task import SIDES, Task, default_sides
 from benchmarks.worker import SideFailed
 from convert import command_line
@@ -130,7 +130,7 @@ def _check(parser: Parser, args: argparse.Namespace, device: str) -> None:
 
 
 def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
-    from benchmarks.timm_side import write_weights
+    from benchmarks.sides.timm import write_weights
 
     def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)

@@ -17,9 +17,9 @@ from benchmarks import goals
 from benchmarks.command import exit_status, require_pipeline, writable_json
 from benchmarks.data_task import SIDES, SIDES_ON_A_CORE, DataTask
 from benchmarks.machine import about, where
-from benchmarks.measure import ACCEPTED_OTHERS, SidesDisagree, Times, cores_of_others, take_turns
 from benchmarks.ratios import images_per_s, times_as_fast
-from benchmarks.record import write_json
+from benchmarks.result import write_json
+from benchmarks.rounds import ACCEPTED_OTHERS, SidesDisagree, Times, cores_of_others, take_turns
 from benchmarks.worker import SideFailed
 from convert.command_line import Parser, at_least_one
 

@@ -47,7 +47,7 @@ class DataTask:
 
     def load(self, side: str) -> Program:
         """The program of a side."""
-        from benchmarks import data_sides
+        from benchmarks.sides import pipeline as data_sides
 
         programs = {
             "timm": data_sides.timm,

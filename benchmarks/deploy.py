@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.command import exit_status, require_onnx, writable_json
 from convert.command_line import Parser, at_least_one
-from train.inference_command import run
+from train.inference.command import run
 
 if TYPE_CHECKING:
     from benchmarks.deploy_report import Deployed
@@ -63,7 +63,7 @@ def _run(args: argparse.Namespace) -> int:
     # late: wrong flags need not wait for the frameworks
     from benchmarks.deploy_report import as_json, as_markdown, failures
     from benchmarks.deploy_runs import open_model, open_run, pair
-    from benchmarks.record import write_json
+    from benchmarks.result import write_json
 
     runs = [open_run(source, dataset=args.dataset, data_dir=args.data_dir) for source in args.runs]
     models = [open_model(run, qat) for run, qat in pair(runs)]

@@ -9,11 +9,11 @@ from flax import nnx
 from jaxtyping import Float32
 
 from benchmarks.deploy_task import Form
-from convert.destinations import write, write_bytes
+from convert.export.onnx_graph import onnx_graph
+from convert.export.onnx_int8 import quantize_dynamic, quantize_static
+from convert.export.stablehlo import stablehlo_program
+from convert.formats.write import write, write_bytes
 from convert.models import flax_model
-from convert.onnx_export import onnx_graph
-from convert.onnx_quantize import quantize_dynamic, quantize_static
-from convert.stablehlo import stablehlo_program
 from convert.weights import Weights
 
 REFERENCE = "torch float32, eager"
@@ -54,7 +54,7 @@ def float_forms(
 
 def qat_forms(weights: Weights, folder: Path, calibration: Calibration, say: Callable[[str], None]) -> dict[str, Form]:
     """The int8 forms of weights that were trained quantisation-aware; see `float_forms`."""
-    from train.ptq import quantised
+    from train.optim.ptq import quantised
 
     say("making the integers of quantisation-aware training")
     source = _float32(weights, folder / "qat.safetensors").file

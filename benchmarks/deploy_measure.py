@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Float32
 
 from benchmarks.deploy_task import DeployTask, Form
-from benchmarks.measure import Times, not_failed, take_turns
-from convert.export import BOUNDS
-from convert.onnx_export import run_torch
-from convert.quantized_export import BOUND as INT8_BOUND
-from convert.quantized_export import difference_of
+from benchmarks.rounds import Times, not_failed, take_turns
+from convert.export.export import BOUNDS
+from convert.export.int8 import BOUND as INT8_BOUND
+from convert.export.int8 import difference_of
+from convert.export.onnx_graph import run_torch
 from convert.weights import Weights
 
 BATCHES = (1, 8)

@@ -12,14 +12,14 @@ from jaxtyping import Float32, Int
 from convert.weights import Weights
 from crossvit_jax.config import CrossViTConfig
 from train.config import SettingsError, TrainConfig
-from train.decode import UnreadableImage
+from train.data.sources import ImageSets, Source, open_image_sets
 from train.evaluate import match_classes
-from train.inference import load_classifier_weights
-from train.inference_command import progress_bar
-from train.qat import require_qwix
-from train.run_folder import read_settings
-from train.sources import ImageSets, Source, open_image_sets
-from train.transforms import eval_transform
+from train.images.decode import UnreadableImage
+from train.images.transforms import eval_transform
+from train.inference.command import progress_bar
+from train.inference.model import load_classifier_weights
+from train.optim.quantize import require_qwix
+from train.run.folder import read_settings
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class DeployTask:
 
     def load(self, side: str) -> Program:
         """The program of a side. Imports its framework."""
-        from benchmarks import deploy_sides
+        from benchmarks.sides import deployed as deploy_sides
 
         form = self.forms[side]
         return deploy_sides.LOADERS[form.runs_in](self, form.file)

@@ -27,13 +27,13 @@ from benchmarks.command import (
 )
 from benchmarks.end_to_end_report import as_json, as_markdown, notes, table_lines
 from benchmarks.end_to_end_task import FLAX_FED, FLAX_STEPS, TIMM_FED, TIMM_STEPS, EndToEndTask, write_photographs
-from benchmarks.measure import GPU_PATIENCE, Measured, SidesDisagree, Times, not_failed, require_agreement, take_turns
-from benchmarks.record import write_json
+from benchmarks.result import write_json
+from benchmarks.rounds import GPU_PATIENCE, Measured, SidesDisagree, Times, not_failed, require_agreement, take_turns
 from benchmarks.task import Task, usable_cores
 from benchmarks.worker import PATIENCE
 from convert.command_line import Parser, at_least_one
 
-__all__ = ["as_markdown", "main"]  # the first for `benchmarks.report`
+__all__ = ["as_markdown", "main"]  # the first for `benchmarks.table`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, device: str) -> int:
     end = until(args)
     require_pipeline("grain")
-    from benchmarks.timm_side import write_weights
+    from benchmarks.sides.timm import write_weights
 
     results: list[tuple[EndToEndTask, dict[str, Times]]] = []
     printed = 0

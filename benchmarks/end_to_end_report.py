@@ -6,8 +6,8 @@ from typing import Any
 from benchmarks import goals
 from benchmarks.end_to_end_task import FLAX_FED, TIMM_FED, EndToEndTask
 from benchmarks.machine import about, where
-from benchmarks.measure import Measured, Times
 from benchmarks.ratios import best, images_per_s, rounds, times_as_fast
+from benchmarks.rounds import Measured, Times
 
 Content = Mapping[str, Any]  # of a JSON file
 

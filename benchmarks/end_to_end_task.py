@@ -74,11 +74,11 @@ class EndToEndTask:
     def load(self, side: str) -> Program:
         """The program of a side, whose calls are of `steps` steps. Imports its framework."""
         if side == TIMM_FED:
-            from benchmarks import end_to_end_timm
+            from benchmarks.sides import fed_timm as end_to_end_timm
 
             return end_to_end_timm.load(self)
         if side in FLAX_FED:
-            from benchmarks import end_to_end_flax
+            from benchmarks.sides import fed_flax as end_to_end_flax
 
             return end_to_end_flax.load(self, augment_on=FLAX_FED[side])
         alone = self.step.load(side)

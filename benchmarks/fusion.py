@@ -13,7 +13,7 @@ from flax import nnx
 
 from benchmarks.command import exit_status, require_onnx, variant_name
 from convert.command_line import Parser
-from convert.destinations import write_bytes
+from convert.formats.write import write_bytes
 from convert.tree import flatten
 from convert.weights import Weights
 from crossvit_jax import CrossViT, create_model
@@ -61,8 +61,8 @@ def xla_kernels(model: CrossViT, batch: int) -> tuple[int, Counter[str]]:
 
 def table(model: CrossViT) -> str:
     """Node counts of the float32 and the dynamic int8 ONNX file, and kernel counts of XLA on this machine's device."""
-    from convert.onnx_export import onnx_graph
-    from convert.onnx_quantize import quantize_dynamic
+    from convert.export.onnx_graph import onnx_graph
+    from convert.export.onnx_int8 import quantize_dynamic
 
     weights = Weights(config=model.config, tensors=flatten(model))
     rows = [["ONNX Runtime", *LEVELS, "its own kinds, at all"]]

@@ -6,7 +6,7 @@ from flax import nnx
 
 from crossvit_jax import CrossViT
 from crossvit_jax.config import get_config
-from train.flops import matrix_flops
+from train.cost.flops import matrix_flops
 
 
 def flops_per_image(variant: str, *, training: bool) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.goals import TIMES_AS_FAST
 from benchmarks.machine import device_name
 from benchmarks.ratios import Result, best, counts, rounds, times_as_fast
-from train.plots import save_figure
+from train.pictures.figure import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

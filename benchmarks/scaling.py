@@ -4,8 +4,8 @@ The training step is compiled for each slice by the TPU's own compiler, with as 
 
 - *compute* is the compiler's estimate of the clock cycles of everything a chip computes, as if nothing overlapped, at
   the clock that Google's published peak implies.
-- *communication* is what leaves a chip in a step if the collectives are done on rings (`train.communication`), at the
-  published speed of the links along one axis of the slice. Latency is left out.
+- *communication* is what leaves a chip in a step if the collectives are done on rings (`train.cost.communication`), at
+  the published speed of the links along one axis of the slice. Latency is left out.
 - *step* lies between the longer of the two, if all communication is hidden behind computing, and their sum, if none is.
 - *efficiency* is the compute time of the first slice in the table ÷ the longest step.
 
@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.command import exit_status, variant_name, writable_json
 from benchmarks.machine import about, where
-from benchmarks.record import write_json
+from benchmarks.result import write_json
 from convert.command_line import Parser, at_least_one
 from train.compile import Figures, compile_step
 from train.config import RECIPES, SettingsError
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from train.slices import prepare_environment, slice_devices
+    from train.cost.slices import prepare_environment, slice_devices
 
     prepare_environment()
     sizes = {topology: slice_devices(topology) for topology in args.topology}
@@ -142,7 +142,7 @@ def as_markdown(content: Mapping[str, Any]) -> str:
 
 
 def _row(result: Mapping[str, Any], first: Mapping[str, Any]) -> str:
-    from train.memory import amount
+    from train.devices.memory import amount
 
     shortest = max(result["compute_s"], result["communication_s"])
     longest = result["compute_s"] + result["communication_s"]

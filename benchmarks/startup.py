@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.command import exit_status, variant_name, writable_json
 from benchmarks.machine import about, where
 from benchmarks.ratios import spread
-from benchmarks.record import write_json
+from benchmarks.result import write_json
 from benchmarks.worker import SideFailed
 from convert.command_line import Parser, at_least_one, at_least_zero
 from train.config import RECIPES, SettingsError

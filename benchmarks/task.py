@@ -48,10 +48,10 @@ class Task:
     def load(self, side: str) -> "Program":
         """The program of a side. Imports its framework."""
         if side.startswith("flax"):
-            from benchmarks import flax_side
+            from benchmarks.sides import flax as flax_side
 
             return flax_side.load(self, side)
-        from benchmarks import timm_side
+        from benchmarks.sides import timm as timm_side
 
         return timm_side.load(self, side)
 

@@ -11,7 +11,7 @@ from convert.errors import ConversionError
 from convert.report import tell_result, tell_warning, tell_weights
 
 if TYPE_CHECKING:
-    from convert.quantized_export import Quantization
+    from convert.export.int8 import Quantization
     from convert.weights import Weights
 
 _EPILOG = """\
@@ -78,7 +78,7 @@ def _parser() -> Parser:
 
 def _convert(args: argparse.Namespace) -> int:
     # imported late: --help and a mistyped command line need not wait for the frameworks
-    from convert.destinations import EXPORTED, check_destination, write
+    from convert.formats.write import EXPORTED, check_destination, write
     from convert.tensors import DTYPES
 
     how = _quantization(args)
@@ -103,7 +103,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from convert.export import check_export, export
+    from convert.export.export import check_export, export
     from convert.tensors import DTYPES
 
     if args.verify:
@@ -129,7 +129,7 @@ def _quantization(args: argparse.Namespace) -> "Quantization | None":
         raise ConversionError("--quantize static needs images to calibrate with: --calibrate digits, or a folder")
     if args.dtype not in (None, "float32"):
         raise ConversionError(f"--quantize makes int8 from float32, not from --dtype {args.dtype}")
-    from convert.quantized_export import Quantization
+    from convert.export.int8 import Quantization
 
     chosen = {"target": args.target, "images": args.calibration_images}
     chosen = {name: value for name, value in chosen.items() if value is not None}
@@ -137,7 +137,7 @@ def _quantization(args: argparse.Namespace) -> "Quantization | None":
 
 
 def _quantize(args: argparse.Namespace, how: "Quantization") -> int:
-    from convert.quantized_export import check_quantization, check_weights, export_quantized
+    from convert.export.int8 import check_quantization, check_weights, export_quantized
     from convert.tensors import DTYPES
 
     if args.verify:

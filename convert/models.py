@@ -11,9 +11,9 @@ from flax import nnx
 
 from convert import architecture, metadata
 from convert.adapt import adapt
-from convert.destinations import write
 from convert.errors import ConversionError
-from convert.sources import read
+from convert.formats.read import read
+from convert.formats.write import write
 from convert.tensors import as_tensor
 from convert.tree import flatten, from_state_dict, nest, shapes_of
 from convert.weights import Weights
@@ -165,7 +165,7 @@ def save(
     class_names: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes parameters in the format that the destination's ending names, see `convert.destinations.write`.
+    """Writes parameters in the format that the destination's ending names, see `convert.formats.write.write`.
 
     Args:
         params: nested Flax parameters, an `nnx.State` or a model, or a flat state dict.

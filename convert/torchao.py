@@ -9,8 +9,8 @@ from convert.report import tell_result, tell_weights
 
 _EPILOG = """\
 SOURCE    what python -m convert takes, say the folder of a run with --qat
-model.pt  the PyTorch twin, its linear layers in integers, for convert.torchao_model.load_torchao; the file is only kept
-          if it computes what SOURCE does
+model.pt  the PyTorch twin, its linear layers in integers, for convert.export.torchao.load_torchao; the file is only
+          kept if it computes what SOURCE does
 
 exit status: 0 done; 1 the file was not kept; 2 nothing was written, and one line on stderr says why
 """
@@ -48,10 +48,10 @@ def _parser() -> Parser:
 
 def _quantise(args: argparse.Namespace) -> int:
     # imported late: --help and a mistyped command line need not wait for the frameworks
+    from convert.export.int8 import check_weights
+    from convert.export.torchao import check_torchao, export_torchao
     from convert.models import load_weights
-    from convert.quantized_export import check_weights
     from convert.tensors import DTYPES
-    from convert.torchao_model import check_torchao, export_torchao
 
     options = {"compare": args.compare, "overwrite": args.overwrite}
     check_torchao(args.destination, **options)

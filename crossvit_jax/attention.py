@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from crossvit_jax.dot_product_attention import dot_product_attention
+from crossvit_jax.kernels.attention import dot_product_attention
 from crossvit_jax.layers import Linear, dropout_is_active
 
 

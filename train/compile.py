@@ -20,8 +20,8 @@ from train.flags import add_settings, apply_flags
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from train.communication import Traffic
-    from train.memory import StepMemory
+    from train.cost.communication import Traffic
+    from train.devices.memory import StepMemory
 
 _PROGRAM = "python -m train.compile"
 _IMAGENET = 1_281_167  # training images, which decide the steps of an epoch; any number gives the same figures
@@ -36,7 +36,7 @@ class Figures:
     devices: int
     device_kind: str
     mesh: str
-    flops: int  # of a step, over all devices, by `train.flops`
+    flops: int  # of a step, over all devices, by `train.cost.flops`
     seconds: float  # that compiling took
     available: int | None  # bytes of memory of a device, if known
     needed: float | None  # bytes of memory on each device, if known
@@ -102,7 +102,7 @@ def _parser(recipe: TrainConfig) -> Parser:
 
 def _report(cases: list[tuple[TrainConfig, str | None]], num_classes: int) -> int:
     if cases[0][1] is not None:
-        from train.slices import prepare_environment
+        from train.cost.slices import prepare_environment
 
         prepare_environment()
     refused = []
@@ -123,20 +123,20 @@ def compile_step(config: TrainConfig, num_classes: int, topology: str | None = N
     """Compile the training step of some settings.
 
     Args:
-        topology: a slice of TPUs (see `train.slices`); none: the devices of this machine.
+        topology: a slice of TPUs (see `train.cost.slices`); none: the devices of this machine.
 
     Raises:
         SettingsError: there is no such slice, or the settings do not suit it.
     """
-    from train.communication import communication
-    from train.flops import matrix_flops
-    from train.hlo import estimated_cycles
-    from train.memory import DoesNotFit, available_memory, check_fits, memory_errors_explained, step_memory
-    from train.optimizer import make_optimizer
-    from train.sharding import make_mesh
-    from train.slices import slice_devices
-    from train.state import abstract_model, abstract_state
-    from train.step import abstract_batch, jit_train_step, make_train_step
+    from train.cost.communication import communication
+    from train.cost.flops import matrix_flops
+    from train.cost.hlo import estimated_cycles
+    from train.cost.slices import slice_devices
+    from train.devices.memory import DoesNotFit, available_memory, check_fits, memory_errors_explained, step_memory
+    from train.devices.mesh import make_mesh
+    from train.optim.optimizer import make_optimizer
+    from train.optim.state import abstract_model, abstract_state
+    from train.optim.step import abstract_batch, jit_train_step, make_train_step
 
     try:
         mesh = make_mesh(config.mesh, None if topology is None else slice_devices(topology))
@@ -194,7 +194,7 @@ def compile_step(config: TrainConfig, num_classes: int, topology: str | None = N
 
 def describe(figures: Figures, num_classes: int) -> str:
     """A few lines for the user."""
-    from train.memory import amount
+    from train.devices.memory import amount
 
     config = figures.config
     lines = [
@@ -225,7 +225,7 @@ compiled in | fits |
 
 def table_row(figures: Figures) -> str:
     """The figures as a row under `TABLE_HEAD`."""
-    from train.memory import amount
+    from train.devices.memory import amount
 
     needed, traffic = figures.needed, figures.traffic
     reduced = others = sent = "-"

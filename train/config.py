@@ -10,7 +10,7 @@ from typing import Any
 from convert.errors import ConversionError
 from convert.paths import FOLDER_PREFIX, typed_path
 from crossvit_jax.config import CrossViTConfig, get_config
-from train.rand_augment import ACCEPTED, parse_rand_augment
+from train.images.rand_augment import ACCEPTED, parse_rand_augment
 
 
 class SettingsError(ValueError):

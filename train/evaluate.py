@@ -18,12 +18,12 @@ from jaxtyping import Int
 from convert.command_line import Parser, at_least_zero
 from convert.paths import FOLDER_PREFIX
 from train.config import SettingsError, TrainConfig, data_set, home_path
-from train.inference_command import SOURCES, add_model_flags, load_model, progress_bar, run, tell_notes
+from train.inference.command import SOURCES, add_model_flags, load_model, progress_bar, run, tell_notes
 
 if TYPE_CHECKING:
-    from train.evaluation import Evaluation
-    from train.inference import Classifier
-    from train.sources import Source
+    from train.data.sources import Source
+    from train.inference.model import Classifier
+    from train.tasks.evaluation import Evaluation
 
 _PROGRAM = "python -m train.evaluate"
 _BATCHES_BEHIND = 2  # results are fetched so many batches late, so that the devices never wait for the host
@@ -118,7 +118,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     evaluation = evaluate(classifier, source, classes, batch_size=batch_size, workers=workers)
     print(evaluation.summary())
     if output:
-        from train.evaluation import write_evaluation
+        from train.tasks.evaluation import write_evaluation
 
         names = [data_names[label] for label in np.argsort(classes)]  # in the order of the weights
         about = {
@@ -142,7 +142,7 @@ def _open_data(args: argparse.Namespace) -> "tuple[Source, tuple[str, ...], str,
     """The images asked for, the names of their classes, in words which images they are, and a note on that."""
     config = TrainConfig(dataset=args.dataset, data_dir=args.data_dir, val_fraction=args.val_fraction, seed=args.seed)
 
-    from train.sources import open_image_sets
+    from train.data.sources import open_image_sets
 
     folder = Path(args.dataset.removeprefix(FOLDER_PREFIX)) if args.dataset.startswith(FOLDER_PREFIX) else None
     is_unsplit = folder is not None and folder.is_dir() and not (folder / "train").is_dir()
@@ -158,7 +158,7 @@ def _open_data(args: argparse.Namespace) -> "tuple[Source, tuple[str, ...], str,
 
 
 def _open_whole_folder(folder: Path) -> "tuple[Source, tuple[str, ...]]":
-    from train.sources import FolderSource, list_images
+    from train.data.sources import FolderSource, list_images
 
     images = list_images(folder)
     labels = np.repeat(np.arange(len(images)), [len(files) for files in images.values()])
@@ -177,7 +177,7 @@ def match_classes(
 
     Raises SettingsError if the data set has other classes than the model.
     """
-    from train.sources import listed
+    from train.data.sources import listed
 
     counts = f"the data set has {len(data_names)} classes, the weights have {num_classes}"
     same = np.arange(len(data_names))
@@ -221,12 +221,12 @@ def evaluate(
     import jax
     import jax.numpy as jnp
 
-    from train.bad_images import BadImages
-    from train.data import eval_batches
-    from train.evaluation import Evaluation
-    from train.prefetch import device_batches
-    from train.step import TOP5_CLASSES, soft_target_cross_entropy, within_top
-    from train.transforms import eval_transform
+    from train.data.bad_images import BadImages
+    from train.data.batches import eval_batches
+    from train.data.prefetch import device_batches
+    from train.images.transforms import eval_transform
+    from train.optim.step import TOP5_CLASSES, soft_target_cross_entropy, within_top
+    from train.tasks.evaluation import Evaluation
 
     config = classifier.config
 

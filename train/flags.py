@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from convert.command_line import Parser
 from train.config import RECIPES, SettingsError, TrainConfig, home_path
-from train.run_folder import read_settings
+from train.run.folder import read_settings
 
 _DIGITS = "digits"  # the data set that has a recipe of its own
 _PROGRAM = "python -m train.main"

@@ -15,13 +15,13 @@ from convert.metadata import describe, understand
 from convert.weights import Weights
 from crossvit_jax import CrossViTConfig, get_config
 from train.config import RECIPES, SettingsError, TrainConfig
-from train.epochs import steps_per_epoch
-from train.initial_weights import initial_weights
-from train.qat import require_qwix
-from train.run_folder import BEFORE, check_same_run, describe_run, read_run
-from train.sharding import make_mesh
-from train.sources import ImageSets, open_image_sets
-from train.transforms import train_transform
+from train.data.epochs import steps_per_epoch
+from train.data.sources import ImageSets, open_image_sets
+from train.devices.mesh import make_mesh
+from train.images.transforms import train_transform
+from train.optim.quantize import require_qwix
+from train.run.folder import BEFORE, check_same_run, describe_run, read_run
+from train.tasks.initial_weights import initial_weights
 
 
 @dataclass(frozen=True)

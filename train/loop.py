@@ -17,23 +17,23 @@ from jax.experimental import multihost_utils
 import convert
 from convert.metadata import describe
 from convert.tree import nest
-from train.augment import compile_augment
-from train.bad_images import BadImages, too_many
 from train.config import SettingsError
-from train.hosts import is_main
-from train.interruption import Interrupted, Interruption
+from train.data.bad_images import BadImages, too_many
+from train.devices.hosts import is_main
+from train.devices.memory import available_memory, check_fits, memory_errors_explained, step_memory
+from train.devices.mesh import fetch, state_shardings
+from train.images.augment import compile_augment
 from train.job import Job
-from train.memory import available_memory, check_fits, memory_errors_explained, step_memory
-from train.meter import STEPS_BEHIND, Meter, TrainingFailed
-from train.metrics import MetricsLog, NoLog, read_metrics
-from train.optimizer import make_optimizer
-from train.plots import draw_curves
-from train.progress import Progress
-from train.run_folder import claim_run_folder, newest_checkpoint, read_run, write_config
-from train.schedule import learning_rate
-from train.sharding import fetch, state_shardings
-from train.state import abstract_model, lower_init
-from train.step import abstract_batch, jit_eval_step, jit_train_step, make_eval_step, make_train_step
+from train.optim.optimizer import make_optimizer
+from train.optim.schedule import learning_rate
+from train.optim.state import abstract_model, lower_init
+from train.optim.step import abstract_batch, jit_eval_step, jit_train_step, make_eval_step, make_train_step
+from train.pictures.figure import draw_curves
+from train.run.folder import claim_run_folder, newest_checkpoint, read_run, write_config
+from train.run.interruption import Interrupted, Interruption
+from train.run.meter import STEPS_BEHIND, Meter, TrainingFailed
+from train.run.metrics_log import MetricsLog, NoLog, read_metrics
+from train.run.progress import Progress
 
 WEIGHTS_FILE, EMA_FILE, CURVES_FILE = "weights.safetensors", "weights-ema.safetensors", "curves.png"
 _CURVES_EVERY_S = 60.0
@@ -92,8 +92,8 @@ def train(job: Job) -> Result:
             compiling = threads.submit(train_step.lower(shapes, train_shapes).compile)
 
             # --- meanwhile: the data, and evaluation; Grain and Orbax take long to import ---
-            from train.checkpoints import Checkpoints
-            from train.streams import open_eval_stream, open_train_stream
+            from train.data.streams import open_eval_stream, open_train_stream
+            from train.run.checkpoints import Checkpoints
 
             train_stream = stack.enter_context(closing(open_train_stream(job, start_step=newest_step)))
 

@@ -31,16 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(config) -> int:
     from convert import ConversionError
-    from train import hosts
-    from train.bad_images import TooManyBadImages
-    from train.compilation_cache import keep_compiled_programs
-    from train.host_memory import keep_freed_memory
-    from train.interruption import Interrupted
+    from train.data.bad_images import TooManyBadImages
+    from train.data.sources import DataError
+    from train.devices import hosts
+    from train.devices.compilation_cache import keep_compiled_programs
+    from train.devices.process import keep_freed_memory
     from train.job import prepare
     from train.loop import train
-    from train.meter import TrainingFailed
-    from train.run_folder import CheckpointError
-    from train.sources import DataError
+    from train.run.folder import CheckpointError
+    from train.run.interruption import Interrupted
+    from train.run.meter import TrainingFailed
 
     try:
         keep_freed_memory()

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from convert.command_line import Parser, at_least_one
 from train.config import home_path
-from train.inference_command import SOURCES, add_model_flags, load_model, progress_bar, run, tell_notes
+from train.inference.command import SOURCES, add_model_flags, load_model, progress_bar, run, tell_notes
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from train.inference import Classifier
-    from train.predictions import Prediction
+    from train.inference.model import Classifier
+    from train.inference.predictions import Prediction
 
 _PROGRAM = "python -m train.predict"
 _FORMATS = ("table", "csv", "jsonl")
@@ -65,14 +65,14 @@ def _parser() -> Parser:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from train.image_paths import image_paths
+    from train.inference.image_paths import image_paths
 
     paths = image_paths(args.paths)
     pictures = Path(args.attention) if args.attention else None
     if pictures:
         pictures.mkdir(parents=True, exist_ok=True)
 
-    from train.predictions import FORMATS
+    from train.inference.predictions import FORMATS
 
     classifier = load_model(args)
     tell_notes(_PROGRAM, classifier.notes)
@@ -135,8 +135,8 @@ def classify(
     import jax.numpy as jnp
     import numpy as np
 
-    from train.attention import PictureNames, class_token_attention, draw_attention
-    from train.predictions import Prediction
+    from train.inference.predictions import Prediction
+    from train.pictures.attention import PictureNames, class_token_attention, draw_attention
 
     config, class_names = classifier.config, classifier.names
 
@@ -189,9 +189,9 @@ def _read_batches(
     """Paths of readable images and the images, normalised (batch, height, width, 3) float32, zeros at the end."""
     import numpy as np
 
-    from train.decode import UnreadableImage
-    from train.image_paths import shown
-    from train.transforms import eval_transform
+    from train.images.decode import UnreadableImage
+    from train.images.transforms import eval_transform
+    from train.inference.image_paths import shown
 
     transform = eval_transform(classifier.config)
 

@@ -5,7 +5,8 @@ The processes of its sides import this module as their main one, and so have tha
 
 import sys
 
-from benchmarks import end_to_end, timm_side
+from benchmarks import end_to_end
+from benchmarks.sides import timm as timm_side
 from crossvit_jax.config import VARIANTS
 from tests.benchmarks.brief import BriefEndToEndTask
 from tests.train.small_weights import save_small, small_config, small_timm_model

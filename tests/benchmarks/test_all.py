@@ -14,7 +14,7 @@ import pytest
 from benchmarks import __main__ as everything
 from benchmarks import command
 from benchmarks.__main__ import Entry, main, plan, run
-from benchmarks.report import MODELS
+from benchmarks.table import MODELS
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from benchmarks import measure, worker
+from benchmarks import rounds as measure
+from benchmarks import worker
 from benchmarks.command import main
-from benchmarks.measure import Measured, SidesDisagree, Times
 from benchmarks.model_flops import flops_per_image
 from benchmarks.model_table import multiply_adds, parameters
-from benchmarks.record import as_json
-from benchmarks.report import table_lines
+from benchmarks.result import as_json
+from benchmarks.rounds import Measured, SidesDisagree, Times
+from benchmarks.table import table_lines
 from benchmarks.task import SIDES, Program, Task, default_sides
 from benchmarks.worker import Ready, Round, SideFailed
 from crossvit_jax.config import get_config

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import command
 from benchmarks.command import exit_status, main, workers_environment
-from benchmarks.measure import Measured, SidesDisagree, Times
+from benchmarks.rounds import Measured, SidesDisagree, Times
 from benchmarks.worker import Ready, Round, SideFailed
 from convert.command_line import Parser
 from convert.errors import ConversionError
@@ -97,7 +97,7 @@ def measured(monkeypatch):
         return Measured(task, "timm", answer)
 
     monkeypatch.setattr(command, "measure", fake)
-    monkeypatch.setattr("benchmarks.timm_side.write_weights", lambda *_: None)
+    monkeypatch.setattr("benchmarks.sides.timm.write_weights", lambda *_: None)
     return answers
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.data import as_json, as_markdown, compare, main
 from benchmarks.data_task import SIDES, SIDES_ON_A_CORE, DataTask
-from benchmarks.measure import SidesDisagree, Times
+from benchmarks.rounds import SidesDisagree, Times
 from benchmarks.worker import Ready, Round
 from tests.benchmarks.brief import BriefDataTask
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import measure
+from benchmarks import rounds as measure
 from benchmarks.deploy import main
 from benchmarks.deploy_forms import FLOAT_FILE, REFERENCE
 from benchmarks.deploy_measure import BATCHES, measure_forms
@@ -17,13 +17,13 @@ from benchmarks.deploy_runs import Run, evenly, open_model, open_run, pair
 from benchmarks.deploy_task import DeployTask, Form
 from benchmarks.worker import Ready, Round, SideFailed
 from convert import load_weights, save
-from convert.stablehlo import stablehlo_program
+from convert.export.stablehlo import stablehlo_program
 from tests.benchmarks.brief import BriefDeployTask
 from tests.command_line import refusal
 from tests.train.small_weights import save_small
 from train.config import SettingsError, TrainConfig
 from train.evaluate import main as evaluate
-from train.run_folder import write_config
+from train.run.folder import write_config
 
 _CLASSES = "abc"
 

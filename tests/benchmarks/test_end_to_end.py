@@ -16,12 +16,12 @@ from benchmarks import cpu_time, data, end_to_end, steady_state
 from benchmarks.end_to_end import as_markdown, main, require_comparable
 from benchmarks.end_to_end_report import as_json
 from benchmarks.end_to_end_task import CLASSES, Delivered, EndToEndTask, write_photographs
-from benchmarks.measure import SidesDisagree, Times
+from benchmarks.rounds import SidesDisagree, Times
 from benchmarks.task import Task
 from benchmarks.worker import Ready, Round
 from tests.command_line import refusal
 from tests.train.runner import QUICK_COMPILATION
-from train.sources import open_image_sets
+from train.data.sources import open_image_sets
 
 
 def _task(**changes) -> EndToEndTask:

@@ -7,9 +7,9 @@ import pytest
 
 from benchmarks import scaling
 from benchmarks.scaling import CHIPS, Chip, as_json, as_markdown, estimate, main
-from train.communication import Traffic
 from train.compile import Figures
 from train.config import RECIPES
+from train.cost.communication import Traffic
 
 
 def _figures(**changes) -> Figures:
@@ -74,8 +74,10 @@ def compiler(monkeypatch):
 
     def _compiler(kind="TPU v5 lite", **changes):
         device = type("Device", (), {"device_kind": kind})()
-        monkeypatch.setattr("train.slices.prepare_environment", lambda: None)
-        monkeypatch.setattr("train.slices.slice_devices", lambda topology: [device] * (4 if "2x2" in topology else 1))
+        monkeypatch.setattr("train.cost.slices.prepare_environment", lambda: None)
+        monkeypatch.setattr(
+            "train.cost.slices.slice_devices", lambda topology: [device] * (4 if "2x2" in topology else 1)
+        )
         asked = []
 
         def compile_step(config, num_classes, topology):

@@ -75,10 +75,10 @@ def test_verify_fails_where_the_twins_differ(capsys, weights_file, tmp_path, mon
 
 
 def test_verify_fails_where_the_file_differs(capsys, weights_file, tmp_path, monkeypatch):
-    import convert.destinations
+    import convert.formats.write
 
     monkeypatch.setattr(
-        convert.destinations, "as_tensor", lambda array: torch.from_numpy(np.where(array == array.flat[0], 0, array))
+        convert.formats.write, "as_tensor", lambda array: torch.from_numpy(np.where(array == array.flat[0], 0, array))
     )
     status, out, _ = run(capsys, weights_file, tmp_path / "out.pth", "--verify")
     assert status == 1
@@ -167,12 +167,12 @@ def test_a_command_that_is_stopped_leaves_nothing_half_written(weights_file, tmp
     (tmp_path / "out.pth").write_bytes(b"old")
     code = f"""
 import atexit, os, runpy, signal
-import convert.destinations
+import convert.formats.write
 def stopped(path, data):
     path.write_bytes(data[:100])
     signal.raise_signal(signal.{number})
     path.write_bytes(data)
-convert.destinations.write_bytes = stopped
+convert.formats.write.write_bytes = stopped
 signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may run where it is ignored
 atexit.register(os._exit, 139)  # as jax may crash on the way out
 runpy.run_module("convert", run_name="__main__")

@@ -11,8 +11,8 @@ from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 
 from crossvit_jax import create_model
-from crossvit_jax import dot_product_attention as attention
-from crossvit_jax.dot_product_attention import dot_product_attention
+from crossvit_jax.kernels import attention as attention
+from crossvit_jax.kernels.attention import dot_product_attention
 from tests.parity.reference import random_array
 
 TOKENS = 19

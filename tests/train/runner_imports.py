@@ -5,13 +5,3 @@ import matplotlib.figure  # noqa: F401
 import tensorboardX  # noqa: F401
 import timm.data  # noqa: F401
 import torch  # noqa: F401
-
-import train.bad_images
-import train.checkpoints
-import train.digits
-import train.job
-import train.loop
-import train.main
-import train.plots
-import train.resample
-import train.streams  # noqa: F401

@@ -13,13 +13,13 @@ import pytest
 from flax import nnx
 
 from crossvit_jax.config import VARIANTS
-from train import slices
 from train.compile import compile_step, main
 from train.config import RECIPES
-from train.memory import DoesNotFit, available_memory, memory_errors_explained
-from train.sharding import make_mesh, replicated
-from train.slices import slice_devices
-from train.state import abstract_model
+from train.cost import slices
+from train.cost.slices import slice_devices
+from train.devices.memory import DoesNotFit, available_memory, memory_errors_explained
+from train.devices.mesh import make_mesh, replicated
+from train.optim.state import abstract_model
 
 _DIGITS = ("--recipe=digits", "--num-classes=10")
 
@@ -52,7 +52,7 @@ def test_the_figures_of_a_step_on_the_devices_here(run, small_variant):
 
 
 def test_a_step_that_does_not_fit_says_so_with_its_own_status(run, small_variant, monkeypatch):
-    monkeypatch.setattr("train.memory.available_memory", lambda mesh: 2**20)
+    monkeypatch.setattr("train.devices.memory.available_memory", lambda mesh: 2**20)
     status, out, _ = run(*_DIGITS, "--batch-size=16")
     assert status == 1
     assert re.search(r"^does not fit: a step needs .* more than the 1 MiB that it has; what would help: --", out, re.M)

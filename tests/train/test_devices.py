@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.train.runner import Run
-from train.metrics import read_metrics
+from train.run.metrics_log import read_metrics
 
 # 20 steps, with all that is random in them
 _FLAGS = ["--recipe=digits", "--epochs=4", "--batch-size=256", "--log-every=1", "--checkpoint-every=7"]

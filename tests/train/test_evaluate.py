@@ -13,10 +13,10 @@ import torch
 import train.predict
 from tests.train.small_weights import save_small, small_config, small_timm_model
 from train.config import SettingsError
+from train.data.sources import open_digits
 from train.evaluate import main, match_classes
-from train.inference import Classifier
-from train.sources import open_digits
-from train.transforms import eval_transform
+from train.images.transforms import eval_transform
+from train.inference.model import Classifier
 
 _DIGITS = "0123456789"
 

@@ -9,8 +9,8 @@ import sys
 for name in ("array_record", "grain", "simplejpeg", "tensorboardX", "tensorflow_datasets"):
     sys.modules[name] = None  # as if it were not installed
 
-import benchmarks.flax_side
-import train.augment
+import benchmarks.sides.flax
+import train.images.augment
 """
 
 
@@ -26,7 +26,7 @@ import io, threading
 import numpy as np
 from PIL import Image
 from train.config import RECIPES
-from train.transforms import TrainTransform
+from train.images.transforms import TrainTransform
 
 file = io.BytesIO()
 Image.new("RGB", (40, 30)).save(file, "PNG")
@@ -59,8 +59,8 @@ for name in ("numba", "timm", "torch"):
 import numpy as np
 import train.loop
 from train.config import RECIPES
-from train.sources import open_digits
-from train.transforms import eval_transform, train_transform
+from train.data.sources import open_digits
+from train.images.transforms import eval_transform, train_transform
 
 config = RECIPES["digits"]
 model = config.model_config(10)

@@ -15,12 +15,12 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-import train.transforms
+import train.images.transforms
 from convert import load_flax
 from tests.train.small_weights import save_small
-from train.inference import load_classifier
+from train.images.transforms import eval_transform
+from train.inference.model import load_classifier
 from train.predict import classify, main
-from train.transforms import eval_transform
 
 
 @pytest.fixture
@@ -175,9 +175,9 @@ def test_in_a_table_a_file_name_cannot_break_the_line(predict, image_folder):
 
 def test_results_come_long_before_the_last_image_is_read(weights, photos, monkeypatch):
     read = []
-    decode = train.transforms.decode_pixels
+    decode = train.images.transforms.decode_pixels
     monkeypatch.setattr(
-        train.transforms, "decode_pixels", lambda encoded, name: (read.append(name), decode(encoded, name))[1]
+        train.images.transforms, "decode_pixels", lambda encoded, name: (read.append(name), decode(encoded, name))[1]
     )
     classifier = load_classifier(str(weights))
     paths = [str(photos / name) for name in (*_IN_ORDER, *(40 * ["a.png"]))]

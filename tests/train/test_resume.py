@@ -16,8 +16,8 @@ from tests.train.runner import Run
 from train.config import RECIPES, SettingsError
 from train.job import augment_on
 from train.main import main
-from train.metrics import read_metrics
-from train.run_folder import Claim, check_same_run
+from train.run.folder import Claim, check_same_run
+from train.run.metrics_log import read_metrics
 
 _EPOCHS, _STEPS_PER_EPOCH = 4, 22
 # everything random, everything stateful: mixing, stochastic depth, the average of the weights, lines within an epoch

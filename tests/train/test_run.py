@@ -17,10 +17,10 @@ from convert import load_flax
 from convert.__main__ import main as convert_main
 from convert.metadata import understand
 from train.config import RECIPES
+from train.data.sources import open_digits
 from train.evaluate import main as evaluate
+from train.images.transforms import eval_transform
 from train.main import main
-from train.sources import open_digits
-from train.transforms import eval_transform
 
 _SHORT = ["--epochs=2", "--batch-size=240", "--log-every=2", "--eval-every=2"]
 

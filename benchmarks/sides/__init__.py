@@ -1,0 +1,1 @@
+"""What is measured side by side: each module runs one framework's half of a benchmark."""

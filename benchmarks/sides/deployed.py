@@ -1,0 +1,97 @@
+"""The sides of the deployment benchmark: each runs a file as its users would, on all cores that it may use.
+
+Images are given as each of them takes them, and lie in memory; every call is waited for before the next one starts.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from benchmarks.deploy_task import DeployTask, Images
+from benchmarks.task import Program, usable_cores
+
+Logits = Float32[np.ndarray, "batch classes"]
+
+
+def torch_eager(task: DeployTask, file: str) -> Program:
+    """The PyTorch twin in float32."""
+    import torch
+
+    from convert import load_torch
+
+    model = load_torch(file)
+    facts = {"torch": torch.__version__, "torch threads": str(torch.get_num_threads())}
+    call = torch.inference_mode()(lambda images: model(images).numpy())
+    return _program(task, lambda batch: torch.from_numpy(_channels_first(batch)), call, facts)
+
+
+def onnx(task: DeployTask, file: str) -> Program:
+    """An ONNX file in ONNX Runtime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = usable_cores()  # by itself it takes one for two hyperthreads, unlike torch and XLA
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    facts = {"onnxruntime": onnxruntime.__version__, "onnxruntime threads": str(options.intra_op_num_threads)}
+    return _program(task, _channels_first, lambda images: session.run(None, {"images": images})[0], facts)
+
+
+def stablehlo(task: DeployTask, file: str) -> Program:
+    """A StableHLO program in jax."""
+    import jax
+    from jax import export
+
+    with open(file, "rb") as opened:
+        run = jax.jit(export.deserialize(bytearray(opened.read())).call)
+    return _program(task, jax.numpy.asarray, lambda images: np.asarray(run(images)), _jax_facts())
+
+
+def qwix(task: DeployTask, file: str) -> Program:
+    """Weights rounded to int8 and multiplied as integers, as `python -m train.evaluate --quantize int8` has it."""
+    import importlib.metadata
+
+    import jax
+    from flax import nnx
+
+    from convert import load_flax
+    from train.devices.process import keep_freed_memory
+    from train.optim.ptq import quantised
+
+    keep_freed_memory()  # as train.evaluate does
+    graphdef, state = nnx.split(quantised(load_flax(file), "int8"))
+    params = nnx.to_pure_dict(state)
+    run = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images))
+    facts = _jax_facts() | {"qwix": importlib.metadata.version("qwix")}
+    return _program(task, jax.numpy.asarray, lambda images: np.asarray(run(params, images)), facts)
+
+
+LOADERS = {"torch": torch_eager, "onnxruntime": onnx, "stablehlo": stablehlo, "qwix": qwix}  # by `Form.runs_in`
+
+
+def _program(
+    task: DeployTask, prepare: Callable[[Images], Any], call: Callable[[Any], Logits], facts: dict[str, str]
+) -> Program:
+    """The program that gives `prepare`d images to `call`; its check are the logits of all checked images."""
+
+    def check() -> Logits:
+        return np.concatenate([call(prepare(batch)) for batch in task.batches()])[: task.checked]
+
+    images = prepare(next(task.batches()))
+
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            call(images)
+
+    return Program(check, run, facts)
+
+
+def _channels_first(batch: Images) -> Float32[np.ndarray, "batch 3 height width"]:
+    return np.ascontiguousarray(batch.transpose(0, 3, 1, 2))
+
+
+def _jax_facts() -> dict[str, str]:
+    import jax
+
+    return {"jax": jax.__version__, "jax threads": str(usable_cores())}

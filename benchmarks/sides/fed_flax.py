@@ -1,0 +1,95 @@
+"""The trainer's pipeline and step: what `python -m train.main` runs between two checkpoints."""
+
+import atexit
+
+import jax
+import numpy as np
+
+from benchmarks.end_to_end_task import Delivered, EndToEndTask
+from benchmarks.sides.flax import begin_training, facts, set_up
+from benchmarks.steady_state import steady_state, wait_for_rest
+from benchmarks.task import Program
+from train.config import TrainConfig
+from train.data.batches import train_batches
+from train.data.prefetch import device_batches
+from train.data.sources import open_image_sets
+from train.data.workers import give_back_memory
+from train.images.augment import compile_augment
+from train.images.transforms import train_transform
+from train.run.meter import Meter
+from train.run.metrics_log import NoLog
+from train.run.progress import Progress
+
+# At most: a worker reads two, waits with one and has one in its queue, the main process has two more of each worker
+# and a few on the device.
+_AHEAD_PER_WORKER, _AHEAD = 6, 4
+
+
+def load(task: EndToEndTask, augment_on: str) -> Program:
+    """The program, whose workers have begun to read; its step is not compiled yet."""
+    set_up(task.step)
+    config = task.recipe(augment_on)
+    mesh, state, step_of = begin_training(task.step, "cudnn" if task.flax == "flax-cudnn" else "xla")
+    step = step_of(config)
+    shape = (config.batch_size, *task.image_size, 3)
+    augment = compile_augment(shape, config, mesh) if augment_on == "device" else None
+    batches = train_batches(
+        open_image_sets(config).train,
+        train_transform(config, config.model_config(num_classes=1000)),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        workers=config.workers,
+    )
+    stream = device_batches(batches, mesh)
+    meter = _meter(config)
+    done = 0
+
+    def next_batch() -> dict[str, jax.Array]:
+        batch = next(stream)
+        batch.pop("bad_indices")
+        if augment is not None:
+            batch["image"] = augment(batch["image"], done)
+        return batch
+
+    def check() -> Delivered:
+        batch = next_batch()
+        return Delivered.of(np.asarray(batch["image"]), np.asarray(batch["label"]))
+
+    def train(steps: int) -> None:
+        nonlocal state, done
+        for _ in range(steps):
+            state, metrics = step(state, next_batch())
+            done += 1
+            meter.add(metrics)
+        meter.catch_up()
+
+    def around():
+        ahead = _AHEAD_PER_WORKER * task.workers + _AHEAD
+        return steady_state(lambda: next(stream), train, ahead=ahead, workers=task.workers)
+
+    def close() -> None:
+        stream.close()
+        give_back_memory()
+        atexit.unregister(give_back_memory)  # by then multiprocessing has ended the thread that it asks
+
+    return Program(
+        check,
+        run=lambda calls: train(calls * task.steps),
+        facts=facts(),
+        around=around,
+        close=close,
+        rest=wait_for_rest,
+    )
+
+
+def _meter(config: TrainConfig) -> Meter:
+    """The trainer's own, without a log. It waits for each step's metrics two steps later: no host runs far ahead."""
+    return Meter(
+        NoLog(),
+        Progress(epochs=1, steps_per_epoch=1, silent=True),
+        epoch=1,
+        step=0,
+        batch_size=config.batch_size,
+        log_every=config.log_every,
+        learning_rate=lambda step: config.peak_lr,
+    )

@@ -1,0 +1,80 @@
+"""timm's loader and step, as its train.py puts them together, each at its best.
+
+timm's transform in all workers, which live on and read ahead over the end of an epoch; pinned memory and timm's
+prefetcher, which normalises and erases on the device, on a GPU. Images are mixed on the device, after erasing, as the
+paper has it; with its prefetcher, train.py has the workers do it, which costs them time.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from timm.data import ImageDataset, create_loader
+from torch import Tensor
+
+from benchmarks.end_to_end_task import Delivered, EndToEndTask
+from benchmarks.sides.timm import Training, facts, set_up, wait
+from benchmarks.steady_state import steady_state, wait_for_rest
+from benchmarks.task import Program
+
+# At most: torch asks each worker for two, one waits in pinned memory and one on the device.
+_AHEAD_PER_WORKER, _AHEAD = 2, 2
+
+
+def load(task: EndToEndTask) -> Program:
+    """The program; its workers start with the first batch."""
+    set_up()
+    training = Training(task.step, compiled=task.timm == "timm-compile")
+    config, on_gpu = task.recipe("host"), training.device.type == "cuda"
+    loader = create_loader(
+        ImageDataset(f"{task.folder}/train"),
+        input_size=(3, *task.image_size),
+        batch_size=config.batch_size,
+        is_training=True,
+        scale=config.crop_scale,
+        ratio=config.crop_ratio,
+        hflip=config.hflip,
+        color_jitter=None,
+        auto_augment=config.auto_augment,
+        interpolation="bicubic",
+        re_prob=config.erase_prob,
+        re_mode="pixel",
+        num_workers=task.workers,
+        persistent_workers=True,
+        use_multi_epochs_loader=True,
+        pin_memory=on_gpu,
+        use_prefetcher=on_gpu,
+        device=training.device,
+    )
+    batches = _endless(loader)
+    del loader  # so that `batches.close` ends the workers
+
+    def check() -> Delivered:
+        images, labels = next(batches)
+        return Delivered.of(images.permute(0, 2, 3, 1).cpu().numpy(), labels.cpu().numpy())
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            training.step(*next(batches))
+        wait(training.device)
+
+    def around():
+        ahead = _AHEAD_PER_WORKER * task.workers + _AHEAD
+        return steady_state(lambda: next(batches), train, ahead=ahead, workers=task.workers)
+
+    def rest() -> None:
+        wait_for_rest()
+        torch.cuda.empty_cache()  # does nothing on a CPU
+
+    return Program(
+        check,
+        run=lambda calls: train(calls * task.steps),
+        facts=facts(training.device),
+        around=around,
+        close=batches.close,
+        rest=rest,
+    )
+
+
+def _endless(loader) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        yield from loader

@@ -1,0 +1,154 @@
+"""Our model and training step, jitted."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from benchmarks.model_flops import flops_per_image
+from benchmarks.peak import PRODUCT, peak_flops
+from benchmarks.task import CHECKED_STEPS, GPU_WARM_UP_S, Program, Task, usable_cores
+from convert import load_flax
+from convert.tree import flatten
+from train.config import TrainConfig
+from train.devices.mesh import make_mesh
+from train.devices.process import keep_freed_memory
+from train.optim.optimizer import make_optimizer
+from train.optim.state import State, make_state
+from train.optim.step import jit_train_step, make_train_step
+
+_NEVER = 1_000_000_000  # steps per epoch: the learning rate stays that of the first one
+
+
+def load(task: Task, side: str) -> Program:
+    """The task's program, not compiled yet: with XLA's attention, or on the side `flax-cudnn` with cuDNN's."""
+    set_up(task)
+    attention = "cudnn" if side == "flax-cudnn" else "xla"
+    program = {"inference": _inference, "training": _training}[task.benchmark](task, attention)
+    program = dataclasses.replace(
+        program,
+        flops=lambda: task.batch_size * flops_per_image(task.variant, training=task.benchmark == "training"),
+        peak_flops=(lambda: peak_flops(task.device, _multiplier(task))) if side == "flax" else None,
+    )
+    if task.device == "cpu":
+        return program
+
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        program.run(1)  # as on timm's sides
+        yield
+
+    return dataclasses.replace(
+        program,
+        around=around,
+        warm_up_s=GPU_WARM_UP_S,
+        peak_bytes=lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"],
+    )
+
+
+def set_up(task: Task) -> None:
+    """What jax has to know before it computes."""
+    if task.device == "cpu":
+        keep_freed_memory()  # as the commands of train do
+    if task.dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")  # a GPU's default is TF32
+
+
+def _inference(task: Task, attention: str) -> Program:
+    dtype = jnp.dtype(task.dtype)
+    model = load_flax(task.weights, dtype=dtype, param_dtype=dtype)
+    model.set_attention(attention)
+    graphdef, params = nnx.split(model)
+    params = nnx.to_pure_dict(params)
+    images = jnp.asarray(task.images(), dtype)
+
+    @jax.jit
+    def forward(params, images):
+        return nnx.merge(graphdef, params)(images)
+
+    def check() -> dict[str, np.ndarray]:
+        return {"logits": np.asarray(forward(params, images), np.float32)}
+
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            logits = forward(params, images)
+            if task.device == "cpu":
+                logits.block_until_ready()
+        logits.block_until_ready()
+
+    return Program(check, run, facts())
+
+
+def _training(task: Task, attention: str) -> Program:
+    config = task.recipe()
+    _, state, step_of = begin_training(task, attention)
+    batch = {
+        "image": jnp.asarray(task.images()),
+        "label": jnp.asarray(task.labels()),
+        "bad": jnp.full(task.batch_size, -1, jnp.int32),  # as in every batch of the trainer: none is unreadable
+    }
+    recipes = [config, dataclasses.replace(config, mixup=0.0, cutmix=0.0)]
+    steps: list[jax.stages.Compiled] = []  # with mixing, and without
+
+    def check() -> dict[str, np.ndarray]:
+        nonlocal state
+        lowered = [step_of(recipe).lower(state, batch) for recipe in recipes]
+        with ThreadPoolExecutor() as threads:  # as the trainer compiles its programs
+            steps.extend(threads.map(jax.stages.Lowered.compile, lowered))
+        losses = []
+        for _ in range(CHECKED_STEPS):
+            state, metrics = steps[1](state, batch)
+            losses.append(float(metrics["loss"]))
+        moments = flatten(optax.tree_utils.tree_get(state["opt"], "mu"))
+        gradients = [np.linalg.norm(moments[name]) for name in sorted(moments)]
+        return {"losses": np.array(losses), "gradients": np.array(gradients)}
+
+    def run(calls: int) -> None:
+        nonlocal state
+        for _ in range(calls):
+            state, _ = steps[0](state, batch)
+        jax.block_until_ready(state)
+
+    return Program(check, run, facts())
+
+
+def begin_training(task: Task, attention: str = "xla") -> tuple[Mesh, State, Callable[[TrainConfig], Callable]]:
+    """One device; the trainer's state around the task's weights; what makes the trainer's jitted step of a recipe."""
+    config = task.recipe()
+    model = load_flax(task.weights, dtype=jnp.dtype(task.dtype))
+    model.set_attention(attention)
+    optimizer = make_optimizer(config, steps_per_epoch=_NEVER, no_weight_decay=model.no_weight_decay())
+    mesh = make_mesh(devices=jax.devices()[:1])
+    state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)
+    return mesh, state, lambda recipe: jit_train_step(make_train_step(model, optimizer, recipe), mesh, state)
+
+
+def _multiplier(task: Task) -> Callable[[int], None]:
+    """See `peak_flops`."""
+    rows = PRODUCT[task.device]
+    a, b = jax.random.normal(jax.random.key(0), (2, rows, rows), task.dtype)
+    multiply = jax.jit(jnp.matmul)
+
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            product = multiply(a, b)
+        product.block_until_ready()
+
+    return run
+
+
+def facts() -> dict[str, str]:
+    """Versions and threads."""
+    device = jax.devices()[0]
+    return {
+        "jax": jax.__version__,
+        "jax threads": str(usable_cores()),
+        "jax device": device.device_kind if device.platform != "cpu" else "cpu",
+    }

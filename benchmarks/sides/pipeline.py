@@ -1,0 +1,119 @@
+"""The sides of the data benchmark: timm's transform, ours in a worker in both of its forms, and the device's part.
+
+Each call makes one batch. What `check` gives is by name; sides that give the same name must agree to the bit.
+"""
+
+import importlib.metadata
+import io
+import random
+
+import numpy as np
+
+from benchmarks.data_task import SIZE, DataTask
+from benchmarks.task import Program, usable_cores
+
+
+def timm(task: DataTask) -> Program:
+    """timm's training transform as a worker of torch's DataLoader runs it: one thread, tensors stacked to a batch."""
+    import torch
+    from PIL import Image
+    from timm.data import create_transform
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import resized_crop
+
+    from train.images.crop import draw_crop
+
+    torch.set_num_threads(1)
+    config, samples = task.recipe("host"), task.samples()
+    transform = create_transform(
+        SIZE,
+        is_training=True,
+        color_jitter=None,
+        auto_augment=config.auto_augment,
+        interpolation="bicubic",
+        re_prob=config.erase_prob,
+        re_mode="pixel",
+    )
+
+    def opened(sample) -> Image.Image:
+        return Image.open(io.BytesIO(sample["image"])).convert("RGB")
+
+    def check() -> dict[str, np.ndarray]:
+        images, crops = [], []
+        for number, sample in enumerate(samples):
+            python, numpy, torchs = (int(seed) for seed in np.random.default_rng(number).integers(0, 2**32, size=3))
+            random.seed(python)
+            np.random.seed(numpy)
+            torch.manual_seed(torchs)
+            images.append(transform(opened(sample)).permute(1, 2, 0).numpy())
+            image = opened(sample)
+            rng = np.random.default_rng(number)
+            box = draw_crop(rng, (image.height, image.width), config.crop_scale, config.crop_ratio)
+            crops.append(np.asarray(resized_crop(image, *box, (SIZE, SIZE), InterpolationMode.BICUBIC)))
+        return {"images": np.stack(images), "crops": np.stack(crops)}
+
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            torch.stack([transform(opened(sample)) for sample in samples])
+
+    return Program(check, run, _versions("timm", "torch", "pillow"))
+
+
+def ours(task: DataTask, *, augment_on: str) -> Program:
+    """What a worker of ours does to a batch."""
+    from train.images.transforms import train_transform
+
+    config, samples = task.recipe(augment_on), task.samples()
+    transform = train_transform(config, config.model_config(1000))
+    rng = np.random.default_rng(0)
+
+    def check() -> dict[str, np.ndarray]:
+        images = [transform(sample, np.random.default_rng(number))["image"] for number, sample in enumerate(samples)]
+        return {"images" if augment_on == "host" else "crops": np.stack(images)}
+
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            np.stack([transform(sample, rng)["image"] for sample in samples])
+
+    return Program(check, run, _versions("pillow", "numba", "simplejpeg"))
+
+
+def device_augment(task: DataTask) -> Program:
+    """What is left to the device, of a batch that lies there."""
+    import jax
+
+    from train.devices.mesh import batch_sharding, make_mesh
+    from train.images.augment import compile_augment, draw_batch
+    from train.images.transforms import train_transform
+
+    config, mesh = task.recipe("device"), make_mesh(devices=jax.devices()[:1])
+    transform = train_transform(config, config.model_config(1000))
+    samples = task.samples()
+    crops = np.stack([transform(sample, np.random.default_rng(0))["image"] for sample in samples])
+    batch = jax.device_put(crops, batch_sharding(mesh))
+    augment = compile_augment(batch.shape, config, mesh)
+    step = 0
+
+    def check() -> dict[str, np.ndarray]:
+        """Images that drew nothing but a flip; the operations themselves are compared in tests/train."""
+        draws = draw_batch(config, 0, np.arange(len(crops)), (SIZE, SIZE))
+        flip, applied, box = (np.asarray(x) for x in (draws.flip, draws.applied, draws.box))
+        plain = ~applied.any(axis=1) & ~box.any(axis=1)
+        mean, std = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))
+        flipped = np.where(flip[:, None, None, None], crops[:, :, ::-1], crops)[plain]
+        np.testing.assert_allclose(augment(batch, 0)[plain], (flipped / np.float32(255) - mean) / std, atol=1e-5)
+        return {}
+
+    def run(calls: int) -> None:
+        nonlocal step
+        for _ in range(calls):
+            images = augment(batch, step)
+            step += 1
+        images.block_until_ready()
+
+    device = {"jax device": jax.devices()[0].device_kind, "jax threads": str(usable_cores())}
+    return Program(check, run, _versions("jax") | device)
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in packages}

@@ -1,0 +1,124 @@
+"""Real images to find the ranges of static quantisation on, or to compare on: a folder's, or scikit-learn's digits."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+from jaxtyping import Float32
+from PIL import Image, UnidentifiedImageError
+
+from convert.errors import ConversionError, one_line
+from convert.export.compare import evaluation_image
+from convert.paths import FOLDER_PREFIX, typed_path
+from crossvit_jax.config import CrossViTConfig
+
+DIGITS = "digits"
+FEW = 32  # with fewer images than this, the ranges seen are a matter of chance
+_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+# odd metadata, many pixels: what cannot be used is an error, and the rest does no harm
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def find_images(source: str) -> list[Path] | None:
+    """The image files below a folder, sorted; None for `digits`, which are no files. Reads none of them.
+
+    A folder is PATH or, as for training, `folder:PATH`. Files count as images by their suffix, and hidden ones do not.
+
+    Raises:
+        ConversionError: there is no such folder, it cannot be read, or no images are in it.
+    """
+    if source == DIGITS:
+        return None
+    folder = typed_path(source.removeprefix(FOLDER_PREFIX))
+    if not folder.is_dir():
+        raise ConversionError(f"{folder}: images come from {DIGITS!r} or a folder, and this is neither")
+    paths = sorted(_below(folder))
+    if not paths:
+        raise ConversionError(f"{folder}: no images in it (looked for {' '.join(_SUFFIXES)})")
+    return paths
+
+
+def calibration_images(
+    source: str, config: CrossViTConfig, count: int
+) -> Float32[np.ndarray, "images channels height width"]:
+    """Up to `count` images as evaluation sees them, normalised.
+
+    Of more, as many are taken at even steps through the sorted paths, so that each class folder has its share.
+
+    Args:
+        source: `digits`, or a folder.
+        config: of the model that will see them: its image size and `crop_pct`.
+        count: at least 1.
+
+    Raises:
+        ConversionError: see `find_images`; an image cannot be read, or the model takes no colour images.
+    """
+    if config.in_chans != 3:
+        raise ConversionError(f"these images have 3 channels, and the model takes {config.in_chans}")
+    paths = find_images(source)
+    if paths is None:
+        pictures = _digits(count)
+    else:
+        chosen = [paths[index * len(paths) // count] for index in range(count)] if len(paths) > count else paths
+        pictures = map(_read, chosen)
+    return np.stack([evaluation_image(picture, config) for picture in pictures])
+
+
+def shortage(found: int, asked: int) -> str | None:
+    """A sentence for the user where there are fewer images than asked for, or too few; None where all is well."""
+    if found >= asked and found >= FEW:
+        return None
+    few = f"; with fewer than {FEW} the ranges of the activations are little more than guesses" if found < FEW else ""
+    return f"calibrating on {found} image{'s' if found != 1 else ''}, {asked} were asked for{few}"
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    visited = set()
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
+        here = os.path.realpath(root)
+        if here in visited:  # a link leads to a folder above, or to the same as another
+            folders.clear()
+            continue
+        visited.add(here)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(root, name) for name in files if name.lower().endswith(_SUFFIXES) and name[0] != ".")
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise ConversionError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
+def _digits(count: int) -> list[Image.Image]:
+    """The first `count` of the 1,797 digits, whose order is that of the writers, classes mixed."""
+    from sklearn.datasets import load_digits
+
+    pixels = np.round(load_digits().images[:count] * (255 / 16)).astype(np.uint8)
+    return [Image.fromarray(digit).convert("RGB") for digit in pixels]
+
+
+def _read(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no known range")
+            if image.mode.startswith("I"):
+                image = _eight_bits(image)
+            return image.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # over damaged files Pillow's parsers stumble in any way
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "it is in no format that Pillow knows" if unknown else one_line(error)
+        raise ConversionError(f"{path} cannot be read as an image: {reason}") from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The high byte of 16-bit grey; Pillow's own conversion would cut off at 255."""
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError("32-bit pixels have no known range")
+    return Image.fromarray((values >> 8).astype(np.uint8))

@@ -1,0 +1,133 @@
+"""The PyTorch twin as an ONNX graph."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float32
+
+from convert import metadata
+from convert.export.compare import MEAN, STD, Run
+from convert.models import torch_model
+from convert.weights import Weights
+from crossvit_jax.resize import bicubic_matrix
+
+if TYPE_CHECKING:
+    import onnx
+
+OPSET = 20  # the newest that TensorRT 10.1 reads, and the first with Gelu
+
+
+def onnx_graph(weights: Weights, dtype: str = "float32") -> "onnx.ModelProto":
+    """The model as an ONNX graph that computes in `dtype`, with everything in it that a caller has to know.
+
+    It takes `images` (batch, channels, height, width), ImageNet-normalised, of exactly the model's size, and returns
+    `logits` (batch, classes), or `features` (batch, widths) without a head. Both are float32 whatever `dtype` is, and
+    the batch may have any size. The metadata holds strings, JSON where they are no plain text.
+
+    Args:
+        dtype: "float32" or "float16": of the parameters and of what is computed; softmax, the statistics of norms, the
+            resize between the branches and the head stay in float32.
+    """
+    import torch
+
+    config = weights.config
+    model = torch_model(weights, param_dtype=getattr(torch, dtype))
+    program = torch.onnx.export(
+        model,
+        (torch.zeros(2, config.in_chans, *config.image_size),),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["images"],
+        output_names=["logits" if config.num_classes else "features"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        custom_translation_table={torch.ops.aten.upsample_bicubic2d.vec: _resize_by_matrices},
+        verbose=False,
+    )
+    graph = program.model_proto
+    _remove_traces(graph)
+    for key, value in _description(weights, dtype).items():
+        graph.metadata_props.add(key=key, value=value)
+    return graph
+
+
+def run_torch(weights: Weights) -> Run:
+    """The twin in float32, as a function from images (batch, height, width, channels) to outputs (batch, out)."""
+    import torch
+
+    model = torch_model(weights)
+
+    def run(images):
+        with torch.inference_mode():
+            return model(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+
+    return run
+
+
+def run_onnx(path: Path) -> Run:
+    """The graph in a file, as a function from images (batch, height, width, channels) to outputs (batch, out).
+
+    A graph with preprocessing takes pictures in their place, see `onnx_preprocess`.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (takes,) = session.get_inputs()
+
+    def run(images):
+        given = images.transpose(0, 3, 1, 2) if takes.name == "images" else images
+        (outputs,) = session.run(None, {takes.name: np.ascontiguousarray(given)})
+        return outputs
+
+    return run
+
+
+def _resize_by_matrices(images, output_size, align_corners, scale_factors=None):
+    """torch's bicubic resize as two products with constant matrices, in place of ONNX's `Resize`.
+
+    TensorRT has no cubic `Resize`, and onnxruntime's takes a third of the time of a whole Ti.
+    """
+    from onnxscript import opset20 as op
+
+    half = images.dtype.name == "FLOAT16"
+    sizes = tuple(zip(images.shape[2:], output_size, strict=True))
+    matrices = {size: op.Constant(value=_tensor(bicubic_matrix(*size, np.dtype("float32")))) for size in sizes}
+    rows, columns = (matrices[size] for size in sizes)
+    if half:
+        images = op.Cast(images, to=1)
+    # of a square image both are one matrix, kept once: it is a hundredth of an int8 file
+    resized = op.MatMul(rows, op.MatMul(images, op.Transpose(columns, perm=[1, 0])))
+    return op.Cast(resized, to=10) if half else resized
+
+
+def _tensor(matrix: Float32[np.ndarray, "rows columns"]) -> "onnx.TensorProto":
+    import onnx
+
+    return onnx.numpy_helper.from_array(np.ascontiguousarray(matrix))
+
+
+def _remove_traces(graph: "onnx.ModelProto") -> None:
+    """Removes what the exporter notes at each node: stack traces with paths of this machine, larger than the graph."""
+    inner = graph.graph
+    for part in (inner, *inner.node, *inner.initializer, *inner.input, *inner.output, *inner.value_info):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+
+
+def _description(weights: Weights, dtype: str) -> dict[str, str]:
+    config = weights.config
+    description = {
+        "variant": config.name,
+        "class_names": json.dumps(weights.class_names),
+        "input": "normalised float32 images (batch, channels, height, width) of image_size",
+        "image_size": json.dumps(config.image_size),
+        "crop_pct": json.dumps(config.crop_pct),
+        "dtype": dtype,
+        "license": weights.license,
+        "library": f"crossvit-jax {metadata.version('crossvit-jax')}",
+        metadata.KEY: metadata.to_json(config, weights.class_names),
+    }
+    if config.in_chans == 3:
+        description |= {"mean": json.dumps(MEAN), "std": json.dumps(STD)}
+    return description

@@ -1,0 +1,1 @@
+"""The file formats that weights are read from and written to."""

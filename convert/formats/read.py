@@ -1,0 +1,108 @@
+"""Reads weights in every form in which people hold them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from convert import metadata
+from convert.errors import ConversionError, one_line
+from convert.formats import hub
+from convert.formats.orbax_folder import read_orbax
+from convert.formats.torch_files import read_torch
+from convert.paths import typed_path
+from convert.tensors import DTYPES
+from convert.tree import flatten, from_flax_paths, from_state_dict
+from crossvit_jax.config import TIMM_NAMES, get_config
+
+_SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+RUN_WEIGHTS = "weights.safetensors"  # what a training run leaves in its folder
+_LONGEST_HEADER = 100_000_000  # bytes; the safetensors format sets this limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What a source holds: tensors under timm's names, our own description if it has one, and notes for the user."""
+
+    tensors: Mapping[str, np.ndarray]
+    description: dict | str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def read(source: str | Path) -> Stored:
+    """Reads `hf-hub:owner/repo`, a safetensors file with timm's or Flax's names, a torch checkpoint, or a folder:
+    of Orbax, or of a training run.
+
+    Files are told apart by their content, not by their names.
+
+    Raises:
+        ConversionError: there is no such source, it cannot be read, or it is damaged.
+    """
+    if str(source).startswith(hub.PREFIXES):
+        return _read_path(hub.download(str(source)[len(hub.PREFIXES[0]) :]))
+    return _read_path(typed_path(source))
+
+
+def _read_path(path: Path) -> Stored:
+    try:
+        if (path / RUN_WEIGHTS).is_file():
+            path = path / RUN_WEIGHTS
+        if path.is_dir():
+            params, description, notes = read_orbax(path)
+            return Stored(tensors=flatten(params), description=description, notes=notes)
+        with path.open("rb") as file:
+            head = file.read(512)
+        return _reader(path, head)(path)
+    except FileNotFoundError:
+        raise ConversionError(f"{path} does not exist{_hint(path)}") from None
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read: {error.strerror or one_line(error)}") from None
+
+
+def _reader(path: Path, head: bytes) -> Callable[[Path], Stored]:
+    """The function that reads a file which begins with these bytes."""
+    if not head:
+        raise ConversionError(f"{path} is empty")
+    if head.startswith(b"version https://git-lfs"):
+        raise ConversionError(f"{path} is a git-lfs pointer, not the weights; `git lfs pull` fetches them")
+    if head.lstrip().startswith(b"<"):
+        raise ConversionError(f"{path} is a web page, not weights: the download went wrong")
+    if int.from_bytes(head[:8], "little") <= _LONGEST_HEADER and head[8:9] == b"{":
+        return _read_safetensors
+    if head.startswith((b"PK", b"\x80")):  # a zip archive, or a bare pickle as before torch 1.6
+        return _read_torch
+    raise ConversionError(f"{path} is neither a safetensors file nor a torch checkpoint, or it is damaged")
+
+
+def _read_torch(path: Path) -> Stored:
+    state_dict, notes = read_torch(path)
+    return Stored(tensors=from_state_dict(state_dict), notes=notes)
+
+
+def _read_safetensors(path: Path) -> Stored:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy") as file:
+            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            wrong = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _SAFETENSORS_DTYPES]
+            if wrong:
+                raise ConversionError(f"{path}: weights can have {', '.join(DTYPES)}; not so {', '.join(wrong)}")
+            tensors = {name: file.get_tensor(name) for name in dtypes}
+            description = (file.metadata() or {}).get(metadata.KEY)
+    except SafetensorError as error:
+        raise ConversionError(f"{path} is a truncated or damaged safetensors file: {one_line(error)}") from None
+    is_flax = any(name.endswith((".kernel", ".scale")) for name in tensors)
+    return Stored(tensors=from_flax_paths(tensors) if is_flax else from_state_dict(tensors), description=description)
+
+
+def _hint(path: Path) -> str:
+    """Where a name that is no file may have been meant."""
+    name = path.name.split(".")[0]
+    try:
+        timm_name = TIMM_NAMES[get_config(name).name]
+    except ValueError:
+        return ""
+    return "" if path.suffix in (".pth", ".safetensors", ".bin") else f"; did you mean hf-hub:timm/{timm_name}.in1k?"

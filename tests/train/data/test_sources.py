@@ -1,0 +1,373 @@
+"""Data sets as sources: the digits, tensorflow-datasets sets, folders; and what is said of those that will not do."""
+
+import dataclasses
+import io
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from train.config import RECIPES, SettingsError
+from train.data.digits import held_out_indices
+from train.data.sources import DataError, TfdsSource, open_digits, open_folder, open_image_sets, open_tfds
+from train.images.decode import UnreadableImage
+
+
+def _png(value: int) -> io.BytesIO:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (value, value, value)).save(file, format="PNG")
+    file.seek(0)
+    return file
+
+
+@pytest.fixture
+def write_tfds(tmp_path):
+    """Prepares a set named `tiny` from splits {name: number of examples} and returns its data folder."""
+
+    def write(splits, *, features=None, example=None, file_format="array_record"):
+        features = features or {
+            "id": tfds.features.Text(),
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+            "label": tfds.features.ClassLabel(names=["no", "yes", "perhaps"]),
+        }
+        example = example or (lambda i: {"id": str(i), "image": _png(i), "label": i % 3})
+
+        class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+            VERSION = tfds.core.Version("1.0.0")
+            name = "tiny"
+            pkg_dir_path = None
+
+            def _info(self):
+                return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+            def _split_generators(self, dl_manager):
+                return {split: self._generate_examples(count) for split, count in splits.items()}
+
+            def _generate_examples(self, count):
+                for i in range(count):
+                    yield i, example(i)
+
+        tfds.disable_progress_bar()
+        offline = tfds.download.DownloadConfig(try_download_gcs=False)
+        Tiny(data_dir=tmp_path, file_format=file_format).download_and_prepare(download_config=offline)
+        return str(tmp_path)
+
+    return write
+
+
+# --- the digits ---
+
+
+def test_the_digits_are_all_of_scikit_learns(digits_dir):
+    sets = open_digits(digits_dir)
+    assert sets.class_names == tuple("0123456789")
+    digits = load_digits()
+    held_out = held_out_indices(digits.target)
+    expected = {"train": np.delete(np.arange(1797), held_out), "test": held_out}
+    for source, indices in ((sets.train, expected["train"]), (sets.held_out, expected["test"])):
+        samples = [source[i] for i in range(len(source))]
+        pixels = [np.asarray(Image.open(io.BytesIO(sample["image"])))[..., 0] for sample in samples]
+        # tfds shuffles once when it writes, so compare as sets of (pixels, label)
+        ours = {(p.tobytes(), sample["label"]) for p, sample in zip(pixels, samples, strict=True)}
+        images = np.round(digits.images[indices] * 255 / 16).astype(np.uint8)
+        assert ours == {(p.tobytes(), int(t)) for p, t in zip(images, digits.target[indices], strict=True)}
+        assert len(samples) == len(indices)
+
+
+def test_the_held_out_digits_are_a_fifth_of_each_class():
+    labels = load_digits().target
+    held_out = held_out_indices(labels)
+    np.testing.assert_array_equal(held_out, held_out_indices(labels))
+    counts, total = np.bincount(labels[held_out]), np.bincount(labels)
+    assert np.all(np.abs(counts - total / 5) <= 0.5)
+
+
+def test_the_digits_are_prepared_once(digits_dir, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("prepared again")
+
+    monkeypatch.setattr(tfds.core.GeneratorBasedBuilder, "download_and_prepare", refuse)
+    open_digits(digits_dir)
+
+
+def test_digits_that_cannot_be_written_are_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match=r"cannot prepare the digits.*--data-dir"):
+        open_digits(str(tmp_path / "file" / "below"))
+
+
+# --- tensorflow-datasets ---
+
+
+@pytest.mark.parametrize("held_out", ["validation", "test"])
+def test_a_prepared_set_is_read_without_tensorflow(write_tfds, held_out):
+    sets = open_tfds("tiny", write_tfds({"train": 9, held_out: 4}))
+    assert (len(sets.train), len(sets.held_out), sets.held_out_split) == (9, 4, held_out)
+    assert sets.class_names == ("no", "yes", "perhaps")
+    source = pickle.loads(pickle.dumps(sets.train))  # as it reaches the workers
+    for sample in (source[i] for i in range(9)):
+        assert np.asarray(Image.open(io.BytesIO(sample["image"])))[0, 0, 0] % 3 == sample["label"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tinny", "unknown data set 'tinny'; did you mean 'tiny'"),
+        ("cifar1O", "did you mean 'cifar10'"),
+        ("cifar10", "cifar10 is not prepared in .*prepared there: tiny.*array_record"),
+        ("tiny:3.0.0", "not prepared in"),
+        ("not a name!", "unknown data set"),
+    ],
+)
+def test_a_set_that_is_not_there_is_a_clear_error(write_tfds, name, message):
+    with pytest.raises(SettingsError, match=message) as error:
+        open_tfds(name, write_tfds({"train": 2, "test": 2}))
+    assert "\n" not in str(error.value)
+
+
+def test_a_data_folder_that_is_not_there_is_a_clear_error(tmp_path):
+    with pytest.raises(SettingsError, match=r"no folder .*nowhere"):
+        open_tfds("cifar10", str(tmp_path / "nowhere"))
+
+
+def test_a_standard_data_folder_in_nobodys_home_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", "~nobody-of-this-name")  # from the environment
+    with pytest.raises(SettingsError, match="cifar10 is not prepared in ~nobody-of-this-name"):
+        open_tfds("cifar10", None)
+
+
+def test_a_set_without_held_out_split_is_a_clear_error(write_tfds):
+    with pytest.raises(SettingsError, match=r"needs a split 'train' and one of .*; it has 'train'"):
+        open_tfds("tiny", write_tfds({"train": 2}))
+
+
+def test_a_split_without_labels_is_a_clear_error(write_tfds):
+    data_dir = write_tfds({"train": 2, "test": 2}, example=lambda i: {"id": "", "image": _png(i), "label": -1})
+    with pytest.raises(SettingsError, match="split 'train' of data set tiny has no labels"):
+        open_tfds("tiny", data_dir)
+
+
+def _forget_a_class(data_dir):
+    """Leaves the classes `no` and `yes`, while the records also have the label 2."""
+    (folder,) = Path(data_dir).glob("tiny/*")
+    (folder / "label.labels.txt").write_text("no\nyes\n")
+    features = (folder / "features.json").read_text()
+    assert '"numClasses": "3"' in features
+    (folder / "features.json").write_text(features.replace('"numClasses": "3"', '"numClasses": "2"'))
+
+
+def test_a_label_out_of_range_is_found_before_training(write_tfds, monkeypatch):
+    monkeypatch.setattr("train.data.sources._LABELS_OF_LARGE_SPLIT", 3)  # a small one is looked at as a whole
+    data_dir = write_tfds(
+        {"train": 40, "test": 2}, example=lambda i: {"id": "", "image": _png(i), "label": 2 * (i == 30)}
+    )
+    _forget_a_class(data_dir)
+    with pytest.raises(
+        SettingsError, match=r"image \d+ of split 'train' of data set tiny has label 2: there are 2 classes"
+    ):
+        open_tfds("tiny", data_dir)
+
+
+def test_of_a_large_split_some_labels_are_looked_at_and_the_others_when_they_are_read(write_tfds, monkeypatch):
+    data_dir = write_tfds(
+        {"train": 40, "test": 2}, example=lambda i: {"id": "", "image": _png(i), "label": 2 * (i == 30)}
+    )
+    _forget_a_class(data_dir)
+    monkeypatch.setattr("train.data.sources._SMALL_SPLIT", 0)
+    with pytest.raises(SettingsError, match="has label 2"):
+        open_tfds("tiny", data_dir)
+    monkeypatch.setattr("train.data.sources._LABELS_OF_LARGE_SPLIT", 3)
+    asked, labels = [], TfdsSource.labels
+    monkeypatch.setattr(TfdsSource, "labels", lambda self, indices: asked.append(indices) or labels(self, indices))
+    source = open_tfds("tiny", data_dir).train
+    assert asked == [[0, 19, 39], [0, 1]]
+    wrong = []
+    for index in range(40):
+        try:
+            source[index]
+        except DataError as error:
+            wrong.append((index, str(error)))
+    ((index, message),) = wrong
+    assert index not in (0, 19, 39)
+    assert message.startswith(f"image {index} of split train in {data_dir}")
+    assert message.endswith("has label 2: there are 2 classes")
+
+
+def test_a_damaged_record_is_an_unreadable_image_and_a_set_that_is_gone_is_an_error(write_tfds):
+    def noise(i):
+        pixels = np.random.default_rng(i).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, format="PNG")
+        file.seek(0)
+        return {"id": "", "image": file, "label": 0}
+
+    data_dir = write_tfds({"train": 4, "test": 1}, example=noise)
+    source = open_tfds("tiny", data_dir).train
+    (records,) = Path(data_dir).glob("tiny/*/*train*")
+    damaged = bytearray(records.read_bytes())
+    place = bytes(damaged).index(source[2]["image"][1000:1020])
+    damaged[place] ^= 1
+    records.write_bytes(damaged)
+    source = pickle.loads(pickle.dumps(source))  # as a worker opens it
+    with pytest.raises(UnreadableImage, match=r"cannot read image 2 of split train: .*orrupt"):
+        source[2]
+    assert [source[i]["label"] for i in (0, 1, 3)] == [0, 0, 0]
+    source = pickle.loads(pickle.dumps(source))
+    shutil.rmtree(Path(data_dir) / "tiny")
+    with pytest.raises(DataError, match=r"the data set is gone: there is no folder .*tiny"):
+        source[0]
+
+
+def test_a_prepared_set_whose_records_are_gone_is_a_clear_error(write_tfds):
+    data_dir = write_tfds({"train": 2, "test": 2})
+    next(Path(data_dir).glob("tiny/*/*test*")).unlink()
+    with pytest.raises(SettingsError, match=r"split .test. of data set tiny cannot be read: .*No such file"):
+        open_tfds("tiny", data_dir)
+
+
+def test_the_fingerprint_of_a_prepared_set_tells_its_name_version_and_sizes(write_tfds):
+    assert open_tfds("tiny", write_tfds({"train": 9, "test": 4})).fingerprint == "tiny/1.0.0 train=9 test=4"
+
+
+def test_a_set_that_is_no_classification_is_a_clear_error(write_tfds):
+    image = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
+    data_dir = write_tfds(
+        {"train": 2, "test": 2},
+        features={"left": image, "right": image},
+        example=lambda i: {"left": _png(i), "right": _png(i)},
+    )
+    with pytest.raises(SettingsError, match=r"no image classification set.*left, right"):
+        open_tfds("tiny", data_dir)
+
+
+def test_a_set_without_random_access_is_a_clear_error(write_tfds):
+    data_dir = write_tfds({"train": 2, "test": 2})
+    info = next(Path(data_dir).glob("tiny/*/dataset_info.json"))
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))  # to write one takes TensorFlow
+    with pytest.raises(SettingsError, match=r'stored as tfrecord.*file_format="array_record"'):
+        open_tfds("tiny", data_dir)
+
+
+# --- folders ---
+
+
+def _labels_by_file(source):
+    return {source[i]["name"].split("/")[-1]: source[i]["label"] for i in range(len(source))}
+
+
+@pytest.mark.parametrize("held_out", ["val", "validation", "test"])
+def test_a_folder_with_two_sides(image_folder, held_out):
+    for path in ("train/cat/1.png", "train/cat/deep/2.JPG", "train/dog/3.png", f"{held_out}/cat/4.png"):
+        image_folder(path)
+    image_folder(f"{held_out}/dog/5.jpeg")
+    (image_folder() / "train" / "dog" / "notes.txt").write_text("no image")
+    sets = open_folder(image_folder(), val_fraction=0.1, seed=0)
+    assert sets.class_names == ("cat", "dog")
+    assert _labels_by_file(sets.train) == {"1.png": 0, "2.JPG": 0, "3.png": 1}
+    assert _labels_by_file(sets.held_out) == {"4.png": 0, "5.jpeg": 1}
+    assert pickle.loads(pickle.dumps(sets.train))[0] == sets.train[0]
+
+
+def test_one_folder_is_split_by_class_and_seed(image_folder):
+    for i in range(30):
+        image_folder(f"cat/{i}.png")
+    for i in range(30, 35):
+        image_folder(f"dog/{i}.png")
+
+    def held_out(seed):
+        sets = open_folder(image_folder(), val_fraction=0.2, seed=seed)
+        train, val = _labels_by_file(sets.train), _labels_by_file(sets.held_out)
+        assert not set(train) & set(val)
+        assert len(train) + len(val) == 35
+        assert sorted(val.values()) == [0] * 6 + [1]
+        return set(val)
+
+    assert held_out(0) == held_out(0)
+    assert held_out(0) != held_out(1)
+
+
+def test_the_split_of_a_folder_follows_the_settings(image_folder):
+    for i in range(8):
+        image_folder(f"only/{i}.png")
+    config = dataclasses.replace(RECIPES["imagenet"], dataset=f"folder:{image_folder()}", val_fraction=0.5)
+    assert len(open_image_sets(config).held_out) == 4
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "no class folders"),
+        (["train/cat/1.png"], "none of validation/, val/, test/"),
+        (["train/cat/1.png", "val/dog/1.png"], "classes in val/ that are missing in train/: dog"),
+        (["train/cat/1.png", "train/dog/1.png", "val/dog/1.png"], "classes in train/ that are missing in val/: cat"),
+        (["cat/1.png", "dog/1.png", "dog/2.png"], "two images or more, unlike cat"),
+    ],
+)
+def test_a_folder_that_will_not_do_is_a_clear_error(image_folder, files, message):
+    for file in files:
+        image_folder(file)
+    with pytest.raises(SettingsError, match=message):
+        open_folder(image_folder(), val_fraction=0.1, seed=0)
+
+
+def test_a_class_without_images_is_a_clear_error(image_folder):
+    image_folder("cat/1.png")
+    (image_folder() / "dog").mkdir()
+    with pytest.raises(SettingsError, match=r"no images in .*dog"):
+        open_folder(image_folder(), val_fraction=0.1, seed=0)
+
+
+def test_a_folder_of_class_folders_without_images_is_a_clear_error(image_folder):
+    for i in range(30):
+        (image_folder() / f"{i:02}").mkdir()
+    with pytest.raises(SettingsError, match=r"no images in any of the 30 class folders of "):
+        open_folder(image_folder(), val_fraction=0.1, seed=0)
+    image_folder("30/1.png")
+    with pytest.raises(SettingsError, match=r"no images in .*/00, .*/19 and 10 more \(looked for"):
+        open_folder(image_folder(), val_fraction=0.1, seed=0)
+
+
+def test_a_file_that_has_vanished_is_an_unreadable_image(image_folder):
+    for i in range(3):
+        file = image_folder(f"only/{i}.png")
+    source = open_folder(image_folder(), val_fraction=0.1, seed=0).train
+    os.remove(os.path.join(source.root, source.files[1]))
+    with pytest.raises(UnreadableImage, match=rf"cannot read image {file.parent}/\d.png: No such file or directory"):
+        source[1]
+    assert source[0]["image"]
+
+
+def test_the_fingerprint_of_a_folder_follows_names_labels_and_sides_only(image_folder):
+    def fingerprint(folder="", **settings):
+        return open_folder(image_folder() / folder, **({"val_fraction": 0.3, "seed": 0} | settings)).fingerprint
+
+    for i in range(10):
+        image_folder(f"a/{'xy'[i % 2]}/{i}.png")
+    seen = [fingerprint("a")]
+    assert fingerprint("a") == seen[0]
+    shutil.copytree(image_folder() / "a", image_folder() / "b")
+    assert fingerprint("b") == seen[0]  # it may be moved
+    seen.append(fingerprint("a", seed=1))  # other images are held out
+    image_folder("a/x/new.png")
+    seen.append(fingerprint("a"))
+    (image_folder() / "a/x/new.png").rename(image_folder() / "a/y/new.png")
+    seen.append(fingerprint("a"))
+    (image_folder() / "a/y").rename(image_folder() / "a/z")
+    seen.append(fingerprint("a"))
+    for side in ("train", "val"):
+        image_folder(f"two/{side}/only/1.png")
+    seen.append(fingerprint("two"))
+    image_folder("two/val/only/2.png")
+    seen.append(fingerprint("two"))
+    assert len(set(seen)) == 7
+
+
+def test_a_folder_that_is_not_there_is_a_clear_error(tmp_path):
+    with pytest.raises(SettingsError, match="no folder"):
+        open_folder(tmp_path / "nowhere", val_fraction=0.1, seed=0)

@@ -1,0 +1,216 @@
+"""The memory of a step: XLA's plan, what a device has, and what is said where that is too little."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from train.config import RECIPES
+from train.data import prefetch
+from train.devices import memory
+from train.devices.memory import (
+    DoesNotFit,
+    StepMemory,
+    amount,
+    available_memory,
+    check_fits,
+    memory_errors_explained,
+    step_memory,
+)
+from train.devices.mesh import make_mesh
+from train.main import main
+
+_GIB = 2**30
+_CONFIG = dataclasses.replace(RECIPES["imagenet"], batch_size=64, precision="float32")
+
+
+class _Mesh:
+    """A mesh of devices that are not there."""
+
+    def __init__(self, data=1, fsdp=1, *, devices=None):
+        self.size, self.shape = data * fsdp, {"data": data, "fsdp": fsdp}
+        self.devices = type("Devices", (), {"flat": [devices or _Device("gpu")] * self.size})
+
+
+class _Device:
+    process_index = 0
+
+    def __init__(self, platform, stats=None):
+        self.platform, self.device_kind, self.memory_stats = platform, "some kind", lambda: stats
+
+
+def _message(mesh, *, state=1 * _GIB, activations=20 * _GIB, available=16 * _GIB, **changes):
+    step = StepMemory(state=state, batches=_GIB, activations=activations, program=0)
+    with pytest.raises(DoesNotFit) as error:
+        check_fits(step, available, dataclasses.replace(_CONFIG, **changes), mesh)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_the_plan_of_a_step_is_told_apart_by_purpose():
+    def step(state, batch):
+        hidden = jnp.sin(batch @ state)  # (64, 256): something that is there only during the step
+        return state - batch.T @ jnp.cos(hidden), jnp.sum(hidden)
+
+    shapes = jax.ShapeDtypeStruct((128, 256), jnp.float32), jax.ShapeDtypeStruct((64, 128), jnp.float32)
+    planned = step_memory(jax.jit(step, donate_argnums=0).lower(*shapes).compile())
+    assert planned.state == 4 * 128 * 256
+    assert planned.batches == memory.BATCHES * 4 * 64 * 128
+    assert 4 * 64 * 256 <= planned.activations < 10 * 4 * 64 * 256
+    assert planned.total == planned.state + planned.batches + planned.activations + planned.program
+
+
+def test_the_batches_that_wait_are_as_many_as_are_brought_ahead():
+    assert memory.BATCHES == 1 + prefetch.BATCHES_AHEAD
+
+
+def test_the_line_names_what_is_needed_what_there_is_and_for_what():
+    step = StepMemory(state=100 * 2**20, batches=3 * 2**20, activations=int(1.1 * _GIB), program=0)
+    assert step.describe(int(78.3 * _GIB)) == (
+        "memory per device: 1.2 GiB of 78.3 GiB (parameters and optimiser 100 MiB, batches 3 MiB, activations 1.1 GiB)"
+    )
+    on_tpu = dataclasses.replace(step, program=64 * 2**20)
+    assert on_tpu.describe(None).startswith("memory per device: 1.3 GiB (parameters")
+    assert on_tpu.describe(None).endswith("activations 1.1 GiB, program 64 MiB)")
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [(5500, "5.37 KiB"), (2**20, "1 MiB"), (2**30 - 1, "1.0 GiB"), (21.94 * 2**30, "21.9 GiB")]
+)
+def test_sizes_in_words(size, words):
+    assert amount(size) == words
+
+
+def test_the_devices_of_a_cpu_share_the_machines_memory(monkeypatch):
+    mesh = make_mesh()
+    whole = available_memory(mesh) * jax.local_device_count()
+    monkeypatch.setattr(jax, "local_device_count", lambda *_: 8)
+    assert available_memory(mesh) == pytest.approx(whole / 8, abs=8)
+
+
+@pytest.mark.parametrize(("content", "limited"), [(f"{_GIB}\n", True), ("max\n", False)])
+def test_a_container_has_what_it_is_allowed(monkeypatch, tmp_path, content, limited):
+    (tmp_path / "memory.max").write_text(content)
+    monkeypatch.setattr(memory, "_CGROUP_LIMIT", tmp_path / "absent")
+    physical = memory._host_memory()
+    monkeypatch.setattr(memory, "_CGROUP_LIMIT", tmp_path / "memory.max")
+    assert memory._host_memory() == (_GIB if limited else physical)
+
+
+@pytest.mark.parametrize(("stats", "expected"), [({"bytes_limit": 5}, 5), ({}, None), (None, None)])
+def test_an_accelerator_says_itself_what_it_has(stats, expected):
+    assert available_memory(_Mesh(devices=_Device("gpu", stats))) == expected
+
+
+def test_a_step_that_fits_or_whose_device_is_not_known_passes():
+    step = StepMemory(state=1, batches=1, activations=1, program=1)
+    check_fits(step, 4, _CONFIG, _Mesh())
+    check_fits(step, None, _CONFIG, _Mesh())
+
+
+def test_a_step_that_does_not_fit_is_refused_with_the_excess_and_the_flags_that_help():
+    assert _message(_Mesh(data=4)) == (
+        "a step needs 22.0 GiB on each device, 6.0 GiB more than the 16.0 GiB that it has; what would help: "
+        "--precision bfloat16, --grad-accum 2, --grad-checkpointing, a smaller --batch-size"
+    )
+
+
+def test_flags_that_are_used_already_are_not_named():
+    message = _message(_Mesh(fsdp=4), precision="bfloat16", grad_checkpointing=True, grad_accum=4)
+    assert message.endswith("what would help: --grad-accum 8, a smaller --batch-size")
+
+
+def test_bfloat16_is_no_advice_for_a_cpu():
+    assert "bfloat16" not in _message(_Mesh(devices=_Device("cpu")))
+
+
+def test_the_state_is_cut_over_the_devices_where_it_is_what_takes_the_room():
+    assert "--mesh fsdp=8" in _message(_Mesh(data=8), state=12 * _GIB)
+    assert "--mesh" not in _message(_Mesh(data=8), state=_GIB)
+    assert "--mesh" not in _message(_Mesh(data=1), state=12 * _GIB)
+    assert "--mesh" not in _message(_Mesh(data=4, fsdp=2), state=12 * _GIB)
+
+
+@pytest.mark.parametrize(
+    ("activations", "batch_size", "expected"),
+    [
+        (27, 64, "--grad-accum 2,"),  # 14 GiB are left for the activations
+        (29, 64, "--grad-accum 4,"),
+        (29, 60, "--grad-accum 3,"),  # must divide the 15 images of a device
+        (14 * 17, 64, None),  # not even one image at a time would fit
+    ],
+)
+def test_as_many_parts_are_advised_as_make_it_fit(activations, batch_size, expected):
+    message = _message(_Mesh(data=4), activations=activations * _GIB, batch_size=batch_size)
+    assert expected in message if expected else "--grad-accum" not in message
+
+
+def test_where_no_flag_is_left_the_model_is_too_large():
+    message = _message(_Mesh(data=64, fsdp=1), state=_GIB, precision="bfloat16", grad_checkpointing=True)
+    assert message.endswith("what would help: a smaller --variant or --image-size")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (  # libtpu 0.0.42
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (26.86G) "
+            "exceeds available HBM (15.75G).",
+            "a step needs 26.9 GiB on each device, 11.1 GiB more than the 15.8 GiB that it has",
+        ),
+        (  # older ones
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 21.95G "
+            "of 15.48G hbm. Exceeded hbm capacity by 6.47G.\n\nTotal hbm usage >= 22.47G:",
+            "a step needs 21.9 GiB on each device, 6.5 GiB more than the 15.5 GiB that it has",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4770354232 bytes.\nBufferAssignment OOM",
+            "a device ran out of memory when 4.4 GiB more was asked for",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Failed to allocate request for 176.00MiB (184549376B) on device ordinal 0",
+            "a device ran out of memory when 176 MiB more was asked for",
+        ),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 2147483648 bytes.", "when 2.0 GiB more was asked for"),
+        ("RESOURCE_EXHAUSTED: something new", "a device ran out of memory; what would help: "),
+    ],
+)
+def test_xlas_errors_are_told_in_one_line(text, told):
+    with pytest.raises(DoesNotFit) as error, memory_errors_explained(_CONFIG, _Mesh(data=4)):
+        raise jax.errors.JaxRuntimeError(text)
+    message = str(error.value)
+    assert told in message
+    assert "\n" not in message
+    assert "--grad-accum 2, --grad-checkpointing, a smaller --batch-size" in message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("INTERNAL: something else"),
+        RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 32.42M of 16.00M vmem."),
+        ValueError("RESOURCE_EXHAUSTED"),
+    ],
+)
+def test_other_errors_pass_as_they_are(error):
+    with pytest.raises(type(error)) as raised, memory_errors_explained(_CONFIG, _Mesh()):
+        raise error
+    assert raised.value is error
+
+
+def test_a_real_allocation_that_fails_is_told_in_one_line():
+    huge = jax.jit(lambda x: jnp.sort(jnp.broadcast_to(x, (2**44,))) + x)
+    with pytest.raises(DoesNotFit, match=r"ran out of memory.*GiB more"), memory_errors_explained(_CONFIG, _Mesh()):
+        jax.block_until_ready(huge(jnp.float32(1)))
+
+
+def test_a_run_that_does_not_fit_is_refused_before_it_begins(small_variant, digits_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("train.loop.available_memory", lambda mesh: 2**20)
+    status = main(
+        [f"--data-dir={digits_dir}", f"--output={tmp_path / 'run'}", "--epochs=2", "--batch-size=240", "--workers=0"]
+    )
+    assert status == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "more than the 1 MiB that it has; what would help: " in line
+    assert not (tmp_path / "run" / "config.json").exists()

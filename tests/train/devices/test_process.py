@@ -1,0 +1,77 @@
+"""Programs on CPUs compute in memory that the process already has."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train.devices.process import _memory_is_limited, keep_freed_memory
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the setting is glibc's")
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+# page faults of ten calls: where the block is kept, which now and then has no room for it, and where it never is
+FEW, MANY = 150_000, 300_000
+
+# the first product is 128 MiB of temporary memory, 32,768 pages of 4 KB
+PROGRAM = """
+import resource, sys
+if sys.argv[1:]:
+    resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[1]),) * 2)
+from train.devices.process import keep_freed_memory
+print(keep_freed_memory())
+import jax, jax.numpy as jnp
+products = jax.jit(lambda a, b: (a @ b) @ b.T)
+a, b = jnp.ones((8192, 16)), jnp.ones((16, 4096))
+assert products.lower(a, b).compile().memory_analysis().temp_size_in_bytes >= 128 * 2**20
+for _ in range(2):
+    products(a, b).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    products(a, b).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(any(line.startswith("VmFlags") and " hg" in line for line in open("/proc/self/smaps")))
+"""
+
+
+def run(*limit: str, **variables: str) -> tuple[bool, int, bool]:
+    """Whether anything was changed, the page faults of ten calls, and whether huge pages were asked for."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    ours |= {"PYTHONPATH": ":".join(p for p in sys.path if p), "JAX_PLATFORMS": "cpu"} | variables
+    result = subprocess.run([sys.executable, "-c", PROGRAM, *limit], env=ours, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    changed, faults, huge = result.stdout.split()
+    return changed == "True", int(faults), huge == "True"
+
+
+def test_no_fresh_pages_are_taken_for_a_programs_temporary_memory():
+    changed, faults, huge = run()
+    assert changed and faults < FEW
+    assert huge or not HUGE_PAGES.exists() or _memory_is_limited()
+
+
+def test_with_a_limit_on_memory_no_more_is_asked_for_than_needed():
+    changed, faults, huge = run(str(4 * 2**30))
+    assert changed and faults < FEW
+    assert not huge
+
+
+@pytest.mark.parametrize("variable", ["MALLOC_TOP_PAD_=131072", "GLIBC_TUNABLES=glibc.malloc.top_pad=131072"])
+def test_a_setting_of_the_users_is_left_alone(variable):
+    name, _, glibcs_default = variable.partition("=")  # as without the call
+    changed, faults, huge = run(**{name: glibcs_default})
+    assert not changed and not huge
+    assert faults > MANY or _always_huge()
+
+
+def _always_huge() -> bool:
+    return HUGE_PAGES.exists() and "[always]" in HUGE_PAGES.read_text()
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "tpu,cpu"])
+def test_nothing_is_changed_where_an_accelerator_computes(platforms, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert keep_freed_memory() is False

@@ -1,0 +1,187 @@
+"""Training and evaluation images are timm's, and each depends on its own generator only."""
+
+import dataclasses
+import io
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from PIL import Image, ImageOps
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+
+from train.config import RECIPES
+from train.images.decode import decode_image
+from train.images.transforms import EvalTransform, train_transform
+
+_IMAGENET = RECIPES["imagenet"]
+_MODEL = _IMAGENET.model_config(1000)
+
+
+def _augmented(sample, seed, config=_IMAGENET):
+    transform = train_transform(config, config.model_config(1000))
+    return transform(sample, np.random.default_rng(seed))
+
+
+@pytest.fixture
+def sample(photo):
+    return {"image": photo, "label": 7, "name": "photo"}
+
+
+def _encoded(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_training_images_are_those_of_the_recipe_in_timm(sample):
+    reference = create_transform(
+        240,
+        is_training=True,
+        color_jitter=None,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        re_prob=0.25,
+        re_mode="pixel",
+    )
+    for seed in range(12):  # enough for every step of the recipe to happen
+        _assert_timms(reference, sample, seed, _IMAGENET)
+
+
+@pytest.mark.parametrize("only", [{}, {"hflip": 0.5}, {"erase_prob": 1.0}, {"auto_augment": "augmix-m3"}])
+def test_training_images_are_timms_with_few_of_its_steps_or_none(only):
+    config = dataclasses.replace(RECIPES["digits"], crop_scale=(0.3, 1.0), **only)
+    reference = create_transform(
+        48,
+        is_training=True,
+        scale=config.crop_scale,
+        ratio=config.crop_ratio,
+        hflip=config.hflip,
+        color_jitter=None,
+        auto_augment=config.auto_augment or None,
+        interpolation="bicubic",
+        re_prob=config.erase_prob,
+        re_mode="pixel",
+    )
+    digit = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    for seed in range(20):
+        _assert_timms(reference, {"image": _encoded(digit), "label": 7, "name": "digit"}, seed, config)
+
+
+def _assert_timms(reference, sample, seed, config):
+    seeds = [int(part) for part in np.random.default_rng(seed).integers(0, 2**32, size=3)]
+    random.seed(seeds[0])
+    np.random.seed(seeds[1])
+    torch.manual_seed(seeds[2])
+    expected = reference(decode_image(sample["image"], "photo")).permute(1, 2, 0).numpy()
+    augmented = _augmented(sample, seed, config)
+    np.testing.assert_array_equal(augmented["image"], expected)
+    assert augmented["label"] == 7
+
+
+@pytest.mark.parametrize("image_size", [(240, 240), (48, 48), (48, 96), (120, 96)])
+@pytest.mark.parametrize("crop_pct", [0.875, 1.0])
+def test_the_evaluation_image_is_timms(photo, image_size, crop_pct):
+    reference = create_transform((3, *image_size), interpolation="bicubic", crop_pct=crop_pct)
+    pixels = np.asarray(decode_image(photo, "photo"))  # 90 x 130
+    for part in (pixels, pixels[:, :61], pixels[:, :90], pixels[:8, :7], pixels[:1, :3], pixels[:55, :110]):
+        encoded = _encoded(np.ascontiguousarray(part))
+        expected = reference(decode_image(encoded, "part")).permute(1, 2, 0).numpy()
+        image = EvalTransform(image_size, crop_pct)({"image": encoded, "label": 7, "name": "part"})["image"]
+        np.testing.assert_array_equal(image, expected)
+        assert image.dtype == np.float32
+        assert image.flags.c_contiguous
+
+
+def test_an_image_depends_on_its_generator_only(sample):
+    first, again, other = (_augmented(sample, seed)["image"] for seed in (3, 3, 4))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_threads_do_not_disturb_each_other(sample):
+    transform = train_transform(_IMAGENET, _MODEL)
+    alone = [transform(sample, np.random.default_rng(seed))["image"] for seed in range(16)]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda seed: transform(sample, np.random.default_rng(seed))["image"], range(16)))
+    np.testing.assert_array_equal(alone, together)
+
+
+def test_others_that_draw_at_the_same_time_do_not_disturb(sample):
+    transform = train_transform(_IMAGENET, _MODEL)
+    alone = [transform(sample, np.random.default_rng(seed))["image"] for seed in range(16)]
+    stop = threading.Event()
+
+    def draw():
+        while not stop.is_set():
+            random.random()
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(draw)
+        try:
+            disturbed = [transform(sample, np.random.default_rng(seed))["image"] for seed in range(16)]
+        finally:
+            stop.set()
+    np.testing.assert_array_equal(alone, disturbed)
+
+
+def test_a_part_of_an_image_has_at_least_one_pixel():
+    """timm draws none of so few now and then, and makes black of them."""
+    config = dataclasses.replace(_IMAGENET, auto_augment="", erase_prob=0.0)
+    dot = _encoded(np.full((1, 1, 3), 255, np.uint8))
+    for seed in range(20):
+        assert (_augmented({"image": dot, "label": 0, "name": "dot"}, seed, config)["image"] > 2).all()
+
+
+# --- posterising to nothing ---
+
+
+@pytest.fixture
+def pillow_13(monkeypatch):
+    """Posterising as it is from Pillow 13 on."""
+    posterize = ImageOps.posterize
+
+    def strict(image, bits):
+        if not 1 <= bits <= 8:
+            raise ValueError("bits must be between or equal to 1 and 8")
+        return posterize(image, bits)
+
+    monkeypatch.setattr(ImageOps, "posterize", strict)
+
+
+@pytest.mark.parametrize("auto_augment", ["rand-m10-p1-n1-inc1", "rand-m0-p1-n1"])
+def test_posterising_to_0_bits_gives_black_with_any_pillow(sample, auto_augment, request, monkeypatch):
+    """RandAugment at the highest magnitude, and the kind that grows weaker with it at the lowest."""
+    config = dataclasses.replace(_IMAGENET, auto_augment=auto_augment, erase_prob=0.0)
+    transform = train_transform(config, _MODEL)
+    (randaugment,) = (step for step in transform.timm_transform.transforms if hasattr(step, "ops"))
+    randaugment.ops = [op for op in randaugment.ops if op.name.startswith("Posterize")]
+    assert len(randaugment.ops) == 1
+    black = -np.array(IMAGENET_DEFAULT_MEAN) / np.array(IMAGENET_DEFAULT_STD)
+    now = transform(sample, np.random.default_rng(0))["image"]
+    np.testing.assert_allclose(now, np.broadcast_to(black, now.shape), atol=1e-6)
+    request.getfixturevalue("pillow_13")
+    np.testing.assert_array_equal(transform(sample, np.random.default_rng(0))["image"], now)
+
+
+# --- order ---
+
+
+def test_normalisation_comes_before_erasing(sample):
+    """IBM's order. The noise is normal then: mean 0 and deviation 1, beyond what normalised pixels can reach."""
+    config = dataclasses.replace(_IMAGENET, auto_augment="", erase_prob=1.0)
+    erased = train_transform(config, _MODEL)
+    intact = train_transform(dataclasses.replace(config, erase_prob=0.0), _MODEL)
+    noise = []
+    for seed in range(20):
+        image, plain = (transform(sample, np.random.default_rng(seed))["image"] for transform in (erased, intact))
+        box = (image != plain).any(axis=-1)
+        assert box.any()
+        noise.append(image[box])
+    noise = np.concatenate(noise)
+    assert scipy.stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
+    assert np.abs(np.corrcoef(noise.T)[np.triu_indices(3, 1)]).max() < 0.01  # each channel has its own
+    assert noise.min() < -3.5  # a black pixel is at -2.1

@@ -1,0 +1,63 @@
+"""The images of a run that cannot be read: each is told once, and too many of them stop the run."""
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Int
+
+from train.data.sources import Source, listed
+from train.images.decode import UnreadableImage, decode_image
+
+
+class TooManyBadImages(RuntimeError):
+    """So many images cannot be read that the data set itself must be wrong; the message is one line that names them."""
+
+
+class BadImages:
+    """Collects the unreadable images of one data set from its batches.
+
+    Args:
+        source: where the batches come from, to look again at what is wrong with an image.
+        say: told one line for each such image, when it is first met.
+    """
+
+    def __init__(self, source: Source, say: Callable[[str], None]):
+        self.names: list[str] = []
+        self._source, self._say = source, say
+        self._seen: set[int] = set()
+
+    @property
+    def count(self) -> int:
+        """Different images that could not be read."""
+        return len(self.names)
+
+    def add(self, indices: Int[np.ndarray, " batch"]) -> None:
+        """What a batch has as `bad`: indices in the source, or -1. Raises DataError if the data set has gone."""
+        for index in sorted(set(indices[indices >= 0].tolist()) - self._seen):
+            self._seen.add(index)
+            name, line = self._look_again(index)
+            self.names.append(name)
+            self._say(line)
+
+    def _look_again(self, index: int) -> tuple[str, str]:
+        try:
+            sample = self._source[index]
+            decode_image(sample["image"], sample["name"])
+        except UnreadableImage as error:
+            return error.name, str(error)
+        return sample["name"], f"could not read image {sample['name']}, which can be read now"
+
+
+def too_many(bad_images: BadImages, count: int, images: int, share: float) -> TooManyBadImages:
+    """The error for a run with more unreadable images than are accepted.
+
+    Args:
+        bad_images: those that this process has met, whose names are told.
+        count: how many there are, in all processes.
+        images: how many there could be.
+        share: of them, how many are accepted.
+    """
+    return TooManyBadImages(
+        f"{count} of {images} images cannot be read, more than the share of {share:g} that is accepted "
+        f"(--max-bad-images): {listed(bad_images.names, count)}"
+    )

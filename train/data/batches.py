@@ -1,0 +1,153 @@
+"""From a source to batches of numpy arrays, with Grain.
+
+The stream depends on the seed and the sample's place in it only: not on the number of workers or processes, and a run
+that starts at a later step gets what an uninterrupted one would have got there. An image that cannot be read does not
+change that: it is told in the batch as `bad`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+
+from train.data.epochs import steps_per_epoch
+from train.data.sources import DataError, Source
+from train.data.workers import in_workers
+from train.images.decode import UnreadableImage
+from train.images.transforms import EvalTransform
+
+Sample = dict[str, Any]
+Batch = dict[str, np.ndarray]
+
+# In each process: threads overlap reading and decoding, while images are augmented one at a time (see transforms.py).
+_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+_NEIGHBOURS = 64  # so many unreadable images in a row are not single damaged files any more
+_NOT_BAD = np.int32(-1)
+
+
+def train_batches(
+    source: Source,
+    transform: Callable[[Sample, np.random.Generator], Sample],
+    *,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    start_step: int = 0,
+    repeats: int = 1,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.IterDataset:
+    """Endless batches of `image` (batch, height, width, channels) as transformed, `label` (batch,) int32 and `bad`.
+
+    Every `steps_per_epoch` batches (see `train.data.epochs`) hold each image at most `repeats` times, in an order of
+    that epoch's own.
+
+    `bad` (batch,) int32 is -1, or the index in the source of an image that could not be read. In its place is the next
+    one that could, with its own label. DataError is raised, here or in a worker, if 64 in a row could not.
+
+    Args:
+        transform: a picklable function of a sample and its own generator, see `train.images.transforms`. It raises
+            UnreadableImage, if at all, before it draws.
+        batch_size: over all processes; each gets its part, a whole number. The parts one after the other, in the order
+            of the processes, are the batch that a single process would get.
+        workers: processes that read and augment; 0: threads of this process.
+        start_step: batches to leave out at the beginning, at no cost.
+        repeats: copies of an image, each augmented by itself, that follow one another in an epoch of as many fewer
+            images (DeiT's repeated augmentation); 1: none.
+    """
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle()
+    if repeats > 1:
+        order = _Repeated(order, repeats)
+    batches = (
+        order[: steps_per_epoch(len(source), batch_size, repeats) * batch_size]
+        .repeat()
+        .random_map(_ForTraining(source, transform))  # before the processes part, so that no two draw the same
+        .batch(batch_size // process_count, batch_fn=_stack)[process_index::process_count][start_step:]
+    )
+    return in_workers(batches.to_iter_dataset(_READ_OPTIONS), workers)
+
+
+def eval_batches(
+    source: Source,
+    transform: EvalTransform,
+    *,
+    batch_size: int,
+    workers: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.IterDataset:
+    """Every image once, in order, again and again: each round has ceil(images / batch_size) batches on every process.
+
+    Like training batches, `image` in float32, with `mask` (batch,) float32: 1 for an image; 0 for what fills up the
+    last batch and for an image that could not be read, whose pixels and label are 0. They repeat so that the workers
+    stay alive between two evaluations.
+    """
+    rounds = -(-len(source) // batch_size)
+    batches = (
+        grain.MapDataset.range(rounds * batch_size)
+        .map(_ForEvaluation(source, transform))
+        .batch(batch_size // process_count, batch_fn=_stack)[process_index::process_count]
+        .repeat()
+    )
+    return in_workers(batches.to_iter_dataset(_READ_OPTIONS), workers)
+
+
+class _Repeated(grain.MapDataset):
+    """Each element of another data set several times in a row."""
+
+    def __init__(self, parent: grain.MapDataset, repeats: int):
+        super().__init__(parent)
+        self._repeats = repeats
+
+    def __len__(self) -> int:
+        return len(self._parent) * self._repeats
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        # right beyond the first epoch too: Grain's indices go on counting there, in the parent as well
+        return self._parent[index // self._repeats]
+
+
+@dataclass(frozen=True)
+class _ForTraining:
+    """Reads and transforms the image with an index, or the next one that can be read."""
+
+    source: Source
+    transform: Callable[[Sample, np.random.Generator], Sample]
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Sample:
+        bad = _NOT_BAD
+        tries = min(_NEIGHBOURS, len(self.source))
+        for neighbour in range(index, index + tries):
+            try:
+                sample = self.transform(self.source[neighbour % len(self.source)], rng)
+            except UnreadableImage as error:
+                bad, last = np.int32(index), error
+            else:
+                return {**sample, "bad": bad}
+        raise DataError(f"{tries} images in a row cannot be read; the last of them: {last}")
+
+
+@dataclass(frozen=True)
+class _ForEvaluation:
+    """Reads and transforms the image with an index, or gives zeros: for one that is unreadable, and beyond the last."""
+
+    source: Source
+    transform: EvalTransform
+
+    def __call__(self, index: int) -> Sample:
+        bad = _NOT_BAD
+        if index < len(self.source):
+            try:
+                return {**self.transform(self.source[index]), "mask": np.float32(1), "bad": bad}
+            except UnreadableImage:
+                bad = np.int32(index)
+        nothing = np.zeros((*self.transform.image_size, 3), np.float32)
+        return {"image": nothing, "label": np.int32(0), "mask": np.float32(0), "bad": bad}
+
+
+def _stack(samples: Sequence[Sample]) -> Batch:
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}

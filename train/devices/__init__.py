@@ -1,0 +1,1 @@
+"""The devices, processes and memory that a run has."""

@@ -1,0 +1,181 @@
+"""From an encoded image to the model's input: timm's transforms, made to draw from a generator of ours.
+
+timm draws from the global generators of Python, numpy and torch. For each image they are set from the sample's own
+generator, so that its pixels depend on nothing else. What can be done faster with the same pixels is done here:
+decoding, crops and their resizing, and the way to normalised values. Flips, RandAugment and random erasing are timm's
+own. Importing it takes seconds: it happens on first use, in the process that uses it, and where a recipe has none of
+these steps, never.
+"""
+
+import math
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image, ImageOps
+
+from crossvit_jax.config import CrossViTConfig
+from train.config import TrainConfig
+from train.images.crop import CropTransform, draw_crop
+from train.images.decode import decode_pixels
+from train.images.resize import resize
+
+_MEAN, _STD = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))  # ImageNet's
+
+# The generators belong to one image at a time: reader threads take turns. Reading and decoding are outside.
+_generators_lock = threading.Lock()
+
+# Reader threads begin at the same time, and timm's modules import each other in a circle: two threads in it meet.
+_import_lock = threading.Lock()
+
+
+@contextmanager
+def _timm_drawing_from(draws: random.Random, numpy_seed: int, torch_seed: int) -> Iterator[None]:
+    """Whatever timm and torchvision draw in here follows from these alone."""
+    data = _timm_data()
+    import torch
+
+    with _generators_lock:
+        # other threads may use Python's generator at any time (wandb, beartype), so timm gets one that nobody shares
+        data.auto_augment.random = data.random_erasing.random = draws
+        np.random.seed(numpy_seed)
+        torch.default_generator.manual_seed(torch_seed)  # torch.manual_seed would also visit every accelerator
+        try:
+            yield
+        finally:
+            data.auto_augment.random = data.random_erasing.random = random
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep the highest bits of each value, at most 4 in timm. Of 0 bits, which Pillow 13 refuses, black remains."""
+    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
+
+
+@cache
+def _timm_data():
+    """timm.data. torch's tensor operations, all tiny here, keep off the other cores: those are for workers and jax."""
+    with _import_lock:
+        import torch
+        from timm import data
+    torch.set_num_threads(1)
+    return data
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """timm's training transform: random crop, flip, RandAugment, normalisation, random erasing.
+
+    Called with a sample (`image`: encoded bytes, `label`, `name`) and the sample's generator. Raises UnreadableImage
+    before it has drawn anything.
+    """
+
+    config: TrainConfig
+    image_size: tuple[int, int]
+
+    @cached_property
+    def timm_transform(self):
+        """A torchvision `Compose`. Raises whatever timm does for an `auto_augment` that it does not understand."""
+        data = _timm_data()
+        # magnitude 9 with its noise asks for 0 bits about once in 660 images
+        operations = data.auto_augment.NAME_TO_OP
+        operations["Posterize"] = operations["PosterizeIncreasing"] = _posterize
+        return data.create_transform(
+            (3, *self.image_size),
+            is_training=True,
+            scale=self.config.crop_scale,
+            ratio=self.config.crop_ratio,
+            hflip=self.config.hflip,
+            color_jitter=None,
+            auto_augment=self.config.auto_augment or None,
+            interpolation="bicubic",
+            re_prob=self.config.erase_prob,
+            re_mode="pixel",
+        )
+
+    @cached_property
+    def _steps(self):
+        """timm's steps on the cropped image, and on its normalised values."""
+        if not (self.config.hflip or self.config.auto_augment or self.config.erase_prob):
+            return (), ()
+        _, *steps = self.timm_transform.transforms
+        tensor = _timm_data().transforms.MaybeToTensor
+        (end,) = (place for place, step in enumerate(steps) if isinstance(step, tensor))
+        return steps[:end], steps[end + 2 :]  # after normalisation
+
+    def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        pixels = decode_pixels(sample["image"], sample["name"])
+        python_seed, *seeds = (int(seed) for seed in rng.integers(0, 2**32, size=3))
+        draws = random.Random(python_seed)
+        top, left, height, width = draw_crop(draws, pixels.shape[:2], self.config.crop_scale, self.config.crop_ratio)
+        crop = resize(pixels[top : top + height, left : left + width], self.image_size)
+        on_image, on_values = self._steps
+        with _timm_drawing_from(draws, *seeds) if on_image or on_values else nullcontext():
+            if on_image:
+                image = Image.fromarray(crop)
+                for step in on_image:
+                    image = step(image)
+                crop = np.asarray(image)
+            values = normalised(crop)
+            if on_values:
+                import torch
+
+                for step in on_values:
+                    step(torch.from_numpy(values).permute(2, 0, 1))  # in place
+        return {"image": values, "label": np.int32(sample["label"])}
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """timm's evaluation transform: the shorter side resized to size / crop_pct, centre crop, normalisation.
+
+    Called with a sample (`image`: encoded bytes, `label`, `name`). Raises UnreadableImage.
+    """
+
+    image_size: tuple[int, int]
+    crop_pct: float
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        pixels = decode_pixels(sample["image"], sample["name"])
+        resized = resize(pixels, self._resized(*pixels.shape[:2]))
+        # Python's rounding, of halves to even numbers, as in torchvision
+        top, left = (round((size - wanted) / 2) for size, wanted in zip(resized.shape, self.image_size, strict=False))
+        crop = resized[top : top + self.image_size[0], left : left + self.image_size[1]]
+        return {"image": normalised(crop), "label": np.int32(sample["label"])}
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """The size of the image that is cropped: torchvision's for square models, timm's for others."""
+        wanted_height, wanted_width = (math.floor(size / self.crop_pct) for size in self.image_size)
+        if wanted_height != wanted_width:
+            ratio = min(height / wanted_height, width / wanted_width)
+            return round(height / ratio), round(width / ratio)
+        if width <= height:
+            return int(wanted_width * height / width), wanted_width
+        return wanted_height, int(wanted_height * width / height)
+
+
+def normalised(pixels: UInt8[np.ndarray, "height width 3"]) -> Float32[np.ndarray, "height width 3"]:
+    """The model's input: timm's `ToTensor` and `Normalize`, in the model's layout, in new memory."""
+    height, width, _ = pixels.shape
+    rows = pixels.reshape(height, -1) / np.float32(255)
+    # a value for each of a row: numpy is slow at using the same three again and again
+    rows -= np.tile(_MEAN, width)
+    rows /= np.tile(_STD, width)
+    return rows.reshape(height, width, 3)
+
+
+def train_transform(config: TrainConfig, model_config: CrossViTConfig) -> TrainTransform | CropTransform:
+    """What the workers of a run do to its training images: all of it, or what `train.images.augment` leaves to them."""
+    if config.augment_on == "device":
+        return CropTransform(model_config.image_size, config.crop_scale, config.crop_ratio)
+    return TrainTransform(config, model_config.image_size)
+
+
+def eval_transform(model_config: CrossViTConfig) -> EvalTransform:
+    """The transform of the held-out images for a model."""
+    return EvalTransform(model_config.image_size, model_config.crop_pct)

@@ -1,0 +1,128 @@
+"""What the commands `train.evaluate` and `train.predict` share: the model, a progress bar, how failures are told."""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from convert.command_line import Parser, at_least_one, image_size, share
+from convert.errors import ConversionError, one_line
+from train.config import SettingsError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from train.inference.model import Classifier
+
+SOURCES = """\
+SOURCE: hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub), a .safetensors, .pth or .bin file with timm's,
+IBM's or Flax's names, an Orbax folder, or the folder of a training run"""
+
+
+def add_model_flags(parser: Parser) -> None:
+    """--weights, --image-size, --crop-pct, --precision, --quantize and --batch-size."""
+    parser.add_argument("--weights", required=True, metavar="SOURCE", help="the weights to use")
+    parser.add_argument(
+        "--image-size",
+        type=image_size,
+        metavar="N|HxW",
+        help="resample the position embeddings to this size (default: the weights' own)",
+    )
+    parser.add_argument(
+        "--crop-pct", type=share, metavar="F", help="share of the resized image that is kept (default: the weights')"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        help="arithmetic; parameters are float32 (default: bfloat16 on accelerators, float32 otherwise)",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="round the linear layers' weights to this, and what they multiply to int8 (default: as they are)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=at_least_one,
+        metavar="N",
+        help="images at a time, over all devices (default: what suits the devices)",
+    )
+
+
+def load_model(args: argparse.Namespace) -> "Classifier":
+    """The classifier that the flags of `add_model_flags` ask for. Raises as `load_classifier` does."""
+    from train.devices.compilation_cache import keep_compiled_programs
+    from train.devices.process import keep_freed_memory
+    from train.inference.model import load_classifier
+
+    keep_freed_memory()
+    keep_compiled_programs()
+    return load_classifier(
+        args.weights,
+        image_size=args.image_size,
+        crop_pct=args.crop_pct,
+        precision=args.precision,
+        quantize=args.quantize,
+    )
+
+
+def run(prog: str, command: Callable[[], int]) -> int:
+    """The exit status of a command: its own, or 2 if an error stopped it, told in one line on stderr.
+
+    130 for Ctrl-C, and 141 where nobody reads standard output any more, both as a shell has it.
+    """
+    try:
+        status = command()
+        sys.stdout.flush()
+        return status
+    except (ConversionError, SettingsError) as error:
+        return _fail(prog, error)
+    except BrokenPipeError:
+        _let_go_of_stdout()
+        return 141
+    except OSError as error:
+        _let_go_of_stdout()
+        reason = error.strerror or one_line(error)
+        return _fail(prog, f"{error.filename}: {reason}" if error.filename else reason)
+    except MemoryError:
+        return _fail(prog, "out of memory: choose a smaller --batch-size")
+    except RuntimeError as error:
+        from train.data.sources import DataError  # late, as it takes its time
+
+        if isinstance(error, DataError):
+            return _fail(prog, error)
+        if "RESOURCE_EXHAUSTED" in str(error):  # XLA's way to say that the devices have too little memory
+            return _fail(prog, "the devices are out of memory: choose a smaller --batch-size")
+        raise
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _fail(prog: str, error: object) -> int:
+    print(f"{prog}: error: {error}", file=sys.stderr)
+    return 2
+
+
+def _let_go_of_stdout() -> None:
+    """Where standard output takes nothing more, throw away what it holds: Python would complain on its way out."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def tell_notes(prog: str, notes: Iterable[str]) -> None:
+    """What the user should know about the weights, on stderr."""
+    for note in notes:
+        print(f"{prog}: note: {note}", file=sys.stderr)
+
+
+def progress_bar(images: int) -> "tqdm":
+    """A bar that counts images, gone when it is closed; none where stderr is no terminal."""
+    from tqdm import tqdm
+
+    size = shutil.get_terminal_size()  # unlike tqdm's own guess never 0, with which tqdm shows nothing
+    return tqdm(total=images, unit=" images", disable=None, leave=False, ncols=size.columns, nrows=size.lines)

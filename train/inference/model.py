@@ -1,0 +1,147 @@
+"""Weights from any source, and a forward pass with them on all devices of this machine."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from convert import load_weights
+from convert.models import flax_model
+from convert.weights import Weights
+from crossvit_jax import CrossViT, CrossViTConfig
+from train.config import SettingsError
+from train.devices.mesh import batch_sharding, make_mesh, replicated
+from train.optim.ptq import quantised
+from train.optim.quantize import require_qwix
+
+Batch = Mapping[str, Any]
+
+# images at a time on one device, where the user names no number
+_BATCH_PER_CPU = 32
+_BATCH_PER_ACCELERATOR = 256
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A CrossViT with a head, in evaluation mode, its parameters on every device."""
+
+    config: CrossViTConfig
+    class_names: tuple[str, ...] | None  # in the order of the logits, where the weights know them
+    notes: tuple[str, ...]  # what the user should know about the weights
+    precision: str  # of the arithmetic: float32 or bfloat16
+    graphdef: nnx.GraphDef
+    params: Any
+    mesh: Mesh
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the classes, or their indices as text where they are not known."""
+        return self.class_names or tuple(map(str, range(self.config.num_classes)))
+
+    def batch_size(self, wanted: int | None, images: int) -> int:
+        """The images to run at a time: a multiple of the number of devices, and no larger than there are images."""
+        devices = self.mesh.size
+        per_device = _BATCH_PER_CPU if self._platform == "cpu" else _BATCH_PER_ACCELERATOR
+        size = min(wanted or per_device * devices, images)
+        return -(-size // devices) * devices
+
+    @property
+    def devices(self) -> str:
+        """The devices in words."""
+        count = self.mesh.size
+        return f"{count} {'device' if count == 1 else 'devices'} ({self.mesh.devices.flat[0].device_kind})"
+
+    @property
+    def _platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
+
+    def compile(
+        self, function: Callable[[CrossViT, Batch], Any], batch: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> Callable[[Batch], Any]:
+        """Compile a function of the model and a batch of these shapes for all devices.
+
+        Returns:
+            The function of a batch. The first axis of everything in a batch, and of every result, is that of its
+            images, and is cut over the devices.
+        """
+
+        def run(params: Any, batch: Batch) -> Any:
+            # unless they are told, accelerators multiply float32 with fewer bits
+            with jax.default_matmul_precision("float32" if self.precision == "float32" else None):
+                return function(nnx.merge(self.graphdef, params), batch)
+
+        whole, cut = replicated(self.mesh), batch_sharding(self.mesh)
+        # the parameters are an argument: closed over, they would become constants of the program
+        jitted = jax.jit(run, in_shardings=(whole, cut), out_shardings=cut)
+        if any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(self.params)):
+            # what is compiled ahead compares layouts when it is called, and jax tells a wrong one for 4 bits
+            return lambda batch: jitted(self.params, batch)
+        compiled = jitted.lower(self.params, batch).compile()
+        return lambda batch: compiled(self.params, batch)
+
+    def put(self, batch: Batch) -> Batch:
+        """A batch of numpy arrays on the devices."""
+        return jax.device_put(batch, batch_sharding(self.mesh))
+
+
+def load_classifier(
+    source: str,
+    *,
+    image_size: tuple[int, int] | None = None,
+    crop_pct: float | None = None,
+    precision: str | None = None,
+    quantize: str | None = None,
+) -> Classifier:
+    """The classifier in any source that `convert.load_weights` reads.
+
+    Args:
+        image_size: (height, width) to resample the position embeddings to; none: as stored.
+        crop_pct: share of the resized image that the evaluation crop keeps; none: as stored.
+        precision: float32 or bfloat16; none: bfloat16 on accelerators, float32 otherwise.
+        quantize: int8 or int4 to round the linear layers' weights to, see `train.optim.ptq`; none: as stored.
+
+    Raises:
+        ConversionError, SettingsError: see `load_classifier_weights`; or jax finds no device; or qwix is needed and not
+            installed.
+    """
+    if quantize is not None:
+        require_qwix("--quantize")
+    changes = {"image_size": image_size, "crop_pct": crop_pct}
+    weights = load_classifier_weights(source, **{field: value for field, value in changes.items() if value is not None})
+    try:
+        mesh = make_mesh()
+    except RuntimeError as error:  # jax found no usable device
+        raise SettingsError(f"jax cannot start: {str(error).splitlines()[0]}") from error
+    if precision is None:
+        precision = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    graphdef, state = nnx.split(flax_model(weights, dtype=precision))
+    params = jax.device_put(nnx.to_pure_dict(state), replicated(mesh))
+    if quantize is not None:
+        graphdef, state = nnx.split(quantised(nnx.merge(graphdef, params), quantize))
+        params = nnx.to_pure_dict(state)
+    return Classifier(weights.config, weights.class_names, weights.notes, precision, graphdef, params, mesh)
+
+
+def load_classifier_weights(source: str, **overrides: Any) -> Weights:
+    """The weights in a source, if they classify colour images.
+
+    Args:
+        source, overrides: see `convert.load_weights`.
+
+    Raises:
+        ConversionError: the source cannot be read or adapted.
+        SettingsError: the weights classify no colour images, or hold NaN or infinity.
+    """
+    weights = load_weights(source, **overrides)
+    if weights.config.num_classes == 0:
+        raise SettingsError(f"{source} has no head: it gives features, not classes")
+    if weights.config.in_chans != 3:
+        raise SettingsError(f"{source} is for images with {weights.config.in_chans} channels, not for colour images")
+    non_finite = weights.non_finite()
+    if non_finite:
+        raise SettingsError(f"{source}: {non_finite}")
+    return weights

@@ -1,0 +1,88 @@
+"""Predictions as text: a table to read, CSV, or lines of JSON. Each comes in pieces, image by image."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from train.inference.image_paths import shown
+
+_WIDEST_PATH, _WIDEST_CLASS = 100, 40  # characters; longer ones stand out of their column
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One class that an image may belong to."""
+
+    class_name: str  # the index as text where the weights know no names
+    index: int
+    probability: float
+
+
+class Format(Protocol):
+    """How predictions are written."""
+
+    header: str
+
+    def entry(self, path: str, predictions: Sequence[Prediction], picture: str | None) -> str:
+        """An image with its predictions, the best first, and where its picture of attention is, if it has one."""
+        ...
+
+
+class Table:
+    """Aligned columns, the path on the first line of its image."""
+
+    def __init__(self, paths: Sequence[str], class_names: Sequence[str]):
+        self._path_width = min(_WIDEST_PATH, max(len(shown(path)) for path in (*paths, "image")))
+        self._class_width = min(_WIDEST_CLASS, max(len(name) for name in (*class_names, "class")))
+        self.header = self._line("image", "class", "probability")
+
+    def entry(self, path: str, predictions: Sequence[Prediction], picture: str | None) -> str:
+        names = [shown(path)] + [""] * (len(predictions) - 1)
+        rows = zip(names, predictions, strict=True)
+        return "".join(self._line(name, p.class_name, f"{100 * p.probability:9.2f} %") for name, p in rows)
+
+    def _line(self, path: str, class_name: str, probability: str) -> str:
+        return f"{path:{self._path_width}}  {class_name:{self._class_width}}  {probability}\n"
+
+
+class Csv:
+    """A line for each prediction, its rank counted from 1."""
+
+    def __init__(self, paths: Sequence[str], class_names: Sequence[str]):
+        self.header = _csv([["path", "rank", "class", "index", "probability"]])
+
+    def entry(self, path: str, predictions: Sequence[Prediction], picture: str | None) -> str:
+        return _csv(
+            [path, rank, p.class_name, p.index, _rounded(p.probability)] for rank, p in enumerate(predictions, start=1)
+        )
+
+
+class JsonLines:
+    """An object for each image, in ASCII: bytes of a file name that are no text become \\udc80 to \\udcff."""
+
+    def __init__(self, paths: Sequence[str], class_names: Sequence[str]):
+        self.header = ""
+
+    def entry(self, path: str, predictions: Sequence[Prediction], picture: str | None) -> str:
+        values = [
+            {"class": p.class_name, "index": p.index, "probability": _rounded(p.probability)} for p in predictions
+        ]
+        line = {"path": path, "predictions": values} | ({"attention": picture} if picture else {})
+        return json.dumps(line) + "\n"
+
+
+FORMATS: dict[str, type[Format]] = {"table": Table, "csv": Csv, "jsonl": JsonLines}
+
+
+def _csv(rows) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _rounded(probability: float) -> float:
+    """To six digits: what float32 has."""
+    return float(f"{probability:.6g}")

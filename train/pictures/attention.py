@@ -1,0 +1,147 @@
+"""Pictures of what the class tokens attend to: in the last stage, within their branch and across to the other."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from crossvit_jax import CrossViT, CrossViTConfig
+from train.inference.image_paths import shown
+from train.inference.predictions import Prediction
+from train.pictures.figure import drawable, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MEAN, _STD = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))  # ImageNet's, of the model's input
+_BRANCHES = ("small patches", "large patches")
+_LONGEST_STEM = 200  # bytes; file systems end names at 255
+_WIDEST_CLASS, _WIDEST_TITLE = 22, 120  # characters
+_MOST_BARS = 6
+
+
+def class_token_attention(
+    model: CrossViT, images: Float[Array, "batch height width channels"]
+) -> dict[str, list[Float[Array, "batch _"]]]:
+    """What each branch's class token attends to in the last stage, mean over the heads: on itself, then each patch.
+
+    Returns:
+        Per branch, `own`: in its last self-attention, over the branch's patches; `across`: in the fusion, over the
+        other branch's patches. Each (batch, 1 + patches), with sum 1.
+    """
+    maps = model.attention_maps(images)
+    config, last = model.config, model.config.stages - 1
+    depths = enumerate(config.depth)
+    own = [maps[f"blocks.{last}.blocks.{branch}.{depth - 1}.attn"][:, :, 0].mean(1) for branch, depth in depths]
+    across = [maps[f"blocks.{last}.fusion.{branch}.attn"][:, :, 0].mean(1) for branch in range(len(own))]
+    return {"own": own, "across": across}
+
+
+class PictureNames:
+    """File names for pictures of images: the image's own stem, with a number where another image has it already."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._taken: set[str] = set()
+
+    def name(self, image_path: str) -> Path:
+        """A path in the folder that was given to no image before."""
+        stem = os.fsdecode(os.fsencode(Path(image_path).stem)[:_LONGEST_STEM])
+        name, number = stem, 1
+        while name.casefold() in self._taken:  # some file systems do not tell cases apart
+            number += 1
+            name = f"{stem}-{number}"
+        self._taken.add(name.casefold())
+        return self._folder / f"{name}.png"
+
+
+def draw_attention(
+    path: Path,
+    config: CrossViTConfig,
+    *,
+    image_path: str,
+    image: Float[np.ndarray, "height width channels"],
+    attention: dict[str, list[Float[np.ndarray, " _"]]],
+    predictions: Sequence[Prediction],
+) -> None:
+    """Draw an image as the model saw it, its predictions, and two maps for each branch.
+
+    Args:
+        path: of the PNG to write or replace.
+        image: normalised, as it was given to the model.
+        attention: of this image, see `class_token_attention`.
+
+    Raises OSError if it cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    pixels = np.clip(image * _STD + _MEAN, 0, 1)
+    height, width = config.image_size
+    figure = Figure(figsize=(12, 7.9))
+    best = predictions[0]
+    title = f"{shown(image_path)}: {best.class_name}, {100 * best.probability:.1f} %"
+    figure.text(0.02, 0.955, drawable(title, _WIDEST_TITLE), fontsize=12, parse_math=False)
+    # placed by hand: to let matplotlib find the places takes longer than to draw
+    crop_axes = figure.add_axes((0.02, 0.44, 0.3, 0.45))
+    crop_axes.imshow(pixels)
+    crop_axes.set_axis_off()
+    crop_axes.set_title(f"what the model saw: {height} x {width} pixels", fontsize=10)
+    _draw_predictions(figure.add_axes((0.165, 0.06, 0.155, 0.3)), predictions[:_MOST_BARS])
+
+    for branch in range(len(config.patch_size)):
+        maps = {branch: attention["own"][branch], 1 - branch: attention["across"][branch]}
+        for column, (seen, values) in enumerate(maps.items()):
+            axes = figure.add_axes((0.345 + 0.33 * column, 0.53 - 0.46 * branch, 0.32, 0.36))
+            rows, columns = config.grid_size[seen]
+            _draw_map(axes, pixels, values[1:].reshape(rows, columns), region=_region(config, seen))
+            whose, where = (f"branch {seen}'s", "fusion") if column else ("its own", "self-attention")
+            axes.set_title(
+                f"class token of branch {branch} ({_BRANCHES[branch]}) over\n"
+                f"{whose} {rows} x {columns} patches of {config.patch_size[seen]} px ({where})",
+                fontsize=9.5,
+            )
+            caption = f"brightest patch {100 * values[1:].max():.1f} %, the token itself {100 * values[0]:.1f} %"
+            axes.text(
+                0.5, -0.025, caption, transform=axes.transAxes, ha="center", va="top", fontsize=8.5, color="#555555"
+            )
+    save_figure(figure, path)
+
+
+def _draw_predictions(axes: "Axes", predictions: Sequence[Prediction]) -> None:
+    shares = [prediction.probability for prediction in predictions]
+    names = [drawable(prediction.class_name, _WIDEST_CLASS) for prediction in predictions]
+    axes.barh(range(len(shares)), shares, color="#4c72b0", height=0.7)
+    axes.set_yticks(range(len(names)), names, fontsize=9, parse_math=False)
+    for row, value in enumerate(shares):
+        axes.text(value + 0.02, row, f"{100 * value:.1f} %", va="center", fontsize=9)
+    axes.set_xlim(0, 1.25)
+    axes.set_ylim(_MOST_BARS - 0.5, -0.5)  # the best on top, and few bars as thick as many
+    axes.set_xticks([])
+    axes.set_title("predictions", fontsize=10)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def _draw_map(
+    axes: "Axes",
+    pixels: Float[np.ndarray, "height width channels"],
+    values: Float[np.ndarray, "rows columns"],
+    *,
+    region: tuple[float, float, float, float],
+) -> None:
+    """The picture in grey, and over it each patch in the colour of its share of the attention."""
+    axes.imshow(pixels @ (0.299, 0.587, 0.114), cmap="gray", vmin=0, vmax=1)
+    limits = {"xlim": axes.get_xlim(), "ylim": axes.get_ylim()}
+    axes.imshow(values, cmap="inferno", vmin=0, extent=region, interpolation="nearest", alpha=0.6)
+    axes.set(**limits)  # a branch may see only the middle
+    axes.set_axis_off()
+
+
+def _region(config: CrossViTConfig, branch: int) -> tuple[float, float, float, float]:
+    """The part of the image that a branch sees, as (left, right, bottom, top) in pixels: all of it, or its middle."""
+    height, width = config.image_size
+    seen_height, seen_width = config.branch_image_size[branch] if config.crop_scale else (height, width)
+    top, left = round((height - seen_height) / 2) - 0.5, round((width - seen_width) / 2) - 0.5
+    return left, left + seen_width, top + seen_height, top

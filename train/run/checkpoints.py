@@ -1,0 +1,166 @@
+"""The checkpoints of a run: written while training goes on, the last two and the best kept, damage noticed.
+
+A checkpoint has the training state, what the loop must remember beside it (`progress`), and the model's description,
+so that every one of them is a SOURCE of `python -m convert`.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import PreservationContext
+
+from convert import metadata
+from convert.errors import one_line, quiet
+from train.optim.state import State
+from train.run.folder import CHECKPOINTS, CheckpointError
+
+_STATE, _PROGRESS = "state", "progress"
+_KEPT = 2
+
+
+class Checkpoints:
+    """The checkpoints in a run's folder. All processes of a run make one, and call it at the same steps."""
+
+    def __init__(self, folder: Path, *, description: dict, say: Callable[[str], None]):
+        """`description` is that of `convert.metadata`; `say` shows the user a line."""
+        self._folder = (folder / CHECKPOINTS).absolute()
+        self._description, self._say = description, say
+        self._keep = _LatestAndBest()
+        self._last_whole: int | None = None
+        self._fingerprint = jax.jit(fingerprint)
+        options = ocp.CheckpointManagerOptions(preservation_policy=self._keep, enable_async_checkpointing=True)
+        try:
+            with quiet("absl"):
+                self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except OSError as error:
+            raise CheckpointError(f"cannot keep checkpoints in {self._folder}: {one_line(error)}") from error
+
+    @property
+    def best_step(self) -> int | None:
+        """The step whose checkpoint is kept as the best."""
+        return self._keep.best_step
+
+    @best_step.setter
+    def best_step(self, step: int | None) -> None:
+        self._keep.best_step = step
+
+    def save(self, step: int, state: State, progress: dict[str, Any]) -> None:
+        """Write a checkpoint; returns when the state may change, and goes on in the background.
+
+        Does nothing if there is one of this step: it can only be the same. Raises CheckpointError, also for the
+        checkpoint before this one.
+        """
+        if step in self._manager.all_steps():
+            return
+        marks = jax.device_get(self._fingerprint(state)).tolist()
+        items = {
+            _STATE: ocp.args.StandardSave(state),
+            _PROGRESS: ocp.args.JsonSave({**progress, "fingerprint": marks}),
+            metadata.KEY: ocp.args.JsonSave(self._description),
+        }
+        self._attempt(step, lambda: self._manager.save(step, args=ocp.args.Composite(**items), force=True))
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is whole on the disk, and no other than those to keep are there.
+
+        Raises CheckpointError if it cannot be written.
+        """
+        self._attempt(self._manager.latest_step(), self._manager.wait_until_finished)
+        steps = sorted(self._manager.all_steps())
+        for step in {*steps[:-_KEPT]} - {self.best_step}:
+            self._manager.delete(step)
+
+    def close(self) -> None:
+        """Wait for what is being written, and end the threads. What went wrong there is told by `save` and `wait`."""
+        with quiet("absl"), contextlib.suppress(Exception):
+            self._manager.close()
+
+    def restore(self, shapes: State) -> tuple[State, dict[str, Any]] | None:
+        """The newest whole checkpoint and its progress; None if there is none.
+
+        A damaged one is told, renamed to `STEP.damaged`, and the one before is taken.
+
+        Args:
+            shapes: the state with `ShapeDtypeStruct`s that carry shardings: those of this run, not of the one before.
+
+        Raises:
+            CheckpointError: there are checkpoints, and all are damaged.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                state, progress = self._read(step, shapes)
+            except Exception as error:  # Orbax and tensorstore raise whatever the damage leads to
+                self._say(f"checkpoint {self._folder / str(step)} is damaged ({one_line(error)[:200]})")
+                self._put_aside(step)
+                continue
+            self._last_whole = step
+            return state, progress
+        if steps:
+            raise CheckpointError(f"none of the checkpoints in {self._folder} can be read")
+        return None
+
+    def _read(self, step: int, shapes: State) -> tuple[State, dict[str, Any]]:
+        items = {_STATE: ocp.args.StandardRestore(shapes), _PROGRESS: ocp.args.JsonRestore()}
+        with quiet("absl"):
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        state, progress = restored[_STATE], restored[_PROGRESS]
+        if self._fingerprint_of(state) != progress.pop("fingerprint"):
+            raise ValueError("its content is not what was written")
+        return state, progress
+
+    def _fingerprint_of(self, state: State) -> list[int]:
+        return jax.device_get(self._fingerprint(state)).tolist()
+
+    def _put_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            (self._folder / str(step)).rename(self._folder / f"{step}.damaged")
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices(f"checkpoint {step} put aside")
+        self._manager.reload()
+
+    def _attempt(self, step: int | None, write: Callable[[], Any]) -> None:
+        try:
+            with quiet("absl"):
+                write()
+        except Exception as error:  # besides OSError, whatever Orbax and tensorstore raise
+            reason = "no space left on device" if "No space left" in str(error) else one_line(error)[:300]
+            last = "none is whole" if self._last_whole is None else f"the last whole one is of step {self._last_whole}"
+            raise CheckpointError(
+                f"a checkpoint could not be written in {self._folder} (step {step}): {reason}; {last}"
+            ) from error
+        whole = [known for known in self._manager.all_steps() if known != step]
+        self._last_whole = max(whole, default=None)
+
+
+class _LatestAndBest:
+    """Orbax's question which checkpoints to keep. The best is known to the loop only after it was saved."""
+
+    best_step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: PreservationContext) -> list[bool]:
+        recent = {info.step for info in checkpoints[-_KEPT:]}
+        return [info.step in recent or info.step == self.best_step for info in checkpoints]
+
+
+def fingerprint(state: State) -> jax.Array:
+    """Numbers that change when any bit of a state does: for each leaf a sum of its bits, weighted by place (uint32).
+
+    Integers add up to the same in any order, so neither mesh nor number of devices matters.
+    """
+
+    def mark(leaf: jax.Array) -> jax.Array:
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}.get(leaf.dtype.itemsize, jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32).reshape(-1)
+        places = jnp.arange(bits.size, dtype=jnp.uint32) * np.uint32(2654435761) + np.uint32(1)
+        return jnp.sum(bits * places, dtype=jnp.uint32)
+
+    return jnp.stack([mark(leaf) for leaf in jax.tree.leaves(state)])

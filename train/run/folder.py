@@ -1,0 +1,178 @@
+"""The folder of a run: where it is, who may write to it, and the settings that it keeps."""
+
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from train.config import SettingsError, TrainConfig
+from train.run.whole_file import write_whole
+
+_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "timm", "pillow", "numpy")
+_CONFIG, _LOCK = "config.json", ".lock"
+# what may differ when a run is continued: none of it changes what is computed
+_FREE = {"output", "data_dir", "dataset", "init", "workers", "mesh", "coordinator", "num_processes", "process_id"}
+_FREE |= {"checkpoint_every", "max_bad_images", "wandb"}
+BEFORE = {"augment_on": "host"}  # what runs did that were begun before there was the setting
+CHECKPOINTS = "checkpoints"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, or none can be read; the message is one line."""
+
+
+def read_run(output: str | None) -> dict[str, Any] | None:
+    """The `config.json` of the run in a folder, or None if a new run may start there.
+
+    Raises SettingsError if the folder holds something else.
+    """
+    if output is None:
+        return None
+    folder = Path(output)
+    try:
+        if not os.path.lexists(folder) or (folder.is_dir() and _is_unused(folder)):
+            return None
+        return json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise SettingsError(f"--output {folder} holds something, but no run to continue: name a new folder") from None
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"cannot read {folder / _CONFIG}: {error}") from error
+
+
+def read_settings(folder: str) -> TrainConfig:
+    """The settings of the run in a folder. Raises SettingsError if there is none, or one of another version."""
+    saved = read_run(folder)
+    if saved is None:
+        raise SettingsError(f"there is no run in {folder}")
+    try:
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["train"].items()}
+        return TrainConfig(**values | {"output": folder})
+    except (KeyError, TypeError) as error:
+        raise SettingsError(f"the run in {folder} was started by another version: {error}") from error
+
+
+def check_same_run(saved: dict[str, Any], described: dict[str, Any], output: str | None) -> None:
+    """Raises SettingsError, showing each difference, if a run that was begun otherwise would be continued.
+
+    Args:
+        saved: what `read_run` returned.
+        described: what `describe_run` says of the run that shall continue it.
+    """
+    differences = []
+    begun = {**saved, "train": BEFORE | saved.get("train", {})}
+    for part in ("train", "model", "data"):
+        # through JSON, where tuples are lists
+        old, new = _flat(begun.get(part, {})), _flat(json.loads(json.dumps(described[part])))
+        differences += [
+            f"{name.rpartition('.')[2]} was {old.get(name)!r} and is {new.get(name)!r}"
+            for name in sorted(old | new)
+            if old.get(name) != new.get(name) and name not in _FREE
+        ]
+    if differences:
+        shown = "; ".join(differences[:6]) + (f"; and {len(differences) - 6} more" if differences[6:] else "")
+        raise SettingsError(f"the run in {output} cannot be continued with other settings: {shown[:1000]}")
+
+
+def describe_run(config: TrainConfig, *, model: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """What `config.json` keeps: every setting as `train`, the model, the data, versions and devices."""
+    import jax  # late: flags read the settings of a run, too
+
+    return {
+        "train": dataclasses.asdict(config),
+        "model": model,
+        "data": data,
+        "devices": {
+            "count": jax.device_count(),
+            "kind": jax.devices()[0].device_kind,
+            "platform": jax.default_backend(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in _PACKAGES},
+        },
+    }
+
+
+def write_config(folder: Path, described: dict[str, Any]) -> None:
+    """Write `config.json` whole."""
+    write_whole(folder / _CONFIG, (json.dumps(described, indent=2) + "\n").encode())
+
+
+def newest_checkpoint(folder: Path) -> int:
+    """The step of the newest checkpoint in a run's folder, whole or damaged, without opening it; 0: there is none.
+
+    Raises CheckpointError if that cannot be told.
+    """
+    try:
+        names = os.listdir(folder / CHECKPOINTS)
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise CheckpointError(f"cannot keep checkpoints in {folder / CHECKPOINTS}: {error.strerror}") from error
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def claim_run_folder(config: TrainConfig) -> "Claim":
+    """Make the folder `config.output`, or `runs/VARIANT-DATASET-TIME`, and take it.
+
+    Raises SettingsError if that is impossible, or another run has it.
+    """
+    try:
+        if config.output:
+            folder = Path(config.output)
+            is_new = not folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            return Claim(folder, is_new=is_new)
+        dataset = re.sub(r"\W+", "-", Path(config.dataset).name.split(":")[-1]).strip("-")
+        name = f"{config.variant}-{dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        for attempt in range(100):  # two runs may start in the same second
+            folder = Path("runs") / (name if attempt == 0 else f"{name}-{attempt + 1}")
+            try:
+                folder.mkdir(parents=True)
+                return Claim(folder, is_new=True)
+            except FileExistsError:
+                continue
+        raise FileExistsError(f"runs/{name} and a hundred more exist")
+    except OSError as error:
+        raise SettingsError(f"cannot make the run's folder: {error}") from error
+
+
+class Claim:
+    """A run's folder belongs to one run at a time: as long as this is not closed, and the process lives."""
+
+    def __init__(self, folder: Path, *, is_new: bool = False):
+        """Raises SettingsError if another run has the folder, or nothing can be written there."""
+        self.folder, self._is_new = folder, is_new
+        try:
+            self._file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._file)
+            raise SettingsError(f"another run is writing to {folder}: wait for it, or name another --output") from None
+        except OSError as error:
+            raise SettingsError(f"cannot write to {folder}: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Let others have the folder. One that was new, and got nothing, is removed."""
+        if self._is_new and _is_unused(self.folder):
+            shutil.rmtree(self.folder)
+        os.close(self._file)
+
+
+def _is_unused(folder: Path) -> bool:
+    return all(path.is_dir() or path.name == _LOCK for path in folder.rglob("*"))
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        key: value for name, below in tree.items() for key, value in _flat(below, f"{prefix}.{name}".strip(".")).items()
+    }
