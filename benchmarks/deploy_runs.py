@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Int
 
+from convert.errors import SettingsError
 from convert.weights import Weights
 from crossvit_jax.config import CrossViTConfig
-from train.config import SettingsError, TrainConfig
+from train.config import TrainConfig
 from train.data.sources import ImageSets, Source, open_image_sets
 from train.evaluate import match_classes
 from train.images.decode import UnreadableImage

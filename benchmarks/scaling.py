@@ -24,8 +24,9 @@ from benchmarks.command import exit_status, variant_name, writable_json
 from benchmarks.machine import about, where
 from benchmarks.result import write_json
 from convert.command_line import Parser, at_least_one
+from convert.errors import SettingsError
 from train.compile import Figures, compile_step
-from train.config import RECIPES, SettingsError
+from train.config import RECIPES
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,22 @@
-"""The one exception of this package, and how other libraries' errors become one line of ours."""
+"""The errors that a command tells in one line, and how other libraries' errors become one line of ours."""
 
 import contextlib
 import logging
 from collections.abc import Iterator
 
 
-class ConversionError(ValueError):
-    """What was asked cannot be done; the message is one line for the person who asked."""
+class UserError(Exception):
+    """The message is one line for the person who asked, shown as it is; `status` is the command's exit status then."""
+
+    status = 2
+
+
+class ConversionError(UserError, ValueError):
+    """What was asked of weights or files cannot be done."""
+
+
+class SettingsError(UserError, ValueError):
+    """A mistake in what was asked of a run."""
 
 
 def one_line(error: BaseException) -> str:

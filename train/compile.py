@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from convert.command_line import Parser
-from train.config import RECIPES, SettingsError, TrainConfig
+from convert.errors import SettingsError
+from train.config import RECIPES, TrainConfig
 from train.flags import add_settings, apply_flags
 
 if TYPE_CHECKING:

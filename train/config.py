@@ -7,14 +7,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from convert.errors import ConversionError
+from convert.errors import ConversionError, SettingsError
 from convert.paths import FOLDER_PREFIX, typed_path
 from crossvit_jax.config import CrossViTConfig, get_config
 from train.images.rand_augment import ACCEPTED, parse_rand_augment
-
-
-class SettingsError(ValueError):
-    """A mistake in what was asked for. Its message is one line, shown as it is; the program then exits with 2."""
 
 
 def setting(default: Any, help: str, parse: Callable[[str], Any] | None = None) -> Any:

@@ -16,8 +16,9 @@ import numpy as np
 from jaxtyping import Int
 
 from convert.command_line import Parser, at_least_zero
+from convert.errors import SettingsError
 from convert.paths import FOLDER_PREFIX
-from train.config import SettingsError, TrainConfig, data_set, home_path
+from train.config import TrainConfig, data_set, home_path
 from train.inference.command import SOURCES, add_model_flags, load_model, progress_bar, run, tell_notes
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from convert.command_line import Parser
-from train.config import RECIPES, SettingsError, TrainConfig, home_path
+from convert.errors import SettingsError
+from train.config import RECIPES, TrainConfig, home_path
 from train.run.folder import read_settings
 
 _DIGITS = "digits"  # the data set that has a recipe of its own

@@ -15,9 +15,9 @@ import jax
 from jax.experimental import multihost_utils
 
 import convert
+from convert.errors import SettingsError
 from convert.metadata import describe
 from convert.tree import nest
-from train.config import SettingsError
 from train.data.bad_images import BadImages, too_many
 from train.devices.hosts import is_main
 from train.devices.memory import available_memory, check_fits, memory_errors_explained, step_memory

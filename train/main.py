@@ -6,7 +6,7 @@ import gc
 import sys
 from collections.abc import Sequence
 
-from train.config import SettingsError
+from convert.errors import SettingsError
 from train.flags import parse_flags
 
 

@@ -17,11 +17,12 @@ from benchmarks.deploy_runs import Run, evenly, open_model, open_run, pair
 from benchmarks.deploy_task import DeployTask, Form
 from benchmarks.worker import Ready, Round, SideFailed
 from convert import load_weights, save
+from convert.errors import SettingsError
 from convert.export.stablehlo import stablehlo_program
 from tests.benchmarks.brief import BriefDeployTask
 from tests.command_line import refusal
 from tests.train.small_weights import save_small
-from train.config import SettingsError, TrainConfig
+from train.config import TrainConfig
 from train.evaluate import main as evaluate
 from train.run.folder import write_config
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import train.predict
+from convert.errors import SettingsError
 from tests.train.small_weights import save_small, small_config, small_timm_model
-from train.config import SettingsError
 from train.data.sources import open_digits
 from train.evaluate import main, match_classes
 from train.images.transforms import eval_transform

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from train.config import RECIPES, SettingsError, TrainConfig
+from convert.errors import SettingsError
+from train.config import RECIPES, TrainConfig
 from train.flags import parse_flags
 
 

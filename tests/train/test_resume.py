@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from convert import load_weights
+from convert.errors import SettingsError
 from tests.train.runner import Run
-from train.config import RECIPES, SettingsError
+from train.config import RECIPES
 from train.job import augment_on
 from train.main import main
 from train.run.folder import Claim, check_same_run

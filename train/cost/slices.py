@@ -4,7 +4,7 @@ import importlib.util
 import os
 import re
 
-from train.config import SettingsError
+from convert.errors import SettingsError
 
 # Without a TPU, libtpu looks for one, complains at length and leaves log files in /tmp. Told all that, it is silent.
 # It would also refuse to be loaded by a second process, because two cannot share a TPU; but nothing is run on one here.

@@ -19,8 +19,9 @@ from typing import Any, Protocol, runtime_checkable
 import absl.logging
 import numpy as np
 
+from convert.errors import SettingsError
 from convert.paths import FOLDER_PREFIX
-from train.config import SettingsError, TrainConfig
+from train.config import TrainConfig
 from train.images.decode import UnreadableImage
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")

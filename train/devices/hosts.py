@@ -2,7 +2,8 @@
 
 import jax
 
-from train.config import SettingsError, TrainConfig
+from convert.errors import SettingsError
+from train.config import TrainConfig
 
 
 def start(config: TrainConfig) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from train.config import SettingsError, TrainConfig
+from convert.errors import SettingsError
+from train.config import TrainConfig
 
 BATCHES = 3  # on a device at the same time: the step's own, and the two that train.data.prefetch brings ahead
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from train.config import SettingsError
+from convert.errors import SettingsError
 
 AXES = ("data", "fsdp")
 _SMALLEST_CUT = 2**12  # arrays of fewer elements are not worth the communication

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from convert.command_line import Parser, at_least_one, image_size, share
-from convert.errors import ConversionError, one_line
-from train.config import SettingsError
+from convert.errors import ConversionError, SettingsError, one_line
 
 if TYPE_CHECKING:
     from tqdm import tqdm

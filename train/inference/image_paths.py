@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from train.config import SettingsError
+from convert.errors import SettingsError
 from train.data.sources import IMAGE_SUFFIXES
 
 STDIN = "-"

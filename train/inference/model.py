@@ -10,10 +10,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from convert import load_weights
+from convert.errors import SettingsError
 from convert.models import flax_model
 from convert.weights import Weights
 from crossvit_jax import CrossViT, CrossViTConfig
-from train.config import SettingsError
 from train.devices.mesh import batch_sharding, make_mesh, replicated
 from train.optim.ptq import quantised
 from train.optim.quantize import require_qwix

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
+from convert.errors import SettingsError
 from crossvit_jax import CrossViT
-from train.config import SettingsError
 
 if TYPE_CHECKING:
     import qwix

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from train.config import SettingsError, TrainConfig
+from convert.errors import SettingsError
+from train.config import TrainConfig
 from train.run.whole_file import write_whole
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "timm", "pillow", "numpy")

@@ -4,9 +4,10 @@ import dataclasses
 
 from convert import ConversionError, load_weights
 from convert.adapt import adapt
+from convert.errors import SettingsError
 from convert.weights import Weights
 from crossvit_jax import get_config
-from train.config import SettingsError, TrainConfig
+from train.config import TrainConfig
 
 
 def initial_weights(config: TrainConfig, class_names: tuple[str, ...]) -> Weights:

@@ -13,7 +13,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from train.config import RECIPES, SettingsError
+from convert.errors import SettingsError
+from train.config import RECIPES
 from train.data.digits import held_out_indices
 from train.data.sources import DataError, TfdsSource, open_digits, open_folder, open_image_sets, open_tfds
 from train.images.decode import UnreadableImage

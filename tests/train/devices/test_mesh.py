@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from train.config import SettingsError
+from convert.errors import SettingsError
 from train.devices.mesh import AXES, mesh_shape, state_shardings
 
 

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 from timm.data import auto_augment
 
-from train.config import RECIPES, SettingsError
+from convert.errors import SettingsError
+from train.config import RECIPES
 from train.flags import parse_flags
 from train.images.augment import OPERATIONS
 from train.images.rand_augment import parse_rand_augment

@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 
 from convert import load_flax
+from convert.errors import SettingsError
 from crossvit_jax.layers import Linear
 from tests.train.small_weights import save_small, small_config
-from train.config import SettingsError, TrainConfig
+from train.config import TrainConfig
 from train.evaluate import main as evaluate
 from train.main import main
 from train.optim.optimizer import make_optimizer
