@@ -205,6 +205,22 @@ class CrossViT(nnx.Module):
         """Names of the parameters that weight decay leaves out, besides biases and norms (timm `no_weight_decay`)."""
         return {f"{name}_{i}" for name in ("cls_token", "pos_embed") for i in range(len(self.patch_embed))}
 
+    def is_head(self, name: str) -> bool:
+        """Whether a parameter, by its dotted name, belongs to the heads."""
+        return name.split(".")[0] == "head"
+
+    def layer_of(self, name: str) -> int:
+        """The layer that a parameter belongs to, by its dotted name, from 0 at the image to the last at the heads.
+
+        Embeddings are layer 0. In each stage, block i of every branch is a layer, and the fusion with its projections
+        is one more. Final norms and heads are the last layer.
+        """
+        depth = max(self.config.depth)
+        part, *path = name.split(".")
+        if part == "blocks":
+            return 1 + int(path[0]) * (depth + 1) + (int(path[3]) if path[1] == "blocks" else depth)
+        return 1 + self.config.stages * (depth + 1) if part in ("norm", "head") else 0
+
     def _embed(self, images: Array, rngs: nnx.Rngs | None) -> list[Float[Array, "batch _ _"]]:
         """Each branch's class and patch tokens with position embeddings."""
         if images.ndim != 4 or images.shape[-1] != self.config.in_chans:

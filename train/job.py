@@ -5,6 +5,7 @@ import importlib.util
 import os
 import uuid
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,15 +15,16 @@ from convert import ConversionError
 from convert.errors import SettingsError
 from convert.metadata import describe, understand
 from convert.weights import Weights
-from crossvit_jax import CrossViTConfig, get_config
+from crossvit_jax import CrossViTConfig
 from train.config import RECIPES, TrainConfig
 from train.data.epochs import steps_per_epoch
 from train.data.sources import ImageSets, open_image_sets
 from train.devices.mesh import make_mesh
 from train.images.transforms import train_transform
 from train.optim.quantize import require_qwix
-from train.run.folder import BEFORE, check_same_run, describe_run, read_run
-from train.tasks.initial_weights import initial_weights
+from train.run.folder import BEFORE, check_same_run, describe_run, newest_checkpoint, read_run
+from train.tasks.classification import Classification, starting_model
+from train.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,10 @@ class Job:
     """A run that is ready to start, or to go on."""
 
     config: TrainConfig  # nothing left open that depends on the machine
-    model_config: CrossViTConfig
+    task: Task
     image_sets: ImageSets
     mesh: Mesh
-    weights: Weights | None  # to start from; none: fresh ones, or those of the run that is continued
+    weights: Weights | None  # to start from; none: fresh ones, or those of the checkpoint that is continued
     described: dict[str, Any]  # the content of config.json
     resumed: bool  # whether the folder holds this run already
 
@@ -78,16 +80,13 @@ def prepare(config: TrainConfig) -> Job:
             "choose a smaller --batch-size"
         )
 
-    weights = None
-    if saved is not None:  # --init need not be there any more
-        begun = _begun_model(saved, config)
-        wanted = {"name": get_config(config.variant or begun.name).name, "num_classes": len(image_sets.class_names)}
-        model_config = dataclasses.replace(begun, **wanted, **config.model_overrides())
-    elif config.init is not None:
-        weights = initial_weights(config, image_sets.class_names)
-        model_config = weights.config
+    begun = None if saved is None else _begun_model(saved, config)
+    if saved is not None and newest_checkpoint(Path(config.output)) == 0:  # the run starts as a new one does
+        config = dataclasses.replace(config, init=config.init or saved["train"].get("init"))
+        starts_anew = True
     else:
-        model_config = config.model_config(num_classes=len(image_sets.class_names))
+        starts_anew = saved is None  # or --init need not be there any more
+    model_config, weights = starting_model(config, image_sets.class_names, begun, starts_anew=starts_anew)
     config = dataclasses.replace(
         config,
         augment_on=augment_on(config, saved),
@@ -103,7 +102,8 @@ def prepare(config: TrainConfig) -> Job:
     described["id"] = uuid.uuid4().hex[:8] if saved is None else saved.get("id")
     if saved is not None:
         check_same_run(saved, described, config.output)
-    return Job(config, model_config, image_sets, mesh, weights, described, resumed=saved is not None)
+    task = Classification(config, model_config, image_sets.class_names)
+    return Job(config, task, image_sets, mesh, weights, described, resumed=saved is not None)
 
 
 def augment_on(config: TrainConfig, saved: dict[str, Any] | None) -> str:

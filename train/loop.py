@@ -1,39 +1,39 @@
 """The story of a run: data, model, optimiser, epochs of steps and evaluations, checkpoints, the weights at the end."""
 
+import functools
 import gc
+import itertools
 import time
-from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.experimental import multihost_utils
 
-import convert
 from convert.errors import SettingsError
-from convert.metadata import describe
 from convert.tree import nest
 from train.data.bad_images import BadImages, too_many
 from train.devices.hosts import is_main
-from train.devices.memory import available_memory, check_fits, memory_errors_explained, step_memory
-from train.devices.mesh import fetch, state_shardings
-from train.images.augment import compile_augment
+from train.devices.memory import available_memory, check_fits, memory_errors_explained
+from train.devices.mesh import fetch
+from train.inference.evaluation import forward
 from train.job import Job
-from train.optim.optimizer import make_optimizer
+from train.optim.programs import Plan, Programs
 from train.optim.schedule import learning_rate
-from train.optim.state import abstract_model, lower_init
-from train.optim.step import abstract_batch, jit_eval_step, jit_train_step, make_eval_step, make_train_step
 from train.pictures.figure import draw_curves
 from train.run.folder import claim_run_folder, newest_checkpoint, read_run, write_config
 from train.run.interruption import Interrupted, Interruption
-from train.run.meter import STEPS_BEHIND, Meter, TrainingFailed
+from train.run.meter import Meter, TrainingFailed
 from train.run.metrics_log import MetricsLog, NoLog, read_metrics
 from train.run.progress import Progress
+from train.run.run_state import Best, RunState
+from train.tasks.task import Metric, Scores, choosing_metric
+
+if TYPE_CHECKING:
+    from train.run.checkpoints import Checkpoints
 
 WEIGHTS_FILE, EMA_FILE, CURVES_FILE = "weights.safetensors", "weights-ema.safetensors", "curves.png"
 _CURVES_EVERY_S = 60.0
@@ -44,17 +44,21 @@ class Result:
     """How a run ended."""
 
     folder: Path
-    final: dict[str, float]  # the last evaluation: eval/loss, eval/top1, and from 6 classes on eval/top5
-    best: dict[str, float]  # top1 in percent, epoch (from 1) and step of the best evaluation
+    metrics: tuple[Metric, ...]
+    final: dict[str, float]  # the last evaluation: eval/loss and the task's metrics
+    best: Best | None  # evaluation
     seconds: float
 
     def summary(self) -> str:
         """A few lines for the user."""
         minutes, seconds = divmod(round(self.seconds), 60)
-        top5 = f", top-5 {self.final['eval/top5']:.2f} %" if "eval/top5" in self.final else ""
+        told = [metric for metric in self.metrics if f"eval/{metric.name}" in self.final]
+        held_out = [metric.shown(self.final[f"eval/{metric.name}"]) for metric in told]
+        choosing = next(metric for metric in self.metrics if metric.better)
+        best = f" (best {choosing.shown(self.best.value)}, epoch {self.best.epoch})" if self.best else ""
         return (
-            f"held-out top-1 {self.final['eval/top1']:.2f} %{top5}, loss {self.final['eval/loss']:.4f} "
-            f"(best top-1 {self.best['top1']:.2f} %, epoch {self.best['epoch']}); {minutes} min {seconds:02} s\n"
+            f"held-out {', '.join(held_out)}, loss {self.final['eval/loss']:.4f}{best}; "
+            f"{minutes} min {seconds:02} s\n"
             f"run folder {self.folder}, weights {self.folder / WEIGHTS_FILE}"
         )
 
@@ -66,8 +70,7 @@ def train(job: Job) -> Result:
     SettingsError if the program does not fit into memory or the folder is taken, and what the data raises.
     """
     start = time.perf_counter()
-    config, model_config, mesh = job.config, job.model_config, job.mesh
-    class_names = job.image_sets.class_names
+    config, mesh = job.config, job.mesh
 
     with ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
@@ -76,173 +79,241 @@ def train(job: Job) -> Result:
         # --- the run's folder: taken now, written to when nothing can go wrong any more ---
         folder = _claim_folder(job, stack)
         newest_step = newest_checkpoint(folder)
-        description = describe(model_config, class_names)
-        train_steps = config.epochs * job.steps_per_epoch
+        _say(_headline(job, folder))
 
-        # --- model, optimiser, and the programs that the devices run, compiled at the same time ---
-        model = abstract_model(model_config, config)
-        optimizer = make_optimizer(config, steps_per_epoch=job.steps_per_epoch, no_weight_decay=model.no_weight_decay())
+        # --- the programs that the devices run ---
+        _say("compiling the training step …")
         initial = None if job.weights is None else nest(job.weights.tensors)
-        shapes, init = lower_init(model_config, optimizer, config, mesh, initial)
-        train_shapes = abstract_batch(model_config.image_size, config.batch_size, masked=False)
-        eval_shapes = abstract_batch(model_config.image_size, job.eval_batch_size, masked=True)
-        with ThreadPoolExecutor() as threads:
-            initialising = threads.submit(init)
-            train_step = jit_train_step(make_train_step(model, optimizer, config), mesh, shapes)
-            compiling = threads.submit(train_step.lower(shapes, train_shapes).compile)
+        plan = Plan(job.task, config, mesh, job.steps_per_epoch, job.eval_batch_size)
+        programs = stack.enter_context(closing(Programs(plan, new_state=newest_step == 0, params=initial)))
 
-            # --- meanwhile: the data, and evaluation; Grain and Orbax take long to import ---
-            from train.data.streams import open_eval_stream, open_train_stream
-            from train.run.checkpoints import Checkpoints
+        # --- meanwhile the data; Grain and Orbax take long to import ---
+        from train.run.checkpoints import Checkpoints
 
-            train_stream = stack.enter_context(closing(open_train_stream(job, start_step=newest_step)))
-
-            @cache
-            def eval_stream():
-                return stack.enter_context(closing(open_eval_stream(job)))
-
-            eval_step = jit_eval_step(make_eval_step(model), mesh, shapes["params"])
-            eval_step = eval_step.lower(shapes["params"], eval_shapes)
-            augmenting = None
-            if config.augment_on == "device":  # not before: while qwix traces the model, it has its hands on jax itself
-                augmenting = threads.submit(compile_augment, train_shapes["image"].shape, config, mesh)
-            eval_step = eval_step.compile()
-            state, train_step = initialising.result(), compiling.result()
-            augment = augmenting and augmenting.result()
-        memory, available = step_memory(train_step), available_memory(mesh)
+        data = stack.enter_context(closing(_Data(job, start_step=newest_step)))
+        memory, available = programs.memory, available_memory(mesh)
         check_fits(memory, available, config, mesh)
+        _say(memory.describe(available))
 
-        # --- the state that an earlier run left ---
-        checkpoints = stack.enter_context(closing(Checkpoints(folder, description=description, say=_say)))
+        # --- the state that an earlier run left, or a new one ---
+        checkpoints = stack.enter_context(closing(Checkpoints(folder, description=job.described["model"], say=_say)))
         if is_main() and not job.resumed:
             write_config(folder, job.described)
-        progress = {"step": 0, "log_bytes": 0, "meter": None, "best": {"top1": -1.0, "epoch": 0, "step": None}}
-        wanted = jax.tree.map(_with_sharding, shapes, state_shardings(shapes, mesh))
-        restored = checkpoints.restore(wanted)
-        if restored is not None:
-            state, progress = restored
-        step, best = progress["step"], progress["best"]
-        if step != newest_step:  # the newest checkpoint was damaged
-            train_stream.close()
-            train_stream = stack.enter_context(closing(open_train_stream(job, start_step=step)))
-        checkpoints.best_step = best["step"]
-        _say(_headline(job, folder))
-        _say(memory.describe(available))
-        if job.resumed:
-            _say(f"continued after step {step} of {train_steps}")
+        run = _Run(job, folder, programs, data, checkpoints, interruption, start=start)
+        stack.enter_context(closing(run))
 
         # --- epochs ---
-        bad_train, bad_held_out = BadImages(job.image_sets.train, _say), BadImages(job.image_sets.held_out, _say)
-        log = stack.enter_context(_open_log(job, folder, progress))
-        shown = Progress(epochs=config.epochs, steps_per_epoch=job.steps_per_epoch, done=step, silent=not is_main())
-        stack.enter_context(closing(shown))
-        first_step = True
-        final: dict[str, float] = {}
-        drawn = time.perf_counter()
-
-        def save(meter: Meter) -> None:
-            meter_state = meter.catch_up()
-            progress = {"step": step, "log_bytes": log.position, "meter": meter_state, "best": best}
-            checkpoints.save(step, state, {**progress, "run": job.described})
-
-        def stop_if_wanted() -> None:
-            if interruption.wanted(step):
-                checkpoints.wait()
-                raise Interrupted(
-                    f"saved after step {step} in {folder}; --resume {folder} goes on", interruption.status
-                )
-
-        interruption.can_save = True
-        for epoch in range(max(1, -(-step // job.steps_per_epoch)), config.epochs + 1):
-            meter = Meter(
-                log,
-                shown,
-                epoch=epoch,
-                step=step,
-                batch_size=config.batch_size,
-                log_every=config.log_every,
-                learning_rate=lambda step: learning_rate(config, step, steps_per_epoch=job.steps_per_epoch),
-                check_bad=lambda count: _check_bad(job, bad_train, count),
-                state=progress["meter"],
-            )
-            progress["meter"] = None
-            while step < epoch * job.steps_per_epoch:
-                batch = next(train_stream)
-                bad_train.add(batch.pop("bad_indices"))
-                if augment is not None:
-                    batch["image"] = augment(batch["image"], step)
-                state, metrics = train_step(state, batch)
-                step += 1
-                if first_step:
-                    jax.block_until_ready(metrics)
-                    _say(f"the first step was done after {time.perf_counter() - start:.1f} s")
-                    first_step = False
-                    gc.enable()  # see train.main
-                    eval_stream()  # not before: its workers would take the cores from what the first step waits for
-                meter.add(metrics)
-                if step % config.checkpoint_every == 0 or step % job.steps_per_epoch == 0 or interruption.wanted(step):
-                    save(meter)
-                    stop_if_wanted()
-            values, images_per_s = meter.finish()
+        for epoch in run.epochs_left():
+            values, images_per_s = run.train_epoch(epoch)
             if epoch % config.eval_every == 0 or epoch == config.epochs:
-                final = {}
-                for name, weights in (("", "params"), ("ema_", "ema")):
-                    if weights in state:
-                        batches = _watched(eval_stream(), bad_held_out, stop_if_wanted)
-                        final |= evaluate(
-                            eval_step, state[weights], batches, steps=job.eval_steps, prefix=f"eval/{name}"
-                        )
-                final["eval/bad_images"] = len(job.image_sets.held_out) - int(final.pop("eval/images"))
-                _check_bad(job, bad_held_out, final["eval/bad_images"], held_out=True)
-                log.write(step=step, epoch=epoch, values=final)
-                top1 = final.get("eval/ema_top1", final["eval/top1"])
-                if top1 > best["top1"]:
-                    best = {"top1": top1, "epoch": epoch, "step": step}
-                    checkpoints.best_step = step
-                values |= final
-            shown.epoch(epoch=epoch, step=step, values=values, images_per_s=images_per_s)
-            if is_main() and (time.perf_counter() - drawn > _CURVES_EVERY_S or epoch == config.epochs):
-                draw_curves(read_metrics(folder), folder / CURVES_FILE)
-                drawn = time.perf_counter()
+                values |= run.evaluate(epoch)
+            run.tell(epoch, values, images_per_s)
 
         # --- the weights ---
         checkpoints.wait()
         for name, file in (("params", WEIGHTS_FILE), ("ema", EMA_FILE)):
-            if name in state:
-                params = fetch(state[name], mesh)
+            if name in run.state:
+                params = fetch(run.state[name], mesh)
                 if is_main():
-                    convert.save(params, model_config, folder / file, class_names=class_names, overwrite=True)
-    return Result(folder, final, best, time.perf_counter() - start)
+                    job.task.save(params, folder / file)
+    return Result(folder, job.task.metrics, run.final, run.best, time.perf_counter() - start)
 
 
-def evaluate(
-    eval_step, params: Any, batches: Iterator[dict[str, jax.Array]], *, steps: int, prefix: str = "eval/"
-) -> dict[str, float]:
-    """Loss, and top-1 and (from 6 classes on) top-5 in percent, over the images of the next `steps` batches.
+class _Run:
+    """A run on its way: its state, and all that is told and kept of it. Close it after use."""
 
-    Under `eval/images` also how many images that were. Raises TrainingFailed if there were none.
-    """
-    sums: Counter[str] = Counter()
-    pending: deque[dict[str, jax.Array]] = deque()
-    for _ in range(steps):
-        pending.append(eval_step(params, next(batches)))
-        if len(pending) > STEPS_BEHIND:
-            sums.update(jax.device_get(pending.popleft()))
-    for values in pending:
-        sums.update(jax.device_get(values))
-    images = float(sums["count"])
-    if not images:
-        raise TrainingFailed("none of the held-out images can be read")
-    percent = {f"{prefix}{name}": 100 * float(sums[name]) / images for name in ("top1", "top5") if name in sums}
-    return {f"{prefix}loss": float(sums["loss"]) / images, **percent, "eval/images": images}
+    def __init__(
+        self,
+        job: Job,
+        folder: Path,
+        programs: Programs,
+        data: "_Data",
+        checkpoints: "Checkpoints",
+        interruption: Interruption,
+        *,
+        start: float,
+    ):
+        self._job, self._folder, self._programs, self._data = job, folder, programs, data
+        self._checkpoints, self._interruption = checkpoints, interruption
+        self._choosing = choosing_metric(job.task)
+        self._bad_train = BadImages(job.image_sets.train, _say)
+        self._bad_held_out = BadImages(job.image_sets.held_out, _say)
+        self._start, self._first_step_done, self._drawn = start, False, time.perf_counter()
+        self.final: dict[str, float] = {}  # the last evaluation
+        self._restore_or_begin()
+
+    def _restore_or_begin(self) -> None:
+        """The state of the newest checkpoint that is whole, or a new one."""
+        job, config = self._job, self._job.config
+        restored = self._checkpoints.restore(self._programs.state)
+        if restored is None:
+            restored = self._programs.new_state(), RunState()
+        self.state, remembered = restored
+        self._step, self.best = remembered.step, remembered.best
+        self._checkpoints.best_step = self.best and self.best.step
+        self._data.go_to(self._step)  # elsewhere than it is where the newest checkpoint was damaged
+        if job.resumed:
+            _say(f"continued after step {self._step} of {config.epochs * job.steps_per_epoch}")
+        self._log = _open_log(job, self._folder, position=remembered.log_bytes, step=self._step)
+        self._shown = Progress(
+            job.task.metrics,
+            self._choosing,
+            epochs=config.epochs,
+            steps_per_epoch=job.steps_per_epoch,
+            done=self._step,
+            silent=not is_main(),
+        )
+        self._meter = Meter(
+            self._log,
+            self._shown,
+            metrics=job.task.metrics,
+            step=self._step,
+            batch_size=config.batch_size,
+            log_every=config.log_every,
+            learning_rate=lambda step: learning_rate(config, step, steps_per_epoch=job.steps_per_epoch),
+            check_bad=lambda count: _check_bad(job, self._bad_train, count),
+            state=remembered.meter,
+        )
+        self._interruption.can_save = True
+
+    def epochs_left(self) -> range:
+        """From 1; also the epoch whose last step is done, if its evaluation is not."""
+        return range(max(1, -(-self._step // self._job.steps_per_epoch)), self._job.config.epochs + 1)
+
+    def train_epoch(self, epoch: int) -> tuple[dict[str, float], float]:
+        """The steps of an epoch that are left; the epoch's means by their names in the log, and images/s."""
+        job, programs = self._job, self._programs
+        self._meter.begin(epoch)
+        while self._step < epoch * job.steps_per_epoch:
+            batch = next(self._data.train)
+            self._bad_train.add(batch.pop("bad_indices"))
+            if programs.augment is not None:
+                batch["image"] = programs.augment(batch["image"], self._step)
+            self.state, metrics = programs.train_step(self.state, batch)
+            self._step += 1
+            if not self._first_step_done:
+                self._after_the_first_step(metrics)
+            self._meter.add(metrics)
+            due = self._step % job.config.checkpoint_every == 0 or self._step % job.steps_per_epoch == 0
+            if due or self._interruption.wanted(self._step):
+                self._save()
+                self._stop_if_wanted()
+        return self._meter.finish()
+
+    def _after_the_first_step(self, metrics: Any) -> None:
+        jax.block_until_ready(metrics)
+        _say(f"the first step was done after {time.perf_counter() - self._start:.1f} s")
+        self._first_step_done = True
+        gc.enable()  # see train.main
+        self._data.open_held_out()  # not before: its workers would take the cores from what the first step waits for
+
+    def evaluate(self, epoch: int) -> dict[str, float]:
+        """Evaluates the weights and their moving average on the held-out images, and writes it into the log."""
+        job, self.final = self._job, {}
+        for name, weights in (("", "params"), ("ema_", "ema")):
+            if weights in self.state:
+                values = self._scores(self.state[weights]).values()
+                images = int(values.pop("images"))
+                if not images:
+                    raise TrainingFailed("none of the held-out images can be read")
+                self.final |= {f"eval/{name}{metric}": value for metric, value in values.items()}
+        self.final["eval/bad_images"] = len(job.image_sets.held_out) - images
+        _check_bad(job, self._bad_held_out, self.final["eval/bad_images"], held_out=True)
+        self._log.write(step=self._step, epoch=epoch, values=self.final)
+        self._keep_if_best(epoch)
+        return self.final
+
+    def _scores(self, params: Any) -> Scores:
+        scores = self._job.task.scores()
+        batches = itertools.islice(self._watched(self._data.held_out), self._job.eval_steps)
+        for _, outputs in forward(lambda batch: self._programs.eval_step(params, batch), batches):
+            scores.add(outputs)
+        return scores
+
+    def _watched(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The batches of an evaluation, which can be broken off."""
+        for batch in batches:
+            self._stop_if_wanted()
+            self._bad_held_out.add(batch.pop("bad_indices"))
+            yield batch
+
+    def _keep_if_best(self, epoch: int) -> None:
+        name, larger = self._choosing.name, self._choosing.better == "max"
+        value = self.final.get(f"eval/ema_{name}", self.final[f"eval/{name}"])
+        if self.best is None or (value > self.best.value if larger else value < self.best.value):
+            self.best = Best(value, epoch, self._step)
+            self._checkpoints.best_step = self._step
+
+    def tell(self, epoch: int, values: dict[str, float], images_per_s: float) -> None:
+        """A line about an epoch, and from time to time the curves."""
+        self._shown.epoch(epoch=epoch, step=self._step, values=values, images_per_s=images_per_s)
+        last = epoch == self._job.config.epochs
+        if is_main() and (last or time.perf_counter() - self._drawn > _CURVES_EVERY_S):
+            draw_curves(read_metrics(self._folder), self._job.task.metrics, self._folder / CURVES_FILE)
+            self._drawn = time.perf_counter()
+
+    def _save(self) -> None:
+        from train.run.checkpoints import RunState
+
+        meter = self._meter.catch_up()
+        self._checkpoints.save(
+            self.state, RunState(self._step, self._log.position, meter, self.best), self._job.described
+        )
+
+    def _stop_if_wanted(self) -> None:
+        if self._interruption.wanted(self._step):
+            self._checkpoints.wait()
+            raise Interrupted(
+                f"saved after step {self._step} in {self._folder}; --resume {self._folder} goes on",
+                self._interruption.status,
+            )
+
+    def close(self) -> None:
+        self._shown.close()
+        self._log.close()
 
 
-def _watched(batches: Iterator, bad_images: BadImages, stop_if_wanted) -> Iterator[dict[str, jax.Array]]:
-    """The batches of an evaluation, which can be broken off."""
-    for batch in batches:
-        stop_if_wanted()
-        bad_images.add(batch.pop("bad_indices"))
-        yield batch
+class _Data:
+    """The streams of a run; that of the held-out images is opened when it is first wanted. Close it after use."""
+
+    def __init__(self, job: Job, *, start_step: int):
+        self._job, self._start_step = job, start_step
+        self._stack = ExitStack()
+        self.train = self._open_train()
+
+    def go_to(self, step: int) -> None:
+        """Let the training images go on after `step` steps."""
+        if step != self._start_step:
+            self._start_step = step
+            self.train.close()
+            self.train = self._open_train()
+
+    def _open_train(self) -> Iterator[dict[str, Any]]:
+        from train.data.streams import open_train_stream
+
+        job = self._job
+        transform = job.task.transform(training=True)
+        stream = open_train_stream(job.image_sets.train, transform, job.config, job.mesh, start_step=self._start_step)
+        return self._stack.enter_context(closing(stream))
+
+    @functools.cached_property
+    def held_out(self) -> Iterator[dict[str, Any]]:
+        """Again and again, `job.eval_steps` batches each time."""
+        from train.data.streams import open_eval_stream
+
+        job = self._job
+        transform = job.task.transform(training=False)
+        stream = open_eval_stream(
+            job.image_sets.held_out, transform, job.mesh, batch_size=job.eval_batch_size, workers=job.config.workers
+        )
+        return self._stack.enter_context(closing(stream))
+
+    def open_held_out(self) -> None:
+        """Begin to read the held-out images."""
+        _ = self.held_out
+
+    def close(self) -> None:
+        self._stack.close()
 
 
 def _check_bad(job: Job, bad_images: BadImages, count: int, *, held_out: bool = False) -> None:
@@ -264,7 +335,7 @@ def _claim_folder(job: Job, stack: ExitStack) -> Path:
     return folder
 
 
-def _open_log(job: Job, folder: Path, progress: dict[str, Any]) -> MetricsLog | NoLog:
+def _open_log(job: Job, folder: Path, *, position: int, step: int) -> MetricsLog | NoLog:
     if not is_main():
         return NoLog()
     run = None
@@ -273,11 +344,7 @@ def _open_log(job: Job, folder: Path, progress: dict[str, Any]) -> MetricsLog | 
 
         settings = {"config": job.described, "dir": str(folder), "name": folder.name}
         run = wandb.init(project=job.config.wandb, id=job.described["id"], resume="allow", **settings)
-    return MetricsLog(folder, position=progress["log_bytes"], step=progress["step"], wandb_run=run)
-
-
-def _with_sharding(shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+    return MetricsLog(folder, position=position, step=step, wandb_run=run)
 
 
 def _say(line: str) -> None:
@@ -286,15 +353,15 @@ def _say(line: str) -> None:
 
 
 def _headline(job: Job, folder: Path) -> str:
-    config, model, sets, devices = job.config, job.model_config, job.image_sets, job.mesh.devices
+    config, sets, devices = job.config, job.image_sets, job.mesh.devices
     notes = () if job.weights is None else job.weights.notes
-    start = f" from {config.init}" if config.init else ""
+    start = f" from {config.init}" if job.weights is not None else ""
     mesh = ", ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items() if size > 1) or "1 device"
     return "\n".join(
         [
-            f"CrossViT {model.name} at {model.image_size[0]} pixels, {model.num_classes} classes{start}, "
-            f"recipe {config.recipe}, batch {config.batch_size}, peak learning rate {config.peak_lr:g}, "
-            f"{config.precision}{f', weights rounded to {config.qat}' * (config.qat is not None)}",
+            f"{job.task.headline()}{start}, recipe {config.recipe}, batch {config.batch_size}, "
+            f"peak learning rate {config.peak_lr:g}, {config.precision}"
+            f"{f', weights rounded to {config.qat}' * (config.qat is not None)}",
             *(f"note: {note}" for note in notes),
             f"{config.dataset}: {len(sets.train)} training images, {len(sets.held_out)} held out "
             f"({sets.held_out_split}); {mesh} ({devices.flat[0].device_kind}), {config.workers} workers",

@@ -1,6 +1,6 @@
 """AdamW and SGD as torch does them, with timm's choice of parameters that decay, and layer-wise learning rates."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -9,8 +9,6 @@ import optax
 from train.config import TrainConfig
 from train.optim.schedule import make_schedule
 
-_Path = tuple[Any, ...]
-
 
 def decay_mask(params: Any, no_weight_decay: Collection[str]) -> Any:
     """A tree of bools: which parameters decay. Biases, norms (at most one axis) and the named ones do not.
@@ -18,41 +16,28 @@ def decay_mask(params: Any, no_weight_decay: Collection[str]) -> Any:
     timm's rule (timm/optim/_param_groups.py). IBM's code meant to spare tokens and position embeddings too, but
     its names never match.
     """
-    return _map_with_path(
-        lambda path, param: param.ndim > 1 and ".".join(map(str, path)) not in no_weight_decay, params
-    )
+    return _map_with_path(lambda name, param: param.ndim > 1 and name not in no_weight_decay, params)
 
 
-def layer_index(path: _Path, depth: int, stages: int) -> int:
-    """The layer that a parameter belongs to, from 0 at the image to stages * (depth + 1) + 1 at the heads.
+def layer_scales(params: Any, decay: float, layer_of: Callable[[str], int]) -> Any:
+    """A tree of floats: each parameter's learning rate as a share of the last layer's (BEiT's layer-wise decay).
 
-    Embeddings are layer 0. In each stage, block i of either branch is a layer, and the fusion with its projections is
-    one more. Final norms and heads are the last layer.
+    Each layer has `decay` times the learning rate of the one above.
 
     Args:
-        path: the keys from the root of the parameters: `("blocks", stage, "blocks", branch, i, ...)` in a block.
-        depth: blocks of a stage's deeper branch.
+        layer_of: the layer of a parameter by its dotted name, the model's `layer_of`.
     """
-    if path[0] == "blocks":
-        return 1 + path[1] * (depth + 1) + (path[4] if path[2] == "blocks" else depth)
-    return stages * (depth + 1) + 1 if path[0] in ("norm", "head") else 0
-
-
-def layer_scales(params: Any, decay: float) -> Any:
-    """A tree of floats: each parameter's learning rate as a share of the heads' (BEiT's layer-wise decay).
-
-    Each layer (see `layer_index`) has `decay` times the learning rate of the one above.
-    """
-    paths = [_keys(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    blocks = [path for path in paths if path[0] == "blocks"]
-    stages = 1 + max((path[1] for path in blocks), default=-1)
-    depth = 1 + max((path[4] for path in blocks if path[2] == "blocks"), default=-1)
-    last = stages * (depth + 1) + 1
-    return _map_with_path(lambda path, _: decay ** (last - layer_index(path, depth, stages)), params)
+    layers = _map_with_path(lambda name, _: layer_of(name), params)
+    last = max(jax.tree.leaves(layers))
+    return jax.tree.map(lambda layer: decay ** (last - layer), layers)
 
 
 def make_optimizer(
-    config: TrainConfig, *, steps_per_epoch: int, no_weight_decay: Collection[str] = ()
+    config: TrainConfig,
+    *,
+    steps_per_epoch: int,
+    no_weight_decay: Collection[str] = (),
+    layer_of: Callable[[str], int] | None = None,
 ) -> optax.GradientTransformation:
     """The optimiser of a run, on its schedule.
 
@@ -63,6 +48,7 @@ def make_optimizer(
     Args:
         no_weight_decay: dotted names of parameters that do not decay, `model.no_weight_decay()`; heeded unless the
             settings want decay there too.
+        layer_of: see `layer_scales`; needed for `config.layer_decay` below 1.
     """
     spared = () if config.decay_tokens else no_weight_decay
     decay = optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(params, spared))
@@ -72,20 +58,19 @@ def make_optimizer(
     else:
         parts += [decay, optax.trace(config.momentum, nesterov=True)]
     if config.layer_decay < 1:
-        parts.append(_scale_by_layer(config.layer_decay))
+        parts.append(_scale_by_layer(config.layer_decay, layer_of))
     return optax.chain(*parts, optax.scale_by_learning_rate(make_schedule(config, steps_per_epoch=steps_per_epoch)))
 
 
-def _scale_by_layer(decay: float) -> optax.GradientTransformation:
+def _scale_by_layer(decay: float, layer_of: Callable[[str], int]) -> optax.GradientTransformation:
     def scale(updates, params):
-        return jax.tree.map(lambda update, factor: update * factor, updates, layer_scales(updates, decay))
+        return jax.tree.map(lambda update, factor: update * factor, updates, layer_scales(updates, decay, layer_of))
 
     return optax.stateless(scale)
 
 
-def _map_with_path(function, tree: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: function(_keys(path), leaf), tree)
-
-
-def _keys(path) -> _Path:
-    return tuple(entry.key for entry in path)
+def _map_with_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """`function` of each leaf's dotted name and the leaf."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(".".join(str(entry.key) for entry in path), leaf), tree
+    )

@@ -1,6 +1,6 @@
 """The training state: a plain dict of `params` (a pure dict of arrays), `opt` (optax's state) and `step` (int32).
 
-With a moving average of the weights also `ema`, like `params`.
+With a moving average of the weights also `ema`, like `params`; where the task has state of its own, also `extra`.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from crossvit_jax import CrossViT, CrossViTConfig
 from train.config import TrainConfig
 from train.devices.mesh import put, state_shardings
 from train.optim.quantize import fake_quantised
+from train.tasks.task import Task, Tree
 
 State = dict[str, Any]
 
@@ -42,88 +42,96 @@ class _Keys(nnx.Rngs):
         return self._keys[place]
 
 
-@partial(jax.jit, static_argnames=("model_config", "dtype"))
-def _draw(key: jax.Array, *, model_config: CrossViTConfig, dtype: Any) -> tuple[nnx.GraphDef, Any]:
+@partial(jax.jit, static_argnames=("task", "dtype"))
+def _draw(key: jax.Array, *, task: Task, dtype: Any) -> tuple[nnx.GraphDef, Tree]:
     """A new model's structure and parameters. A jitted function, because jax traces it once for all that call it."""
-    graphdef, params = nnx.split(CrossViT(model_config, dtype=dtype, rngs=_Keys(key)))
+    graphdef, params = nnx.split(task.model(dtype=dtype, rngs=_Keys(key)))
     return graphdef, nnx.to_pure_dict(params)
 
 
-def _dtype(config: TrainConfig | None) -> Any:
-    return jnp.bfloat16 if config is not None and config.precision == "bfloat16" else None
+def _dtype(config: TrainConfig) -> Any:
+    return jnp.bfloat16 if config.precision == "bfloat16" else None
 
 
-def abstract_model(model_config: CrossViTConfig, config: TrainConfig | None = None) -> CrossViT:
+def abstract_model(task: Task, config: TrainConfig) -> nnx.Module:
     """The model with shapes instead of arrays: its structure, at no cost. Computes as the run's settings want it."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    model = nnx.merge(*_draw.eval_shape(key, model_config=model_config, dtype=_dtype(config)))
-    if config is not None:
-        model.set_grad_checkpointing(config.grad_checkpointing)
-        if config.qat is not None:
-            model = fake_quantised(model, config.qat)
+    model = nnx.merge(*_draw.eval_shape(key, task=task, dtype=_dtype(config)))
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if config.qat is not None:
+        model = fake_quantised(model, config.qat)
     return model
 
 
-def trainable(params: Any, config: TrainConfig) -> Any:
-    """The part of the parameters that is trained: all of them, or with a frozen backbone the heads."""
-    return {"head": params["head"]} if config.freeze_backbone else params
+def trainable(params: Tree, config: TrainConfig, model: nnx.Module | None = None) -> Tree:
+    """The part of the parameters that is trained: all of them, or with a frozen backbone the model's heads."""
+    if not config.freeze_backbone:
+        return params
+    return {name: part for name, part in params.items() if model.is_head(name)}
 
 
-def make_state(params: Any, optimizer: optax.GradientTransformation, config: TrainConfig) -> State:
-    """A fresh state around given parameters."""
-    state = {"params": params, "opt": optimizer.init(trainable(params, config)), "step": jnp.zeros((), jnp.int32)}
-    return state | {"ema": jax.tree.map(jnp.copy, params)} if config.ema_decay else state
+def make_state(
+    params: Tree,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    model: nnx.Module | None = None,
+    task: Task | None = None,
+) -> State:
+    """A fresh state around given parameters.
+
+    Args:
+        model: whose they are; needed with a frozen backbone.
+        task: what they learn; none: one without state of its own.
+    """
+    opt = optimizer.init(trainable(params, config, model))
+    state = {"params": params, "opt": opt, "step": jnp.zeros((), jnp.int32)}
+    if config.ema_decay:
+        state["ema"] = jax.tree.map(jnp.copy, params)
+    extra = None if task is None else task.extra(params)
+    return state if extra is None else state | {"extra": extra}
 
 
-def abstract_state(model: CrossViT, optimizer: optax.GradientTransformation, config: TrainConfig) -> State:
+def abstract_state(
+    model: nnx.Module, optimizer: optax.GradientTransformation, config: TrainConfig, task: Task | None = None
+) -> State:
     """The state of a model with shapes instead of arrays: enough to compile a step."""
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return jax.eval_shape(lambda params: make_state(params, optimizer, config), params)
+    return jax.eval_shape(lambda params: make_state(params, optimizer, config, model, task), params)
 
 
-def init_state(
-    model_config: CrossViTConfig,
+def lower_init(
+    task: Task,
+    model: nnx.Module,
     optimizer: optax.GradientTransformation,
     config: TrainConfig,
     mesh: Mesh,
-    params: Any = None,
-) -> State:
-    """A new state, made where it will live. The same seed gives the same bits.
+    params: Tree | None = None,
+) -> Callable[[], State]:
+    """A function that compiles and runs the program that makes a new state where it will live, for another thread.
+
+    The same seed gives the same bits. All that takes Python long is done before: two threads that trace at the same
+    time only wait for each other.
 
     Args:
         params: initial parameters as numpy arrays; none: newly drawn ones.
     """
-    _, init = lower_init(model_config, optimizer, config, mesh, params)
-    return init()
-
-
-def lower_init(
-    model_config: CrossViTConfig,
-    optimizer: optax.GradientTransformation,
-    config: TrainConfig,
-    mesh: Mesh,
-    params: Any = None,
-) -> tuple[State, Callable[[], State]]:
-    """The shapes of a new state, and a function that does what `init_state` does, for another thread.
-
-    All that takes Python long is done before: two threads that trace at the same time only wait for each other.
-    """
-
-    def init(seed: jax.Array) -> State:
-        _, params = _draw(jax.random.key(seed), model_config=model_config, dtype=_dtype(config))
-        return make_state(params, optimizer, config)
-
-    seed = np.uint32(config.seed)
-    shapes = jax.eval_shape(init, seed)
-    shardings = state_shardings(shapes, mesh)
+    shardings = state_shardings(abstract_state(model, optimizer, config, task), mesh)
     if params is not None:
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
         around = jax.jit(
-            lambda params: make_state(params, optimizer, config),
+            lambda params: make_state(params, optimizer, config, model, task),
             in_shardings=(shardings["params"],),
             out_shardings=shardings,
-        ).lower(shapes["params"])
-        return shapes, lambda: around.compile()(put(params, shardings["params"]))
+        ).lower(shapes)
+        return lambda: around.compile()(put(params, shardings["params"]))
+
+    def init(seed: jax.Array) -> State:
+        _, params = _draw(jax.random.key(seed), task=task, dtype=_dtype(config))
+        return make_state(params, optimizer, config, model, task)
+
+    seed = np.uint32(config.seed)
     # on a CPU, to optimise a program that runs once takes longer than the program
     options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
     lowered = jax.jit(init, out_shardings=shardings, compiler_options=options).lower(seed)
-    return shapes, lambda: lowered.compile()(seed)
+    return lambda: lowered.compile()(seed)

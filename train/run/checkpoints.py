@@ -1,7 +1,7 @@
 """The checkpoints of a run: written while training goes on, the last two and the best kept, damage noticed.
 
-A checkpoint has the training state, what the loop must remember beside it (`progress`), and the model's description,
-so that every one of them is a SOURCE of `python -m convert`.
+A checkpoint has the training state, what the loop must remember beside it (`RunState`), and the model's description, so
+that every one of them is a SOURCE of `python -m convert`.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from convert import metadata
 from convert.errors import one_line, quiet
 from train.optim.state import State
 from train.run.folder import CHECKPOINTS, CheckpointError
+from train.run.run_state import RunState
 
 _STATE, _PROGRESS = "state", "progress"
 _KEPT = 2
@@ -50,18 +51,22 @@ class Checkpoints:
     def best_step(self, step: int | None) -> None:
         self._keep.best_step = step
 
-    def save(self, step: int, state: State, progress: dict[str, Any]) -> None:
-        """Write a checkpoint; returns when the state may change, and goes on in the background.
+    def save(self, state: State, run: RunState, about: dict[str, Any]) -> None:
+        """Write a checkpoint of the step `run.step`; returns when the state may change, and goes on in the background.
 
         Does nothing if there is one of this step: it can only be the same. Raises CheckpointError, also for the
         checkpoint before this one.
+
+        Args:
+            about: the run in JSON values, for people who look into a checkpoint.
         """
+        step = run.step
         if step in self._manager.all_steps():
             return
         marks = jax.device_get(self._fingerprint(state)).tolist()
         items = {
             _STATE: ocp.args.StandardSave(state),
-            _PROGRESS: ocp.args.JsonSave({**progress, "fingerprint": marks}),
+            _PROGRESS: ocp.args.JsonSave({**run.to_json(), "run": about, "fingerprint": marks}),
             metadata.KEY: ocp.args.JsonSave(self._description),
         }
         self._attempt(step, lambda: self._manager.save(step, args=ocp.args.Composite(**items), force=True))
@@ -81,8 +86,8 @@ class Checkpoints:
         with quiet("absl"), contextlib.suppress(Exception):
             self._manager.close()
 
-    def restore(self, shapes: State) -> tuple[State, dict[str, Any]] | None:
-        """The newest whole checkpoint and its progress; None if there is none.
+    def restore(self, shapes: State) -> tuple[State, RunState] | None:
+        """The newest whole checkpoint and what the run remembered; None if there is none.
 
         A damaged one is told, renamed to `STEP.damaged`, and the one before is taken.
 
@@ -95,25 +100,25 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
-                state, progress = self._read(step, shapes)
+                restored = self._read(step, shapes)
             except Exception as error:  # Orbax and tensorstore raise whatever the damage leads to
                 self._say(f"checkpoint {self._folder / str(step)} is damaged ({one_line(error)[:200]})")
                 self._put_aside(step)
                 continue
             self._last_whole = step
-            return state, progress
+            return restored
         if steps:
             raise CheckpointError(f"none of the checkpoints in {self._folder} can be read")
         return None
 
-    def _read(self, step: int, shapes: State) -> tuple[State, dict[str, Any]]:
+    def _read(self, step: int, shapes: State) -> tuple[State, RunState]:
         items = {_STATE: ocp.args.StandardRestore(shapes), _PROGRESS: ocp.args.JsonRestore()}
         with quiet("absl"):
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         state, progress = restored[_STATE], restored[_PROGRESS]
         if self._fingerprint_of(state) != progress.pop("fingerprint"):
             raise ValueError("its content is not what was written")
-        return state, progress
+        return state, RunState.from_json(progress)
 
     def _fingerprint_of(self, state: State) -> list[int]:
         return jax.device_get(self._fingerprint(state)).tolist()

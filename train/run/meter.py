@@ -1,56 +1,55 @@
 """The metrics of the steps on their way from the devices to the log and the progress bar."""
 
-import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 
-from train.run.metrics_log import MetricsLog
+from convert.errors import UserError
+from train.run.metrics_log import MetricsLog, NoLog
 from train.run.progress import Progress
+
+if TYPE_CHECKING:
+    from train.tasks.task import Metric
 
 STEPS_BEHIND = 2  # metrics are fetched so many steps late, so that the devices never wait for the host
 
 
-class TrainingFailed(RuntimeError):
-    """The run cannot go on; the message is one line."""
+class TrainingFailed(UserError, RuntimeError):
+    """The run cannot go on."""
+
+    status = 1
 
 
-@dataclass
 class Sums:
-    """Of some steps: losses, accuracies in percent, and images that could not be read."""
+    """Of some steps: the loss and the task's metrics, images that could not be read, and the steps."""
 
-    loss: float = 0.0
-    top1: float = 0.0
-    bad: int = 0
-    steps: int = 0
+    def __init__(self, totals: Mapping[str, float] | None = None):
+        self.totals: dict[str, float] = {"bad": 0, "steps": 0, **(totals or {})}
 
-    def add(self, loss: float, top1: float, bad: int) -> None:
-        self.loss, self.top1, self.bad, self.steps = self.loss + loss, self.top1 + top1, self.bad + bad, self.steps + 1
+    def add(self, values: Mapping[str, float], bad: int) -> None:
+        for name, value in {**values, "bad": bad, "steps": 1}.items():
+            self.totals[name] = self.totals.get(name, 0) + value
 
     def values(self, lr: float) -> dict[str, float]:
-        """By their names in the log."""
-        return {
-            "train/loss": self.loss / self.steps,
-            "train/top1": self.top1 / self.steps,
-            "train/lr": lr,
-            "train/bad_images": self.bad,
-        }
+        """The means by their names in the log, and how many images could not be read."""
+        counts, steps = ("bad", "steps"), self.totals["steps"]
+        means = {f"train/{name}": total / steps for name, total in self.totals.items() if name not in counts}
+        return {**means, "train/lr": lr, "train/bad_images": self.totals["bad"]}
 
 
 class Meter:
-    """Takes the metrics of one epoch's steps, and tells them to the log, the progress bar and, at the end, the loop."""
+    """Takes the metrics of a run's steps, and tells them to the log, the progress bar and, after an epoch, the loop."""
 
     def __init__(
         self,
-        log: MetricsLog,
+        log: MetricsLog | NoLog,
         progress: Progress,
         *,
-        epoch: int,
+        metrics: "Sequence[Metric]",
         step: int,
         batch_size: int,
         log_every: int,
@@ -60,19 +59,25 @@ class Meter:
     ):
         """
         Args:
-            epoch: counted from 1.
+            metrics: of the task.
             step: training steps of the run that are done.
             learning_rate: of the step after so many.
             check_bad: is told how many images of the epoch could not be read so far, and may raise.
-            state: of a meter that stopped in the middle of the epoch.
+            state: what `catch_up` returned where a run stopped in the middle of an epoch.
         """
         self._log, self._progress = log, progress
-        self._epoch, self._batch_size, self._log_every = epoch, batch_size, log_every
+        self._scale = {metric.name: 100.0 if metric.unit == "%" else 1.0 for metric in metrics}
+        self._batch_size, self._log_every = batch_size, log_every
         self._learning_rate, self._check_bad = learning_rate, check_bad
         self.step = step  # steps that are done and known
         self._pending: deque[dict[str, jax.Array]] = deque()
-        state = state or {"epoch": {}, "window": {}}
-        self._whole, self._window = Sums(**state["epoch"]), Sums(**state["window"])  # all, and what is not logged yet
+        self._resumed = state
+
+    def begin(self, epoch: int) -> None:
+        """What is added from now on belongs to this epoch, counted from 1."""
+        self._epoch = epoch
+        state, self._resumed = self._resumed or {"epoch": None, "window": None}, None
+        self._whole, self._window = Sums(state["epoch"]), Sums(state["window"])  # all, and what is not logged yet
         self._clock = self._window_clock = Clock()
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
@@ -88,31 +93,33 @@ class Meter:
         """
         while self._pending:
             self._take(self._pending.popleft())
-        return {"epoch": dataclasses.asdict(self._whole), "window": dataclasses.asdict(self._window)}
+        return {"epoch": dict(self._whole.totals), "window": dict(self._window.totals)}
 
     def finish(self) -> tuple[dict[str, float], float]:
         """Write what is not logged yet; the epoch's means by the names they have in the log, and images/s."""
         self.catch_up()
-        if self._window.steps:
+        if self._window.totals["steps"]:
             self._write()
         return self._whole.values(self._lr), self._clock.steps_per_s * self._batch_size
 
     def _take(self, metrics: dict[str, jax.Array]) -> None:
-        loss, top1, bad = (float(jax.device_get(metrics[name])) for name in ("loss", "top1", "bad"))
+        told = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        bad = int(told.pop("bad"))
+        values = {name: self._scale.get(name, 1.0) * value for name, value in told.items()}
         self.step += 1
-        if not math.isfinite(loss):
+        if not math.isfinite(values["loss"]):
             raise TrainingFailed(
-                f"the loss became {loss} in step {self.step} (epoch {self._epoch}, learning rate {self._lr:g}); "
-                "a lower --lr, a longer --warmup-epochs or --clip-grad may help"
+                f"the loss became {values['loss']} in step {self.step} (epoch {self._epoch}, learning rate "
+                f"{self._lr:g}); a lower --lr, a longer --warmup-epochs or --clip-grad may help"
             )
         for sums in (self._whole, self._window):
-            sums.add(loss, 100 * top1, int(bad))
+            sums.add(values, bad)
         self._clock.tick()
         if self._window_clock is not self._clock:
             self._window_clock.tick()
-        self._check_bad(self._whole.bad)
+        self._check_bad(int(self._whole.totals["bad"]))
         speed = self._window_clock.steps_per_s * self._batch_size
-        self._progress.step(epoch=self._epoch, loss=loss, top1=100 * top1, lr=self._lr, images_per_s=speed)
+        self._progress.step(epoch=self._epoch, values=values, lr=self._lr, images_per_s=speed)
         if self.step % self._log_every == 0:
             self._write()
 

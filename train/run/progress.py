@@ -3,15 +3,36 @@
 import shutil
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+if TYPE_CHECKING:
+    from train.tasks.task import Metric
+
 
 class Progress:
-    """Shows loss, accuracy, learning rate, images/s and time left. Where output is no terminal, there is no bar."""
+    """Shows loss, metrics, learning rate, images/s and time left. Where output is no terminal, there is no bar."""
 
-    def __init__(self, *, epochs: int, steps_per_epoch: int, done: int = 0, silent: bool = False):
-        """`done` steps were done before; a silent one shows nothing, since another process speaks."""
+    def __init__(
+        self,
+        metrics: "Sequence[Metric]",
+        choosing: "Metric",
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        done: int = 0,
+        silent: bool = False,
+    ):
+        """
+        Args:
+            metrics: of the task.
+            choosing: the one that is told of the held-out images; the others are in the log.
+            done: steps that were done before.
+            silent: show nothing, since another process speaks.
+        """
+        self._metrics, self._choosing = metrics, choosing
         self._epochs = epochs
         self._total = epochs * steps_per_epoch
         self._done_before, self._silent = done, silent
@@ -28,25 +49,31 @@ class Progress:
             bar_format="{desc} {remaining} left |{bar}| {percentage:3.0f}%",
         )
 
-    def step(self, *, epoch: int, loss: float, top1: float, lr: float, images_per_s: float) -> None:
-        """One more step of `epoch` (from 1) is done. `top1` in percent."""
+    def step(self, *, epoch: int, values: Mapping[str, float], lr: float, images_per_s: float) -> None:
+        """One more step of `epoch` (from 1) is done, with its loss and metrics in their units."""
         self._start = self._start or time.perf_counter()
-        shown = f"loss {loss:.3f} top-1 {top1:.1f}% lr {lr:.1e} {images_per_s:.0f} images/s"
-        self._bar.set_description_str(f"epoch {epoch}/{self._epochs} {shown}", refresh=False)
+        shown = [f"loss {values['loss']:.3f}", *self._shown(values), f"lr {lr:.1e} {images_per_s:.0f} images/s"]
+        self._bar.set_description_str(f"epoch {epoch}/{self._epochs} {' '.join(shown)}", refresh=False)
         self._bar.update()
 
     def epoch(self, *, epoch: int, step: int, values: dict[str, float], images_per_s: float) -> None:
         """A line about an epoch (from 1) that ended after `step` steps, with the metrics that are there."""
         spent = time.perf_counter() - self._start if self._start else 0.0
         left = spent / max(1, step - self._done_before - 1) * (self._total - step)
-        shown = [f"loss {values['train/loss']:.3f}", f"top-1 {values['train/top1']:.1f} %"]
-        if "eval/top1" in values:
-            shown.append(f"held-out loss {values['eval/loss']:.3f}, top-1 {values['eval/top1']:.2f} %")
-        if "eval/ema_top1" in values:
-            shown.append(f"average of the weights: top-1 {values['eval/ema_top1']:.2f} %")
+        shown = [f"loss {values['train/loss']:.3f}", *self._shown(values, "train/")]
+        held_out, averaged = f"eval/{self._choosing.name}", f"eval/ema_{self._choosing.name}"
+        if held_out in values:
+            shown.append(f"held-out loss {values['eval/loss']:.3f}, {self._choosing.shown(values[held_out])}")
+        if averaged in values:
+            shown.append(f"average of the weights: {self._choosing.shown(values[averaged])}")
         shown += [f"lr {values['train/lr']:.2e}", f"{images_per_s:.0f} images/s"]
         shown.append(f"{tqdm.format_interval(left)} left")
         self.say(f"epoch {epoch:{len(str(self._epochs))}}/{self._epochs} | " + " | ".join(shown))
+
+    def _shown(self, values: Mapping[str, float], prefix: str = "") -> list[str]:
+        """The task's metrics that are among the values."""
+        known = [metric for metric in self._metrics if prefix + metric.name in values]
+        return [metric.shown(values[prefix + metric.name], digits=1) for metric in known]
 
     def say(self, line: str) -> None:
         """Print a line without disturbing the bar."""

@@ -1,0 +1,120 @@
+"""The programs that the devices run for a task, compiled at the same time in threads."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from train.config import TrainConfig
+from train.devices.memory import StepMemory, step_memory
+from train.devices.mesh import state_shardings
+from train.images.augment import compile_augment
+from train.optim.optimizer import make_optimizer
+from train.optim.state import State, abstract_model, abstract_state, lower_init
+from train.optim.step import jit_eval_step, jit_train_step, make_eval_step, make_train_step
+from train.tasks.task import Task, Tree
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides the programs."""
+
+    task: Task
+    config: TrainConfig  # nothing left open that depends on the machine
+    mesh: Mesh
+    steps_per_epoch: int  # for the learning rate
+    eval_batch_size: int | None = None  # none: nothing is evaluated
+
+
+class Programs:
+    """Compiles from the moment that it is made; each property waits for its own program only. Close it after use.
+
+    What jax and XLA raise in compiling, such as too little memory for a program, comes from the properties.
+
+    Attributes:
+        state: the shapes of the training state, and how its arrays lie on the devices.
+        traced: the training step before it is lowered.
+    """
+
+    def __init__(self, plan: Plan, *, new_state: bool = False, params: Tree | None = None):
+        """
+        Args:
+            new_state: a new state will be wanted, so its program is compiled too, before the others.
+            params: that it starts from, as numpy arrays; none: newly drawn ones.
+        """
+        self._plan = plan
+        task, config, mesh = plan.task, plan.config, plan.mesh
+        self._model = abstract_model(task, config)
+        self._optimizer = make_optimizer(
+            config,
+            steps_per_epoch=plan.steps_per_epoch,
+            no_weight_decay=self._model.no_weight_decay(),
+            layer_of=self._model.layer_of,
+        )
+        shapes = abstract_state(self._model, self._optimizer, config, task)
+        self.state: State = jax.tree.map(_with_sharding, shapes, state_shardings(shapes, mesh))
+        self._threads = ThreadPoolExecutor()
+        self._new_state = self._start(self._lower_init(params)) if new_state else None
+        train_step = jit_train_step(make_train_step(self._model, task, self._optimizer, config), mesh, shapes)
+        self.traced: jax.stages.Traced = train_step.trace(shapes, self._batch(config.batch_size, training=True))
+        self._train_step = self._start(self.traced.lower().compile)
+        if plan.eval_batch_size is not None:
+            eval_step = jit_eval_step(make_eval_step(self._model, task), mesh, shapes["params"])
+            eval_batch = self._batch(plan.eval_batch_size, training=False)
+            self._eval_step = self._start(eval_step.lower(shapes["params"], eval_batch).compile)
+        self._augment = None
+        if config.augment_on == "device":  # last: while qwix traces a model, it has its hands on jax itself
+            shape = self._batch(config.batch_size, training=True)["image"].shape
+            self._augment = self._start(lambda: compile_augment(shape, config, mesh))
+
+    def new_state(self, params: Tree | None = None) -> State:
+        """A new training state on the devices. The same seed gives the same bits.
+
+        Args:
+            params: that it starts from, as numpy arrays; none: newly drawn ones. Left out where `Programs` was told.
+        """
+        started, self._new_state = self._new_state, None  # it is used once, and is not to be kept in memory
+        return self._lower_init(params)() if started is None else started.result()
+
+    @property
+    def train_step(self) -> jax.stages.Compiled:
+        """The step (state, batch) -> (state, metrics), see `make_train_step`; the old state is gone afterwards."""
+        return self._train_step.result()
+
+    @property
+    def memory(self) -> StepMemory:
+        """What the training step takes on each device."""
+        return step_memory(self.train_step)
+
+    @property
+    def eval_step(self) -> jax.stages.Compiled:
+        """(params, batch) -> outputs, see `Task.evaluate`; for the weights and for their moving average."""
+        return self._eval_step.result()
+
+    @property
+    def augment(self) -> Callable[[jax.Array, int], jax.Array] | None:
+        """(crops, step) -> images, see `compile_augment`; None where the host augments."""
+        return self._augment and self._augment.result()
+
+    def close(self) -> None:
+        """Waits for what is still being compiled, and ends the threads."""
+        self._threads.shutdown()
+
+    def _start(self, work: Callable[[], Any]) -> Future:
+        return self._threads.submit(work)
+
+    def _lower_init(self, params: Tree | None) -> Callable[[], State]:
+        plan = self._plan
+        return lower_init(plan.task, self._model, self._optimizer, plan.config, plan.mesh, params)
+
+    def _batch(self, batch_size: int, *, training: bool) -> dict[str, jax.ShapeDtypeStruct]:
+        shapes = self._plan.task.batch_shapes(batch_size, training=training)
+        return {**shapes, "bad": jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
+
+
+def _with_sharding(shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

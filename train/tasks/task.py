@@ -1,0 +1,91 @@
+"""The interface between a run and what is learned in it.
+
+The training step, the loop, the log, the progress bar and the checkpoints know a task by this interface only: they know
+no labels, no accuracies and no names of layers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+from flax import nnx
+from jax import Array
+
+Batch = Mapping[str, Any]  # arrays whose first axis is that of the images, or their shapes
+Tree = Any  # nested containers of arrays
+
+
+class Metric(NamedTuple):
+    """A number that tells how good a model is. The loss is none of them: every task has it, under `loss`."""
+
+    name: str  # in the log, behind `train/`, `eval/` or `eval/ema_`
+    label: str  # for people
+    unit: str = ""  # "%": the devices compute a share, and the log has it in percent
+    better: Literal["max", "min"] | None = None  # which values are better, where it may choose the best checkpoint
+
+    def shown(self, value: float, digits: int = 2) -> str:
+        """Label and value as the log has it, for the user."""
+        return f"{self.label} {value:.{digits}f}{' %' if self.unit == '%' else ''}"
+
+
+class Scores(Protocol):
+    """What an evaluation adds up on the host, over all images of a data set."""
+
+    def add(self, outputs: Tree) -> None:
+        """The outputs of `Task.evaluate` for the next batch, as numpy arrays."""
+
+    def values(self) -> dict[str, float]:
+        """`images`, how many were counted, and unless that is 0 `loss` and the task's metrics, in their units."""
+
+    def write(self, folder: Path, *, names: Sequence[str], about: Mapping[str, Any]) -> list[str]:
+        """Writes all that is known into a folder, and returns the names of the files. Raises OSError."""
+
+
+class Task(Protocol):
+    """What is learned: made once for a run, from its settings, its data and the weights that it starts from.
+
+    Tasks are hashable, and equal where they would trace the same programs.
+    """
+
+    metrics: tuple[Metric, ...]  # the first with `better` chooses the best checkpoint
+
+    def headline(self) -> str:
+        """What is learned by which model, in a few words."""
+
+    def model(self, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+        """A new model; beside the call it has `no_weight_decay()`, `layer_of(name)` and `is_head(name)`."""
+
+    def save(self, params: Tree, path: Path) -> None:
+        """Writes the weights with all that they should know of themselves, see `convert.save`."""
+
+    def transform(self, *, training: bool) -> Callable[..., dict[str, Any]]:
+        """What is done to a sample on the host: picklable, see `train.images.transforms`.
+
+        Transforms of evaluation have `blank()`, a sample that stands in for an unreadable image.
+        """
+
+    def batch_shapes(self, batch_size: int, *, training: bool) -> Batch:
+        """The shapes of a batch as the devices get it: enough to compile a step."""
+
+    def prepare(self, batch: Batch, key: Array) -> Batch:
+        """On the devices, with the whole batch before gradient accumulation cuts it: mixing, targets, normalisers."""
+
+    def extra(self, params: Tree) -> Tree | None:
+        """State of the task's own at the start of a run (a teacher, a centre); None adds nothing to a checkpoint."""
+
+    def loss(self, model: nnx.Module, batch: Batch, extra: Tree | None, *, rngs: nnx.Rngs) -> tuple[Array, Tree]:
+        """The mean loss of a prepared batch, or of a part of it, and a dict: its metrics by name, and more."""
+
+    def update(self, extra: Tree, aux: Tree, params: Tree, step: Array) -> Tree:
+        """The task's own state after a step of the optimiser."""
+
+    def evaluate(self, model: nnx.Module, batch: Batch) -> Tree:
+        """On the devices: what `scores` wants to know of a batch, in arrays of fixed shapes."""
+
+    def scores(self) -> Scores:
+        """A new `Scores`, to which nothing was added yet."""
+
+
+def choosing_metric(task: Task) -> Metric:
+    """The metric that chooses the best checkpoint."""
+    return next(metric for metric in task.metrics if metric.better)
