@@ -224,7 +224,7 @@ def evaluate(
 
     from train.data.bad_images import BadImages
     from train.data.batches import eval_batches
-    from train.data.prefetch import device_batches
+    from train.data.streams import device_batches
     from train.images.transforms import eval_transform
     from train.optim.step import TOP5_CLASSES, soft_target_cross_entropy, within_top
     from train.tasks.evaluation import Evaluation
