@@ -15,8 +15,7 @@ from convert.errors import SettingsError
 from convert.metadata import describe, understand
 from convert.weights import Weights
 from crossvit_jax import CrossViTConfig, get_config
-from train.config import RECIPES, TrainConfig
-from train.data.epochs import steps_per_epoch
+from train.config import RECIPES, TrainConfig, steps_per_epoch
 from train.data.sources import ImageSets, open_image_sets
 from train.devices.mesh import make_mesh
 from train.images.transforms import train_transform
