@@ -28,7 +28,7 @@ from train.optim.optimizer import make_optimizer
 from train.optim.schedule import learning_rate
 from train.optim.state import abstract_model, lower_init
 from train.optim.step import abstract_batch, jit_eval_step, jit_train_step, make_eval_step, make_train_step
-from train.pictures.figure import draw_curves
+from train.pictures.curves import draw_curves
 from train.run.folder import claim_run_folder, newest_checkpoint, read_run, write_config
 from train.run.interruption import Interrupted, Interruption
 from train.run.meter import STEPS_BEHIND, Meter, TrainingFailed
