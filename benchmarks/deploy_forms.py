@@ -54,7 +54,7 @@ def float_forms(
 
 def qat_forms(weights: Weights, folder: Path, calibration: Calibration, say: Callable[[str], None]) -> dict[str, Form]:
     """The int8 forms of weights that were trained quantisation-aware; see `float_forms`."""
-    from train.optim.ptq import quantised
+    from train.optim.quantize import quantised
 
     say("making the integers of quantisation-aware training")
     source = _float32(weights, folder / "qat.safetensors").file

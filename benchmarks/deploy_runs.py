@@ -13,7 +13,8 @@ from convert.errors import SettingsError
 from convert.weights import Weights
 from crossvit_jax.config import CrossViTConfig
 from train.config import TrainConfig
-from train.data.sources import ImageSets, Source, open_image_sets
+from train.data.datasets import open_image_sets
+from train.data.sources import ImageSets, Source
 from train.evaluate import match_classes
 from train.images.decode import UnreadableImage
 from train.images.transforms import eval_transform

@@ -4,7 +4,7 @@ The training step is compiled for each slice by the TPU's own compiler, with as 
 
 - *compute* is the compiler's estimate of the clock cycles of everything a chip computes, as if nothing overlapped, at
   the clock that Google's published peak implies.
-- *communication* is what leaves a chip in a step if the collectives are done on rings (`train.cost.communication`), at
+- *communication* is what leaves a chip in a step if the collectives are done on rings (`train.cost.hlo`), at
   the published speed of the links along one axis of the slice. Latency is left out.
 - *step* lies between the longer of the two, if all communication is hidden behind computing, and their sum, if none is.
 - *efficiency* is the compute time of the first slice in the table ÷ the longest step.

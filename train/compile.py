@@ -21,7 +21,7 @@ from train.flags import add_settings, apply_flags
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from train.cost.communication import Traffic
+    from train.cost.hlo import Traffic
     from train.devices.memory import StepMemory
 
 _PROGRAM = "python -m train.compile"
@@ -129,9 +129,8 @@ def compile_step(config: TrainConfig, num_classes: int, topology: str | None = N
     Raises:
         SettingsError: there is no such slice, or the settings do not suit it.
     """
-    from train.cost.communication import communication
     from train.cost.flops import matrix_flops
-    from train.cost.hlo import estimated_cycles
+    from train.cost.hlo import communication, estimated_cycles
     from train.cost.slices import slice_devices
     from train.devices.memory import DoesNotFit, available_memory, check_fits, memory_errors_explained, step_memory
     from train.devices.mesh import make_mesh

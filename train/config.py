@@ -12,6 +12,8 @@ from convert.paths import FOLDER_PREFIX, typed_path
 from crossvit_jax.config import CrossViTConfig, get_config
 from train.images.rand_augment import ACCEPTED, parse_rand_augment
 
+_REPEAT_ROUND = 256  # with repeated augmentation, DeiT's sampler leaves out what does not fill so many places
+
 
 def setting(default: Any, help: str, parse: Callable[[str], Any] | None = None) -> Any:
     """A field of `TrainConfig`: default, meaning, and what turns text into a value (none: the default's type)."""
@@ -204,6 +206,16 @@ class TrainConfig:
             return get_config(self.variant or "ti", num_classes=num_classes, **self.model_overrides())
         except ValueError as error:
             raise SettingsError(str(error)) from error
+
+
+def steps_per_epoch(images: int, batch_size: int, repeats: int = 1) -> int:
+    """Whole batches in an epoch; the rest is left out, another rest in each epoch.
+
+    With repeated augmentation an epoch has as many places as without, but rounded down to a multiple of 256, as in
+    DeiT's sampler. That one has no places at all for fewer than 256 images; here they all count, as in timm's.
+    """
+    places = images // _REPEAT_ROUND * _REPEAT_ROUND if repeats > 1 and images >= _REPEAT_ROUND else images
+    return places // batch_size
 
 
 def _require(config: TrainConfig, name: str, accepted: Callable[[Any], bool], description: str) -> None:

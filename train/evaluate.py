@@ -143,7 +143,7 @@ def _open_data(args: argparse.Namespace) -> "tuple[Source, tuple[str, ...], str,
     """The images asked for, the names of their classes, in words which images they are, and a note on that."""
     config = TrainConfig(dataset=args.dataset, data_dir=args.data_dir, val_fraction=args.val_fraction, seed=args.seed)
 
-    from train.data.sources import open_image_sets
+    from train.data.datasets import open_image_sets
 
     folder = Path(args.dataset.removeprefix(FOLDER_PREFIX)) if args.dataset.startswith(FOLDER_PREFIX) else None
     is_unsplit = folder is not None and folder.is_dir() and not (folder / "train").is_dir()
@@ -159,7 +159,7 @@ def _open_data(args: argparse.Namespace) -> "tuple[Source, tuple[str, ...], str,
 
 
 def _open_whole_folder(folder: Path) -> "tuple[Source, tuple[str, ...]]":
-    from train.data.sources import FolderSource, list_images
+    from train.data.folder import FolderSource, list_images
 
     images = list_images(folder)
     labels = np.repeat(np.arange(len(images)), [len(files) for files in images.values()])
@@ -224,7 +224,7 @@ def evaluate(
 
     from train.data.bad_images import BadImages
     from train.data.batches import eval_batches
-    from train.data.prefetch import device_batches
+    from train.data.streams import device_batches
     from train.images.transforms import eval_transform
     from train.optim.step import TOP5_CLASSES, soft_target_cross_entropy, within_top
     from train.tasks.evaluation import Evaluation

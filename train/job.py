@@ -16,9 +16,9 @@ from convert.errors import SettingsError
 from convert.metadata import describe, understand
 from convert.weights import Weights
 from crossvit_jax import CrossViTConfig
-from train.config import RECIPES, TrainConfig
-from train.data.epochs import steps_per_epoch
-from train.data.sources import ImageSets, open_image_sets
+from train.config import RECIPES, TrainConfig, steps_per_epoch
+from train.data.datasets import open_image_sets
+from train.data.sources import ImageSets
 from train.devices.mesh import make_mesh
 from train.images.transforms import train_transform
 from train.optim.quantize import require_qwix

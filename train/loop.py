@@ -23,7 +23,7 @@ from train.inference.evaluation import forward
 from train.job import Job
 from train.optim.programs import Plan, Programs
 from train.optim.schedule import learning_rate
-from train.pictures.figure import draw_curves
+from train.pictures.curves import draw_curves
 from train.run.folder import claim_run_folder, newest_checkpoint, read_run, write_config
 from train.run.interruption import Interrupted, Interruption
 from train.run.meter import Meter, TrainingFailed
@@ -293,7 +293,7 @@ class _Data:
 
         job = self._job
         transform = job.task.transform(training=True)
-        stream = open_train_stream(job.image_sets.train, transform, job.config, job.mesh, start_step=self._start_step)
+        stream = open_train_stream(job.config, job.image_sets.train, transform, job.mesh, start_step=self._start_step)
         return self._stack.enter_context(closing(stream))
 
     @functools.cached_property
@@ -303,9 +303,8 @@ class _Data:
 
         job = self._job
         transform = job.task.transform(training=False)
-        stream = open_eval_stream(
-            job.image_sets.held_out, transform, job.mesh, batch_size=job.eval_batch_size, workers=job.config.workers
-        )
+        images = job.image_sets.held_out
+        stream = open_eval_stream(job.config, images, transform, job.mesh, batch_size=job.eval_batch_size)
         return self._stack.enter_context(closing(stream))
 
     def open_held_out(self) -> None:

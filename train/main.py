@@ -34,8 +34,7 @@ def _run(config) -> int:
     from train.data.bad_images import TooManyBadImages
     from train.data.sources import DataError
     from train.devices import hosts
-    from train.devices.compilation_cache import keep_compiled_programs
-    from train.devices.process import keep_freed_memory
+    from train.devices.process import keep_compiled_programs, keep_freed_memory
     from train.job import prepare
     from train.loop import train
     from train.run.folder import CheckpointError

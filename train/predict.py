@@ -18,6 +18,7 @@ from train.inference.command import SOURCES, add_model_flags, load_model, progre
 if TYPE_CHECKING:
     import numpy as np
 
+    from train.inference.image_paths import shown
     from train.inference.model import Classifier
     from train.inference.predictions import Prediction
 
@@ -158,10 +159,10 @@ def classify(
                 draw_attention(
                     picture,
                     config,
-                    image_path=path,
+                    title=shown(path),
                     image=images[i],
                     attention=one["attention"],
-                    predictions=predictions,
+                    predictions=[(p.class_name, p.probability) for p in predictions],
                 )
             results.append(Result(path, predictions, picture and str(picture)))
         return results

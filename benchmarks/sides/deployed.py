@@ -57,7 +57,7 @@ def qwix(task: DeployTask, file: str) -> Program:
 
     from convert import load_flax
     from train.devices.process import keep_freed_memory
-    from train.optim.ptq import quantised
+    from train.optim.quantize import quantised
 
     keep_freed_memory()  # as train.evaluate does
     graphdef, state = nnx.split(quantised(load_flax(file), "int8"))

@@ -11,8 +11,8 @@ from benchmarks.steady_state import steady_state, wait_for_rest
 from benchmarks.task import Program
 from train.config import TrainConfig
 from train.data.batches import train_batches
-from train.data.prefetch import device_batches
-from train.data.sources import open_image_sets
+from train.data.datasets import open_image_sets
+from train.data.streams import device_batches
 from train.data.workers import give_back_memory
 from train.images.augment import compile_augment
 from train.images.transforms import train_transform

@@ -21,7 +21,7 @@ def timm(task: DataTask) -> Program:
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import resized_crop
 
-    from train.images.crop import draw_crop
+    from train.images.transforms import draw_crop
 
     torch.set_num_threads(1)
     config, samples = task.recipe("host"), task.samples()

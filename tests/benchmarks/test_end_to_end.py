@@ -21,7 +21,7 @@ from benchmarks.task import Task
 from benchmarks.worker import Ready, Round
 from tests.command_line import refusal
 from tests.train.runner import QUICK_COMPILATION
-from train.data.sources import open_image_sets
+from train.data.datasets import open_image_sets
 
 
 def _task(**changes) -> EndToEndTask:

@@ -9,7 +9,7 @@ from benchmarks import scaling
 from benchmarks.scaling import CHIPS, Chip, as_json, as_markdown, estimate, main
 from train.compile import Figures
 from train.config import RECIPES
-from train.cost.communication import Traffic
+from train.cost.hlo import Traffic
 
 
 def _figures(**changes) -> Figures:

@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from crossvit_jax.config import VARIANTS
-from train.data.sources import open_digits
+from train.data.datasets import open_digits
 
 QUICK = {"xla_backend_optimization_level": 0}  # for what a fixture of a module compiles, before `compile_quickly`
 

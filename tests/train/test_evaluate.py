@@ -13,7 +13,7 @@ import torch
 import train.predict
 from convert.errors import SettingsError
 from tests.train.small_weights import save_small, small_config, small_timm_model
-from train.data.sources import open_digits
+from train.data.datasets import open_digits
 from train.evaluate import main, match_classes
 from train.images.transforms import eval_transform
 from train.inference.model import Classifier

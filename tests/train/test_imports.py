@@ -59,7 +59,7 @@ for name in ("numba", "timm", "torch"):
 import numpy as np
 import train.loop
 from train.config import RECIPES
-from train.data.sources import open_digits
+from train.data.datasets import open_digits
 from train.images.transforms import eval_transform, train_transform
 
 config = RECIPES["digits"]

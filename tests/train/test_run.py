@@ -17,7 +17,7 @@ from convert import load_flax
 from convert.__main__ import main as convert_main
 from convert.metadata import understand
 from train.config import RECIPES
-from train.data.sources import open_digits
+from train.data.datasets import open_digits
 from train.evaluate import main as evaluate
 from train.images.transforms import eval_transform
 from train.main import main

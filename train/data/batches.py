@@ -12,7 +12,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from train.data.epochs import steps_per_epoch
+from train.config import steps_per_epoch
 from train.data.sources import DataError, Source
 from train.data.workers import in_workers
 from train.images.decode import UnreadableImage
@@ -41,7 +41,7 @@ def train_batches(
 ) -> grain.IterDataset:
     """Endless batches of `image` (batch, height, width, channels) as transformed, `label` (batch,) int32 and `bad`.
 
-    Every `steps_per_epoch` batches (see `train.data.epochs`) hold each image at most `repeats` times, in an order of
+    Every `steps_per_epoch` batches (see `train.config`) hold each image at most `repeats` times, in an order of
     that epoch's own.
 
     `bad` (batch,) int32 is -1, or the index in the source of an image that could not be read. In its place is the next

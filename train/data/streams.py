@@ -4,11 +4,15 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from train.data.batches import eval_batches, train_batches
-from train.data.prefetch import device_batches
+from train.devices.mesh import batch_sharding
 from train.images.transforms import eval_transform, train_transform
 from train.job import Job
+
+BATCHES_AHEAD = 2  # already on the devices while a step runs
 
 
 def open_train_stream(job: Job, *, start_step: int) -> grain.DatasetIterator:
@@ -31,6 +35,24 @@ def open_eval_stream(job: Job) -> grain.DatasetIterator:
         job.image_sets.held_out, eval_transform(job.model_config), batch_size=job.eval_batch_size, **_common(job)
     )
     return device_batches(batches, job.mesh)
+
+
+def device_batches(batches: grain.IterDataset, mesh: Mesh) -> grain.DatasetIterator:
+    """An iterator over batches of numpy arrays that brings them to the devices ahead of time, in a thread.
+
+    `bad`, the places of images that could not be read, also stays on the host as `bad_indices`. It starts at once.
+    Close it after use: that ends its thread and the worker processes behind it.
+    """
+    sharding = batch_sharding(mesh)
+
+    def put_batch(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        arrays = {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+        return {**arrays, "bad_indices": batch["bad"]}
+
+    buffer = BATCHES_AHEAD - 1  # the thread itself holds another one until there is room
+    iterator = iter(grain.experimental.ThreadPrefetchIterDataset(batches.map(put_batch), prefetch_buffer_size=buffer))
+    iterator.start_prefetch()
+    return iterator
 
 
 def _common(job: Job) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from convert.errors import SettingsError
 from train.config import TrainConfig
 
-BATCHES = 3  # on a device at the same time: the step's own, and the two that train.data.prefetch brings ahead
+BATCHES = 3  # on a device at the same time: the step's own, and the two that train.data.streams brings ahead
 
 _GIB = 2**30
 # What libtpu lets a program use of the memory of a chip (which has 32, 16, 95 and 32 GB): the limit that the compiler

@@ -1,4 +1,4 @@
-"""Freed memory is kept by the process, so that a step on CPUs does not ask the system for fresh pages every time."""
+"""What a process keeps: memory that it freed, for the next step on CPUs, and compiled programs, for the next start."""
 
 import ctypes
 import os
@@ -48,6 +48,20 @@ def keep_freed_memory() -> bool:
     if changed and not _memory_is_limited():
         _ask_for_huge_pages(libc)
     return changed
+
+
+def keep_compiled_programs() -> None:
+    """Let jax keep what takes it over a second to compile, in `crossvit/jax` of the user's cache folder.
+
+    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false turns it off. A program is found
+    again only for the same jax, devices, shapes and compiler flags. Where the folder cannot be written, jax warns and
+    goes on.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(caches, "crossvit", "jax")))
 
 
 def _malloc_is_set() -> bool:

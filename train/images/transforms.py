@@ -22,11 +22,12 @@ from PIL import Image, ImageOps
 
 from crossvit_jax.config import CrossViTConfig
 from train.config import TrainConfig
-from train.images.crop import CropTransform, draw_crop
 from train.images.decode import decode_pixels
 from train.images.resize import resize
 
 _MEAN, _STD = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))  # ImageNet's
+
+_TRIES = 10  # boxes drawn until one fits; after that, the largest in the middle
 
 # The generators belong to one image at a time: reader threads take turns. Reading and decoding are outside.
 _generators_lock = threading.Lock()
@@ -157,6 +158,55 @@ class EvalTransform:
         if width <= height:
             return int(wanted_width * height / width), wanted_width
         return wanted_height, int(wanted_height * width / height)
+
+
+@dataclass(frozen=True)
+class CropTransform:
+    """The first step of timm's training transform, its `RandomResizedCropAndInterpolation`, bicubic.
+
+    Called with a sample (`image`: encoded bytes, `label`, `name`) and the sample's generator. Raises UnreadableImage
+    before it has drawn anything. Needs neither timm nor torch, so that workers start sooner.
+    """
+
+    image_size: tuple[int, int]
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+
+    def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        pixels = decode_pixels(sample["image"], sample["name"])
+        top, left, height, width = draw_crop(rng, pixels.shape[:2], self.scale, self.ratio)
+        crop = resize(pixels[top : top + height, left : left + width], self.image_size)
+        return {"image": crop, "label": np.int32(sample["label"])}
+
+
+def draw_crop(
+    rng: np.random.Generator | random.Random,
+    size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random part of an image of a size (height, width): timm's `get_params`.
+
+    Args:
+        rng: numpy's, or Python's, from which timm draws: then the part is timm's own, but where that has no pixel.
+        scale: smallest and largest area, as share of the image.
+        ratio: smallest and largest width / height.
+    """
+    height, width = size
+    integer = rng.randrange if isinstance(rng, random.Random) else rng.integers
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(_TRIES):
+        area = rng.uniform(*scale) * (height * width)
+        aspect = math.exp(rng.uniform(*log_ratio))
+        # of an image of few pixels a small share is none, which timm cannot resize
+        crop_width, crop_height = max(1, round(math.sqrt(area * aspect))), max(1, round(math.sqrt(area / aspect)))
+        if crop_width <= width and crop_height <= height:
+            top = integer(height - crop_height + 1)
+            left = integer(width - crop_width + 1)
+            return int(top), int(left), crop_height, crop_width
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    crop_width, crop_height = min(width, round(height * aspect)), min(height, round(width / aspect))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
 def normalised(pixels: UInt8[np.ndarray, "height width 3"]) -> Float32[np.ndarray, "height width 3"]:

@@ -52,8 +52,7 @@ def add_model_flags(parser: Parser) -> None:
 
 def load_model(args: argparse.Namespace) -> "Classifier":
     """The classifier that the flags of `add_model_flags` ask for. Raises as `load_classifier` does."""
-    from train.devices.compilation_cache import keep_compiled_programs
-    from train.devices.process import keep_freed_memory
+    from train.devices.process import keep_compiled_programs, keep_freed_memory
     from train.inference.model import load_classifier
 
     keep_freed_memory()

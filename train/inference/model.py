@@ -15,8 +15,7 @@ from convert.models import flax_model
 from convert.weights import Weights
 from crossvit_jax import CrossViT, CrossViTConfig
 from train.devices.mesh import batch_sharding, make_mesh, replicated
-from train.optim.ptq import quantised
-from train.optim.quantize import require_qwix
+from train.optim.quantize import quantised, require_qwix
 
 Batch = Mapping[str, Any]
 
@@ -102,7 +101,7 @@ def load_classifier(
         image_size: (height, width) to resample the position embeddings to; none: as stored.
         crop_pct: share of the resized image that the evaluation crop keeps; none: as stored.
         precision: float32 or bfloat16; none: bfloat16 on accelerators, float32 otherwise.
-        quantize: int8 or int4 to round the linear layers' weights to, see `train.optim.ptq`; none: as stored.
+        quantize: int8 or int4 to round the linear layers' weights to, see `train.optim.quantize`; none: as stored.
 
     Raises:
         ConversionError, SettingsError: see `load_classifier_weights`; or jax finds no device; or qwix is needed and not

@@ -1,4 +1,4 @@
-"""Quantisation-aware training with qwix: which products are quantised, and how a model is made to train with that.
+"""Quantisation with qwix: which products are quantised, how a model trains with that, and how it computes afterwards.
 
 Quantised are the linear layers of the transformer: their weights to int8 or int4 with a scale for each output, what
 they multiply to int8 with a scale for each token, found anew for every batch. All else stays as it is: convolutions,
@@ -10,6 +10,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
+from flax import nnx
 
 from convert.errors import SettingsError
 from crossvit_jax import CrossViT
@@ -54,3 +55,20 @@ def fake_quantised(model: CrossViT, weights: str) -> CrossViT:
 
     # qwix would call the model to find the scales of activations, but here these belong to a batch
     return qwix.quantize_model(model, qwix.QtProvider(rules(weights)), skip_nnx_init=True)
+
+
+def quantised(model: CrossViT, weights: str) -> CrossViT:
+    """A copy of the model whose linear layers hold integers and their scales, and multiply integers.
+
+    The same layers in the same way as in quantisation-aware training, so that it computes what the model
+    computed in training.
+
+    Args:
+        model: in evaluation mode, with its arrays.
+        weights: "int8" or "int4".
+    """
+    import qwix
+
+    image = jnp.zeros((1, *model.config.image_size, model.config.in_chans))
+    # qwix finds the weights to quantise by calling the model; of the call itself, the compiler leaves nothing
+    return nnx.jit(lambda model: qwix.quantize_model(model, qwix.PtqProvider(rules(weights)), image))(model)

@@ -9,8 +9,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from crossvit_jax import CrossViT, CrossViTConfig
-from train.inference.image_paths import shown
-from train.inference.predictions import Prediction
 from train.pictures.figure import drawable, save_figure
 
 if TYPE_CHECKING:
@@ -62,17 +60,19 @@ def draw_attention(
     path: Path,
     config: CrossViTConfig,
     *,
-    image_path: str,
+    title: str,
     image: Float[np.ndarray, "height width channels"],
     attention: dict[str, list[Float[np.ndarray, " _"]]],
-    predictions: Sequence[Prediction],
+    predictions: Sequence[tuple[str, float]],
 ) -> None:
     """Draw an image as the model saw it, its predictions, and two maps for each branch.
 
     Args:
         path: of the PNG to write or replace.
+        title: what the image is called; the best prediction is told beside it.
         image: normalised, as it was given to the model.
         attention: of this image, see `class_token_attention`.
+        predictions: names of classes and their probabilities, the best first.
 
     Raises OSError if it cannot be written.
     """
@@ -81,9 +81,9 @@ def draw_attention(
     pixels = np.clip(image * _STD + _MEAN, 0, 1)
     height, width = config.image_size
     figure = Figure(figsize=(12, 7.9))
-    best = predictions[0]
-    title = f"{shown(image_path)}: {best.class_name}, {100 * best.probability:.1f} %"
-    figure.text(0.02, 0.955, drawable(title, _WIDEST_TITLE), fontsize=12, parse_math=False)
+    best, probability = predictions[0]
+    heading = drawable(f"{title}: {best}, {100 * probability:.1f} %", _WIDEST_TITLE)
+    figure.text(0.02, 0.955, heading, fontsize=12, parse_math=False)
     # placed by hand: to let matplotlib find the places takes longer than to draw
     crop_axes = figure.add_axes((0.02, 0.44, 0.3, 0.45))
     crop_axes.imshow(pixels)
@@ -110,9 +110,9 @@ def draw_attention(
     save_figure(figure, path)
 
 
-def _draw_predictions(axes: "Axes", predictions: Sequence[Prediction]) -> None:
-    shares = [prediction.probability for prediction in predictions]
-    names = [drawable(prediction.class_name, _WIDEST_CLASS) for prediction in predictions]
+def _draw_predictions(axes: "Axes", predictions: Sequence[tuple[str, float]]) -> None:
+    shares = [probability for _, probability in predictions]
+    names = [drawable(name, _WIDEST_CLASS) for name, _ in predictions]
     axes.barh(range(len(shares)), shares, color="#4c72b0", height=0.7)
     axes.set_yticks(range(len(names)), names, fontsize=9, parse_math=False)
     for row, value in enumerate(shares):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from train.pictures.figure import draw_confusion
+from train.pictures.confusion import draw_confusion
 from train.run.whole_file import write_whole
 
 

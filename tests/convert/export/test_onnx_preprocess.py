@@ -110,9 +110,7 @@ def test_the_file_says_what_it_takes(exported, graph):
 def test_the_code_in_the_documentation_prints_what_predict_does(tmp_path, capsys, monkeypatch):
     from train.predict import main as predict
 
-    monkeypatch.setattr(
-        "train.devices.compilation_cache.keep_compiled_programs", lambda: None
-    )  # not in the user's folder
+    monkeypatch.setattr("train.devices.process.keep_compiled_programs", lambda: None)  # not in the user's folder
     weights = save_small(tmp_path / "w.safetensors", "abcdefgh")
     assert main([str(weights), str(tmp_path / "model.onnx"), "--preprocess"]) == 0
     for name, pixels in PICTURES.items():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from train.data.bad_images import BadImages, too_many
-from train.data.sources import open_folder
+from train.data.folder import open_folder
 
 
 @pytest.fixture

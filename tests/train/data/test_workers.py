@@ -16,7 +16,7 @@ from contextlib import closing
 import numpy as np
 
 from train.data.batches import train_batches
-from train.data.prefetch import device_batches
+from train.data.streams import device_batches
 from train.devices.mesh import make_mesh
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from train.config import RECIPES
-from train.data import prefetch
+from train.data import streams
 from train.devices import memory
 from train.devices.memory import (
     DoesNotFit,
@@ -62,7 +62,7 @@ def test_the_plan_of_a_step_is_told_apart_by_purpose():
 
 
 def test_the_batches_that_wait_are_as_many_as_are_brought_ahead():
-    assert memory.BATCHES == 1 + prefetch.BATCHES_AHEAD
+    assert memory.BATCHES == 1 + streams.BATCHES_AHEAD
 
 
 def test_the_line_names_what_is_needed_what_there_is_and_for_what():

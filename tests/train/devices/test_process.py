@@ -1,15 +1,16 @@
-"""Programs on CPUs compute in memory that the process already has."""
+"""Programs on CPUs compute in memory that the process already has, and compiled programs outlive the process."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from train.devices.process import _memory_is_limited, keep_freed_memory
+from train.devices.process import _memory_is_limited, keep_compiled_programs, keep_freed_memory
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the setting is glibc's")
+linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the setting is glibc's")
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -47,18 +48,21 @@ def run(*limit: str, **variables: str) -> tuple[bool, int, bool]:
     return changed == "True", int(faults), huge == "True"
 
 
+@linux_only
 def test_no_fresh_pages_are_taken_for_a_programs_temporary_memory():
     changed, faults, huge = run()
     assert changed and faults < FEW
     assert huge or not HUGE_PAGES.exists() or _memory_is_limited()
 
 
+@linux_only
 def test_with_a_limit_on_memory_no_more_is_asked_for_than_needed():
     changed, faults, huge = run(str(4 * 2**30))
     assert changed and faults < FEW
     assert not huge
 
 
+@linux_only
 @pytest.mark.parametrize("variable", ["MALLOC_TOP_PAD_=131072", "GLIBC_TUNABLES=glibc.malloc.top_pad=131072"])
 def test_a_setting_of_the_users_is_left_alone(variable):
     name, _, glibcs_default = variable.partition("=")  # as without the call
@@ -71,7 +75,31 @@ def _always_huge() -> bool:
     return HUGE_PAGES.exists() and "[always]" in HUGE_PAGES.read_text()
 
 
+@linux_only
 @pytest.mark.parametrize("platforms", ["cuda", "tpu,cpu"])
 def test_nothing_is_changed_where_an_accelerator_computes(platforms, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
     assert keep_freed_memory() is False
+
+
+# --- compiled programs ---
+
+
+@pytest.fixture
+def cache_dir():
+    before = jax.config.jax_compilation_cache_dir
+    yield lambda value: jax.config.update("jax_compilation_cache_dir", value)
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_programs_are_kept_in_the_users_cache_folder(cache_dir, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache_dir(None)
+    keep_compiled_programs()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "crossvit" / "jax")
+
+
+def test_a_folder_that_the_user_chose_is_taken(cache_dir, tmp_path):
+    cache_dir(str(tmp_path / "mine"))
+    keep_compiled_programs()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")

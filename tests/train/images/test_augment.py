@@ -114,7 +114,7 @@ _ON_DEVICES = """
 import sys
 import jax, numpy as np
 from train.images.augment import compile_augment
-from train.cost.communication import communication
+from train.cost.hlo import communication
 from train.config import RECIPES
 from train.devices.mesh import batch_sharding, make_mesh
 crops = np.load(sys.argv[1])

@@ -27,8 +27,7 @@ from timm.data import auto_augment, create_transform
 from train.config import RECIPES
 from train.data.batches import train_batches
 from train.images.augment import FINENESS, OPERATIONS, draw_batch
-from train.images.crop import draw_crop
-from train.images.transforms import TrainTransform
+from train.images.transforms import TrainTransform, draw_crop
 
 _IMAGES = 4000
 _SIZE = 64

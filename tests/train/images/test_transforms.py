@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import random
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,11 +13,12 @@ import pytest
 import scipy.stats
 import torch
 from PIL import Image, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, transforms
+from torchvision.transforms import functional
 
 from train.config import RECIPES
-from train.images.decode import decode_image
-from train.images.transforms import EvalTransform, train_transform
+from train.images.decode import UnreadableImage, decode_image
+from train.images.transforms import CropTransform, EvalTransform, draw_crop, train_transform
 
 _IMAGENET = RECIPES["imagenet"]
 _MODEL = _IMAGENET.model_config(1000)
@@ -185,3 +188,58 @@ def test_normalisation_comes_before_erasing(sample):
     assert scipy.stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
     assert np.abs(np.corrcoef(noise.T)[np.triu_indices(3, 1)]).max() < 0.01  # each channel has its own
     assert noise.min() < -3.5  # a black pixel is at -2.1
+
+
+# --- workers that only crop: timm's draws, Pillow's pixels ---
+
+_SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+
+
+def _jpeg(image):
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=92)
+    return file.getvalue()
+
+
+# of the last three no box of this shape fits, so that the largest one in the middle is taken
+@pytest.mark.parametrize("size", [(427, 640), (50, 50), (10, 300), (300, 10), (1, 5)])
+def test_boxes_are_drawn_as_by_timm(size, monkeypatch):
+    image = Image.new("1", size[::-1])
+    for seed in range(100):
+        monkeypatch.setattr(transforms, "random", random.Random(seed))
+        expected = transforms.RandomResizedCropAndInterpolation.get_params(image, _SCALE, _RATIO)
+        assert draw_crop(random.Random(seed), size, _SCALE, _RATIO) == expected
+
+
+def test_a_box_has_at_least_one_pixel():
+    """timm draws none of an image of so few, and then cannot resize it."""
+    for seed in range(50):
+        *_, height, width = draw_crop(np.random.default_rng(seed), (2, 2), _SCALE, _RATIO)
+        assert height > 0 < width
+
+
+def test_a_crop_has_the_pixels_of_timms(photographs):
+    transform = CropTransform((240, 224), _SCALE, _RATIO)
+    for seed in range(8):
+        encoded = _jpeg(photographs[seed % 2])
+        sample = {"image": encoded, "label": 3, "name": "photograph"}
+        ours = transform(sample, np.random.default_rng(seed))
+        image = Image.open(io.BytesIO(encoded))
+        box = draw_crop(np.random.default_rng(seed), image.size[::-1], _SCALE, _RATIO)
+        bicubic = functional.InterpolationMode.BICUBIC
+        np.testing.assert_array_equal(ours["image"], functional.resized_crop(image, *box, (240, 224), bicubic))
+        assert (ours["image"].dtype, ours["label"], ours["label"].dtype) == (np.uint8, 3, np.int32)
+
+
+def test_an_unreadable_image_is_told_before_anything_is_drawn():
+    rng = np.random.default_rng(0)
+    with pytest.raises(UnreadableImage):
+        CropTransform((8, 8), _SCALE, _RATIO)({"image": b"no image", "label": 0, "name": "some"}, rng)
+    assert rng.random() == np.random.default_rng(0).random()
+
+
+def test_a_worker_that_crops_needs_no_torch():
+    """Importing it takes seconds, and half a gigabyte in every worker."""
+    modules = "train.main, train.data.batches, train.images.transforms, train.images.resample"
+    program = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

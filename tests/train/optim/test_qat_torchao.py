@@ -23,7 +23,7 @@ from tests.train.small_weights import save_small
 from train.data.digits import held_out_indices
 from train.evaluate import main as evaluate
 from train.main import main
-from train.optim.ptq import quantised
+from train.optim.quantize import quantised
 
 pytest.importorskip("torchao")
 

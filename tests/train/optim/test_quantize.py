@@ -18,8 +18,7 @@ from train.config import TrainConfig
 from train.evaluate import main as evaluate
 from train.main import main
 from train.optim.optimizer import make_optimizer
-from train.optim.ptq import quantised
-from train.optim.quantize import fake_quantised
+from train.optim.quantize import fake_quantised, quantised
 from train.optim.state import abstract_model, make_state
 from train.optim.step import make_train_step
 from train.predict import main as predict

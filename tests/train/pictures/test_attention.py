@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from PIL import Image
 
 from convert import load_flax
+from tests.train.pictures.pixels import pixels_of
 from tests.train.small_weights import save_small, small_config, small_timm_model
-from train.inference.predictions import Prediction
 from train.pictures.attention import PictureNames, class_token_attention, draw_attention
 
 
@@ -52,11 +51,8 @@ def _drawn(path, config, lit):
                 values[lit[2:]] = 1
             attention[name].append(np.append(0.1, values))
     image = np.zeros((*config.image_size, 3), np.float32)
-    draw_attention(
-        path, config, image_path="x", image=image, attention=attention, predictions=[Prediction("cat", 0, 0.9)]
-    )
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB")).astype(int)
+    draw_attention(path, config, title="x", image=image, attention=attention, predictions=[("cat", 0.9)])
+    return pixels_of(path)
 
 
 def _middle(brighter):

@@ -1,8 +1,6 @@
-"""Data sets as sources: the digits, tensorflow-datasets sets, folders; and what is said of those that will not do."""
+"""Prepared tensorflow-datasets sets as sources, and what is said of those that will not do."""
 
-import dataclasses
 import io
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -11,12 +9,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from convert.errors import SettingsError
-from train.config import RECIPES
-from train.data.digits import held_out_indices
-from train.data.sources import DataError, TfdsSource, open_digits, open_folder, open_image_sets, open_tfds
+from train.data.sources import DataError
+from train.data.tfds import TfdsSource, open_tfds
 from train.images.decode import UnreadableImage
 
 
@@ -60,50 +56,6 @@ def write_tfds(tmp_path):
         return str(tmp_path)
 
     return write
-
-
-# --- the digits ---
-
-
-def test_the_digits_are_all_of_scikit_learns(digits_dir):
-    sets = open_digits(digits_dir)
-    assert sets.class_names == tuple("0123456789")
-    digits = load_digits()
-    held_out = held_out_indices(digits.target)
-    expected = {"train": np.delete(np.arange(1797), held_out), "test": held_out}
-    for source, indices in ((sets.train, expected["train"]), (sets.held_out, expected["test"])):
-        samples = [source[i] for i in range(len(source))]
-        pixels = [np.asarray(Image.open(io.BytesIO(sample["image"])))[..., 0] for sample in samples]
-        # tfds shuffles once when it writes, so compare as sets of (pixels, label)
-        ours = {(p.tobytes(), sample["label"]) for p, sample in zip(pixels, samples, strict=True)}
-        images = np.round(digits.images[indices] * 255 / 16).astype(np.uint8)
-        assert ours == {(p.tobytes(), int(t)) for p, t in zip(images, digits.target[indices], strict=True)}
-        assert len(samples) == len(indices)
-
-
-def test_the_held_out_digits_are_a_fifth_of_each_class():
-    labels = load_digits().target
-    held_out = held_out_indices(labels)
-    np.testing.assert_array_equal(held_out, held_out_indices(labels))
-    counts, total = np.bincount(labels[held_out]), np.bincount(labels)
-    assert np.all(np.abs(counts - total / 5) <= 0.5)
-
-
-def test_the_digits_are_prepared_once(digits_dir, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("prepared again")
-
-    monkeypatch.setattr(tfds.core.GeneratorBasedBuilder, "download_and_prepare", refuse)
-    open_digits(digits_dir)
-
-
-def test_digits_that_cannot_be_written_are_a_clear_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SettingsError, match=r"cannot prepare the digits.*--data-dir"):
-        open_digits(str(tmp_path / "file" / "below"))
-
-
-# --- tensorflow-datasets ---
 
 
 @pytest.mark.parametrize("held_out", ["validation", "test"])
@@ -164,7 +116,7 @@ def _forget_a_class(data_dir):
 
 
 def test_a_label_out_of_range_is_found_before_training(write_tfds, monkeypatch):
-    monkeypatch.setattr("train.data.sources._LABELS_OF_LARGE_SPLIT", 3)  # a small one is looked at as a whole
+    monkeypatch.setattr("train.data.tfds._LABELS_OF_LARGE_SPLIT", 3)  # a small one is looked at as a whole
     data_dir = write_tfds(
         {"train": 40, "test": 2}, example=lambda i: {"id": "", "image": _png(i), "label": 2 * (i == 30)}
     )
@@ -180,10 +132,10 @@ def test_of_a_large_split_some_labels_are_looked_at_and_the_others_when_they_are
         {"train": 40, "test": 2}, example=lambda i: {"id": "", "image": _png(i), "label": 2 * (i == 30)}
     )
     _forget_a_class(data_dir)
-    monkeypatch.setattr("train.data.sources._SMALL_SPLIT", 0)
+    monkeypatch.setattr("train.data.tfds._SMALL_SPLIT", 0)
     with pytest.raises(SettingsError, match="has label 2"):
         open_tfds("tiny", data_dir)
-    monkeypatch.setattr("train.data.sources._LABELS_OF_LARGE_SPLIT", 3)
+    monkeypatch.setattr("train.data.tfds._LABELS_OF_LARGE_SPLIT", 3)
     asked, labels = [], TfdsSource.labels
     monkeypatch.setattr(TfdsSource, "labels", lambda self, indices: asked.append(indices) or labels(self, indices))
     source = open_tfds("tiny", data_dir).train
@@ -253,122 +205,3 @@ def test_a_set_without_random_access_is_a_clear_error(write_tfds):
     info.write_text(info.read_text().replace("array_record", "tfrecord"))  # to write one takes TensorFlow
     with pytest.raises(SettingsError, match=r'stored as tfrecord.*file_format="array_record"'):
         open_tfds("tiny", data_dir)
-
-
-# --- folders ---
-
-
-def _labels_by_file(source):
-    return {source[i]["name"].split("/")[-1]: source[i]["label"] for i in range(len(source))}
-
-
-@pytest.mark.parametrize("held_out", ["val", "validation", "test"])
-def test_a_folder_with_two_sides(image_folder, held_out):
-    for path in ("train/cat/1.png", "train/cat/deep/2.JPG", "train/dog/3.png", f"{held_out}/cat/4.png"):
-        image_folder(path)
-    image_folder(f"{held_out}/dog/5.jpeg")
-    (image_folder() / "train" / "dog" / "notes.txt").write_text("no image")
-    sets = open_folder(image_folder(), val_fraction=0.1, seed=0)
-    assert sets.class_names == ("cat", "dog")
-    assert _labels_by_file(sets.train) == {"1.png": 0, "2.JPG": 0, "3.png": 1}
-    assert _labels_by_file(sets.held_out) == {"4.png": 0, "5.jpeg": 1}
-    assert pickle.loads(pickle.dumps(sets.train))[0] == sets.train[0]
-
-
-def test_one_folder_is_split_by_class_and_seed(image_folder):
-    for i in range(30):
-        image_folder(f"cat/{i}.png")
-    for i in range(30, 35):
-        image_folder(f"dog/{i}.png")
-
-    def held_out(seed):
-        sets = open_folder(image_folder(), val_fraction=0.2, seed=seed)
-        train, val = _labels_by_file(sets.train), _labels_by_file(sets.held_out)
-        assert not set(train) & set(val)
-        assert len(train) + len(val) == 35
-        assert sorted(val.values()) == [0] * 6 + [1]
-        return set(val)
-
-    assert held_out(0) == held_out(0)
-    assert held_out(0) != held_out(1)
-
-
-def test_the_split_of_a_folder_follows_the_settings(image_folder):
-    for i in range(8):
-        image_folder(f"only/{i}.png")
-    config = dataclasses.replace(RECIPES["imagenet"], dataset=f"folder:{image_folder()}", val_fraction=0.5)
-    assert len(open_image_sets(config).held_out) == 4
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ([], "no class folders"),
-        (["train/cat/1.png"], "none of validation/, val/, test/"),
-        (["train/cat/1.png", "val/dog/1.png"], "classes in val/ that are missing in train/: dog"),
-        (["train/cat/1.png", "train/dog/1.png", "val/dog/1.png"], "classes in train/ that are missing in val/: cat"),
-        (["cat/1.png", "dog/1.png", "dog/2.png"], "two images or more, unlike cat"),
-    ],
-)
-def test_a_folder_that_will_not_do_is_a_clear_error(image_folder, files, message):
-    for file in files:
-        image_folder(file)
-    with pytest.raises(SettingsError, match=message):
-        open_folder(image_folder(), val_fraction=0.1, seed=0)
-
-
-def test_a_class_without_images_is_a_clear_error(image_folder):
-    image_folder("cat/1.png")
-    (image_folder() / "dog").mkdir()
-    with pytest.raises(SettingsError, match=r"no images in .*dog"):
-        open_folder(image_folder(), val_fraction=0.1, seed=0)
-
-
-def test_a_folder_of_class_folders_without_images_is_a_clear_error(image_folder):
-    for i in range(30):
-        (image_folder() / f"{i:02}").mkdir()
-    with pytest.raises(SettingsError, match=r"no images in any of the 30 class folders of "):
-        open_folder(image_folder(), val_fraction=0.1, seed=0)
-    image_folder("30/1.png")
-    with pytest.raises(SettingsError, match=r"no images in .*/00, .*/19 and 10 more \(looked for"):
-        open_folder(image_folder(), val_fraction=0.1, seed=0)
-
-
-def test_a_file_that_has_vanished_is_an_unreadable_image(image_folder):
-    for i in range(3):
-        file = image_folder(f"only/{i}.png")
-    source = open_folder(image_folder(), val_fraction=0.1, seed=0).train
-    os.remove(os.path.join(source.root, source.files[1]))
-    with pytest.raises(UnreadableImage, match=rf"cannot read image {file.parent}/\d.png: No such file or directory"):
-        source[1]
-    assert source[0]["image"]
-
-
-def test_the_fingerprint_of_a_folder_follows_names_labels_and_sides_only(image_folder):
-    def fingerprint(folder="", **settings):
-        return open_folder(image_folder() / folder, **({"val_fraction": 0.3, "seed": 0} | settings)).fingerprint
-
-    for i in range(10):
-        image_folder(f"a/{'xy'[i % 2]}/{i}.png")
-    seen = [fingerprint("a")]
-    assert fingerprint("a") == seen[0]
-    shutil.copytree(image_folder() / "a", image_folder() / "b")
-    assert fingerprint("b") == seen[0]  # it may be moved
-    seen.append(fingerprint("a", seed=1))  # other images are held out
-    image_folder("a/x/new.png")
-    seen.append(fingerprint("a"))
-    (image_folder() / "a/x/new.png").rename(image_folder() / "a/y/new.png")
-    seen.append(fingerprint("a"))
-    (image_folder() / "a/y").rename(image_folder() / "a/z")
-    seen.append(fingerprint("a"))
-    for side in ("train", "val"):
-        image_folder(f"two/{side}/only/1.png")
-    seen.append(fingerprint("two"))
-    image_folder("two/val/only/2.png")
-    seen.append(fingerprint("two"))
-    assert len(set(seen)) == 7
-
-
-def test_a_folder_that_is_not_there_is_a_clear_error(tmp_path):
-    with pytest.raises(SettingsError, match="no folder"):
-        open_folder(tmp_path / "nowhere", val_fraction=0.1, seed=0)

@@ -7,7 +7,7 @@ import grain
 import jax
 import numpy as np
 
-from train.data.prefetch import BATCHES_AHEAD, device_batches
+from train.data.streams import BATCHES_AHEAD, device_batches
 from train.devices.mesh import make_mesh
 
 

@@ -1,0 +1,74 @@
+"""The curves of a run: there whole, with what they should show, and never in the way of the run."""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+
+from tests.train.pictures.pixels import pixels_of
+from train.pictures.curves import draw_curves
+
+_BLUE, _ORANGE, _GREEN = (0x4C, 0x72, 0xB0), (0xDD, 0x84, 0x52), (0x55, 0xA8, 0x68)
+
+
+def _has(pixels, colour):
+    return bool((np.abs(pixels - colour).sum(-1) < 8).any())
+
+
+def _training(step, epoch=1):
+    return {"step": step, "epoch": epoch, "train/loss": 2 / step, "train/top1": 3.0 * step, "train/lr": 1e-3}
+
+
+def _evaluation(step, epoch, **more):
+    return {"step": step, "epoch": epoch, "eval/loss": 1.5 / step, "eval/top1": 2.0 * step, "eval/top5": 90, **more}
+
+
+_BEFORE = [_training(1), _training(2)]
+_AFTER = [*_BEFORE, _evaluation(2, 1), _training(4, 2), _evaluation(4, 2)]
+_AVERAGED = [*_AFTER, _evaluation(6, 3, **{"eval/ema_loss": 0.2, "eval/ema_top1": 12.0})]
+
+
+@pytest.mark.parametrize(
+    ("lines", "colours"),
+    [
+        ([], set()),
+        ([_training(7)], {_BLUE}),
+        (_BEFORE, {_BLUE}),
+        (_AFTER, {_BLUE, _ORANGE}),
+        (_AVERAGED, {_BLUE, _ORANGE, _GREEN}),
+        ([_evaluation(4, 2)], {_ORANGE}),
+    ],
+    ids=["nothing", "one line", "before an evaluation", "after two", "averaged weights", "an evaluation alone"],
+)
+def test_curves_show_what_there_is_so_far(tmp_path, lines, colours):
+    path = tmp_path / "curves.png"
+    draw_curves(lines, path)
+    pixels = pixels_of(path)
+    assert {colour for colour in (_BLUE, _ORANGE, _GREEN) if _has(pixels, colour)} == colours
+
+
+def test_new_curves_replace_the_old_ones_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "curves.png"
+    draw_curves(_BEFORE, path)
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="No space left"):
+            draw_curves(_AFTER, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]  # no temporary file either
+
+    draw_curves(_AFTER, path)
+    assert path.read_bytes() != before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_drawing_leaves_pyplot_alone(tmp_path):
+    before = set(sys.modules)
+    draw_curves(_AFTER, tmp_path / "curves.png")
+    assert "matplotlib.pyplot" not in set(sys.modules) - before

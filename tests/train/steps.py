@@ -1,0 +1,47 @@
+"""The training and evaluation steps of classification, for tests that bring a model of their own."""
+
+import dataclasses
+
+import jax
+import optax
+from flax import nnx
+
+from crossvit_jax.config import VARIANTS
+from train.config import TrainConfig
+from train.optim import step
+from train.optim.state import State, abstract_model, lower_init
+from train.tasks.classification import Classification
+
+
+def classification(config: TrainConfig, classes: int) -> Classification:
+    """The task, of the variant that the settings ask for, or where they ask for none that they can make, of ti."""
+    names = tuple(map(str, range(classes)))
+    return Classification(config, config.model_config(classes), names)
+
+
+def _of(model: nnx.Module, config: TrainConfig) -> Classification:
+    return Classification(config, dataclasses.replace(VARIANTS["ti"], num_classes=model.num_classes), ())
+
+
+def make_train_step(model: nnx.Module, optimizer: optax.GradientTransformation, config: TrainConfig):
+    """The step of a model with `num_classes`, see `train.optim.step.make_train_step`."""
+    return step.make_train_step(model, _of(model, config), optimizer, config)
+
+
+def make_eval_step(model: nnx.Module):
+    """The evaluation step of a model with `num_classes`, see `train.optim.step.make_eval_step`."""
+    return step.make_eval_step(model, _of(model, TrainConfig()))
+
+
+def init_state(config: TrainConfig, classes: int, optimizer: optax.GradientTransformation, mesh, params=None) -> State:
+    """A new training state, made where it will live."""
+    task = classification(config, classes)
+    return lower_init(task, abstract_model(task, config), optimizer, config, mesh, params)()
+
+
+def abstract_params(variant_config) -> object:
+    """Shapes of the parameters of a model, as nested dicts."""
+    from crossvit_jax import CrossViT
+
+    model = nnx.eval_shape(lambda: CrossViT(variant_config, rngs=nnx.Rngs(0)))
+    return jax.tree.map(lambda leaf: leaf, nnx.to_pure_dict(nnx.state(model, nnx.Param)))

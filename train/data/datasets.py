@@ -1,0 +1,72 @@
+"""The data set that a run asks for: the digits, a prepared tensorflow-datasets set, or a folder."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import absl.logging
+
+from convert.errors import SettingsError
+from convert.paths import FOLDER_PREFIX
+from train.config import TrainConfig
+from train.data.folder import open_folder
+from train.data.sources import ImageSets
+from train.data.tfds import open_tfds
+
+
+def open_image_sets(config: TrainConfig) -> ImageSets:
+    """Open the data set that a run asks for.
+
+    Raises SettingsError, saying what is wrong and what would work, if it is unknown, not prepared, cannot be read at
+    random, has no images, a class without images in a folder, or labels that are missing or stand for no class.
+    """
+    if config.dataset.startswith(FOLDER_PREFIX):
+        root = Path(config.dataset.removeprefix(FOLDER_PREFIX))
+        return open_folder(root, val_fraction=config.val_fraction, seed=config.seed)
+    if config.dataset == "digits":
+        return open_digits(config.data_dir)
+    return open_tfds(config.dataset, config.data_dir)
+
+
+def open_digits(data_dir: str | None) -> ImageSets:
+    """scikit-learn's digits, written to `data_dir` (none: tensorflow-datasets' own folder) the first time."""
+    import tensorflow_datasets as tfds
+
+    from train.data.digits import SklearnDigits
+
+    try:
+        with _quiet():
+            builder = SklearnDigits(data_dir=data_dir, file_format="array_record")
+            if not builder.is_prepared():
+                _prepare(builder)
+    except OSError as error:
+        where = data_dir or tfds.core.constants.DATA_DIR
+        raise SettingsError(f"cannot prepare the digits in {where}: {error}; try another --data-dir") from error
+    return open_tfds("sklearn_digits", data_dir)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what tfds prints about a download, and its warnings about a folder that is only being filled."""
+    before = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        absl.logging.set_verbosity(before)
+
+
+def _prepare(builder: Any) -> None:
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    offline = tfds.download.DownloadConfig(try_download_gcs=False)
+    try:
+        builder.download_and_prepare(download_config=offline)
+    except OSError:
+        # another process may have finished the same work just before
+        if not type(builder)(data_dir=builder.data_dir_root, file_format="array_record").is_prepared():
+            raise

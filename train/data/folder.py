@@ -1,0 +1,139 @@
+"""Folders of class folders as sources of image files."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.errors import SettingsError
+from train.data.sources import HELD_OUT_SPLITS, IMAGE_SUFFIXES, TRAIN_SPLIT, DataError, ImageSets, listed
+from train.images.decode import UnreadableImage
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Image files with their labels."""
+
+    root: str
+    files: tuple[str, ...]  # relative to root
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Raises UnreadableImage for a file that cannot be read, DataError if they all have gone."""
+        index = int(index)
+        path = os.path.join(self.root, self.files[index])
+        try:
+            with open(path, "rb") as file:
+                encoded = file.read()
+        except OSError as error:
+            if _is_gone(self.root):
+                raise DataError(f"the data set is gone: {self.root} is missing, empty or unreadable") from error
+            raise UnreadableImage(path, error.strerror or str(error)) from error
+        return {"image": encoded, "label": int(self.labels[index]), "name": path}
+
+
+def _is_gone(root: str) -> bool:
+    """Also true for the empty folder that an unmounted disk leaves."""
+    try:
+        with os.scandir(root) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return True
+
+
+def open_folder(root: Path, *, val_fraction: float, seed: int) -> ImageSets:
+    """A folder with `train/` and `val/` (or `validation/`, `test/`) of class folders, or of class folders itself.
+
+    The latter is split: of each class the share `val_fraction` is held out, at least one image, chosen by `seed`.
+    Classes are the folders' names in alphabetical order. Images may lie deeper inside a class folder.
+
+    Raises SettingsError if there is no such folder, no class, or a class without images on either side.
+    """
+    if not root.is_dir():
+        raise SettingsError(f"there is no folder {root}")
+    if not (root / TRAIN_SPLIT).is_dir():
+        return _split_folder(root, list_images(root), val_fraction=val_fraction, seed=seed)
+    held_out_split = next((split for split in HELD_OUT_SPLITS if (root / split).is_dir()), None)
+    if held_out_split is None:
+        raise SettingsError(f"{root} has a folder train/ but none of {', '.join(s + '/' for s in HELD_OUT_SPLITS)}")
+    train, held_out = list_images(root / TRAIN_SPLIT), list_images(root / held_out_split)
+    for here, files, there, other in (
+        (TRAIN_SPLIT, train, held_out_split, held_out),
+        (held_out_split, held_out, TRAIN_SPLIT, train),
+    ):
+        missing = sorted(set(other) - set(files))
+        if missing:
+            raise SettingsError(f"{root} has classes in {there}/ that are missing in {here}/: {listed(missing)}")
+    return ImageSets(
+        _folder_source(root / TRAIN_SPLIT, train),
+        _folder_source(root / held_out_split, held_out),
+        tuple(train),
+        held_out_split,
+        _fingerprint(train, held_out),
+    )
+
+
+def list_images(root: Path) -> dict[str, list[str]]:
+    """Class names in alphabetical order, and each one's image files relative to `root`, sorted.
+
+    Raises SettingsError if there is no class folder, or one without images.
+    """
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise SettingsError(f"{root} has no class folders: it should hold one folder of images per class")
+    images = {name: _image_files(root, name) for name in classes}
+    empty = [name for name, files in images.items() if not files]
+    looked_for = f"(looked for {' '.join(IMAGE_SUFFIXES)})"
+    if len(empty) == len(images):
+        raise SettingsError(f"no images in any of the {len(images)} class folders of {root} {looked_for}")
+    if empty:
+        raise SettingsError(f"no images in {listed(str(root / name) for name in empty)} {looked_for}")
+    return images
+
+
+def _image_files(root: Path, class_name: str) -> list[str]:
+    return sorted(
+        os.path.relpath(os.path.join(folder, file), root)
+        for folder, _, files in os.walk(root / class_name, followlinks=True)
+        for file in files
+        if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
+    )
+
+
+def _split_folder(root: Path, images: dict[str, list[str]], *, val_fraction: float, seed: int) -> ImageSets:
+    single = [name for name, files in images.items() if len(files) < 2]
+    if single:
+        raise SettingsError(f"{root} cannot be split: a class needs two images or more, unlike {listed(single)}")
+    rng = np.random.default_rng(seed)
+    train, held_out = {}, {}
+    for name, files in images.items():
+        count = min(max(1, round(val_fraction * len(files))), len(files) - 1)
+        chosen = set(rng.permutation(len(files))[:count].tolist())
+        train[name] = [file for index, file in enumerate(files) if index not in chosen]
+        held_out[name] = [file for index, file in enumerate(files) if index in chosen]
+    split = f"{val_fraction:.0%} of each class"
+    return ImageSets(
+        _folder_source(root, train),
+        _folder_source(root, held_out),
+        tuple(images),
+        split,
+        _fingerprint(train, held_out),
+    )
+
+
+def _folder_source(root: Path, images: dict[str, Sequence[str]]) -> FolderSource:
+    labels = np.repeat(np.arange(len(images)), [len(files) for files in images.values()])
+    return FolderSource(str(root), tuple(file for files in images.values() for file in files), labels)
+
+
+def _fingerprint(train: dict[str, list[str]], held_out: dict[str, list[str]]) -> str:
+    """Of the names of all classes and files; which class and side a file belongs to is part of it."""
+    return hashlib.sha256(json.dumps([list(train.items()), list(held_out.items())]).encode()).hexdigest()

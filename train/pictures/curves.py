@@ -1,0 +1,94 @@
+"""The curves of a run: loss, metrics and learning rate over its steps."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.pictures.figure import save_figure
+
+if TYPE_CHECKING:
+    from train.tasks.task import Metric
+
+_TRAINING, _HELD_OUT, _AVERAGED, _NEUTRAL = "#4c72b0", "#dd8452", "#55a868", "#555555"
+_FEW_POINTS = 40  # so many or fewer are marked one by one
+
+# of the first metrics in a panel; a fifth looks like the first
+_STYLES = ("-", ":", "--", "-.")
+
+_Curve = tuple[str, str, str, str]  # a metric's name in the log, colour, line style and meaning
+
+
+def _panels(metrics: "Sequence[Metric]") -> dict[str, list[_Curve]]:
+    """The curves of each panel, by its label: the loss, the metrics of one unit together, the learning rate."""
+    loss = [
+        ("train/loss", _TRAINING, "-", "training"),
+        ("eval/loss", _HELD_OUT, "-", "held out"),
+        ("eval/ema_loss", _AVERAGED, "-", "held out, averaged weights"),
+    ]
+    units: dict[str, list[Metric]] = {}
+    for metric in metrics:
+        units.setdefault(metric.unit, []).append(metric)
+    by_unit = {}
+    for unit, alike in units.items():
+        curves = by_unit[", ".join(metric.label for metric in alike) + f" in {unit}" * bool(unit)] = []
+        for metric, style in zip(alike, itertools.cycle(_STYLES), strict=False):
+            curves += [
+                (f"train/{metric.name}", _TRAINING, style, f"training {metric.label}"),
+                (f"eval/{metric.name}", _HELD_OUT, style, f"held-out {metric.label}"),
+                (f"eval/ema_{metric.name}", _AVERAGED, style, "the same, averaged weights"),
+            ]
+    return {"loss": loss, **by_unit, "learning rate": [("train/lr", _NEUTRAL, "-", "learning rate")]}
+
+
+def draw_curves(lines: Sequence[Mapping[str, Any]], metrics: "Sequence[Metric]", path: Path) -> None:
+    """Draw loss, metrics and learning rate over the steps of a run, as far as it has come.
+
+    Args:
+        lines: those of `metrics.jsonl`: `step`, `epoch` and metrics by name, such as `train/loss` and `eval/top1`. Each
+            metric may be missing from any of them.
+        metrics: those of the task.
+        path: of the PNG to write or replace.
+
+    Raises OSError if it cannot be written.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    panels = _panels(metrics)
+    figure = Figure(figsize=(10, 2 + 3 * (len(panels) - 1)), layout="constrained")
+    all_axes = figure.subplots(len(panels), sharex=True, height_ratios=(3,) * (len(panels) - 1) + (1.5,))
+    for axes, (label, curves) in zip(all_axes, panels.items(), strict=True):
+        for name, colour, style, meaning in curves:
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if points:
+                marker = "o" if len(points) <= _FEW_POINTS else None
+                label_with_last = f"{meaning}: {_short(points[-1][1])}"
+                axes.plot(*zip(*points, strict=True), style, color=colour, marker=marker, ms=3.5, label=label_with_last)
+        axes.set_ylabel(label)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))  # beside, never in front
+    all_axes[-1].set_xlabel("step")
+    all_axes[-1].set_xlim(left=0)
+    all_axes[-1].set_ylim(bottom=0)
+    all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
+    steps_per_epoch = _steps_per_epoch(lines)
+    if steps_per_epoch:
+        to_epoch, to_step = (lambda step: step / steps_per_epoch), (lambda epoch: epoch * steps_per_epoch)
+        epochs = all_axes[0].secondary_xaxis("top", functions=(to_epoch, to_step))
+        epochs.set_xlabel("epoch")
+        epochs.spines["top"].set_visible(False)
+        epochs.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
+    save_figure(figure, path)
+
+
+def _steps_per_epoch(lines: Sequence[Mapping[str, Any]]) -> float | None:
+    """Told by the last evaluation, which comes at the end of an epoch; None before the first."""
+    return next((line["step"] / line["epoch"] for line in reversed(lines) if "eval/loss" in line), None)
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if 0.001 <= abs(value) < 10_000 else f"{value:.1e}"
