@@ -23,6 +23,7 @@ from train.devices.hosts import is_main
 from train.devices.memory import available_memory, check_fits, memory_errors_explained, step_memory
 from train.devices.mesh import fetch, state_shardings
 from train.images.augment import compile_augment
+from train.images.transforms import eval_transform, train_transform
 from train.job import Job
 from train.optim.optimizer import make_optimizer
 from train.optim.schedule import learning_rate
@@ -95,11 +96,18 @@ def train(job: Job) -> Result:
             from train.data.streams import open_eval_stream, open_train_stream
             from train.run.checkpoints import Checkpoints
 
-            train_stream = stack.enter_context(closing(open_train_stream(job, start_step=newest_step)))
+            def train_stream_from(step: int):
+                transform = train_transform(config, model_config)
+                stream = open_train_stream(config, job.image_sets.train, transform, mesh, start_step=step)
+                return stack.enter_context(closing(stream))
+
+            train_stream = train_stream_from(newest_step)
 
             @cache
             def eval_stream():
-                return stack.enter_context(closing(open_eval_stream(job)))
+                images, transform = job.image_sets.held_out, eval_transform(model_config)
+                stream = open_eval_stream(config, images, transform, mesh, batch_size=job.eval_batch_size)
+                return stack.enter_context(closing(stream))
 
             eval_step = jit_eval_step(make_eval_step(model), mesh, shapes["params"])
             eval_step = eval_step.lower(shapes["params"], eval_shapes)
@@ -124,7 +132,7 @@ def train(job: Job) -> Result:
         step, best = progress["step"], progress["best"]
         if step != newest_step:  # the newest checkpoint was damaged
             train_stream.close()
-            train_stream = stack.enter_context(closing(open_train_stream(job, start_step=step)))
+            train_stream = train_stream_from(step)
         checkpoints.best_step = best["step"]
         _say(_headline(job, folder))
         _say(memory.describe(available))
