@@ -1,5 +1,6 @@
 """The batches of a run, read and transformed by Grain's threads or workers and brought to the devices ahead of time."""
 
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -7,34 +8,50 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from train.data.batches import eval_batches, train_batches
+from train.config import TrainConfig
+from train.data.batches import Sample, eval_batches, train_batches
+from train.data.sources import Source
 from train.devices.mesh import batch_sharding
-from train.images.transforms import eval_transform, train_transform
-from train.job import Job
+from train.images.transforms import EvalTransform
 
 BATCHES_AHEAD = 2  # already on the devices while a step runs
 
 
-def open_train_stream(job: Job, *, start_step: int) -> grain.DatasetIterator:
-    """Batches for training from the step after `start_step` steps, without end. Close it after use."""
+def open_train_stream(
+    config: TrainConfig,
+    images: Source,
+    transform: Callable[[Sample, np.random.Generator], Sample],
+    mesh: Mesh,
+    *,
+    start_step: int,
+) -> grain.DatasetIterator:
+    """Batches for training from the step after `start_step` steps, without end. Close it after use.
+
+    Args:
+        transform: see `train.data.batches.train_batches`.
+    """
     batches = train_batches(
-        job.image_sets.train,
-        train_transform(job.config, job.model_config),
-        batch_size=job.config.batch_size,
-        seed=job.config.seed,
+        images,
+        transform,
+        batch_size=config.batch_size,
+        seed=config.seed,
         start_step=start_step,
-        repeats=job.config.repeated_aug,
-        **_common(job),
+        repeats=config.repeated_aug,
+        **_everywhere(config),
     )
-    return device_batches(batches, job.mesh)
+    return device_batches(batches, mesh)
 
 
-def open_eval_stream(job: Job) -> grain.DatasetIterator:
-    """The held-out images, again and again: `job.eval_steps` batches each time. Close it after use."""
-    batches = eval_batches(
-        job.image_sets.held_out, eval_transform(job.model_config), batch_size=job.eval_batch_size, **_common(job)
-    )
-    return device_batches(batches, job.mesh)
+def open_eval_stream(
+    config: TrainConfig, images: Source, transform: EvalTransform, mesh: Mesh, *, batch_size: int
+) -> grain.DatasetIterator:
+    """All images in order, again and again, the last batch of each round filled up. Close it after use.
+
+    Args:
+        transform: see `train.data.batches.eval_batches`.
+        batch_size: over all devices and processes.
+    """
+    return device_batches(eval_batches(images, transform, batch_size=batch_size, **_everywhere(config)), mesh)
 
 
 def device_batches(batches: grain.IterDataset, mesh: Mesh) -> grain.DatasetIterator:
@@ -55,9 +72,9 @@ def device_batches(batches: grain.IterDataset, mesh: Mesh) -> grain.DatasetItera
     return iterator
 
 
-def _common(job: Job) -> dict[str, Any]:
+def _everywhere(config: TrainConfig) -> dict[str, Any]:
     return {
-        "workers": job.config.workers,
+        "workers": config.workers,
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
     }

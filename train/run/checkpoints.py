@@ -17,9 +17,10 @@ from orbax.checkpoint.checkpoint_managers import PreservationContext
 
 from convert import metadata
 from convert.errors import one_line, quiet
-from train.optim.state import State
 from train.run.folder import CHECKPOINTS, CheckpointError
 from train.run.run_state import RunState
+
+State = dict[str, Any]  # what a step changes: arrays by name, see `train.optim.state`
 
 _STATE, _PROGRESS = "state", "progress"
 _KEPT = 2
