@@ -2,29 +2,34 @@
 
 # What takes long to import is imported when it is needed: `--help` and wrong flags are answered at once.
 import argparse
-import os
+import itertools
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.command_line import Parser, at_least_one
 from train.config import home_path
-from train.inference.command import SOURCES, add_model_flags, load_model, progress_bar, run, tell_notes
+from train.inference.command import (
+    SOURCES,
+    add_model_flags,
+    load_model,
+    progress_bar,
+    reading_processes,
+    run,
+    tell_notes,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from train.inference.image_paths import shown
+    from train.data.bad_images import BadImages
+    from train.inference.image_paths import FileSource
     from train.inference.model import Classifier
     from train.inference.predictions import Prediction
 
 _PROGRAM = "python -m train.predict"
 _FORMATS = ("table", "csv", "jsonl")
-_BATCHES_BEHIND = 2  # results are fetched so many batches late, so that the devices never wait for the host
 
 _EPILOG = f"""\
 {SOURCES}
@@ -66,42 +71,37 @@ def _parser() -> Parser:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from train.inference.image_paths import image_paths
+    from train.inference.image_paths import FileSource, image_paths
 
     paths = image_paths(args.paths)
     pictures = Path(args.attention) if args.attention else None
     if pictures:
         pictures.mkdir(parents=True, exist_ok=True)
 
+    from train.data.bad_images import BadImages
     from train.inference.predictions import FORMATS
 
     classifier = load_model(args)
     tell_notes(_PROGRAM, classifier.notes)
-    text = FORMATS[args.format](paths, classifier.names)
+    text = FORMATS[args.format](paths, classifier.task.class_names)
     # a path that is no text is written as the bytes it is, so that other programs find the file
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
-    failures = 0
+    source = FileSource(tuple(paths))
     with progress_bar(len(paths)) as bar:
-
-        def skip(reason: str) -> None:
-            nonlocal failures
-            failures += 1
-            bar.write(f"{_PROGRAM}: {reason}", file=sys.stderr)
-            bar.update()
-
+        bad_images = BadImages(source, lambda reason: bar.write(f"{_PROGRAM}: {reason}", file=sys.stderr))
         bar.write(text.header, end="")
         batch_size = classifier.batch_size(args.batch_size, len(paths))
-        for results in classify(
-            classifier, paths, batch_size=batch_size, top_k=args.top_k, pictures=pictures, skip=skip
-        ):
-            entries = (text.entry(result.path, result.predictions, result.picture) for result in results)
-            bar.write("".join(entries), end="")
-            sys.stdout.flush()
-            bar.update(len(results))
-    if failures:
-        print(f"{_PROGRAM}: {failures} of {len(paths)} images could not be read", file=sys.stderr)
-    return 1 if failures else 0
+        batches = classify(classifier, source, bad_images, batch_size=batch_size, top_k=args.top_k, pictures=pictures)
+        with closing(batches):
+            for results in batches:
+                entries = (text.entry(result.path, result.predictions, result.picture) for result in results)
+                bar.write("".join(entries), end="")
+                sys.stdout.flush()
+                bar.update(min(batch_size, len(paths) - bar.n))
+    if bad_images.count:
+        print(f"{_PROGRAM}: {bad_images.count} of {len(paths)} images could not be read", file=sys.stderr)
+    return 1 if bad_images.count else 0
 
 
 @dataclass(frozen=True)
@@ -115,124 +115,73 @@ class Result:
 
 def classify(
     classifier: "Classifier",
-    paths: Sequence[str],
+    source: "FileSource",
+    bad_images: "BadImages",
     *,
     batch_size: int,
     top_k: int,
-    skip: Callable[[str], None],
     pictures: Path | None = None,
 ) -> Iterator[list[Result]]:
     """The results of image files, in their order, batch by batch as they are ready.
 
     Args:
+        bad_images: told which images cannot be read, and are left out.
         batch_size: a multiple of the number of devices.
         top_k: predictions per image; where there are fewer classes, all of them.
-        skip: told in one line why an image is left out.
         pictures: folder in which to draw what the class tokens attend to.
 
     Raises OSError if a picture cannot be written.
     """
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
+    from train.data.batches import eval_batches
+    from train.data.streams import device_batches
+    from train.inference.evaluation import forward
+    from train.inference.image_paths import shown
     from train.inference.predictions import Prediction
     from train.pictures.attention import PictureNames, class_token_attention, draw_attention
 
-    config, class_names = classifier.config, classifier.names
+    task = classifier.task
 
-    def forward(model: Any, batch: Any) -> Any:
+    def program(model: Any, batch: Any) -> Any:
         attention = class_token_attention(model, batch["image"]) if pictures else {}
         return {"probability": jax.nn.softmax(model(batch["image"])), "attention": attention}
 
+    def result(path: str, image: Any, outputs: Any) -> Result:
+        best = np.argsort(-outputs["probability"], kind="stable")[:top_k].tolist()
+        predictions = [
+            Prediction(task.class_names[index], index, float(outputs["probability"][index])) for index in best
+        ]
+        if picture_names is None:
+            return Result(path, predictions)
+        picture = picture_names.name(path)
+        draw_attention(
+            picture,
+            classifier.config,
+            title=shown(path),
+            image=np.asarray(image),
+            attention=outputs["attention"],
+            predictions=[(p.class_name, p.probability) for p in predictions],
+        )
+        return Result(path, predictions, str(picture))
+
     picture_names = PictureNames(pictures) if pictures else None
-
-    def finish(names: list[str], images: np.ndarray, outputs: Any) -> list[Result]:
-        outputs = jax.device_get(outputs)
-        results = []
-        for i, path in enumerate(names):
-            one = jax.tree.map(lambda array, i=i: array[i], outputs)
-            best = np.argsort(-one["probability"], kind="stable")[:top_k].tolist()
-            predictions = [Prediction(class_names[index], index, float(one["probability"][index])) for index in best]
-            picture = picture_names.name(path) if picture_names else None
-            if picture:
-                draw_attention(
-                    picture,
-                    config,
-                    title=shown(path),
-                    image=images[i],
-                    attention=one["attention"],
-                    predictions=[(p.class_name, p.probability) for p in predictions],
-                )
-            results.append(Result(path, predictions, picture and str(picture)))
-        return results
-
-    shapes = {"image": jax.ShapeDtypeStruct((batch_size, *config.image_size, 3), jnp.float32)}
-    pending: deque[tuple[list[str], np.ndarray, Any]] = deque()
-    with ThreadPoolExecutor() as threads:
-        compiling = threads.submit(classifier.compile, forward, shapes)  # while the first images are read
-        for names, images in _read_batches(classifier, paths, batch_size=batch_size, threads=threads, skip=skip):
-            pending.append((names, images, compiling.result()(classifier.put({"image": images}))))
-            if len(pending) > _BATCHES_BEHIND:
-                yield finish(*pending.popleft())
-    while pending:
-        yield finish(*pending.popleft())
-
-
-def _read_batches(
-    classifier: "Classifier",
-    paths: Sequence[str],
-    *,
-    batch_size: int,
-    threads: ThreadPoolExecutor,
-    skip: Callable[[str], None],
-) -> "Iterator[tuple[list[str], np.ndarray]]":
-    """Paths of readable images and the images, normalised (batch, height, width, 3) float32, zeros at the end."""
-    import numpy as np
-
-    from train.images.decode import UnreadableImage
-    from train.images.transforms import eval_transform
-    from train.inference.image_paths import shown
-
-    transform = eval_transform(classifier.config)
-
-    def read(path: str) -> np.ndarray:
-        try:
-            encoded = Path(path).read_bytes()
-        except OSError as error:
-            raise UnreadableImage(shown(path), error.strerror or str(error)) from error
-        return transform({"image": encoded, "label": 0, "name": shown(path)})["image"]
-
-    def stack(images: list[np.ndarray]) -> np.ndarray:
-        return np.pad(np.stack(images), [(0, batch_size - len(images))] + [(0, 0)] * 3)
-
-    ahead = 2 * batch_size + (os.cpu_count() or 1)
-    reading: deque[tuple[str, Future]] = deque()
-    unread = iter(paths)
-    names: list[str] = []
-    images: list[np.ndarray] = []
-    try:
-        while True:
-            for path in unread:
-                reading.append((path, threads.submit(read, path)))
-                if len(reading) >= ahead:
-                    break
-            if not reading:
-                break
-            path, image = reading.popleft()
-            try:
-                images.append(image.result())
-                names.append(path)
-            except UnreadableImage as error:
-                skip(str(error))
-            if len(images) == batch_size:
-                yield names, stack(images)
-                names, images = [], []
-        if images:
-            yield names, stack(images)
-    finally:
-        for _, image in reading:  # on the way out after an error or Ctrl-C, nobody needs them
-            image.cancel()
+    transform, workers = task.transform(training=False), reading_processes(len(source))
+    batches = eval_batches(source, transform, batch_size=batch_size, workers=workers, rounds=1)
+    shapes = {"image": task.batch_shapes(batch_size, training=False)["image"]}
+    with closing(device_batches(batches, classifier.mesh)) as stream:
+        compiled = classifier.compile(program, shapes)  # while the first images are read
+        paths = iter(source.paths)
+        for batch, outputs in forward(lambda batch: compiled({"image": batch["image"]}), stream):
+            bad_images.add(batch["bad_indices"])
+            readable = np.asarray(batch["mask"]) > 0
+            rows = enumerate(itertools.islice(paths, batch_size))
+            yield [
+                result(path, batch["image"][i], jax.tree.map(lambda array, i=i: array[i], outputs))
+                for i, path in rows
+                if readable[i]
+            ]
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-import jax
 import optax
 from flax import nnx
 
+from crossvit_jax import CrossViT, CrossViTConfig
 from crossvit_jax.config import VARIANTS
 from train.config import TrainConfig
 from train.optim import step
@@ -39,9 +39,7 @@ def init_state(config: TrainConfig, classes: int, optimizer: optax.GradientTrans
     return lower_init(task, abstract_model(task, config), optimizer, config, mesh, params)()
 
 
-def abstract_params(variant_config) -> object:
-    """Shapes of the parameters of a model, as nested dicts."""
-    from crossvit_jax import CrossViT
-
-    model = nnx.eval_shape(lambda: CrossViT(variant_config, rngs=nnx.Rngs(0)))
-    return jax.tree.map(lambda leaf: leaf, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+def abstract_classifier(model_config: CrossViTConfig, config: TrainConfig | None = None) -> CrossViT:
+    """A model with shapes instead of arrays."""
+    config = config or TrainConfig()
+    return abstract_model(Classification(config, model_config, ()), config)

@@ -13,13 +13,13 @@ import pytest
 from flax import nnx
 
 from crossvit_jax.config import VARIANTS
+from tests.train.steps import abstract_classifier
 from train.compile import compile_step, main
 from train.config import RECIPES
 from train.cost import slices
 from train.cost.slices import slice_devices
 from train.devices.memory import DoesNotFit, available_memory, memory_errors_explained
 from train.devices.mesh import make_mesh, replicated
-from train.optim.state import abstract_model
 
 _DIGITS = ("--recipe=digits", "--num-classes=10")
 
@@ -191,7 +191,7 @@ def test_gradients_are_summed_once_and_fsdp_divides_the_state_on_a_slice(without
         return compile_step(dataclasses.replace(config, mesh=mesh), 10, "v5e:2x2")
 
     data, fsdp = figures("data=4"), figures("fsdp=4")
-    model = abstract_model(config.model_config(10))
+    model = abstract_classifier(config.model_config(10))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert (data.devices, data.device_kind, data.config.precision) == (4, "TPU v5 lite", "bfloat16")
     assert data.available == int(15.75 * 2**30)

@@ -14,9 +14,10 @@ import train.predict
 from convert.errors import SettingsError
 from tests.train.small_weights import save_small, small_config, small_timm_model
 from train.data.datasets import open_digits
-from train.evaluate import main, match_classes
+from train.evaluate import main
 from train.images.transforms import eval_transform
 from train.inference.model import Classifier
+from train.tasks.classification import match_classes
 
 _DIGITS = "0123456789"
 

@@ -18,7 +18,9 @@ from PIL import Image
 import train.images.transforms
 from convert import load_flax
 from tests.train.small_weights import save_small
+from train.data.bad_images import BadImages
 from train.images.transforms import eval_transform
+from train.inference.image_paths import FileSource
 from train.inference.model import load_classifier
 from train.predict import classify, main
 
@@ -180,12 +182,13 @@ def test_results_come_long_before_the_last_image_is_read(weights, photos, monkey
         train.images.transforms, "decode_pixels", lambda encoded, name: (read.append(name), decode(encoded, name))[1]
     )
     classifier = load_classifier(str(weights))
-    paths = [str(photos / name) for name in (*_IN_ORDER, *(40 * ["a.png"]))]
-    with closing(classify(classifier, paths, batch_size=4, top_k=1, skip=pytest.fail)) as batches:
+    paths = tuple(str(photos / name) for name in (*_IN_ORDER, *(40 * ["a.png"])))
+    source = FileSource(paths)
+    with closing(classify(classifier, source, BadImages(source, pytest.fail), batch_size=4, top_k=1)) as batches:
         first = next(batches)
-        assert [result.path for result in first] == paths[:4]
+        assert tuple(result.path for result in first) == paths[:4]
         assert len(read) < len(paths)
-        assert [result.path for results in batches for result in results] == paths[4:]
+        assert [result.path for results in batches for result in results] == list(paths[4:])
     assert len(read) == len(paths)
 
 

@@ -75,21 +75,24 @@ def eval_batches(
     *,
     batch_size: int,
     workers: int,
+    rounds: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.IterDataset:
-    """Every image once, in order, again and again: each round has ceil(images / batch_size) batches on every process.
+    """Every image once, in order, and so again and again: a round has ceil(images / batch_size) batches everywhere.
 
     Like training batches, `image` in float32, with `mask` (batch,) float32: 1 for an image; 0 for what fills up the
-    last batch and for an image that could not be read, whose pixels and label are 0. They repeat so that the workers
-    stay alive between two evaluations.
+    last batch and for an image that could not be read, where the transform's `blank` stands.
+
+    Args:
+        rounds: how many; none: without end, so that the workers stay alive between two evaluations.
     """
-    rounds = -(-len(source) // batch_size)
+    batches_per_round = -(-len(source) // batch_size)
     batches = (
-        grain.MapDataset.range(rounds * batch_size)
+        grain.MapDataset.range(batches_per_round * batch_size)
         .map(_ForEvaluation(source, transform))
         .batch(batch_size // process_count, batch_fn=_stack)[process_index::process_count]
-        .repeat()
+        .repeat(rounds)
     )
     return in_workers(batches.to_iter_dataset(_READ_OPTIONS), workers)
 
@@ -145,8 +148,7 @@ class _ForEvaluation:
                 return {**self.transform(self.source[index]), "mask": np.float32(1), "bad": bad}
             except UnreadableImage:
                 bad = np.int32(index)
-        nothing = np.zeros((*self.transform.image_size, 3), np.float32)
-        return {"image": nothing, "label": np.int32(0), "mask": np.float32(0), "bad": bad}
+        return {**self.transform.blank(), "mask": np.float32(0), "bad": bad}
 
 
 def _stack(samples: Sequence[Sample]) -> Batch:

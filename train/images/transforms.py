@@ -149,6 +149,10 @@ class EvalTransform:
         crop = resized[top : top + self.image_size[0], left : left + self.image_size[1]]
         return {"image": normalised(crop), "label": np.int32(sample["label"])}
 
+    def blank(self) -> dict[str, Any]:
+        """What stands in for an image that cannot be read: zeros."""
+        return {"image": np.zeros((*self.image_size, 3), np.float32), "label": np.int32(0)}
+
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         """The size of the image that is cropped: torchvision's for square models, timm's for others."""
         wanted_height, wanted_width = (math.floor(size / self.crop_pct) for size in self.image_size)

@@ -20,6 +20,9 @@ SOURCE: hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub), a .safet
 IBM's or Flax's names, an Orbax folder, or the folder of a training run"""
 
 
+_IMAGES_PER_PROCESS = 1000  # a process takes seconds to start, which fewer images do not take themselves
+
+
 def add_model_flags(parser: Parser) -> None:
     """--weights, --image-size, --crop-pct, --precision, --quantize and --batch-size."""
     parser.add_argument("--weights", required=True, metavar="SOURCE", help="the weights to use")
@@ -116,6 +119,11 @@ def tell_notes(prog: str, notes: Iterable[str]) -> None:
     """What the user should know about the weights, on stderr."""
     for note in notes:
         print(f"{prog}: note: {note}", file=sys.stderr)
+
+
+def reading_processes(images: int) -> int:
+    """How many processes are worth starting to read so many images; 0: threads of this one."""
+    return min(os.cpu_count() or 1, images // _IMAGES_PER_PROCESS)
 
 
 def progress_bar(images: int) -> "tqdm":

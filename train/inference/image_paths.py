@@ -3,13 +3,34 @@
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from convert.errors import SettingsError
 from train.data.sources import IMAGE_SUFFIXES
+from train.images.decode import UnreadableImage
 
 STDIN = "-"
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Image files without labels, as a source of the input pipeline (see `train.data.sources`)."""
+
+    paths: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Raises UnreadableImage for a file that cannot be read."""
+        path = self.paths[index]
+        try:
+            encoded = Path(path).read_bytes()
+        except OSError as error:
+            raise UnreadableImage(shown(path), error.strerror or str(error)) from error
+        return {"image": encoded, "label": 0, "name": shown(path)}
 
 
 def image_paths(given: Sequence[str]) -> list[str]:

@@ -14,8 +14,10 @@ from convert.errors import SettingsError
 from convert.models import flax_model
 from convert.weights import Weights
 from crossvit_jax import CrossViT, CrossViTConfig
+from train.config import TrainConfig
 from train.devices.mesh import batch_sharding, make_mesh, replicated
 from train.optim.quantize import quantised, require_qwix
+from train.tasks.classification import Classification
 
 Batch = Mapping[str, Any]
 
@@ -28,7 +30,7 @@ _BATCH_PER_ACCELERATOR = 256
 class Classifier:
     """A CrossViT with a head, in evaluation mode, its parameters on every device."""
 
-    config: CrossViTConfig
+    task: Classification
     class_names: tuple[str, ...] | None  # in the order of the logits, where the weights know them
     notes: tuple[str, ...]  # what the user should know about the weights
     precision: str  # of the arithmetic: float32 or bfloat16
@@ -37,9 +39,8 @@ class Classifier:
     mesh: Mesh
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the classes, or their indices as text where they are not known."""
-        return self.class_names or tuple(map(str, range(self.config.num_classes)))
+    def config(self) -> CrossViTConfig:
+        return self.task.model_config
 
     def batch_size(self, wanted: int | None, images: int) -> int:
         """The images to run at a time: a multiple of the number of devices, and no larger than there are images."""
@@ -49,7 +50,7 @@ class Classifier:
         return -(-size // devices) * devices
 
     @property
-    def devices(self) -> str:
+    def device_summary(self) -> str:
         """The devices in words."""
         count = self.mesh.size
         return f"{count} {'device' if count == 1 else 'devices'} ({self.mesh.devices.flat[0].device_kind})"
@@ -64,8 +65,8 @@ class Classifier:
         """Compile a function of the model and a batch of these shapes for all devices.
 
         Returns:
-            The function of a batch. The first axis of everything in a batch, and of every result, is that of its
-            images, and is cut over the devices.
+            The function of a batch. The first axis of everything in a batch is that of its images, and is cut over the
+            devices.
         """
 
         def run(params: Any, batch: Batch) -> Any:
@@ -75,7 +76,7 @@ class Classifier:
 
         whole, cut = replicated(self.mesh), batch_sharding(self.mesh)
         # the parameters are an argument: closed over, they would become constants of the program
-        jitted = jax.jit(run, in_shardings=(whole, cut), out_shardings=cut)
+        jitted = jax.jit(run, in_shardings=(whole, cut))
         if any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(self.params)):
             # what is compiled ahead compares layouts when it is called, and jax tells a wrong one for 4 bits
             return lambda batch: jitted(self.params, batch)
@@ -122,7 +123,9 @@ def load_classifier(
     if quantize is not None:
         graphdef, state = nnx.split(quantised(nnx.merge(graphdef, params), quantize))
         params = nnx.to_pure_dict(state)
-    return Classifier(weights.config, weights.class_names, weights.notes, precision, graphdef, params, mesh)
+    names = weights.class_names or tuple(map(str, range(weights.config.num_classes)))
+    task = Classification(TrainConfig(), weights.config, names)
+    return Classifier(task, weights.class_names, weights.notes, precision, graphdef, params, mesh)
 
 
 def load_classifier_weights(source: str, **overrides: Any) -> Weights:

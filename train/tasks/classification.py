@@ -1,14 +1,17 @@
 """Image classification: labels, mixed and smoothed targets, accuracies, the confusion matrix."""
 
+import csv
 import dataclasses
-from collections import Counter
-from collections.abc import Callable, Mapping
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -20,8 +23,11 @@ from convert.errors import ConversionError, SettingsError
 from convert.weights import Weights
 from crossvit_jax import CrossViT, CrossViTConfig, get_config
 from train.config import TrainConfig
+from train.data.sources import Source, listed
 from train.images.mixup import draw_mix, mix_images, mix_targets
 from train.images.transforms import CropTransform, EvalTransform, TrainTransform, eval_transform, train_transform
+from train.pictures.confusion import draw_confusion
+from train.run.whole_file import write_whole
 from train.tasks.task import Batch, Metric
 
 TOP5_CLASSES = 6  # with fewer, top-5 accuracy says nothing
@@ -85,40 +91,123 @@ class Classification:
     def update(self, extra: None, aux: Any, params: Any, step: Array) -> None:
         return None
 
-    def evaluate(self, model: nnx.Module, batch: Batch) -> dict[str, Array]:
-        """Sums over the unmasked images: `loss` (of the bare labels), `count`, `top1` and from 6 classes on `top5`."""
+    def evaluate(self, model: nnx.Module, batch: Batch) -> dict[str, Any]:
+        """Each image's `label`, `predicted` class and `mask`; and `sums` over the unmasked images of their `loss` (that
+        of the bare labels), `top1` and from 6 classes on `top5`."""
         logits, labels, mask = model(batch["image"]), batch["label"], batch["mask"]
         one_hot = jax.nn.one_hot(labels, self.model_config.num_classes, dtype=logits.dtype)
-        values = {
-            "loss": soft_target_cross_entropy(logits, one_hot),
-            "top1": within_top(1, logits, labels),
-            "top5": within_top(5, logits, labels),
-            "count": jnp.ones_like(mask),
-        }
-        if self.model_config.num_classes < TOP5_CLASSES:
-            del values["top5"]
+        values = {"loss": soft_target_cross_entropy(logits, one_hot), "top1": within_top(1, logits, labels)}
+        if _TOP5 in self.metrics:
+            values["top5"] = within_top(5, logits, labels)
         # where, not a product: whatever the padding gives, even NaN, must not count
-        return {name: jnp.sum(jnp.where(mask > 0, value.astype(mask.dtype), 0)) for name, value in values.items()}
+        sums = {name: jnp.sum(jnp.where(mask > 0, value.astype(mask.dtype), 0)) for name, value in values.items()}
+        return {"label": labels, "predicted": jnp.argmax(logits, axis=1), "mask": mask, "sums": sums}
 
     def scores(self) -> "ClassificationScores":
-        return ClassificationScores()
+        return ClassificationScores(self.class_names, self.metrics)
 
 
 class ClassificationScores:
-    """Sums over the images of a data set."""
+    """Loss and accuracies over the images of a data set, and how often each class was taken for each."""
 
-    def __init__(self):
-        self._sums: Counter[str] = Counter()
+    def __init__(self, class_names: Sequence[str], metrics: Sequence[Metric]):
+        self._class_names, self._metrics = class_names, metrics
+        self._sums: dict[str, float] = {}
+        shape = (len(class_names), len(class_names))
+        self.confusion: Int[np.ndarray, "classes classes"] = np.zeros(shape, np.int64)  # by true and predicted class
 
     def add(self, outputs: Mapping[str, Any]) -> None:
-        self._sums.update(outputs)
+        for name, value in outputs["sums"].items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+        counted = outputs["mask"] > 0
+        np.add.at(self.confusion, (outputs["label"][counted], outputs["predicted"][counted]), 1)
 
     def values(self) -> dict[str, float]:
-        images = float(self._sums["count"])
+        images = int(self.confusion.sum())
         if not images:
-            return {"images": 0.0}
-        percent = {name: 100 * float(self._sums[name]) / images for name in ("top1", "top5") if name in self._sums}
-        return {"images": images, "loss": float(self._sums["loss"]) / images, **percent}
+            return {"images": 0}
+        percent = {metric.name: 100 * self._sums[metric.name] / images for metric in self._metrics}
+        return {"images": images, "loss": self._sums["loss"] / images, **percent}
+
+    def write(self, folder: Path, *, about: Mapping[str, Any]) -> list[str]:
+        """Numbers, accuracy per class, and the confusion matrix as CSV and PNG; its title has `weights`, `dataset` and
+        `split` from `about`."""
+        names, totals, right = self._class_names, self.confusion.sum(1), np.diag(self.confusion)
+        shares = [f"{100 * r / total:.2f}" if total else "" for r, total in zip(right, totals, strict=True)]
+        per_class = [("class", "images", "top1"), *zip(names, totals, shares, strict=True)]
+        table = [
+            ("true \\ predicted", *names),
+            *((name, *row) for name, row in zip(names, self.confusion, strict=True)),
+        ]
+        values = {"top1": None, "top5": None} | self.values()
+        texts = {
+            "evaluation.json": json.dumps({**about, **values}, indent=2) + "\n",
+            "per_class.csv": _csv(per_class),
+            "confusion.csv": _csv(table),
+        }
+        for name, text in texts.items():
+            write_whole(folder / name, text.encode("utf-8", "surrogateescape"))  # folders may be named in any bytes
+        title = f"{Path(about['weights']).name} on {about['dataset']} ({about['split']}): top-1 {values['top1']:.2f} %"
+        draw_confusion(self.confusion, names, folder / "confusion.png", title=title)
+        return [*texts, "confusion.png"]
+
+
+def _csv(rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+# --- labels of a data set and outputs of a model ---
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A source of images whose labels are the outputs of a model, see `match_classes`."""
+
+    source: Source
+    classes: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.source[index]
+        return {**sample, "label": self.classes[sample["label"]]}
+
+
+def match_classes(
+    data_names: Sequence[str], weight_names: Sequence[str] | None, num_classes: int
+) -> tuple[Int[np.ndarray, " classes"], list[str]]:
+    """For each label of a data set, the output of the model that stands for it; and what the user should know of that.
+
+    Args:
+        data_names: of the data set's classes, in the order of the labels.
+        weight_names: of the model's classes, in the order of the outputs; none: not known.
+        num_classes: outputs of the model.
+
+    Raises SettingsError if the data set has other classes than the model.
+    """
+    counts = f"the data set has {len(data_names)} classes, the weights have {num_classes}"
+    same = np.arange(len(data_names))
+    if weight_names is None:
+        if len(data_names) != num_classes:
+            raise SettingsError(counts)
+        return same, ["the weights know no class names: output i is taken for the data set's class i"]
+    if tuple(data_names) == tuple(weight_names):
+        return same, []
+    in_data, in_weights = set(data_names), set(weight_names)
+    only = {
+        "the data set": [name for name in data_names if name not in in_weights],
+        "the weights": [name for name in weight_names if name not in in_data],
+    }
+    # a name that stands for two classes tells neither
+    if any(only.values()) or not len(in_data) == len(in_weights) == len(data_names) == num_classes:
+        differences = [f"only in {place}: {listed(names[:3], len(names))}" for place, names in only.items() if names]
+        raise SettingsError("; ".join([counts, *(differences or ["some have the same name"])]))
+    place = {name: index for index, name in enumerate(weight_names)}
+    note = "the data set has the weights' classes in another order: they are matched by name"
+    return np.array([place[name] for name in data_names]), [note]
 
 
 # --- the weights that a run starts from ---

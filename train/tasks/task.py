@@ -4,7 +4,7 @@ The training step, the loop, the log, the progress bar and the checkpoints know 
 no labels, no accuracies and no names of layers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -37,8 +37,11 @@ class Scores(Protocol):
     def values(self) -> dict[str, float]:
         """`images`, how many were counted, and unless that is 0 `loss` and the task's metrics, in their units."""
 
-    def write(self, folder: Path, *, names: Sequence[str], about: Mapping[str, Any]) -> list[str]:
-        """Writes all that is known into a folder, and returns the names of the files. Raises OSError."""
+    def write(self, folder: Path, *, about: Mapping[str, Any]) -> list[str]:
+        """Writes all that is known into a folder, and what was evaluated (JSON values); returns the files' names.
+
+        Raises OSError.
+        """
 
 
 class Task(Protocol):

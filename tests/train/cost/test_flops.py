@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import pytest
 
 from crossvit_jax.config import VARIANTS, get_config
+from tests.train.steps import classification, make_train_step
 from train.config import RECIPES
 from train.cost.flops import matrix_flops
 from train.optim.optimizer import make_optimizer
 from train.optim.state import abstract_model, abstract_state
-from train.optim.step import abstract_batch, make_train_step
 
 _X, _W = jnp.zeros((8, 32)), jnp.zeros((32, 16))
 _IMAGES, _KERNEL = jnp.zeros((2, 24, 24, 3)), jnp.zeros((4, 4, 3, 5))
@@ -59,12 +59,12 @@ def test_what_checkpointing_computes_again_counts_again():
 
 def _flops_per_image(**changes) -> float:
     config = dataclasses.replace(RECIPES["imagenet"], batch_size=8, **changes)
-    model_config = config.model_config(num_classes=1000)
-    model = abstract_model(model_config, config)
+    task = classification(config, 1000)
+    model = abstract_model(task, config)
     optimizer = make_optimizer(config, steps_per_epoch=10, no_weight_decay=model.no_weight_decay())
     step = jax.jit(make_train_step(model, optimizer, config))
     state = abstract_state(model, optimizer, config)
-    batch = abstract_batch(model_config.image_size, config.batch_size, masked=False)
+    batch = task.batch_shapes(config.batch_size, training=True)
     return matrix_flops(step.trace(state, batch).jaxpr) / config.batch_size
 
 

@@ -14,14 +14,14 @@ from timm.optim import param_groups_weight_decay
 
 from convert import to_torch
 from crossvit_jax import get_config
+from tests.train.steps import abstract_classifier
 from train.config import RECIPES
 from train.optim.optimizer import decay_mask, layer_scales, make_optimizer
 from train.optim.schedule import learning_rates
-from train.optim.state import abstract_model
 
 
 def test_the_same_parameters_decay_as_in_timm():
-    ours = abstract_model(get_config("9-dagger"))
+    ours = abstract_classifier(get_config("9-dagger"))
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), nnx.to_pure_dict(nnx.state(ours, nnx.Param)))
     mask = decay_mask(params, ours.no_weight_decay())
     marked = jax.tree.map(lambda param, decays: np.full_like(param, decays), params, mask)
@@ -59,8 +59,8 @@ def test_tokens_and_positions_decay_where_that_is_wanted():
 
 
 def test_the_learning_rate_falls_from_the_heads_to_the_image_once_per_block():
-    model = abstract_model(get_config("9"))  # three stages of three blocks
-    scales = layer_scales(nnx.to_pure_dict(nnx.state(model, nnx.Param)), 0.5)
+    model = abstract_classifier(get_config("9"))  # three stages of three blocks
+    scales = layer_scales(nnx.to_pure_dict(nnx.state(model, nnx.Param)), 0.5, model.layer_of)
 
     def of(tree):
         (scale,) = set(jax.tree.leaves(tree))
@@ -79,9 +79,8 @@ def test_layer_decay_scales_the_whole_update_as_a_learning_rate_would():
     config = dataclasses.replace(RECIPES["digits"], warmup_epochs=0, layer_decay=0.25)
     params = {"head": {"kernel": jnp.ones((2, 2))}, "pos_embed_0": jnp.ones((1, 2, 2))}
     gradients = jax.tree.map(lambda x: 0.1 * x, params)
-    optimizer = make_optimizer(config, steps_per_epoch=1)
+    optimizer = make_optimizer(config, steps_per_epoch=1, layer_of={"pos_embed_0": 0, "head.kernel": 1}.get)
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
-    # no blocks: the image's layer is one below the heads
     np.testing.assert_allclose(updates["pos_embed_0"][0], 0.25 * updates["head"]["kernel"], rtol=1e-6)
 
 

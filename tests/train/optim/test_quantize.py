@@ -14,13 +14,13 @@ from convert import load_flax
 from convert.errors import SettingsError
 from crossvit_jax.layers import Linear
 from tests.train.small_weights import save_small, small_config
+from tests.train.steps import abstract_classifier, make_train_step
 from train.config import TrainConfig
 from train.evaluate import main as evaluate
 from train.main import main
 from train.optim.optimizer import make_optimizer
 from train.optim.quantize import fake_quantised, quantised
-from train.optim.state import abstract_model, make_state
-from train.optim.step import make_train_step
+from train.optim.state import make_state
 from train.predict import main as predict
 
 _DIGITS = "0123456789"
@@ -128,7 +128,7 @@ def _step(model, **settings):
     """The loss of a step of training, and the parameters after it."""
     plain = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "optimizer": "sgd", "epochs": 1, "warmup_epochs": 0}
     config = TrainConfig(**plain, batch_size=4, init="x", **settings)
-    abstract = abstract_model(dataclasses.replace(small_config(10), drop_path_rate=0.0), config)
+    abstract = abstract_classifier(dataclasses.replace(small_config(10), drop_path_rate=0.0), config)
     optimizer = make_optimizer(config, steps_per_epoch=1)
     state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)
     batch = {"image": _images(4), "label": jnp.arange(4, dtype=jnp.int32)}

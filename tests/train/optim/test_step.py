@@ -11,19 +11,13 @@ from flax import nnx
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
+from tests.train.steps import classification, init_state, make_eval_step, make_train_step
 from train.config import TrainConfig
 from train.devices.mesh import make_mesh
 from train.optim.optimizer import make_optimizer
-from train.optim.state import abstract_model, abstract_state, init_state, lower_init, make_state
-from train.optim.step import (
-    abstract_batch,
-    binary_cross_entropy,
-    jit_train_step,
-    make_eval_step,
-    make_train_step,
-    soft_target_cross_entropy,
-    within_top,
-)
+from train.optim.state import abstract_model, abstract_state, lower_init, make_state
+from train.optim.step import jit_train_step
+from train.tasks.classification import binary_cross_entropy, soft_target_cross_entropy, within_top
 
 _CLASSES = 7
 
@@ -185,10 +179,9 @@ def test_the_average_of_the_weights_is_timms():
 
 def test_a_frozen_backbone_stays_while_the_heads_learn(small_variant):
     config = _config(freeze_backbone=True, image_size=48, image_scale=(1.0, 2 / 3))
-    model_config = config.model_config(_CLASSES)
-    model = abstract_model(model_config, config)
+    model = abstract_model(classification(config, _CLASSES), config)
     optimizer = make_optimizer(config, steps_per_epoch=1, no_weight_decay=model.no_weight_decay())
-    state = init_state(model_config, optimizer, config, make_mesh())
+    state = init_state(config, _CLASSES, optimizer, make_mesh())
     images = jax.random.normal(jax.random.key(0), (8, 48, 48, 3))
     batch = {"image": images, "label": jnp.arange(8, dtype=jnp.int32) % _CLASSES}
     new, _ = jax.jit(make_train_step(model, optimizer, config))(state, batch)
@@ -202,10 +195,9 @@ def test_a_frozen_backbone_stays_while_the_heads_learn(small_variant):
 @pytest.mark.parametrize("changes", [{"grad_checkpointing": True}, {"precision": "bfloat16"}])
 def test_what_saves_memory_or_time_changes_the_loss_by_rounding_only(small_variant, changes):
     def loss(config):
-        model_config = config.model_config(_CLASSES)
-        model = abstract_model(model_config, config)
+        model = abstract_model(classification(config, _CLASSES), config)
         optimizer = make_optimizer(config, steps_per_epoch=1)
-        state = init_state(model_config, optimizer, config, make_mesh())
+        state = init_state(config, _CLASSES, optimizer, make_mesh())
         images = jax.random.normal(jax.random.key(0), (8, 48, 48, 3))
         batch = {"image": images, "label": jnp.arange(8, dtype=jnp.int32) % _CLASSES}
         step = jax.jit(make_train_step(model, optimizer, config)).lower(state, batch)
@@ -226,7 +218,7 @@ def test_a_step_writes_the_new_state_over_the_old_one():
     optimizer = make_optimizer(config, steps_per_epoch=3)
     state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)
     step = jit_train_step(make_train_step(model, optimizer, config), make_mesh(), state)
-    planned = step.lower(state, abstract_batch((2, 2), 8, masked=False)).compile().memory_analysis()
+    planned = step.lower(state, _batch()).compile().memory_analysis()
     parameters, whole = (sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (state["params"], state))
     assert planned.alias_size_in_bytes == whole > 4 * parameters  # two moments, the average, and a few counters
 
@@ -256,13 +248,15 @@ def test_evaluation_sums_over_the_unmasked_images_only():
     labels = np.asarray(batch["label"])[:9]
     broken = batch["image"].at[9:].set(jnp.nan)
     mask = (jnp.arange(12) < 9).astype(jnp.float32)
-    sums = jax.jit(make_eval_step(model))(params, {**batch, "image": broken, "mask": mask})
+    outputs = jax.jit(make_eval_step(model))(params, {**batch, "image": broken, "mask": mask})
     order = np.argsort(-logits, axis=1)
     expected = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(labels).long(), reduction="sum")
+    sums = outputs["sums"]
     assert float(sums["loss"]) == pytest.approx(float(expected), rel=1e-5)
     assert float(sums["top1"]) == np.sum(order[:, 0] == labels)
     assert float(sums["top5"]) == np.sum(order[:, :5] == labels[:, None])
-    assert float(sums["count"]) == 9
+    np.testing.assert_array_equal(outputs["mask"], mask)
+    np.testing.assert_array_equal(outputs["predicted"][:9], order[:, 0])
 
 
 @pytest.mark.parametrize(("classes", "told"), [(5, False), (6, True)])
@@ -270,7 +264,7 @@ def test_top5_is_told_from_six_classes_on(classes, told):
     model = Linear(classes)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     batch = {"image": jnp.ones((2, 2, 2, 3)), "label": jnp.array([0, 1]), "mask": jnp.ones(2)}
-    assert ("top5" in make_eval_step(model)(params, batch)) == told
+    assert ("top5" in make_eval_step(model)(params, batch)["sums"]) == told
 
 
 def test_broken_logits_are_not_counted_as_right():
@@ -281,23 +275,26 @@ def test_broken_logits_are_not_counted_as_right():
 @pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.9}, {"freeze_backbone": True}, {"precision": "bfloat16"}])
 def test_the_shapes_of_a_new_state_can_be_told_without_it(small_variant, changes):
     config = _config(image_size=48, image_scale=(1.0, 2 / 3), **changes)
-    model_config, optimizer = config.model_config(_CLASSES), make_optimizer(config, steps_per_epoch=1)
-    shapes, init = lower_init(model_config, optimizer, config, make_mesh())
-    assert shapes == abstract_state(abstract_model(model_config, config), optimizer, config)
-    made = init()
+    task, optimizer = classification(config, _CLASSES), make_optimizer(config, steps_per_epoch=1)
+    model = abstract_model(task, config)
+    shapes = abstract_state(model, optimizer, config)
+    made = lower_init(task, model, optimizer, config, make_mesh())()
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), made) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), shapes
     )
     params = jax.device_get(made["params"])
-    _, around = lower_init(model_config, optimizer, config, make_mesh(), params)
+    around = lower_init(task, model, optimizer, config, make_mesh(), params)
     jax.tree.map(np.testing.assert_array_equal, around(), made)
 
 
 def test_initial_weights_follow_the_seed_and_need_no_arrays_before(small_variant):
-    config = _config(image_size=48, image_scale=(1.0, 2 / 3)).model_config(_CLASSES)
-    optimizer = make_optimizer(_config(), steps_per_epoch=1)
-    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(abstract_model(config))))
-    first, again, other = (init_state(config, optimizer, _config(seed=seed), make_mesh()) for seed in (0, 0, 1))
+    config = _config(image_size=48, image_scale=(1.0, 2 / 3))
+    optimizer = make_optimizer(config, steps_per_epoch=1)
+    model = abstract_model(classification(config, _CLASSES), config)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model)))
+    first, again, other = (
+        init_state(dataclasses.replace(config, seed=seed), _CLASSES, optimizer, make_mesh()) for seed in (0, 0, 1)
+    )
     jax.tree.map(np.testing.assert_array_equal, first, again)
     kernels = [state["params"]["head"][0]["kernel"] for state in (first, other)]
     assert not np.array_equal(*kernels)

@@ -8,7 +8,9 @@ import pytest
 
 from tests.train.pictures.pixels import pixels_of
 from train.pictures.curves import draw_curves
+from train.tasks.task import Metric
 
+_METRICS = (Metric("top1", "top-1", "%", "max"), Metric("top5", "top-5", "%"))
 _BLUE, _ORANGE, _GREEN = (0x4C, 0x72, 0xB0), (0xDD, 0x84, 0x52), (0x55, 0xA8, 0x68)
 
 
@@ -43,14 +45,14 @@ _AVERAGED = [*_AFTER, _evaluation(6, 3, **{"eval/ema_loss": 0.2, "eval/ema_top1"
 )
 def test_curves_show_what_there_is_so_far(tmp_path, lines, colours):
     path = tmp_path / "curves.png"
-    draw_curves(lines, path)
+    draw_curves(lines, _METRICS, path)
     pixels = pixels_of(path)
     assert {colour for colour in (_BLUE, _ORANGE, _GREEN) if _has(pixels, colour)} == colours
 
 
 def test_new_curves_replace_the_old_ones_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "curves.png"
-    draw_curves(_BEFORE, path)
+    draw_curves(_BEFORE, _METRICS, path)
     before = path.read_bytes()
 
     def fail(*_):
@@ -59,16 +61,16 @@ def test_new_curves_replace_the_old_ones_whole_or_not_at_all(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
         with pytest.raises(OSError, match="No space left"):
-            draw_curves(_AFTER, path)
+            draw_curves(_AFTER, _METRICS, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]  # no temporary file either
 
-    draw_curves(_AFTER, path)
+    draw_curves(_AFTER, _METRICS, path)
     assert path.read_bytes() != before
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_drawing_leaves_pyplot_alone(tmp_path):
     before = set(sys.modules)
-    draw_curves(_AFTER, tmp_path / "curves.png")
+    draw_curves(_AFTER, _METRICS, tmp_path / "curves.png")
     assert "matplotlib.pyplot" not in set(sys.modules) - before
