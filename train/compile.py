@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 from convert.command_line import Parser
 from convert.errors import SettingsError
-from train.config import RECIPES, TrainConfig
+from train.config import TrainConfig
 from train.cost.figures import Figures, compile_step
 from train.flags import add_settings, apply_flags
+from train.recipes import RECIPES
 
 _PROGRAM = "python -m train.compile"
 

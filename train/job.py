@@ -15,12 +15,13 @@ from convert.errors import SettingsError
 from convert.metadata import describe, understand
 from convert.weights import Weights
 from crossvit_jax import CrossViTConfig, get_config
-from train.config import RECIPES, TrainConfig, steps_per_epoch
+from train.config import TrainConfig, steps_per_epoch
 from train.data.datasets import open_image_sets
 from train.data.sources import ImageSets
 from train.devices.mesh import make_mesh
 from train.images.transforms import train_transform
 from train.optim.quantize import require_qwix
+from train.recipes import RECIPES
 from train.run.folder import BEFORE, check_same_run, describe_run, read_run
 from train.tasks.initial_weights import initial_weights
 

@@ -9,12 +9,12 @@ import pytest
 from flax import nnx
 
 from crossvit_jax.config import VARIANTS
-from train.config import RECIPES
 from train.cost.figures import compile_step
 from train.cost.slices import slice_devices
 from train.devices.memory import DoesNotFit, available_memory, memory_errors_explained
 from train.devices.mesh import make_mesh, replicated
 from train.optim.state import abstract_model
+from train.recipes import RECIPES
 
 
 def test_flags_that_change_the_program_change_the_figures(small_variant):

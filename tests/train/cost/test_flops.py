@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import pytest
 
 from crossvit_jax.config import VARIANTS, get_config
-from train.config import RECIPES
 from train.cost.flops import matrix_flops
 from train.optim.optimizer import make_optimizer
 from train.optim.state import abstract_model, abstract_state
 from train.optim.step import abstract_batch, make_train_step
+from train.recipes import RECIPES
 
 _X, _W = jnp.zeros((8, 32)), jnp.zeros((32, 16))
 _IMAGES, _KERNEL = jnp.zeros((2, 24, 24, 3)), jnp.zeros((4, 4, 3, 5))

@@ -6,11 +6,11 @@ import pytest
 from timm.data import auto_augment
 
 from convert.errors import SettingsError
-from train.config import RECIPES
 from train.flags import parse_flags
 from train.images.augment import OPERATIONS
 from train.images.rand_augment import parse_rand_augment
 from train.job import augment_on
+from train.recipes import RECIPES
 
 _KNOWN = ["rand", "rand-m9-mstd0.5-inc1", "rand-inc1-p0.25-m0-n3", "rand-m7-inc0", "rand-mstd1-n1-p1"]
 _UNKNOWN = ["original", "v0-mstd0.5", "augmix-m5", "3a", "rand-m11", "rand-tweights", "rand-m9-mmax30", "rand-mstd101"]

@@ -14,10 +14,10 @@ from timm.optim import param_groups_weight_decay
 
 from convert import to_torch
 from crossvit_jax import get_config
-from train.config import RECIPES
 from train.optim.optimizer import decay_mask, layer_scales, make_optimizer
 from train.optim.schedule import learning_rates
 from train.optim.state import abstract_model
+from train.recipes import RECIPES
 
 
 def test_the_same_parameters_decay_as_in_timm():
