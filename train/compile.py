@@ -14,6 +14,7 @@ from convert.errors import SettingsError
 from train.config import TrainConfig
 from train.cost.figures import Figures, compile_step
 from train.flags import add_settings, apply_flags
+from train.images.rand_augment import check_augment_on
 from train.recipes import RECIPES
 
 _PROGRAM = "python -m train.compile"
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         configs = [apply_flags(recipe, given | {"variant": variant}) for variant in variants]
         for config in configs:
             config.model_config(num_classes)
+            check_augment_on(config)
         cases = [(config, topology) for topology in topologies or [None] for config in configs]
         return _report(cases, num_classes)
     except SettingsError as error:

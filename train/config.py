@@ -10,7 +10,6 @@ from typing import Any
 from convert.errors import ConversionError, SettingsError
 from convert.paths import FOLDER_PREFIX, typed_path
 from crossvit_jax.config import CrossViTConfig, get_config
-from train.images.rand_augment import ACCEPTED, parse_rand_augment
 
 _REPEAT_ROUND = 256  # with repeated augmentation, DeiT's sampler leaves out what does not fill so many places
 
@@ -161,8 +160,6 @@ class TrainConfig:
         _require(self, "warmup_epochs", lambda value: value < self.epochs, f"below the {self.epochs} epochs")
         if self.batch_size % self.grad_accum:
             raise SettingsError(f"batch_size {self.batch_size} cannot be cut into grad_accum {self.grad_accum} parts")
-        if self.augment_on == "device" and not self.device_can_augment:
-            raise SettingsError(f"augment_on device takes as auto_augment {ACCEPTED}; got {self.auto_augment!r}")
         if self.qat is not None and self.init is None:
             raise SettingsError(f"qat {self.qat} is for weights that are trained already: name them with --init")
         if self.qat is not None and self.freeze_backbone:
@@ -179,15 +176,6 @@ class TrainConfig:
     def peak_lr(self) -> float:
         """The learning rate after the warm-up, for this batch size (IBM main.py:245)."""
         return self.lr * self.batch_size / self.lr_batch_size
-
-    @property
-    def device_can_augment(self) -> bool:
-        """Whether `auto_augment` is among the policies that the device knows; the host knows all of timm's."""
-        try:
-            parse_rand_augment(self.auto_augment)
-        except ValueError:
-            return False
-        return True
 
     def model_overrides(self) -> dict[str, Any]:
         """The fields of `CrossViTConfig` that these settings decide."""
