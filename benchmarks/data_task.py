@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.task import Program
-from train.config import RECIPES, TrainConfig
+from train.config import TrainConfig
+from train.recipes import RECIPES
 
 SIDES = ("timm", "host", "device-worker", "device-augment")
 SIDES_ON_A_CORE = SIDES[:3]  # the last one is the device's own part, on as many cores as XLA takes

@@ -25,8 +25,8 @@ from benchmarks.machine import about, where
 from benchmarks.result import write_json
 from convert.command_line import Parser, at_least_one
 from convert.errors import SettingsError
-from train.compile import Figures, compile_step
-from train.config import RECIPES
+from train.cost.figures import Figures, compile_step
+from train.recipes import RECIPES
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from benchmarks.result import write_json
 from benchmarks.worker import SideFailed
 from convert.command_line import Parser, at_least_one, at_least_zero
 from convert.errors import SettingsError
-from train.config import RECIPES
+from train.recipes import RECIPES
 
 GOAL = 1 / 3  # share of the first start that a second one may take
 

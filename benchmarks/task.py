@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from crossvit_jax.config import get_config
-from train.config import RECIPES, TrainConfig
+from train.config import TrainConfig
+from train.recipes import RECIPES
 
 # XLA's attention or cuDNN's; eager, torch.compile, and that with images and kernels channels last
 SIDES = ("flax", "flax-cudnn", "timm", "timm-compile", "timm-channels-last")

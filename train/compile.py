@@ -6,46 +6,18 @@ what it takes: memory, arithmetic, communication.
 
 # jax is imported when it is needed: `--help` is instant, and the environment is prepared first.
 import argparse
-import dataclasses
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from convert.command_line import Parser
 from convert.errors import SettingsError
-from train.config import RECIPES, TrainConfig
+from train.config import TrainConfig
+from train.cost.figures import Figures, compile_step
 from train.flags import add_settings, apply_flags
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from train.cost.hlo import Traffic
-    from train.devices.memory import StepMemory
+from train.images.rand_augment import check_augment_on
+from train.recipes import RECIPES
 
 _PROGRAM = "python -m train.compile"
-_IMAGENET = 1_281_167  # training images, which decide the steps of an epoch; any number gives the same figures
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What a compiled step takes."""
-
-    config: TrainConfig
-    slice: str  # the topology, or "local"
-    devices: int
-    device_kind: str
-    mesh: str
-    flops: int  # of a step, over all devices, by `train.cost.flops`
-    seconds: float  # that compiling took
-    available: int | None  # bytes of memory of a device, if known
-    needed: float | None  # bytes of memory on each device, if known
-    memory: "StepMemory | None"  # what it is needed for; None where the compiler refused the program
-    traffic: "dict[str, Traffic] | None"  # as above
-    compiler_flops: float | None  # of a step, over all devices, by XLA; None also where it does not count loops
-    cycles: int | None  # of a device without communication, as a TPU's compiler estimates them; None for others
-    too_much: str | None  # why it does not fit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         configs = [apply_flags(recipe, given | {"variant": variant}) for variant in variants]
         for config in configs:
             config.model_config(num_classes)
+            check_augment_on(config)
         cases = [(config, topology) for topology in topologies or [None] for config in configs]
         return _report(cases, num_classes)
     except SettingsError as error:
@@ -118,78 +91,6 @@ def _report(cases: list[tuple[TrainConfig, str | None]], num_classes: int) -> in
     if len(cases) > 1 and refused:
         print("", *refused, sep="\n")
     return 1 if refused else 0
-
-
-def compile_step(config: TrainConfig, num_classes: int, topology: str | None = None) -> Figures:
-    """Compile the training step of some settings.
-
-    Args:
-        topology: a slice of TPUs (see `train.cost.slices`); none: the devices of this machine.
-
-    Raises:
-        SettingsError: there is no such slice, or the settings do not suit it.
-    """
-    from train.cost.flops import matrix_flops
-    from train.cost.hlo import communication, estimated_cycles
-    from train.cost.slices import slice_devices
-    from train.devices.memory import DoesNotFit, available_memory, check_fits, memory_errors_explained, step_memory
-    from train.devices.mesh import make_mesh
-    from train.optim.optimizer import make_optimizer
-    from train.optim.state import abstract_model, abstract_state
-    from train.optim.step import abstract_batch, jit_train_step, make_train_step
-
-    try:
-        mesh = make_mesh(config.mesh, None if topology is None else slice_devices(topology))
-    except RuntimeError as error:  # jax found no usable device
-        raise SettingsError(f"jax cannot start: {str(error).splitlines()[0]}") from error
-    device = mesh.devices.flat[0]
-    if config.batch_size % (mesh.size * config.grad_accum):
-        parts = f" in {config.grad_accum} parts" if config.grad_accum > 1 else ""
-        raise SettingsError(f"batch_size {config.batch_size} cannot be divided among {mesh.size} devices{parts}")
-    precision = config.precision or ("float32" if device.platform == "cpu" else "bfloat16")
-    config = dataclasses.replace(config, precision=precision)
-
-    # --- the same as in train.loop ---
-    model_config = config.model_config(num_classes)
-    model = abstract_model(model_config, config)
-    steps_per_epoch = max(1, _IMAGENET // config.batch_size)
-    optimizer = make_optimizer(config, steps_per_epoch=steps_per_epoch, no_weight_decay=model.no_weight_decay())
-    state = abstract_state(model, optimizer, config)
-    batch = abstract_batch(model_config.image_size, config.batch_size, masked=False)
-    traced = jit_train_step(make_train_step(model, optimizer, config), mesh, state).trace(state, batch)
-
-    available = available_memory(mesh)
-    memory = needed = traffic = compiler_flops = cycles = too_much = None
-    start = time.perf_counter()
-    try:
-        with memory_errors_explained(config, mesh):
-            compiled = traced.lower().compile()
-        seconds = time.perf_counter() - start
-        memory, hlo = step_memory(compiled), compiled.as_text()
-        traffic, cycles = communication(hlo), estimated_cycles(hlo)
-        needed = memory.total
-        if config.grad_accum == 1:
-            compiler_flops = compiled.cost_analysis()["flops"] * mesh.size  # XLA's are one device's, and loops once
-        check_fits(memory, available, config, mesh)
-    except DoesNotFit as error:
-        too_much, needed = str(error), error.needed
-        seconds = time.perf_counter() - start if memory is None else seconds
-    return Figures(
-        config=dataclasses.replace(config, variant=model_config.name),
-        slice=topology or "local",
-        devices=mesh.size,
-        device_kind=device.device_kind,
-        mesh=_mesh_in_words(mesh),
-        flops=matrix_flops(traced.jaxpr),
-        seconds=seconds,
-        available=available,
-        needed=needed,
-        memory=memory,
-        traffic=traffic,
-        compiler_flops=compiler_flops,
-        cycles=cycles,
-        too_much=too_much,
-    )
 
 
 def describe(figures: Figures, num_classes: int) -> str:
@@ -247,10 +148,6 @@ def table_row(figures: Figures) -> str:
         "no" if figures.too_much else "yes",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def _mesh_in_words(mesh: "Mesh") -> str:
-    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
 
 
 def _count(number: float) -> str:

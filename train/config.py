@@ -1,4 +1,4 @@
-"""`TrainConfig`: every setting of a run, and the recipes. The only way settings travel; imports no framework."""
+"""`TrainConfig`: every setting of a run. The only way settings travel; imports no framework."""
 
 import argparse
 import dataclasses
@@ -10,7 +10,6 @@ from typing import Any
 from convert.errors import ConversionError, SettingsError
 from convert.paths import FOLDER_PREFIX, typed_path
 from crossvit_jax.config import CrossViTConfig, get_config
-from train.images.rand_augment import ACCEPTED, parse_rand_augment
 
 _REPEAT_ROUND = 256  # with repeated augmentation, DeiT's sampler leaves out what does not fill so many places
 
@@ -161,8 +160,6 @@ class TrainConfig:
         _require(self, "warmup_epochs", lambda value: value < self.epochs, f"below the {self.epochs} epochs")
         if self.batch_size % self.grad_accum:
             raise SettingsError(f"batch_size {self.batch_size} cannot be cut into grad_accum {self.grad_accum} parts")
-        if self.augment_on == "device" and not self.device_can_augment:
-            raise SettingsError(f"augment_on device takes as auto_augment {ACCEPTED}; got {self.auto_augment!r}")
         if self.qat is not None and self.init is None:
             raise SettingsError(f"qat {self.qat} is for weights that are trained already: name them with --init")
         if self.qat is not None and self.freeze_backbone:
@@ -179,15 +176,6 @@ class TrainConfig:
     def peak_lr(self) -> float:
         """The learning rate after the warm-up, for this batch size (IBM main.py:245)."""
         return self.lr * self.batch_size / self.lr_batch_size
-
-    @property
-    def device_can_augment(self) -> bool:
-        """Whether `auto_augment` is among the policies that the device knows; the host knows all of timm's."""
-        try:
-            parse_rand_augment(self.auto_augment)
-        except ValueError:
-            return False
-        return True
 
     def model_overrides(self) -> dict[str, Any]:
         """The fields of `CrossViTConfig` that these settings decide."""
@@ -234,80 +222,4 @@ _CHOICES = {
     "lr_stepping": ("epoch", "step", "epoch-late"),
     "precision": ("bfloat16", "float32"),
     "qat": ("int8", "int4"),
-}
-
-RECIPES: dict[str, TrainConfig] = {
-    # arXiv 2103.14899 §4.1 and IBM's main.py: batch 4,096 at learning rate 0.004
-    "imagenet": TrainConfig(recipe="imagenet"),
-    # What IBM's main.py does when no flag is given, on 8 GPUs of 64 images each: 5 epochs of warm-up, repeated
-    # augmentation, epochs that lag behind the schedule, decay on tokens and position embeddings.
-    "imagenet-ibm": TrainConfig(
-        recipe="imagenet-ibm",
-        batch_size=512,
-        warmup_epochs=5,
-        repeated_aug=3,
-        lr_stepping="epoch-late",
-        decay_tokens=True,
-    ),
-    # Paper §4.1: 30 epochs at 408 pixels. It gives no learning rate; these are the ones DeiT published for 384 pixels.
-    "finetune-408": TrainConfig(
-        recipe="finetune-408",
-        image_size=408,
-        image_scale=(1.0, 16 / 17),
-        crop_pct=1.0,
-        epochs=30,
-        batch_size=512,
-        lr=5e-6,
-        min_lr=5e-6,
-        warmup_epochs=5,
-        weight_decay=1e-8,
-    ),
-    # Pretrained weights on a folder of one's own: a learning rate that falls towards the image, gentle crops
-    "finetune": TrainConfig(
-        recipe="finetune",
-        crop_scale=(0.35, 1.0),
-        epochs=30,
-        batch_size=64,
-        lr=2e-4,
-        lr_batch_size=64,
-        warmup_epochs=3,
-        min_lr=1e-6,
-        layer_decay=0.75,
-        clip_grad=1.0,
-    ),
-    # Paper table 9: SGD at 0.01 for batches of 768, cosine; the paper trains 1,000 epochs without naming a warm-up
-    "transfer": TrainConfig(
-        recipe="transfer",
-        optimizer="sgd",
-        epochs=1000,
-        batch_size=768,
-        lr=0.01,
-        lr_batch_size=768,
-        warmup_epochs=5,
-        weight_decay=1e-4,
-    ),
-    # 8×8 grey digits blown up to 48 pixels, chosen by short trials on two CPU cores. A mirrored digit is no digit, and
-    # so few epochs are too few to profit from mixing, so only the crop is random.
-    "digits": TrainConfig(
-        recipe="digits",
-        image_size=48,
-        image_scale=(1.0, 2 / 3),
-        crop_pct=1.0,
-        crop_scale=(0.8, 1.0),
-        crop_ratio=(0.8, 1.25),
-        hflip=0.0,
-        auto_augment="",
-        erase_prob=0.0,
-        mixup=0.0,
-        cutmix=0.0,
-        smoothing=0.1,
-        drop_path=0.0,
-        epochs=14,
-        batch_size=64,
-        lr=1e-3,
-        lr_batch_size=64,
-        warmup_epochs=1,
-        warmup_lr=3e-4,
-        workers=0,
-    ),
 }

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from convert.command_line import Parser
 from convert.errors import SettingsError
-from train.config import RECIPES, TrainConfig, home_path
+from train.config import TrainConfig, home_path
+from train.recipes import RECIPES
 from train.run.folder import read_settings
 
 _DIGITS = "digits"  # the data set that has a recipe of its own

@@ -16,12 +16,14 @@ from convert.errors import SettingsError
 from convert.metadata import describe, understand
 from convert.weights import Weights
 from crossvit_jax import CrossViTConfig
-from train.config import RECIPES, TrainConfig, steps_per_epoch
+from train.config import TrainConfig, steps_per_epoch
 from train.data.datasets import open_image_sets
 from train.data.sources import ImageSets
 from train.devices.mesh import make_mesh
+from train.images.rand_augment import check_augment_on, device_can_augment
 from train.images.transforms import train_transform
 from train.optim.quantize import require_qwix
+from train.recipes import RECIPES
 from train.run.folder import BEFORE, check_same_run, describe_run, newest_checkpoint, read_run
 from train.tasks.classification import Classification, starting_model
 from train.tasks.task import Task
@@ -67,6 +69,8 @@ def prepare(config: TrainConfig) -> Job:
     if config.qat is not None:
         require_qwix("--qat")
     mesh = _mesh(config)
+    config = dataclasses.replace(config, augment_on=augment_on(config, saved))
+    check_augment_on(config)
     if jax.process_count() > 1 and config.output is None:
         raise SettingsError("with several processes, --output must name the run's folder, on a disk that all share")
     if config.batch_size % (mesh.size * config.grad_accum):
@@ -89,7 +93,6 @@ def prepare(config: TrainConfig) -> Job:
     model_config, weights = starting_model(config, image_sets.class_names, begun, starts_anew=starts_anew)
     config = dataclasses.replace(
         config,
-        augment_on=augment_on(config, saved),
         variant=model_config.name,
         workers=(os.cpu_count() or 1) if config.workers is None else config.workers,
         precision=config.precision or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
@@ -116,7 +119,7 @@ def augment_on(config: TrainConfig, saved: dict[str, Any] | None) -> str:
         return config.augment_on
     if saved is not None:
         return (BEFORE | saved["train"])["augment_on"]
-    return "device" if jax.default_backend() == "gpu" and config.device_can_augment else "host"
+    return "device" if jax.default_backend() == "gpu" and device_can_augment(config.auto_augment) else "host"
 
 
 def _begun_model(saved: dict[str, Any], config: TrainConfig) -> CrossViTConfig:

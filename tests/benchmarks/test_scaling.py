@@ -7,9 +7,9 @@ import pytest
 
 from benchmarks import scaling
 from benchmarks.scaling import CHIPS, Chip, as_json, as_markdown, estimate, main
-from train.compile import Figures
-from train.config import RECIPES
+from train.cost.figures import Figures
 from train.cost.hlo import Traffic
+from train.recipes import RECIPES
 
 
 def _figures(**changes) -> Figures:

@@ -16,9 +16,9 @@ from timm.scheduler import CosineLRScheduler
 from convert.tree import flatten
 from tests.parity.reference import channels_last, flax_twin, timm_model
 from tests.train.steps import make_train_step
-from train.config import RECIPES
 from train.optim.optimizer import make_optimizer
 from train.optim.state import make_state
+from train.recipes import RECIPES
 
 STEPS, STEPS_PER_EPOCH, BATCH, CLASSES = 20, 5, 8, 10
 MODEL = {"image_size": 48, "image_scale": (1.0, 2 / 3), "num_classes": CLASSES}

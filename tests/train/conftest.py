@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.util
 import io
 import os
 
@@ -10,6 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from crossvit_jax.config import VARIANTS
+from train.cost import slices
 from train.data.datasets import open_digits
 
 QUICK = {"xla_backend_optimization_level": 0}  # for what a fixture of a module compiles, before `compile_quickly`
@@ -96,3 +98,13 @@ def shrink(set_item):
         VARIANTS["ti"], embed_dim=(12, 24), depth=(1, 1), num_heads=(2, 2), mlp_ratio=(2.0, 2.0), stages=1
     )
     set_item(VARIANTS, "ti", config)
+
+
+@pytest.fixture
+def without_tpu(monkeypatch):
+    """The environment in which TPUs that are not there are compiled for; as it was afterwards. Skips without libtpu."""
+    spec = importlib.util.find_spec("libtpu")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs libtpu: pip install 'crossvit-jax[tpu]'")
+    for name, value in slices._ENVIRONMENT.items():
+        monkeypatch.setenv(name, os.environ.get(name, value))

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from convert.errors import SettingsError
-from train.config import RECIPES, TrainConfig
+from train.config import TrainConfig
 from train.flags import parse_flags
+from train.recipes import RECIPES
 
 
 def test_without_flags_the_digits_are_trained_with_their_recipe():

@@ -25,7 +25,7 @@ def test_threads_that_begin_to_read_at_once_do_not_meet_in_timms_circle_of_impor
 import io, threading
 import numpy as np
 from PIL import Image
-from train.config import RECIPES
+from train.recipes import RECIPES
 from train.images.transforms import TrainTransform
 
 file = io.BytesIO()
@@ -58,7 +58,7 @@ for name in ("numba", "timm", "torch"):
 
 import numpy as np
 import train.loop
-from train.config import RECIPES
+from train.recipes import RECIPES
 from train.data.datasets import open_digits
 from train.images.transforms import eval_transform, train_transform
 

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file
 from convert import load_weights
 from convert.errors import SettingsError
 from tests.train.runner import Run
-from train.config import RECIPES
 from train.job import augment_on
 from train.main import main
+from train.recipes import RECIPES
 from train.run.folder import Claim, check_same_run
 from train.run.metrics_log import read_metrics
 

@@ -16,11 +16,11 @@ from safetensors.numpy import load_file
 from convert import load_flax
 from convert.__main__ import main as convert_main
 from convert.metadata import understand
-from train.config import RECIPES
 from train.data.datasets import open_digits
 from train.evaluate import main as evaluate
 from train.images.transforms import eval_transform
 from train.main import main
+from train.recipes import RECIPES
 
 _SHORT = ["--epochs=2", "--batch-size=240", "--log-every=2", "--eval-every=2"]
 

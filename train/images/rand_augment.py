@@ -3,6 +3,9 @@
 import re
 from dataclasses import dataclass
 
+from convert.errors import SettingsError
+from train.config import TrainConfig
+
 ACCEPTED = "rand with -mN (0 to 10), -mstdX (up to 100), -nN, -pX or -inc1, such as rand-m9-mstd0.5-inc1, or none"
 
 _FIELD = re.compile(r"(mstd|m|n|p)([0-9]+(?:\.[0-9]*)?)|(inc)([01])")
@@ -40,3 +43,18 @@ def parse_rand_augment(text: str) -> RandAugment:
     if settings.magnitude > 10 or settings.noise > 100 or settings.prob > 1:
         raise ValueError(text)
     return settings
+
+
+def device_can_augment(auto_augment: str) -> bool:
+    """Whether a policy is among those that the device knows; the host knows all of timm's."""
+    try:
+        parse_rand_augment(auto_augment)
+    except ValueError:
+        return False
+    return True
+
+
+def check_augment_on(config: TrainConfig) -> None:
+    """Raises SettingsError if the device is to augment images by a policy that it does not know."""
+    if config.augment_on == "device" and not device_can_augment(config.auto_augment):
+        raise SettingsError(f"augment_on device takes as auto_augment {ACCEPTED}; got {config.auto_augment!r}")

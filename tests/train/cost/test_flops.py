@@ -8,10 +8,10 @@ import pytest
 
 from crossvit_jax.config import VARIANTS, get_config
 from tests.train.steps import classification, make_train_step
-from train.config import RECIPES
 from train.cost.flops import matrix_flops
 from train.optim.optimizer import make_optimizer
 from train.optim.state import abstract_model, abstract_state
+from train.recipes import RECIPES
 
 _X, _W = jnp.zeros((8, 32)), jnp.zeros((32, 16))
 _IMAGES, _KERNEL = jnp.zeros((2, 24, 24, 3)), jnp.zeros((4, 4, 3, 5))

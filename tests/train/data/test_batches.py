@@ -10,13 +10,14 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from train.config import RECIPES, steps_per_epoch
+from train.config import steps_per_epoch
 from train.data.batches import eval_batches, train_batches
 from train.data.datasets import open_digits
 from train.data.folder import open_folder
 from train.data.sources import DataError
 from train.images.decode import UnreadableImage, decode_image
 from train.images.transforms import eval_transform, train_transform
+from train.recipes import RECIPES
 
 # the digits' sizes, with every random step of the ImageNet recipe
 _CONFIG = dataclasses.replace(

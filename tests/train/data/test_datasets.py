@@ -10,9 +10,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from convert.errors import SettingsError
-from train.config import RECIPES
 from train.data.datasets import open_digits, open_image_sets
 from train.data.digits import held_out_indices
+from train.recipes import RECIPES
 
 
 def test_the_digits_are_all_of_scikit_learns(digits_dir):

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from train.config import RECIPES
 from train.data import streams
 from train.devices import memory
 from train.devices.memory import (
@@ -20,6 +19,7 @@ from train.devices.memory import (
 )
 from train.devices.mesh import make_mesh
 from train.main import main
+from train.recipes import RECIPES
 
 _GIB = 2**30
 _CONFIG = dataclasses.replace(RECIPES["imagenet"], batch_size=64, precision="float32")

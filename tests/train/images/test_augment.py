@@ -15,9 +15,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from tests.train.conftest import QUICK
 from tests.train.images.timm_operations import by_timm
-from train.config import RECIPES
 from train.devices.mesh import make_mesh
 from train.images.augment import OPERATIONS, augment, compile_augment, draw_batch
+from train.recipes import RECIPES
 
 _SIZE = (60, 72)
 _CONFIG = dataclasses.replace(RECIPES["imagenet"], seed=5)
@@ -115,7 +115,7 @@ import sys
 import jax, numpy as np
 from train.images.augment import compile_augment
 from train.cost.hlo import communication
-from train.config import RECIPES
+from train.recipes import RECIPES
 from train.devices.mesh import batch_sharding, make_mesh
 crops = np.load(sys.argv[1])
 images = {}

@@ -24,10 +24,10 @@ import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
 
-from train.config import RECIPES
 from train.data.batches import train_batches
 from train.images.augment import FINENESS, OPERATIONS, draw_batch
 from train.images.transforms import TrainTransform, draw_crop
+from train.recipes import RECIPES
 
 _IMAGES = 4000
 _SIZE = 64

@@ -10,8 +10,9 @@ import torch
 from scipy import stats
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
 
-from train.config import RECIPES, TrainConfig
+from train.config import TrainConfig
 from train.images.mixup import Mix, cutmix_box, draw_mix, mix_images, mix_targets
+from train.recipes import RECIPES
 
 _HEIGHT, _WIDTH = 30, 42
 _DRAWS = 4000

@@ -6,11 +6,12 @@ import pytest
 from timm.data import auto_augment
 
 from convert.errors import SettingsError
-from train.config import RECIPES
+from train.compile import main as compile_main
 from train.flags import parse_flags
 from train.images.augment import OPERATIONS
-from train.images.rand_augment import parse_rand_augment
-from train.job import augment_on
+from train.images.rand_augment import check_augment_on, device_can_augment, parse_rand_augment
+from train.job import augment_on, prepare
+from train.recipes import RECIPES
 
 _KNOWN = ["rand", "rand-m9-mstd0.5-inc1", "rand-inc1-p0.25-m0-n3", "rand-m7-inc0", "rand-mstd1-n1-p1"]
 _UNKNOWN = ["original", "v0-mstd0.5", "augmix-m5", "3a", "rand-m11", "rand-tweights", "rand-m9-mmax30", "rand-mstd101"]
@@ -37,21 +38,26 @@ def test_no_string_means_no_operations():
 @pytest.mark.parametrize("text", _UNKNOWN)
 def test_what_the_device_does_not_know_is_refused_with_what_it_does(text):
     with pytest.raises(SettingsError, match="augment_on device takes as auto_augment rand with") as error:
-        dataclasses.replace(RECIPES["imagenet"], augment_on="device", auto_augment=text)
+        check_augment_on(dataclasses.replace(RECIPES["imagenet"], augment_on="device", auto_augment=text))
     assert repr(text) in str(error.value)
     assert "\n" not in str(error.value)
 
 
+def test_a_run_does_not_begin_with_it():
+    with pytest.raises(SettingsError, match="augment_on device takes as auto_augment rand with"):
+        prepare(dataclasses.replace(RECIPES["digits"], augment_on="device", auto_augment="original"))
+
+
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("command", "flags", "message"),
     [
-        (["--augment-on=gpu"], "augment_on must be device or host; got gpu"),
-        (["--augment-on=device", "--auto-augment=original"], "augment_on device takes as auto_augment rand with"),
+        (parse_flags, ["--augment-on=gpu"], "augment_on must be device or host; got gpu"),
+        (compile_main, ["--augment-on=device", "--auto-augment=original"], "augment_on device takes as auto_augment"),
     ],
 )
-def test_a_wrong_flag_is_one_line_and_status_2(flags, message, capsys):
+def test_a_wrong_flag_is_one_line_and_status_2(command, flags, message, capsys):
     with pytest.raises(SystemExit) as exit:
-        parse_flags(flags)
+        command(flags)
     assert exit.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
@@ -76,5 +82,5 @@ def test_by_default_it_is_the_faster_place_but_a_run_goes_on_where_it_was(
     config = dataclasses.replace(RECIPES["imagenet"], auto_augment=auto_augment)
     assert augment_on(config, saved) == expected
     for chosen in ("host", "device"):
-        if config.device_can_augment:
+        if device_can_augment(auto_augment):
             assert augment_on(dataclasses.replace(config, augment_on=chosen), saved) == chosen

@@ -16,9 +16,9 @@ from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, transforms
 from torchvision.transforms import functional
 
-from train.config import RECIPES
 from train.images.decode import UnreadableImage, decode_image
 from train.images.transforms import CropTransform, EvalTransform, draw_crop, train_transform
+from train.recipes import RECIPES
 
 _IMAGENET = RECIPES["imagenet"]
 _MODEL = _IMAGENET.model_config(1000)

@@ -15,9 +15,9 @@ from timm.optim import param_groups_weight_decay
 from convert import to_torch
 from crossvit_jax import get_config
 from tests.train.steps import abstract_classifier
-from train.config import RECIPES
 from train.optim.optimizer import decay_mask, layer_scales, make_optimizer
 from train.optim.schedule import learning_rates
+from train.recipes import RECIPES
 
 
 def test_the_same_parameters_decay_as_in_timm():

@@ -9,8 +9,9 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 
-from train.config import RECIPES, TrainConfig
+from train.config import TrainConfig
 from train.optim.schedule import learning_rate, learning_rates, make_schedule
+from train.recipes import RECIPES
 
 
 def _timm_rates(config: TrainConfig) -> list[float]:

@@ -1,0 +1,69 @@
+"""What a step costs follows its settings; with libtpu also for slices of TPUs."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from crossvit_jax.config import VARIANTS
+from tests.train.steps import abstract_classifier
+from train.cost.figures import compile_step
+from train.cost.slices import slice_devices
+from train.devices.memory import DoesNotFit, available_memory, memory_errors_explained
+from train.devices.mesh import make_mesh, replicated
+from train.recipes import RECIPES
+
+
+def test_flags_that_change_the_program_change_the_figures(small_variant):
+    def figures(**changes):
+        return compile_step(dataclasses.replace(RECIPES["digits"], batch_size=16, **changes), num_classes=10)
+
+    plain, other = figures(), figures(grad_accum=4, ema_decay=0.9)
+    assert other.memory.activations < plain.memory.activations
+    assert other.memory.state == pytest.approx(plain.memory.state * 4 / 3, rel=0.01)  # parameters, 2 moments, average
+    assert other.flops == pytest.approx(plain.flops, rel=0.01)
+    assert other.compiler_flops is None  # XLA counts a loop once
+
+
+# --- with the TPU's own compiler ---
+
+
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_the_memory_of_a_chip_is_what_its_compiler_allows(without_tpu, topology):
+    mesh = make_mesh(None, slice_devices(topology))
+    assert mesh.size == 4
+    too_large = jax.jit(lambda x: jnp.sin(x) @ x, in_shardings=replicated(mesh))
+    shape = jax.ShapeDtypeStruct((200_000, 200_000), jnp.float32)
+    with pytest.raises(DoesNotFit) as error, memory_errors_explained(RECIPES["imagenet"], mesh):
+        too_large.lower(shape).compile()
+    available = re.search(r"\(([\d.]+)G\)\.", str(error.value.__cause__))[1]
+    assert available_memory(mesh) == int(float(available) * 2**30)
+
+
+@pytest.mark.slow
+def test_gradients_are_summed_once_and_fsdp_divides_the_state_on_a_slice(without_tpu, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "ti", dataclasses.replace(VARIANTS["ti"], depth=(1, 1), stages=1))
+    config = dataclasses.replace(RECIPES["digits"], batch_size=32)
+
+    def figures(mesh):
+        return compile_step(dataclasses.replace(config, mesh=mesh), 10, "v5e:2x2")
+
+    data, fsdp = figures("data=4"), figures("fsdp=4")
+    model = abstract_classifier(config.model_config(10))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert (data.devices, data.device_kind, data.config.precision) == (4, "TPU v5 lite", "bfloat16")
+    assert data.available == int(15.75 * 2**30)
+    assert data.too_much is fsdp.too_much is None
+
+    # gradients travel in the arithmetic's two bytes, those of norms and tokens in four
+    assert 2 * parameters <= data.traffic["all-reduce"].volume < 2.3 * parameters
+    assert "all-gather" not in data.traffic
+    assert data.memory.state >= 3 * 4 * parameters
+    assert fsdp.memory.state < 0.4 * data.memory.state
+    # every parameter that is cut up is put together at least once
+    assert fsdp.traffic["all-gather"].volume > 1.5 * parameters
+    assert data.flops == fsdp.flops
+    assert data.compiler_flops == pytest.approx(data.flops, rel=0.2)

@@ -1,0 +1,79 @@
+"""Recipes: sets of defaults that the settings of a run start from."""
+
+from train.config import TrainConfig
+
+RECIPES: dict[str, TrainConfig] = {
+    # arXiv 2103.14899 §4.1 and IBM's main.py: batch 4,096 at learning rate 0.004
+    "imagenet": TrainConfig(recipe="imagenet"),
+    # What IBM's main.py does when no flag is given, on 8 GPUs of 64 images each: 5 epochs of warm-up, repeated
+    # augmentation, epochs that lag behind the schedule, decay on tokens and position embeddings.
+    "imagenet-ibm": TrainConfig(
+        recipe="imagenet-ibm",
+        batch_size=512,
+        warmup_epochs=5,
+        repeated_aug=3,
+        lr_stepping="epoch-late",
+        decay_tokens=True,
+    ),
+    # Paper §4.1: 30 epochs at 408 pixels. It gives no learning rate; these are the ones DeiT published for 384 pixels.
+    "finetune-408": TrainConfig(
+        recipe="finetune-408",
+        image_size=408,
+        image_scale=(1.0, 16 / 17),
+        crop_pct=1.0,
+        epochs=30,
+        batch_size=512,
+        lr=5e-6,
+        min_lr=5e-6,
+        warmup_epochs=5,
+        weight_decay=1e-8,
+    ),
+    # Pretrained weights on a folder of one's own: a learning rate that falls towards the image, gentle crops
+    "finetune": TrainConfig(
+        recipe="finetune",
+        crop_scale=(0.35, 1.0),
+        epochs=30,
+        batch_size=64,
+        lr=2e-4,
+        lr_batch_size=64,
+        warmup_epochs=3,
+        min_lr=1e-6,
+        layer_decay=0.75,
+        clip_grad=1.0,
+    ),
+    # Paper table 9: SGD at 0.01 for batches of 768, cosine; the paper trains 1,000 epochs without naming a warm-up
+    "transfer": TrainConfig(
+        recipe="transfer",
+        optimizer="sgd",
+        epochs=1000,
+        batch_size=768,
+        lr=0.01,
+        lr_batch_size=768,
+        warmup_epochs=5,
+        weight_decay=1e-4,
+    ),
+    # 8×8 grey digits blown up to 48 pixels, chosen by short trials on two CPU cores. A mirrored digit is no digit, and
+    # so few epochs are too few to profit from mixing, so only the crop is random.
+    "digits": TrainConfig(
+        recipe="digits",
+        image_size=48,
+        image_scale=(1.0, 2 / 3),
+        crop_pct=1.0,
+        crop_scale=(0.8, 1.0),
+        crop_ratio=(0.8, 1.25),
+        hflip=0.0,
+        auto_augment="",
+        erase_prob=0.0,
+        mixup=0.0,
+        cutmix=0.0,
+        smoothing=0.1,
+        drop_path=0.0,
+        epochs=14,
+        batch_size=64,
+        lr=1e-3,
+        lr_batch_size=64,
+        warmup_epochs=1,
+        warmup_lr=3e-4,
+        workers=0,
+    ),
+}
