@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from convert.command_line import Parser
+from convert.command_line import Parser, leave, run
 from convert.errors import SettingsError
 from train.config import RECIPES, TrainConfig
 from train.flags import add_settings, apply_flags
@@ -60,17 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if num_classes < 1:
         parser.error(f"argument --num-classes: must be at least 1; got {num_classes}")
     variants = given.pop("variant", None) or ["ti"]
-    try:
+
+    def compile_all() -> int:
         configs = [apply_flags(recipe, given | {"variant": variant}) for variant in variants]
         for config in configs:
             config.model_config(num_classes)
         cases = [(config, topology) for topology in topologies or [None] for config in configs]
         return _report(cases, num_classes)
-    except SettingsError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        print(f"{_PROGRAM}: interrupted", file=sys.stderr)
-        return 130
+
+    return run(_PROGRAM, compile_all)
 
 
 def _parser(recipe: TrainConfig) -> Parser:
@@ -263,4 +261,4 @@ def _count(number: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.command_line import Parser, at_least_one
+from convert.command_line import Parser, at_least_one, leave
 from train.config import home_path
 from train.inference.command import SOURCES, add_model_flags, load_model, progress_bar, run, tell_notes
 
@@ -235,4 +235,4 @@ def _read_batches(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

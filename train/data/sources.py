@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import absl.logging
 import numpy as np
 
-from convert.errors import SettingsError
+from convert.errors import SettingsError, UserError
 from convert.paths import FOLDER_PREFIX
 from train.config import TrainConfig
 from train.images.decode import UnreadableImage
@@ -33,8 +33,10 @@ _SMALL_SPLIT = 8 * 2**20  # bytes on disk
 _LABELS_OF_LARGE_SPLIT = 256
 
 
-class DataError(RuntimeError):
+class DataError(UserError):
     """The data set cannot be used any further; the message is one line and names it."""
+
+    status = 1
 
 
 @runtime_checkable

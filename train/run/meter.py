@@ -10,14 +10,17 @@ from typing import Any
 
 import jax
 
+from convert.errors import UserError
 from train.run.metrics_log import MetricsLog
 from train.run.progress import Progress
 
 STEPS_BEHIND = 2  # metrics are fetched so many steps late, so that the devices never wait for the host
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailed(UserError):
     """The run cannot go on; the message is one line."""
+
+    status = 1
 
 
 @dataclass
