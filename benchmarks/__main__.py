@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.command import pick_device
 from convert import command_line
-from convert.command_line import Parser, at_least_one
+from convert.command_line import Parser, at_least_one, leave
 
 _PROGRAM = "python -m benchmarks"
 _GRACE = 10.0  # seconds that a benchmark has to end its processes and remove its folders
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu where torch and jax can use one")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these of the plan, by the names of their JSON files")
     args = parser.parse_args(argv)
-    return command_line.run(_PROGRAM, lambda: _planned(parser, args, start))
+    return command_line.run(_PROGRAM, lambda: _planned(parser, args, start), failure=1)
 
 
 def _planned(parser: Parser, args: argparse.Namespace, start: float) -> int:
@@ -176,4 +176,4 @@ def _folder(parser: Parser, asked_for: Path | None, entries: Mapping[str, Entry]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

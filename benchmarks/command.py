@@ -8,16 +8,14 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.result import as_json, write_json
-from benchmarks.rounds import Measured, SidesDisagree, largest_common_batch, measure
+from benchmarks.rounds import Measured, largest_common_batch, measure
 from benchmarks.table import notes, table_lines
 from benchmarks.task import SIDES, Task, default_sides
-from benchmarks.worker import SideFailed
-from convert import command_line
-from convert.command_line import Parser, at_least_one
+from convert.command_line import Parser, at_least_one, run
 from convert.errors import ConversionError
 from crossvit_jax.config import get_config
 
@@ -35,30 +33,13 @@ def main(benchmark: str, argv: Sequence[str] | None = None) -> int:
     parser = _parser(benchmark)
     args = parser.parse_args(argv)
 
-    def run() -> int:
+    def begin() -> int:
         device = pick_device(parser, args)
         args.sides = args.sides or default_sides(device, args.dtype)
         _check(parser, args, device)
         return _run(benchmark, args, device)
 
-    return exit_status(parser, run)
-
-
-def exit_status(parser: Parser, run: Callable[[], int]) -> int:
-    """What `run` returns, or the status of what stopped it, told in one line.
-
-    1 if a side failed, the sides disagree or a file cannot be written; otherwise as `convert.command_line.run` has it:
-    2 for a ConversionError, 130 for Ctrl-C, 143 for SIGTERM. Processes and temporary folders are gone then.
-    """
-
-    def stopped_by_nothing_else() -> int:
-        try:
-            return run()
-        except (SidesDisagree, SideFailed, OSError) as error:
-            print(f"{parser.prog}: error: {error}", file=sys.stderr)
-            return 1
-
-    return command_line.run(parser.prog, stopped_by_nothing_else)
+    return run(parser.prog, begin, failure=1)
 
 
 def _parser(benchmark: str) -> Parser:

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks import goals
-from benchmarks.command import exit_status, require_pipeline, writable_json
+from benchmarks.command import require_pipeline, writable_json
 from benchmarks.data_task import SIDES, SIDES_ON_A_CORE, DataTask
 from benchmarks.machine import about, where
 from benchmarks.ratios import images_per_s, times_as_fast
 from benchmarks.result import write_json
 from benchmarks.rounds import ACCEPTED_OTHERS, SidesDisagree, Times, cores_of_others, take_turns
 from benchmarks.worker import SideFailed
-from convert.command_line import Parser, at_least_one
+from convert.command_line import Parser, at_least_one, leave, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
     args = parser.parse_args(argv)
     writable_json(parser, args.json)
-    return exit_status(parser, lambda: _run(DataTask(photographs=args.photographs), args))
+    return run(parser.prog, lambda: _run(DataTask(photographs=args.photographs), args), failure=1)
 
 
 def _run(task: DataTask, args: argparse.Namespace) -> int:
@@ -136,4 +136,4 @@ def _say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

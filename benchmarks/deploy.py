@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.command import exit_status, require_onnx, writable_json
-from convert.command_line import Parser, at_least_one
-from train.inference.command import run
+from benchmarks.command import require_onnx, writable_json
+from convert.command_line import Parser, at_least_one, leave, run
 
 if TYPE_CHECKING:
     from benchmarks.deploy_report import Deployed
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
     args = parser.parse_args(argv)
     writable_json(parser, args.json)
-    return exit_status(parser, lambda: run(_PROGRAM, lambda: _run(args)))
+    return run(_PROGRAM, lambda: _run(args), failure=1)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -116,4 +115,4 @@ def _say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from benchmarks.command import (
     add_seconds,
-    exit_status,
     pick_device,
     require_pipeline,
     until,
@@ -31,7 +30,7 @@ from benchmarks.result import write_json
 from benchmarks.rounds import GPU_PATIENCE, Measured, SidesDisagree, Times, not_failed, require_agreement, take_turns
 from benchmarks.task import Task, usable_cores
 from benchmarks.worker import PATIENCE
-from convert.command_line import Parser, at_least_one
+from convert.command_line import Parser, at_least_one, leave, run
 
 __all__ = ["as_markdown", "main"]  # the first for `benchmarks.table`
 
@@ -77,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = pick_device(parser, args)
     if args.flax_step == "flax-cudnn" and (device, args.dtype) != ("gpu", "bfloat16"):
         parser.error(f"--flax-step flax-cudnn needs a GPU and --dtype bfloat16; this is {device}, {args.dtype}")
-    return exit_status(parser, lambda: _run(args, device))
+    return run(parser.prog, lambda: _run(args, device), failure=1)
 
 
 def _run(args: argparse.Namespace, device: str) -> int:
@@ -159,4 +158,4 @@ def _say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

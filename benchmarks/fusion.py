@@ -1,7 +1,6 @@
 """The command `python -m benchmarks.fusion`: what ONNX Runtime and XLA make of a model's operations, as Markdown."""
 
 import re
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -11,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks.command import exit_status, require_onnx, variant_name
-from convert.command_line import Parser
+from benchmarks.command import require_onnx, variant_name
+from convert.command_line import Parser, leave, run
 from convert.formats.write import write_bytes
 from convert.tree import flatten
 from convert.weights import Weights
@@ -91,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.fusion", description="Count what ONNX Runtime and XLA run of a model.")
     parser.add_argument("--variant", type=variant_name, default="ti", metavar="NAME", help="default: ti")
     args = parser.parse_args(argv)
-    return exit_status(parser, lambda: _run(args.variant))
+    return run(parser.prog, lambda: _run(args.variant), failure=1)
 
 
 def _run(variant: str) -> int:
@@ -103,4 +102,4 @@ def _run(variant: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -5,9 +5,8 @@ only the last of a round. In bfloat16 both sides keep parameters and images in b
 matrix products to TF32.
 """
 
-import sys
-
 from benchmarks.command import main
+from convert.command_line import leave
 
 if __name__ == "__main__":
-    sys.exit(main("inference"))
+    leave(main("inference"))

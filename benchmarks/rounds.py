@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks.task import Task
 from benchmarks.worker import PATIENCE, Ready, Round, SideFailed, Worker, largest_batch
+from convert.errors import UserError
 
 # Largest differences of sides that agree: of logits and losses as a share of the largest one, of each gradient's norm
 # as a share of itself. Those of Ti on a CPU: 2e-6, 7e-8 and 2e-5 in float32; 0.02, 2e-3 and 0.04 in bfloat16.
@@ -29,8 +30,10 @@ _LARGEST_BATCH = 4096  # no search goes further
 GPU_PATIENCE = 300.0  # see `Worker`: on a GPU all compile at once, and calls are short
 
 
-class SidesDisagree(RuntimeError):
+class SidesDisagree(UserError):
     """The sides do not compute the same, so their times say nothing; the message is one line."""
+
+    status = 1
 
 
 @dataclass

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import exit_status, variant_name, writable_json
+from benchmarks.command import variant_name, writable_json
 from benchmarks.machine import about, where
 from benchmarks.result import write_json
-from convert.command_line import Parser, at_least_one
+from convert.command_line import Parser, at_least_one, leave, run
 from convert.errors import SettingsError
 from train.cost.figures import Figures, compile_step
 from train.recipes import RECIPES
@@ -76,10 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     args = parser.parse_args(argv)
     writable_json(parser, args.json)
-    try:
-        return exit_status(parser, lambda: _run(args))
-    except SettingsError as error:
-        parser.error(str(error))
+    return run(parser.prog, lambda: _run(args), failure=1)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -163,4 +160,4 @@ def _row(result: Mapping[str, Any], first: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import exit_status, variant_name, writable_json
+from benchmarks.command import variant_name, writable_json
 from benchmarks.machine import about, where
 from benchmarks.ratios import spread
 from benchmarks.result import write_json
 from benchmarks.worker import SideFailed
-from convert.command_line import Parser, at_least_one, at_least_zero
+from convert.command_line import Parser, at_least_one, at_least_zero, leave, run
 from convert.errors import SettingsError
 from train.recipes import RECIPES
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SettingsError as error:
         parser.error(str(error))
     writable_json(parser, args.json)
-    return exit_status(parser, lambda: _run(args))
+    return run(parser.prog, lambda: _run(args), failure=1)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -119,4 +119,4 @@ def _seconds(flags: list[str], output: str, environment: Mapping[str, str]) -> f
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -18,17 +18,20 @@ from typing import Any
 
 from benchmarks.cpu_time import busy_seconds, own_seconds
 from benchmarks.task import Program, Task
+from convert.errors import UserError
 
 ROUND_SECONDS = 1.0  # a round takes as many calls as fill this time, at least one
 PATIENCE = 900.0  # seconds: a side that takes longer for an answer hangs
 
 
-class SideFailed(RuntimeError):
+class SideFailed(UserError):
     """A side cannot run the task; the message is one line.
 
     Attributes:
         out_of_memory: whether a smaller batch might help.
     """
+
+    status = 1
 
     def __init__(self, message: str, *, out_of_memory: bool = False):
         super().__init__(message)

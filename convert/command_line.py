@@ -1,4 +1,4 @@
-"""How the commands of this project read their arguments, and how those of `convert` end."""
+"""How the commands of this project read their arguments, and how they end."""
 
 import argparse
 import contextlib
@@ -8,9 +8,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from convert.errors import ConversionError
+from convert.errors import UserError, one_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,36 +23,79 @@ class Parser(argparse.ArgumentParser):
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        """A flag's value. argparse hides the message of a ValueError; that of a UserError is meant to be read."""
+        try:
+            return super()._get_value(action, text)
+        except argparse.ArgumentError as error:
+            if isinstance(error.__context__, UserError):
+                raise argparse.ArgumentError(action, str(error.__context__)) from None
+            raise
 
-# --- how a conversion ends ---
+
+# --- how a command ends ---
 
 
-def run(prog: str, command: Callable[[], int]) -> int:
-    """A command's exit status: its own; 2 if an error stopped it, told in one line on stderr.
+def run(program: str, command: Callable[[], int], *, failure: int = 2, remedy: str = "") -> int:
+    """A command's exit status: its own, or that of what stopped it, told in one line on stderr.
 
-    130 for Ctrl-C and 143 for SIGTERM, as a shell has it; neither leaves anything half written.
+    That is the status of a UserError; `failure` where it has 1, and for errors of the operating system and too little
+    memory; as a shell has it 130 for Ctrl-C, 143 for SIGTERM (what was begun is removed on the way), and 141 where
+    nobody reads standard output any more.
+
+    Args:
+        remedy: what helps against too little memory.
     """
+    out_of_memory = f"out of memory{': ' * bool(remedy)}{remedy}"
     try:
         with _heeding_sigterm():
-            return command()
-    except (ConversionError, MemoryError) as error:
-        print(f"{prog}: error: {error or 'out of memory'}", file=sys.stderr)
-        return 2
+            status = command()
+            sys.stdout.flush()
+            return status
+    except UserError as error:
+        status = failure if error.status == 1 else error.status
+        return _stopped(program, f"{'error: ' * (status < 128)}{error}", status)
+    except BrokenPipeError:
+        _let_go_of_stdout()
+        return 141
+    except OSError as error:  # a full disk, say
+        _let_go_of_stdout()
+        place = f"{error.filename}: " if error.filename else ""
+        return _stopped(program, f"error: {place}{error.strerror or one_line(error)}", failure)
+    except MemoryError:
+        return _stopped(program, f"error: {out_of_memory}", failure)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's way to say that the devices have too little memory
+            raise
+        return _stopped(program, f"error: the devices are {out_of_memory}", failure)
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return 130
+        return _stopped(program, "interrupted", 130)
     except _Terminated:
-        print(f"{prog}: terminated", file=sys.stderr)
-        return 143
+        return _stopped(program, "terminated", 143)
 
 
 def leave(status: int) -> NoReturn:
     """Ends the process; after an interruption at once: jax, stopped as it compiles, crashes on the usual way out."""
-    if status > 128:
+    jax = sys.modules.get("jax")
+    # the other processes of a run would miss one that leaves without a word
+    if status > 128 and not (jax and jax.distributed.is_initialized()):
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _stopped(program: str, message: str, status: int) -> int:
+    print(f"{program}: {message}", file=sys.stderr, flush=True)
+    return status
+
+
+def _let_go_of_stdout() -> None:
+    """Where standard output takes nothing more, throw away what it holds: Python would complain on its way out."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Terminated(BaseException):

@@ -6,7 +6,11 @@ from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """The message is one line for the person who asked, shown as it is; `status` is the command's exit status then."""
+    """The message is one line for the person who asked, shown as it is; `status` is the command's exit status then.
+
+    2: a mistake in what was asked for. 1: what was asked for failed; a command may have another status for that, see
+    `convert.command_line.run`. Above 128: it was stopped, which is no error.
+    """
 
     status = 2
 

@@ -9,8 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from convert.command_line import Parser
-from convert.errors import SettingsError
+from convert.command_line import Parser, leave, run
 from train.config import TrainConfig
 from train.cost.figures import Figures, compile_step
 from train.flags import add_settings, apply_flags
@@ -32,18 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if num_classes < 1:
         parser.error(f"argument --num-classes: must be at least 1; got {num_classes}")
     variants = given.pop("variant", None) or ["ti"]
-    try:
+
+    def compile_all() -> int:
         configs = [apply_flags(recipe, given | {"variant": variant}) for variant in variants]
         for config in configs:
             config.model_config(num_classes)
             check_augment_on(config)
         cases = [(config, topology) for topology in topologies or [None] for config in configs]
         return _report(cases, num_classes)
-    except SettingsError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        print(f"{_PROGRAM}: interrupted", file=sys.stderr)
-        return 130
+
+    return run(_PROGRAM, compile_all)
 
 
 def _parser(recipe: TrainConfig) -> Parser:
@@ -159,4 +156,4 @@ def _count(number: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,13 +1,12 @@
 """`TrainConfig`: every setting of a run. The only way settings travel; imports no framework."""
 
-import argparse
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from convert.errors import ConversionError, SettingsError
+from convert.errors import SettingsError
 from convert.paths import FOLDER_PREFIX, typed_path
 from crossvit_jax.config import CrossViTConfig, get_config
 
@@ -31,13 +30,10 @@ def number_pair(text: str) -> tuple[float, float]:
 def home_path(text: str) -> str:
     """A path, with the home folder in place of `~` or `~name`.
 
-    Raises argparse's error if nobody's is meant, or if a name is too long for a file.
+    Raises ConversionError if nobody's is meant, or if a name is too long for a file.
     """
-    try:
-        path = typed_path(text)
-        return str(path) if text.startswith("~") else text
-    except ConversionError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    path = typed_path(text)
+    return str(path) if text.startswith("~") else text
 
 
 def data_set(text: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convert.command_line import Parser, at_least_zero
+from convert.command_line import Parser, at_least_zero, leave
 from convert.errors import SettingsError
 from convert.paths import FOLDER_PREFIX
 from train.config import TrainConfig, data_set, home_path
@@ -230,4 +230,4 @@ def evaluate(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

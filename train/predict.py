@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.command_line import Parser, at_least_one
+from convert.command_line import Parser, at_least_one, leave
 from train.config import home_path
 from train.inference.command import (
     SOURCES,
@@ -185,4 +185,4 @@ def classify(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from benchmarks import command
-from benchmarks.command import exit_status, main, workers_environment
+from benchmarks.command import main, workers_environment
 from benchmarks.rounds import Measured, SidesDisagree, Times
 from benchmarks.worker import Ready, Round, SideFailed
-from convert.command_line import Parser
+from convert.command_line import run
 from convert.errors import ConversionError
 
 
@@ -22,16 +22,16 @@ from convert.errors import ConversionError
     [
         (SideFailed("no compiler"), 1, "x: error: no compiler"),
         (SidesDisagree("far apart"), 1, "x: error: far apart"),
-        (OSError(28, "No space left on device", "x.json"), 1, "No space left on device: 'x.json'"),
+        (OSError(28, "No space left on device", "x.json"), 1, "x: error: x.json: No space left on device"),
         (ConversionError("no onnx"), 2, "x: error: no onnx"),
         (KeyboardInterrupt(), 130, "x: interrupted"),
     ],
 )
 def test_what_stops_a_benchmark_is_one_line_and_a_status(error, status, line, capsys):
-    def run():
+    def command():
         raise error
 
-    assert exit_status(Parser(prog="x"), run) == status
+    assert run("x", command, failure=1) == status
     told = capsys.readouterr().err
     assert line in told and told.count("\n") == 1
 
@@ -39,13 +39,12 @@ def test_what_stops_a_benchmark_is_one_line_and_a_status(error, status, line, ca
 def test_sigterm_ends_a_benchmark_with_a_line_and_without_its_folder(tmp_path):
     program = """
 import sys, tempfile, time
-from benchmarks.command import exit_status
-from convert.command_line import Parser
-def run():
+from convert.command_line import run
+def command():
     with tempfile.TemporaryDirectory():
         print("running", flush=True)
         time.sleep(99)
-sys.exit(exit_status(Parser(prog="x"), run))
+sys.exit(run("x", command, failure=1))
 """
     with subprocess.Popen(
         [sys.executable, "-c", program],

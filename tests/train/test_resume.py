@@ -131,7 +131,8 @@ def test_an_interrupted_run_saves_says_so_and_goes_on(start, uninterrupted, tmp_
     assert time.monotonic() - sent < 20
     step = _steps(folder)[-1]
     assert step not in (22, 44, 66, 88)  # saved where it stood
-    assert f"saved after step {step} in {folder}" in run.output
+    assert f"python -m train.main: saved after step {step} in {folder}" in run.output
+    assert "error" not in run.output
     run = start(folder)
     assert run.wait() == 0, run.output
     assert f"continued after step {step} of 88" in run.output

@@ -5,12 +5,15 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Int
 
+from convert.errors import UserError
 from train.data.sources import Source, listed
 from train.images.decode import UnreadableImage, decode_image
 
 
-class TooManyBadImages(RuntimeError):
+class TooManyBadImages(UserError):
     """So many images cannot be read that the data set itself must be wrong; the message is one line that names them."""
+
+    status = 1
 
 
 class BadImages:

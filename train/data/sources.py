@@ -9,14 +9,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from convert.errors import UserError
+
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 TRAIN_SPLIT = "train"
 HELD_OUT_SPLITS = ("validation", "val", "test")  # the first that is there
 _NAMES_IN_A_MESSAGE = 20
 
 
-class DataError(RuntimeError):
+class DataError(UserError):
     """The data set cannot be used any further; the message is one line and names it."""
+
+    status = 1
 
 
 @runtime_checkable

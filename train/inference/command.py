@@ -1,14 +1,13 @@
-"""What the commands `train.evaluate` and `train.predict` share: the model, a progress bar, how failures are told."""
+"""What the commands `train.evaluate` and `train.predict` share: the model, a progress bar, how they end."""
 
 import argparse
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from convert import command_line
 from convert.command_line import Parser, at_least_one, image_size, share
-from convert.errors import ConversionError, SettingsError, one_line
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -70,49 +69,8 @@ def load_model(args: argparse.Namespace) -> "Classifier":
 
 
 def run(prog: str, command: Callable[[], int]) -> int:
-    """The exit status of a command: its own, or 2 if an error stopped it, told in one line on stderr.
-
-    130 for Ctrl-C, and 141 where nobody reads standard output any more, both as a shell has it.
-    """
-    try:
-        status = command()
-        sys.stdout.flush()
-        return status
-    except (ConversionError, SettingsError) as error:
-        return _fail(prog, error)
-    except BrokenPipeError:
-        _let_go_of_stdout()
-        return 141
-    except OSError as error:
-        _let_go_of_stdout()
-        reason = error.strerror or one_line(error)
-        return _fail(prog, f"{error.filename}: {reason}" if error.filename else reason)
-    except MemoryError:
-        return _fail(prog, "out of memory: choose a smaller --batch-size")
-    except RuntimeError as error:
-        from train.data.sources import DataError  # late, as it takes its time
-
-        if isinstance(error, DataError):
-            return _fail(prog, error)
-        if "RESOURCE_EXHAUSTED" in str(error):  # XLA's way to say that the devices have too little memory
-            return _fail(prog, "the devices are out of memory: choose a smaller --batch-size")
-        raise
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return 130
-
-
-def _fail(prog: str, error: object) -> int:
-    print(f"{prog}: error: {error}", file=sys.stderr)
-    return 2
-
-
-def _let_go_of_stdout() -> None:
-    """Where standard output takes nothing more, throw away what it holds: Python would complain on its way out."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """The exit status of a command that computes batches: as `convert.command_line.run` has it."""
+    return command_line.run(prog, command, remedy="choose a smaller --batch-size")
 
 
 def tell_notes(prog: str, notes: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from convert.errors import SettingsError
+from convert.errors import SettingsError, UserError
 from train.config import TrainConfig
 from train.run.whole_file import write_whole
 
@@ -25,8 +25,10 @@ BEFORE = {"augment_on": "host"}  # what runs did that were begun before there wa
 CHECKPOINTS = "checkpoints"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint cannot be written, or none can be read; the message is one line."""
+
+    status = 1
 
 
 def read_run(output: str | None) -> dict[str, Any] | None:

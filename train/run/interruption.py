@@ -9,13 +9,15 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
+from convert.errors import UserError
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Interrupted(Exception):
+class Interrupted(UserError):
     """The run was asked to end and has saved. `status` is what a shell expects: 143 for SIGTERM, 130 for Ctrl-C."""
 
-    def __init__(self, message: str, status: int):
+    def __init__(self, message: str, status: int = 128 + signal.SIGTERM):
         super().__init__(message)
         self.status = status
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 STEPS_BEHIND = 2  # metrics are fetched so many steps late, so that the devices never wait for the host
 
 
-class TrainingFailed(UserError, RuntimeError):
+class TrainingFailed(UserError):
     """The run cannot go on."""
 
     status = 1
