@@ -5,10 +5,9 @@ import atexit
 import jax
 import numpy as np
 
-from benchmarks.end_to_end_task import Delivered, EndToEndTask
+from benchmarks.sides.fed import Delivered, steady_state, wait_for_rest
 from benchmarks.sides.flax import begin_training, facts, set_up
-from benchmarks.steady_state import steady_state, wait_for_rest
-from benchmarks.task import Program
+from benchmarks.task import FLAX_FED, EndToEndTask, Program
 from train.config import TrainConfig
 from train.data.batches import train_batches
 from train.data.prefetch import device_batches
@@ -25,8 +24,9 @@ from train.run.progress import Progress
 _AHEAD_PER_WORKER, _AHEAD = 6, 4
 
 
-def load(task: EndToEndTask, augment_on: str) -> Program:
+def load(task: EndToEndTask, side: str) -> Program:
     """The program, whose workers have begun to read; its step is not compiled yet."""
+    augment_on = FLAX_FED[side]
     set_up(task.step)
     config = task.recipe(augment_on)
     mesh, state, step_of = begin_training(task.step, "cudnn" if task.flax == "flax-cudnn" else "xla")

@@ -12,8 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from benchmarks.model_flops import flops_per_image
-from benchmarks.peak import PRODUCT, peak_flops
+from benchmarks.model_flops import PRODUCT, flops_per_image, peak_flops
 from benchmarks.task import CHECKED_STEPS, GPU_WARM_UP_S, Program, Task, usable_cores
 from convert import load_flax
 from convert.tree import flatten
