@@ -15,11 +15,11 @@ import numpy as np
 
 from benchmarks import goals
 from benchmarks.command import require_pipeline, writable_json
-from benchmarks.data_task import SIDES, SIDES_ON_A_CORE, DataTask
 from benchmarks.machine import about, where
 from benchmarks.ratios import images_per_s, times_as_fast
 from benchmarks.result import write_json
 from benchmarks.rounds import ACCEPTED_OTHERS, SidesDisagree, Times, cores_of_others, take_turns
+from benchmarks.task import DATA_SIDES, SIDES_ON_A_CORE, DataTask
 from benchmarks.worker import SideFailed
 from convert.command_line import Parser, at_least_one, leave, run
 
@@ -53,7 +53,7 @@ def _run(task: DataTask, args: argparse.Namespace) -> int:
 
 def _measure(task: DataTask, rounds: int) -> dict[str, Times]:
     """Every side in turn, see `take_turns`. Raises SidesDisagree, and SideFailed if one fails: the table needs all."""
-    sides = {side: Times() for side in SIDES}
+    sides = {side: Times() for side in DATA_SIDES}
 
     def compare_all() -> None:
         _require(sides)

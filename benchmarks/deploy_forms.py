@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float32
 
-from benchmarks.deploy_task import Form
+from benchmarks.task import Form
 from convert.export.onnx_graph import onnx_graph
 from convert.export.onnx_int8 import quantize_dynamic, quantize_static
 from convert.export.stablehlo import stablehlo_program

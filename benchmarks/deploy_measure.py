@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
-from benchmarks.deploy_task import DeployTask, Form
 from benchmarks.rounds import Times, not_failed, take_turns
+from benchmarks.task import DeployTask, Form
 from convert.export.export import BOUNDS
 from convert.export.int8 import BOUND as INT8_BOUND
 from convert.export.int8 import difference_of

@@ -7,10 +7,10 @@ from typing import Any
 from benchmarks.deploy_forms import FLOAT_FILE, REFERENCE
 from benchmarks.deploy_measure import BATCHES, Measured
 from benchmarks.deploy_runs import Model
-from benchmarks.deploy_task import Form
 from benchmarks.machine import about, where
 from benchmarks.ratios import rounds, spread, times_as_fast
 from benchmarks.rounds import ACCEPTED_OTHERS, cores_of_others
+from benchmarks.task import Form
 
 _FASTER = "times as fast as torch (min-max)"
 _SHARE = f"% of {FLOAT_FILE}"

@@ -5,11 +5,12 @@ Each pipeline is timed beside its own step alone: Flax's step with the trainer's
 crop, flip, RandAugment, erasing, Mixup and CutMix. The steps alone are sides of the training benchmark, whose
 batch lies on the device.
 
-A round begins with empty queues, see `benchmarks.steady_state`, and is of at least four batches from each worker, so
+A round begins with empty queues, see `benchmarks.sides.fed`, and is of at least four batches from each worker, so
 that what was read ahead flatters nobody.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,14 +26,25 @@ from benchmarks.command import (
     writable_json,
 )
 from benchmarks.end_to_end_report import as_json, as_markdown, notes, table_lines
-from benchmarks.end_to_end_task import FLAX_FED, FLAX_STEPS, TIMM_FED, TIMM_STEPS, EndToEndTask, write_photographs
 from benchmarks.result import write_json
 from benchmarks.rounds import GPU_PATIENCE, Measured, SidesDisagree, Times, not_failed, require_agreement, take_turns
-from benchmarks.task import Task, usable_cores
+from benchmarks.task import (
+    FLAX_FED,
+    FLAX_STEPS,
+    PHOTOGRAPH_CLASSES,
+    TIMM_FED,
+    TIMM_STEPS,
+    DataTask,
+    EndToEndTask,
+    Task,
+    usable_cores,
+)
 from benchmarks.worker import PATIENCE
 from convert.command_line import Parser, at_least_one, leave, run
 
 __all__ = ["as_markdown", "main"]  # the first for `benchmarks.table`
+
+_DIFFERENT = 256  # photographs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,6 +129,25 @@ def _run(args: argparse.Namespace, device: str) -> int:
     for line in notes(content):
         print(line)
     return 1 if any(times.failure for _, sides in results for times in sides.values()) else 0
+
+
+def write_photographs(folder: Path, count: int) -> None:
+    """So many JPEG files of the size of ImageNet's, in the class folders of `folder/train`.
+
+    They are the files of a few hundred photographs, each under many names: an epoch is long, as it is in a real run.
+    `folder/val` is the same folder once more: a data set of the trainer's has one, which nobody looks at here.
+    """
+    different = folder / "photographs"
+    different.mkdir()
+    samples = DataTask(photographs=min(count, _DIFFERENT)).samples()
+    for number, sample in enumerate(samples):
+        (different / f"{number}.jpg").write_bytes(sample["image"])
+    for number in range(min(count, PHOTOGRAPH_CLASSES)):
+        (folder / "train" / f"class-{number}").mkdir(parents=True)
+    for number in range(count):
+        file = folder / "train" / f"class-{number % PHOTOGRAPH_CLASSES}" / f"{number}.jpg"
+        file.hardlink_to(different / f"{number % len(samples)}.jpg")
+    os.symlink("train", folder / "val")
 
 
 def measure(

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import goals
-from benchmarks.end_to_end_task import FLAX_FED, TIMM_FED, EndToEndTask
 from benchmarks.machine import about, where
 from benchmarks.ratios import best, images_per_s, rounds, times_as_fast
 from benchmarks.rounds import Measured, Times
+from benchmarks.task import FLAX_FED, TIMM_FED, EndToEndTask
 
 Content = Mapping[str, Any]  # of a JSON file
 

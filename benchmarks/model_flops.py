@@ -1,12 +1,14 @@
-"""What a model's arithmetic amounts to, as a yardstick that is the same for every side."""
+"""A yardstick that is the same for every side: FLOPs of a model, and the most that a device reaches in a second."""
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
+import math
+import time
+from collections.abc import Callable
 
-from crossvit_jax import CrossViT
 from crossvit_jax.config import get_config
-from train.cost.flops import matrix_flops
+
+PRODUCT = {"cpu": 2048, "gpu": 8192}  # rows and columns of both factors
+_AT_ONCE = {"cpu": 1, "gpu": 20}  # products between two looks at the clock
+_SECONDS = 1.0
 
 
 def flops_per_image(variant: str, *, training: bool) -> int:
@@ -15,6 +17,14 @@ def flops_per_image(variant: str, *, training: bool) -> int:
     Cross-attention counts in the order of computation that needs least, ours. What is no product by nature does not
     count: the resize, two matrices on our side. Nor does what a side computes again for its gradient.
     """
+    # here: the processes of timm's sides measure the peak without jax
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from crossvit_jax import CrossViT
+    from train.cost.flops import matrix_flops
+
     # a crop takes the place of the resize; dropout asks for the plain attention, whose gradient computes nothing again
     config = get_config(variant, crop_scale=True, attn_drop_rate=0.5)
     model = nnx.eval_shape(lambda: CrossViT(config, rngs=nnx.Rngs(0)))
@@ -26,3 +36,20 @@ def flops_per_image(variant: str, *, training: bool) -> int:
 
     program = jax.make_jaxpr(jax.grad(total) if training else total)(nnx.to_pure_dict(state), images)
     return matrix_flops(program)
+
+
+def peak_flops(device: str, multiply: Callable[[int], None]) -> float:
+    """FLOPs per second, two per multiply-add, of the fastest of the products that fill a second.
+
+    Args:
+        device: cpu or gpu.
+        multiply: computes that many products of two matrices of random numbers, `PRODUCT[device]` on each side, and
+            returns when the results are there.
+    """
+    multiply(1)  # compiles
+    fastest, end = math.inf, time.perf_counter() + _SECONDS
+    while time.perf_counter() < end or fastest == math.inf:
+        start = time.perf_counter()
+        multiply(_AT_ONCE[device])
+        fastest = min(fastest, (time.perf_counter() - start) / _AT_ONCE[device])
+    return 2 * PRODUCT[device] ** 3 / fastest

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.task import Task
+from benchmarks.task import Loadable, Task
 from benchmarks.worker import PATIENCE, Ready, Round, SideFailed, Worker, largest_batch
 from convert.errors import UserError
 
@@ -145,7 +145,7 @@ def measure(
 
 
 def take_turns(
-    task: Any,
+    task: Loadable,
     sides: Mapping[str, Times],
     *,
     compare: Callable[[], None],

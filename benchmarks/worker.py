@@ -10,18 +10,19 @@ import functools
 import gc
 import multiprocessing
 import os
+import pkgutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from benchmarks.cpu_time import busy_seconds, own_seconds
-from benchmarks.task import Program, Task
+from benchmarks.task import Loadable, Program
 from convert.errors import UserError
 
 ROUND_SECONDS = 1.0  # a round takes as many calls as fill this time, at least one
 PATIENCE = 900.0  # seconds: a side that takes longer for an answer hangs
+_FIELDS_BEFORE_UTIME = 11  # of /proc/PID/stat, after the name in brackets, which may hold anything
 
 
 class SideFailed(UserError):
@@ -68,10 +69,10 @@ class Worker:
     def __init__(
         self,
         side: str,
-        task: Task,
+        task: Loadable,
         environment: dict[str, str],
         *,
-        work: Callable[[str, Task, Connection], None] | None = None,
+        work: Callable[[str, Loadable, Connection], None] | None = None,
         patience: float = PATIENCE,
     ):
         """Starts the process.
@@ -137,7 +138,12 @@ class Worker:
         return answer
 
 
-def largest_batch(side: str, task: Task, environment: dict[str, str], *, at_most: int, patience: float) -> int:
+def load_program(task: Loadable, side: str) -> Program:
+    """The program of a side. Imports the side's module, and so its framework."""
+    return pkgutil.resolve_name(task.loader(side))(task, side)
+
+
+def largest_batch(side: str, task: Loadable, environment: dict[str, str], *, at_most: int, patience: float) -> int:
     """The last of task.batch_size, twice that, … that the side can run, alone on the device: all in one process.
 
     Raises SideFailed if it cannot run the task itself.
@@ -148,9 +154,9 @@ def largest_batch(side: str, task: Task, environment: dict[str, str], *, at_most
 
 
 def _serve(
-    work: Callable[[str, Task, Connection], None],
+    work: Callable[[str, Loadable, Connection], None],
     side: str,
-    task: Task,
+    task: Loadable,
     environment: dict[str, str],
     pipe: Connection,
 ) -> None:
@@ -163,9 +169,9 @@ def _serve(
         pipe.send(_failure(error))
 
 
-def _take_turns(side: str, task: Task, pipe: Connection) -> None:
+def _take_turns(side: str, task: Loadable, pipe: Connection) -> None:
     start = time.perf_counter()
-    with contextlib.closing(task.load(side)) as program:
+    with contextlib.closing(load_program(task, side)) as program:
         loaded = time.perf_counter()
         check = program.check()
         program.run(1)  # compiles what `check` did not need
@@ -197,12 +203,12 @@ def _warm_up(program: Program, ready: Ready) -> Ready:
     return ready
 
 
-def _search(side: str, task: Task, pipe: Connection, *, at_most: int) -> None:
+def _search(side: str, task: Loadable, pipe: Connection, *, at_most: int) -> None:
     fits = None
     while fits is None or 2 * fits <= at_most:
         batch_size = 2 * fits if fits else task.batch_size
         try:
-            program = dataclasses.replace(task, batch_size=batch_size).load(side)
+            program = load_program(dataclasses.replace(task, batch_size=batch_size), side)
             program.check()
             program.run(1)
         except Exception:
@@ -241,3 +247,42 @@ def _failure(error: Exception) -> SideFailed:
         sign in f"{type(error).__name__} {error}" for sign in ("OutOfMemory", "RESOURCE_EXHAUSTED", "out of memory")
     )
     return SideFailed(message, out_of_memory=out_of_memory)
+
+
+# --- processor time, from Linux's /proc ---
+
+
+def busy_seconds() -> float | None:
+    """What all cores together have worked since the start, for anyone: other virtual machines included.
+
+    None where the system does not tell.
+    """
+    try:
+        with open("/proc/stat") as file:
+            user, nice, system, _idle, _iowait, irq, softirq, steal, *_ = map(int, file.readline().split()[1:])
+    except OSError:  # not Linux
+        return None
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds() -> float:
+    """What this process and its children have worked."""
+    return time.process_time() + children_seconds()
+
+
+def children_seconds() -> float:
+    """What the living children of this process, such as workers of its input pipeline, have worked.
+
+    0 where the system does not tell.
+    """
+    return sum(_seconds_of(child.pid) for child in multiprocessing.active_children())
+
+
+def _seconds_of(pid: int) -> float:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:  # not Linux, or it has ended
+        return 0.0
+    user, system = fields[_FIELDS_BEFORE_UTIME : _FIELDS_BEFORE_UTIME + 2]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")

@@ -9,13 +9,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from benchmarks.deploy_task import DeployTask, Images
-from benchmarks.task import Program, usable_cores
+from benchmarks.task import DeployTask, Images, Program, usable_cores
 
 Logits = Float32[np.ndarray, "batch classes"]
 
 
-def torch_eager(task: DeployTask, file: str) -> Program:
+def load(task: DeployTask, side: str) -> Program:
+    """The program of a form. Imports what the form runs in."""
+    form = task.forms[side]
+    return _LOADERS[form.runs_in](task, form.file)
+
+
+def _torch_eager(task: DeployTask, file: str) -> Program:
     """The PyTorch twin in float32."""
     import torch
 
@@ -27,7 +32,7 @@ def torch_eager(task: DeployTask, file: str) -> Program:
     return _program(task, lambda batch: torch.from_numpy(_channels_first(batch)), call, facts)
 
 
-def onnx(task: DeployTask, file: str) -> Program:
+def _onnx(task: DeployTask, file: str) -> Program:
     """An ONNX file in ONNX Runtime."""
     import onnxruntime
 
@@ -38,7 +43,7 @@ def onnx(task: DeployTask, file: str) -> Program:
     return _program(task, _channels_first, lambda images: session.run(None, {"images": images})[0], facts)
 
 
-def stablehlo(task: DeployTask, file: str) -> Program:
+def _stablehlo(task: DeployTask, file: str) -> Program:
     """A StableHLO program in jax."""
     import jax
     from jax import export
@@ -48,7 +53,7 @@ def stablehlo(task: DeployTask, file: str) -> Program:
     return _program(task, jax.numpy.asarray, lambda images: np.asarray(run(images)), _jax_facts())
 
 
-def qwix(task: DeployTask, file: str) -> Program:
+def _qwix(task: DeployTask, file: str) -> Program:
     """Weights rounded to int8 and multiplied as integers, as `python -m train.evaluate --quantize int8` has it."""
     import importlib.metadata
 
@@ -67,7 +72,7 @@ def qwix(task: DeployTask, file: str) -> Program:
     return _program(task, jax.numpy.asarray, lambda images: np.asarray(run(params, images)), facts)
 
 
-LOADERS = {"torch": torch_eager, "onnxruntime": onnx, "stablehlo": stablehlo, "qwix": qwix}  # by `Form.runs_in`
+_LOADERS = {"torch": _torch_eager, "onnxruntime": _onnx, "stablehlo": _stablehlo, "qwix": _qwix}  # by `Form.runs_in`
 
 
 def _program(

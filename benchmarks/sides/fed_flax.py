@@ -5,16 +5,14 @@ import atexit
 import jax
 import numpy as np
 
-from benchmarks.end_to_end_task import Delivered, EndToEndTask
-from benchmarks.sides.flax import begin_training, facts, set_up
-from benchmarks.steady_state import steady_state, wait_for_rest
-from benchmarks.task import Program
+from benchmarks.sides.fed import Delivered, steady_state, wait_for_rest
+from benchmarks.sides.flax import begin, facts, programs_of, set_up
+from benchmarks.task import FLAX_FED, EndToEndTask, Program
 from train.config import TrainConfig
 from train.data.batches import train_batches
 from train.data.datasets import open_image_sets
 from train.data.streams import device_batches
 from train.data.workers import give_back_memory
-from train.images.augment import compile_augment
 from train.images.transforms import train_transform
 from train.run.meter import Meter
 from train.run.metrics_log import NoLog
@@ -25,14 +23,13 @@ from train.run.progress import Progress
 _AHEAD_PER_WORKER, _AHEAD = 6, 4
 
 
-def load(task: EndToEndTask, augment_on: str) -> Program:
-    """The program, whose workers have begun to read; its step is not compiled yet."""
+def load(task: EndToEndTask, side: str) -> Program:
+    """The program, whose workers have begun to read; its step is being compiled."""
+    augment_on = FLAX_FED[side]
     set_up(task.step)
     config = task.recipe(augment_on)
-    mesh, state, step_of = begin_training(task.step, "cudnn" if task.flax == "flax-cudnn" else "xla")
-    step = step_of(config)
-    shape = (config.batch_size, *task.image_size, 3)
-    augment = compile_augment(shape, config, mesh) if augment_on == "device" else None
+    programs = programs_of(task.step, config, "cudnn" if task.flax == "flax-cudnn" else "xla")
+    state = begin(programs, task.step)
     batches = train_batches(
         open_image_sets(config).train,
         train_transform(config, config.model_config(num_classes=1000)),
@@ -40,15 +37,15 @@ def load(task: EndToEndTask, augment_on: str) -> Program:
         seed=config.seed,
         workers=config.workers,
     )
-    stream = device_batches(batches, mesh)
+    stream = device_batches(batches, programs.plan.mesh)
     meter = _meter(config)
     done = 0
 
     def next_batch() -> dict[str, jax.Array]:
         batch = next(stream)
         batch.pop("bad_indices")
-        if augment is not None:
-            batch["image"] = augment(batch["image"], done)
+        if programs.augment is not None:
+            batch["image"] = programs.augment(batch["image"], done)
         return batch
 
     def check() -> Delivered:
@@ -58,7 +55,7 @@ def load(task: EndToEndTask, augment_on: str) -> Program:
     def train(steps: int) -> None:
         nonlocal state, done
         for _ in range(steps):
-            state, metrics = step(state, next_batch())
+            state, metrics = programs.train_step(state, next_batch())
             done += 1
             meter.add(metrics)
         meter.catch_up()
@@ -69,6 +66,7 @@ def load(task: EndToEndTask, augment_on: str) -> Program:
 
     def close() -> None:
         stream.close()
+        programs.close()
         give_back_memory()
         atexit.unregister(give_back_memory)  # by then multiprocessing has ended the thread that it asks
 
@@ -84,12 +82,14 @@ def load(task: EndToEndTask, augment_on: str) -> Program:
 
 def _meter(config: TrainConfig) -> Meter:
     """The trainer's own, without a log. It waits for each step's metrics two steps later: no host runs far ahead."""
-    return Meter(
+    meter = Meter(
         NoLog(),
-        Progress(epochs=1, steps_per_epoch=1, silent=True),
-        epoch=1,
+        Progress((), None, epochs=1, steps_per_epoch=1, silent=True),
+        metrics=(),
         step=0,
         batch_size=config.batch_size,
         log_every=config.log_every,
         learning_rate=lambda step: config.peak_lr,
     )
+    meter.begin(epoch=1)
+    return meter

@@ -11,16 +11,15 @@ import torch
 from timm.data import ImageDataset, create_loader
 from torch import Tensor
 
-from benchmarks.end_to_end_task import Delivered, EndToEndTask
+from benchmarks.sides.fed import Delivered, steady_state, wait_for_rest
 from benchmarks.sides.timm import Training, facts, set_up, wait
-from benchmarks.steady_state import steady_state, wait_for_rest
-from benchmarks.task import Program
+from benchmarks.task import EndToEndTask, Program
 
 # At most: torch asks each worker for two, one waits in pinned memory and one on the device.
 _AHEAD_PER_WORKER, _AHEAD = 2, 2
 
 
-def load(task: EndToEndTask) -> Program:
+def load(task: EndToEndTask, side: str) -> Program:
     """The program; its workers start with the first batch."""
     set_up()
     training = Training(task.step, compiled=task.timm == "timm-compile")

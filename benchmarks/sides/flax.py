@@ -3,26 +3,25 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 
-from benchmarks.model_flops import flops_per_image
-from benchmarks.peak import PRODUCT, peak_flops
+from benchmarks.model_flops import PRODUCT, flops_per_image, peak_flops
 from benchmarks.task import CHECKED_STEPS, GPU_WARM_UP_S, Program, Task, usable_cores
-from convert import load_flax
-from convert.tree import flatten
+from convert import load_flax, load_weights
+from convert.tree import flatten, nest
+from crossvit_jax import CrossViT
 from train.config import TrainConfig
 from train.devices.mesh import make_mesh
 from train.devices.process import keep_freed_memory
-from train.optim.optimizer import make_optimizer
-from train.optim.state import State, make_state
-from train.optim.step import jit_train_step, make_train_step
+from train.optim.programs import Plan, Programs
+from train.optim.state import State
+from train.tasks.classification import Classification
 
 _NEVER = 1_000_000_000  # steps per epoch: the learning rate stays that of the first one
 
@@ -88,23 +87,21 @@ def _inference(task: Task, attention: str) -> Program:
 
 def _training(task: Task, attention: str) -> Program:
     config = task.recipe()
-    _, state, step_of = begin_training(task, attention)
     batch = {
         "image": jnp.asarray(task.images()),
         "label": jnp.asarray(task.labels()),
         "bad": jnp.full(task.batch_size, -1, jnp.int32),  # as in every batch of the trainer: none is unreadable
     }
-    recipes = [config, dataclasses.replace(config, mixup=0.0, cutmix=0.0)]
-    steps: list[jax.stages.Compiled] = []  # with mixing, and without
+    state, step = None, None
 
     def check() -> dict[str, np.ndarray]:
-        nonlocal state
-        lowered = [step_of(recipe).lower(state, batch) for recipe in recipes]
-        with ThreadPoolExecutor() as threads:  # as the trainer compiles its programs
-            steps.extend(threads.map(jax.stages.Lowered.compile, lowered))
+        nonlocal state, step
+        recipes = [config, dataclasses.replace(config, mixup=0.0, cutmix=0.0)]
+        mixing, plain = (programs_of(task, recipe, attention) for recipe in recipes)  # compile at the same time
+        state, step = begin(plain, task), mixing.train_step
         losses = []
         for _ in range(CHECKED_STEPS):
-            state, metrics = steps[1](state, batch)
+            state, metrics = plain.train_step(state, batch)
             losses.append(float(metrics["loss"]))
         moments = flatten(optax.tree_utils.tree_get(state["opt"], "mu"))
         gradients = [np.linalg.norm(moments[name]) for name in sorted(moments)]
@@ -113,21 +110,33 @@ def _training(task: Task, attention: str) -> Program:
     def run(calls: int) -> None:
         nonlocal state
         for _ in range(calls):
-            state, _ = steps[0](state, batch)
+            state, _ = step(state, batch)
         jax.block_until_ready(state)
 
     return Program(check, run, facts())
 
 
-def begin_training(task: Task, attention: str = "xla") -> tuple[Mesh, State, Callable[[TrainConfig], Callable]]:
-    """One device; the trainer's state around the task's weights; what makes the trainer's jitted step of a recipe."""
-    config = task.recipe()
-    model = load_flax(task.weights, dtype=jnp.dtype(task.dtype))
-    model.set_attention(attention)
-    optimizer = make_optimizer(config, steps_per_epoch=_NEVER, no_weight_decay=model.no_weight_decay())
-    mesh = make_mesh(devices=jax.devices()[:1])
-    state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)
-    return mesh, state, lambda recipe: jit_train_step(make_train_step(model, optimizer, recipe), mesh, state)
+@dataclasses.dataclass(frozen=True)
+class _WithCudnn(Classification):
+    """Classification by a model whose attention is cuDNN's."""
+
+    def model(self, **kwargs: Any) -> CrossViT:
+        model = super().model(**kwargs)
+        model.set_attention("cudnn")
+        return model
+
+
+def programs_of(task: Task, recipe: TrainConfig, attention: str) -> Programs:
+    """The trainer's programs for a recipe, on one device."""
+    kind = _WithCudnn if attention == "cudnn" else Classification
+    config = dataclasses.replace(recipe, precision=task.dtype)
+    learned = kind(config, load_weights(task.weights).config, ())
+    return Programs(Plan(learned, config, make_mesh(devices=jax.devices()[:1]), _NEVER))
+
+
+def begin(programs: Programs, task: Task) -> State:
+    """The trainer's state around the task's weights."""
+    return programs.new_state(nest(load_weights(task.weights).tensors))
 
 
 def _multiplier(task: Task) -> Callable[[int], None]:

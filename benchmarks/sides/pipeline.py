@@ -9,11 +9,19 @@ import random
 
 import numpy as np
 
-from benchmarks.data_task import SIZE, DataTask
-from benchmarks.task import Program, usable_cores
+from benchmarks.task import SIZE, DataTask, Program, usable_cores
 
 
-def timm(task: DataTask) -> Program:
+def load(task: DataTask, side: str) -> Program:
+    """The program of one of `DATA_SIDES`."""
+    if side == "timm":
+        return _timm(task)
+    if side == "device-augment":
+        return _device_augment(task)
+    return _worker(task, augment_on="device" if side == "device-worker" else "host")
+
+
+def _timm(task: DataTask) -> Program:
     """timm's training transform as a worker of torch's DataLoader runs it: one thread, tensors stacked to a batch."""
     import torch
     from PIL import Image
@@ -59,7 +67,7 @@ def timm(task: DataTask) -> Program:
     return Program(check, run, _versions("timm", "torch", "pillow"))
 
 
-def ours(task: DataTask, *, augment_on: str) -> Program:
+def _worker(task: DataTask, *, augment_on: str) -> Program:
     """What a worker of ours does to a batch."""
     from train.images.transforms import train_transform
 
@@ -78,7 +86,7 @@ def ours(task: DataTask, *, augment_on: str) -> Program:
     return Program(check, run, _versions("pillow", "numba", "simplejpeg"))
 
 
-def device_augment(task: DataTask) -> Program:
+def _device_augment(task: DataTask) -> Program:
     """What is left to the device, of a batch that lies there."""
     import jax
 

@@ -15,7 +15,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from benchmarks.peak import PRODUCT, peak_flops
+from benchmarks.model_flops import PRODUCT, peak_flops
 from benchmarks.task import CHECKED_STEPS, GPU_WARM_UP_S, Program, Task
 from crossvit_jax.config import TIMM_NAMES
 

@@ -4,16 +4,19 @@ The processes of the sides import this module, so it imports no framework.
 """
 
 import dataclasses
+import pkgutil
 
-from benchmarks.data_task import DataTask
-from benchmarks.deploy_task import DeployTask
-from benchmarks.end_to_end_task import EndToEndTask
-from benchmarks.task import Program, Task
+from benchmarks.task import DataTask, DeployTask, EndToEndTask, Program, Task
 
 
 class _Brief:
-    def load(self, side: str) -> Program:
-        return dataclasses.replace(super().load(side), warm_up_s=0.0)
+    def loader(self, side: str) -> str:
+        return "tests.benchmarks.brief:load"
+
+
+def load(task: _Brief, side: str) -> Program:
+    program = pkgutil.resolve_name(super(_Brief, task).loader(side))(task, side)
+    return dataclasses.replace(program, warm_up_s=0.0)
 
 
 class BriefTask(_Brief, Task):

@@ -234,27 +234,31 @@ class _SmallTask:
     largest: int = 64
     log: list = field(default_factory=list)
 
-    def load(self, side):
-        self.log.append(f"load {self.batch_size}")
+    def loader(self, side):
+        return f"{__name__}:_load_small"
 
-        def check():
-            if self.batch_size > self.largest:
-                raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-        def told(name, answer=None):
-            return lambda *_: self.log.append(name) or answer
+def _load_small(task, side):
+    task.log.append(f"load {task.batch_size}")
 
-        return Program(
-            check,
-            run=told("run"),
-            facts={},
-            rest=told("rest"),
-            warm_up_s=0.0,
-            peak_bytes=told("peak_bytes", 5),
-            flops=told("flops", 6),
-            peak_flops=told("peak_flops", 7.0),
-            float32=told("float32", 8),
-        )
+    def check():
+        if task.batch_size > task.largest:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def told(name, answer=None):
+        return lambda *_: task.log.append(name) or answer
+
+    return Program(
+        check,
+        run=told("run"),
+        facts={},
+        rest=told("rest"),
+        warm_up_s=0.0,
+        peak_bytes=told("peak_bytes", 5),
+        flops=told("flops", 6),
+        peak_flops=told("peak_flops", 7.0),
+        float32=told("float32", 8),
+    )
 
 
 class _Pipe:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks.data import as_json, as_markdown, compare, main
-from benchmarks.data_task import SIDES, SIDES_ON_A_CORE, DataTask
 from benchmarks.rounds import SidesDisagree, Times
+from benchmarks.task import DATA_SIDES, SIDES_ON_A_CORE, DataTask
 from benchmarks.worker import Ready, Round
 from tests.benchmarks.brief import BriefDataTask
 
@@ -58,7 +58,7 @@ def test_the_ratio_is_that_of_the_printed_medians_with_the_range_of_neighbouring
 
 @pytest.mark.parametrize(("others", "valid"), [(0.0, True), (1e3, False)])
 def test_a_busy_machine_is_said_aloud_and_has_no_verdict(others, valid):
-    table = as_markdown(as_json(DataTask(), dict.fromkeys(SIDES, _times(1.0, others=others))))
+    table = as_markdown(as_json(DataTask(), dict.fromkeys(DATA_SIDES, _times(1.0, others=others))))
     assert ("Not valid" in table) is not valid
     assert ("The goal" in table) is valid
 
@@ -71,6 +71,6 @@ def test_a_small_run(tmp_path, capsys, monkeypatch):
     written = json.loads(path.read_text())
     assert written["machine"]["cores"] >= 1
     assert {"jax", "torch", "timm", "pillow", "numba", "simplejpeg"} <= written["software"].keys()
-    assert all(written["sides"][side]["images_per_s"]["median"] > 0 for side in SIDES)
+    assert all(written["sides"][side]["images_per_s"]["median"] > 0 for side in DATA_SIDES)
     assert all(written["sides"][side]["times_as_fast_as_timm"]["ratio"] > 0 for side in SIDES_ON_A_CORE)
-    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) == 2 + len(SIDES)
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) == 2 + len(DATA_SIDES)

@@ -14,8 +14,8 @@ from benchmarks.deploy_forms import FLOAT_FILE, REFERENCE
 from benchmarks.deploy_measure import BATCHES, measure_forms
 from benchmarks.deploy_report import Deployed, as_json, as_markdown, failures
 from benchmarks.deploy_runs import Run, evenly, open_model, open_run, pair
-from benchmarks.deploy_task import DeployTask, Form
-from benchmarks.worker import Ready, Round, SideFailed
+from benchmarks.task import DeployTask, Form
+from benchmarks.worker import Ready, Round, SideFailed, load_program
 from convert import load_weights, save
 from convert.errors import SettingsError
 from convert.export.stablehlo import stablehlo_program
@@ -71,7 +71,7 @@ class _HereWorker:
 
     @property
     def ready(self):
-        program = self.task.load(self.side)
+        program = load_program(self.task, self.side)
         program.run(1)
         return Ready(program.check(), program.facts, 1, 0.0, 0.0, 0.0)
 

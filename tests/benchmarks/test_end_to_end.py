@@ -12,12 +12,13 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import cpu_time, data, end_to_end, steady_state
-from benchmarks.end_to_end import as_markdown, main, require_comparable
+from benchmarks import data, end_to_end, worker
+from benchmarks.end_to_end import as_markdown, main, require_comparable, write_photographs
 from benchmarks.end_to_end_report import as_json
-from benchmarks.end_to_end_task import CLASSES, Delivered, EndToEndTask, write_photographs
 from benchmarks.rounds import SidesDisagree, Times
-from benchmarks.task import Task
+from benchmarks.sides import fed
+from benchmarks.sides.fed import Delivered
+from benchmarks.task import PHOTOGRAPH_CLASSES, EndToEndTask, Task
 from benchmarks.worker import Ready, Round
 from tests.command_line import refusal
 from tests.train.runner import QUICK_COMPILATION
@@ -94,7 +95,7 @@ def test_a_pipeline_that_delivers_anything_else_is_told(spoil, says):
     task = _task()
     images, labels = _photographs(task)
     assert says in Delivered.of(spoil(images), labels).problem(task)
-    assert "labels" in Delivered.of(images, labels + CLASSES).problem(task)
+    assert "labels" in Delivered.of(images, labels + PHOTOGRAPH_CLASSES).problem(task)
 
 
 def test_nothing_is_timed_where_steps_or_pictures_are_wrong():
@@ -119,34 +120,34 @@ def test_nothing_is_timed_where_steps_or_pictures_are_wrong():
 def test_a_round_begins_with_empty_queues():
     happened = []
     take, train = lambda: happened.append("take"), lambda steps: happened.append(f"train {steps}")
-    with steady_state.steady_state(take, train, ahead=3, workers=2):
+    with fed.steady_state(take, train, ahead=3, workers=2):
         happened.append("round")
     assert happened == ["take", "take", "take", "train 2", "round"]
 
 
 def test_the_next_turn_begins_when_the_workers_rest(monkeypatch):
     worked = iter([0.0, 0.4, 0.8, 0.81, 2.0])
-    monkeypatch.setattr(steady_state, "children_seconds", lambda: next(worked))
-    monkeypatch.setattr(steady_state.time, "sleep", lambda seconds: None)
-    steady_state.wait_for_rest()
+    monkeypatch.setattr(fed, "children_seconds", lambda: next(worked))
+    monkeypatch.setattr(fed.time, "sleep", lambda seconds: None)
+    fed.wait_for_rest()
     assert list(worked) == [2.0]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs Linux's /proc")
 def test_what_children_work_counts_as_the_sides_own():
-    before = cpu_time.own_seconds()
+    before = worker.own_seconds()
     child = multiprocessing.get_context("spawn").Process(target=_work)
     child.start()
     try:
         end = time.monotonic() + 60
-        while cpu_time.children_seconds() < 0.1 and time.monotonic() < end:
+        while worker.children_seconds() < 0.1 and time.monotonic() < end:
             time.sleep(0.05)
-        assert cpu_time.children_seconds() >= 0.1
-        assert cpu_time.own_seconds() >= before + 0.1
+        assert worker.children_seconds() >= 0.1
+        assert worker.own_seconds() >= before + 0.1
     finally:
         child.kill()
         child.join()
-    assert cpu_time.children_seconds() == 0
+    assert worker.children_seconds() == 0
 
 
 def _work():
@@ -160,7 +161,7 @@ def _work():
 def test_the_photographs_are_a_data_set_of_the_trainer(tmp_path):
     write_photographs(tmp_path, 12)
     sets = open_image_sets(_task(folder=str(tmp_path)).recipe("device"))
-    assert len(sets.train) == 12 and len(sets.class_names) == CLASSES
+    assert len(sets.train) == 12 and len(sets.class_names) == PHOTOGRAPH_CLASSES
     assert sets.train[0]["image"].startswith(b"\xff\xd8")
 
 

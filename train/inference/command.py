@@ -1,6 +1,7 @@
 """What the commands `train.evaluate` and `train.predict` share: the model, a progress bar, how they end."""
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable

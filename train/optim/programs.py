@@ -36,6 +36,7 @@ class Programs:
     What jax and XLA raise in compiling, such as too little memory for a program, comes from the properties.
 
     Attributes:
+        plan: what it was made from.
         state: the shapes of the training state, and how its arrays lie on the devices.
         traced: the training step before it is lowered.
     """
@@ -46,7 +47,7 @@ class Programs:
             new_state: a new state will be wanted, so its program is compiled too, before the others.
             params: that it starts from, as numpy arrays; none: newly drawn ones.
         """
-        self._plan = plan
+        self.plan = plan
         task, config, mesh = plan.task, plan.config, plan.mesh
         self._model = abstract_model(task, config)
         self._optimizer = make_optimizer(
@@ -108,11 +109,11 @@ class Programs:
         return self._threads.submit(work)
 
     def _lower_init(self, params: Tree | None) -> Callable[[], State]:
-        plan = self._plan
+        plan = self.plan
         return lower_init(plan.task, self._model, self._optimizer, plan.config, plan.mesh, params)
 
     def _batch(self, batch_size: int, *, training: bool) -> dict[str, jax.ShapeDtypeStruct]:
-        shapes = self._plan.task.batch_shapes(batch_size, training=training)
+        shapes = self.plan.task.batch_shapes(batch_size, training=training)
         return {**shapes, "bad": jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
 
 

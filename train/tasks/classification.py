@@ -25,7 +25,6 @@ from crossvit_jax import CrossViT, CrossViTConfig, get_config
 from train.config import TrainConfig
 from train.data.sources import Source, listed
 from train.images.mixup import draw_mix, mix_images, mix_targets
-from train.images.transforms import CropTransform, EvalTransform, TrainTransform, eval_transform, train_transform
 from train.pictures.confusion import draw_confusion
 from train.run.whole_file import write_whole
 from train.tasks.task import Batch, Metric
@@ -60,7 +59,10 @@ class Classification:
     def save(self, params: Any, path: Path) -> None:
         convert.save(params, self.model_config, path, class_names=self.class_names, overwrite=True)
 
-    def transform(self, *, training: bool) -> TrainTransform | CropTransform | EvalTransform:
+    def transform(self, *, training: bool) -> Callable[..., dict[str, Any]]:
+        # late: a machine that only computes may lack the packages that read images
+        from train.images.transforms import eval_transform, train_transform
+
         return train_transform(self.config, self.model_config) if training else eval_transform(self.model_config)
 
     def batch_shapes(self, batch_size: int, *, training: bool) -> dict[str, jax.ShapeDtypeStruct]:
