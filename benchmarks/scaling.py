@@ -140,7 +140,7 @@ def as_markdown(content: Mapping[str, Any]) -> str:
 
 
 def _row(result: Mapping[str, Any], first: Mapping[str, Any]) -> str:
-    from train.devices.memory import amount
+    from train.devices.memory import format_bytes
 
     shortest = max(result["compute_s"], result["communication_s"])
     longest = result["compute_s"] + result["communication_s"]
@@ -148,9 +148,9 @@ def _row(result: Mapping[str, Any], first: Mapping[str, Any]) -> str:
         result["slice"],
         str(result["devices"]),
         str(result["batch_size"]),
-        amount(result["bytes_needed"]),
+        format_bytes(result["bytes_needed"]),
         f"{1000 * result['compute_s']:.1f}",
-        amount(sum(traffic["sent"] for traffic in result["traffic"].values())),
+        format_bytes(sum(traffic["sent"] for traffic in result["traffic"].values())),
         f"{1000 * result['communication_s']:.2f}",
         f"{1000 * shortest:.1f}-{1000 * longest:.1f}",
         f"{result['batch_size'] / longest:,.0f}",

@@ -92,7 +92,7 @@ def _report(cases: list[tuple[TrainConfig, str | None]], num_classes: int) -> in
 
 def describe(figures: Figures, num_classes: int) -> str:
     """A few lines for the user."""
-    from train.devices.memory import amount
+    from train.devices.memory import format_bytes
 
     config = figures.config
     lines = [
@@ -106,8 +106,8 @@ def describe(figures: Figures, num_classes: int) -> str:
     if figures.cycles is not None:
         lines.append(f"clock cycles per step by the compiler's own estimate: {_count(figures.cycles)}")
     if figures.traffic is not None:
-        kinds = [f"{kind} {amount(t.volume)} in {t.calls}" for kind, t in figures.traffic.items()]
-        sent = amount(sum(t.sent for t in figures.traffic.values()))
+        kinds = [f"{kind} {format_bytes(t.volume)} in {t.calls}" for kind, t in figures.traffic.items()]
+        sent = format_bytes(sum(t.sent for t in figures.traffic.values()))
         told = f"{', '.join(kinds)}; {sent} sent on rings" if kinds else "none"
         lines.append(f"communication per step and device: {told}")
     lines.append(f"compiled in {figures.seconds:.0f} s")
@@ -123,20 +123,20 @@ compiled in | fits |
 
 def table_row(figures: Figures) -> str:
     """The figures as a row under `TABLE_HEAD`."""
-    from train.devices.memory import amount
+    from train.devices.memory import format_bytes
 
     needed, traffic = figures.needed, figures.traffic
     reduced = others = sent = "-"
     if traffic is not None:
-        reduced = amount(sum(t.volume for kind, t in traffic.items() if kind == "all-reduce"))
-        others = amount(sum(t.volume for kind, t in traffic.items() if kind != "all-reduce"))
-        sent = amount(sum(t.sent for t in traffic.values()))
+        reduced = format_bytes(sum(t.volume for kind, t in traffic.items() if kind == "all-reduce"))
+        others = format_bytes(sum(t.volume for kind, t in traffic.items() if kind != "all-reduce"))
+        sent = format_bytes(sum(t.sent for t in traffic.values()))
     cells = [
         figures.config.variant,
         figures.slice,
         f"{figures.devices} x {figures.device_kind}",
-        "unknown" if needed is None else amount(needed),
-        "unknown" if figures.available is None else amount(figures.available),
+        "unknown" if needed is None else format_bytes(needed),
+        "unknown" if figures.available is None else format_bytes(figures.available),
         _count(figures.flops),
         reduced,
         others,

@@ -1,6 +1,8 @@
 """`TrainConfig`: every setting of a run. The only way settings travel; imports no framework."""
 
 import dataclasses
+import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -10,12 +12,31 @@ from convert.errors import SettingsError
 from convert.paths import FOLDER_PREFIX, typed_path
 from crossvit_jax.config import CrossViTConfig, get_config
 
+_COMPARE = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 _REPEAT_ROUND = 256  # with repeated augmentation, DeiT's sampler leaves out what does not fill so many places
 
 
-def setting(default: Any, help: str, parse: Callable[[str], Any] | None = None) -> Any:
-    """A field of `TrainConfig`: default, meaning, and what turns text into a value (none: the default's type)."""
-    return dataclasses.field(default=default, metadata={"help": help, "parse": parse or type(default)})
+def setting(
+    default: Any,
+    help: str,
+    parse: Callable[[str], Any] | None = None,
+    *,
+    choices: tuple[str, ...] = (),
+    section: str = "",
+    **bounds: float,
+) -> Any:
+    """A field of `TrainConfig`.
+
+    Args:
+        help: its meaning, for the user.
+        parse: what turns text into a value; none: the default's type.
+        choices: the values that it may have; none: any within the bounds.
+        section: title of the group of settings that begins with this one.
+        bounds: `at_least`, `above`, `at_most`, `below`: of a number, or of each of a pair, which must not fall. In any
+            case it is finite.
+    """
+    metadata = {"help": help, "parse": parse or type(default), "choices": choices, "section": section, "bounds": bounds}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def number_pair(text: str) -> tuple[float, float]:
@@ -48,112 +69,146 @@ class TrainConfig:
     `None` means "follow something else", which the help text names. Raises SettingsError for values that make no run.
     """
 
-    # what is trained, on what, where it is kept
     variant: str | None = setting(
-        None, "CrossViT variant, by its short name, timm's or IBM's; none: --init's, or ti", str
+        None, "CrossViT variant, by its short name, timm's or IBM's; none: --init's, or ti", str, section="data and run"
     )
     init: str | None = setting(None, "weights to start from, any SOURCE of python -m convert; none: fresh ones", str)
     dataset: str = setting("digits", "digits, a prepared tensorflow-datasets name, or folder:PATH", data_set)
     data_dir: str | None = setting(
         None, "where prepared data sets lie; none: tensorflow-datasets' own folder", home_path
     )
-    val_fraction: float = setting(0.1, "share of each class held out when folder:PATH has no val/ or test/ folder")
-    max_bad_images: float = setting(0.01, "share of the images that may be unreadable before the run stops")
-    recipe: str = setting("imagenet", "the set of defaults that the settings start from")
+    val_fraction: float = setting(
+        0.1, "share of each class held out when folder:PATH has no val/ or test/ folder", above=0, below=1
+    )
+    max_bad_images: float = setting(
+        0.01, "share of the images that may be unreadable before the run stops", at_least=0, at_most=1
+    )
+    recipe: str = setting(
+        "imagenet",
+        "the set of defaults that the settings start from",
+        choices=("imagenet", "imagenet-ibm", "finetune-408", "finetune", "transfer", "digits"),
+    )
     output: str | None = setting(
         None, "folder of the run: a run in it is continued; none: a new one in runs/", home_path
     )
-    seed: int = setting(0, "decides initial weights, order of the images, augmentation, dropout and folder splits")
-    workers: int | None = setting(None, "processes that read and augment; 0: threads only; none: one per CPU core", int)
-    # images
-    image_size: int | None = setting(None, "side of the square images in pixels; none: the variant's own", int)
+    seed: int = setting(
+        0, "decides initial weights, order of the images, augmentation, dropout and folder splits", at_least=0
+    )
+    workers: int | None = setting(
+        None, "processes that read and augment; 0: threads only; none: one per CPU core", int, at_least=0
+    )
+
+    image_size: int | None = setting(
+        None, "side of the square images in pixels; none: the variant's own", int, section="images"
+    )
     image_scale: tuple[float, float] | None = setting(
         None, "share of the image size that each branch sees, such as 1,14/15; none: the variant's own", number_pair
     )
-    crop_pct: float | None = setting(None, "share of the resized image kept in evaluation; none: the variant's", float)
-    crop_scale: tuple[float, float] = setting((0.08, 1.0), "area of a random crop, as share of the image", number_pair)
-    crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "width / height of a random crop", number_pair)
-    hflip: float = setting(0.5, "probability of a horizontal flip")
+    crop_pct: float | None = setting(
+        None, "share of the resized image kept in evaluation; none: the variant's", float, above=0, at_most=1
+    )
+    crop_scale: tuple[float, float] = setting(
+        (0.08, 1.0), "area of a random crop, as share of the image", number_pair, above=0, at_most=1
+    )
+    crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "width / height of a random crop", number_pair, above=0)
+    hflip: float = setting(0.5, "probability of a horizontal flip", at_least=0, at_most=1)
     auto_augment: str = setting("rand-m9-mstd0.5-inc1", "timm's RandAugment or AutoAugment string; none: no such step")
-    erase_prob: float = setting(0.25, "probability of random erasing (a box of normal noise)")
+    erase_prob: float = setting(0.25, "probability of random erasing (a box of normal noise)", at_least=0, at_most=1)
     augment_on: str | None = setting(
-        None, "where images are flipped, augmented and erased: device or host; none: device on GPUs", str
+        None,
+        "where images are flipped, augmented and erased: device or host; none: device on GPUs",
+        str,
+        choices=("device", "host"),
     )
-    repeated_aug: int = setting(1, "differently augmented copies of an image in an epoch of as many fewer images")
-    # mixing and regularisation
-    mixup: float = setting(0.8, "Mixup's alpha; 0: no Mixup")
-    cutmix: float = setting(1.0, "CutMix's alpha; 0: no CutMix")
-    mix_prob: float = setting(1.0, "probability that a batch is mixed at all")
-    cutmix_share: float = setting(0.5, "share of the mixed batches that CutMix gets, where both are on")
-    smoothing: float = setting(0.1, "label smoothing")
-    drop_path: float = setting(0.1, "stochastic depth of the last block")
-    dropout: float = setting(0.0, "dropout before the heads")
-    loss: str = setting("softmax", "softmax: soft-target cross-entropy; bce: binary cross-entropy of each class")
-    # optimiser and schedule
-    epochs: int = setting(300, "passes over the training images")
-    batch_size: int = setting(4096, "images in a step, over all devices")
-    grad_accum: int = setting(1, "parts that a step works through one after the other, to save memory")
-    optimizer: str = setting("adamw", "adamw, or sgd with Nesterov momentum")
-    momentum: float = setting(0.9, "momentum of sgd")
-    lr: float = setting(5e-4, "peak learning rate for a batch of --lr-batch-size, scaled linearly to --batch-size")
-    lr_batch_size: int = setting(512, "batch size that --lr is meant for")
-    lr_schedule: str = setting("cosine", "after the warm-up: cosine, linear or constant")
-    lr_stepping: str = setting("epoch", "the learning rate changes each epoch, each step, or epoch-late (IBM's code)")
+    repeated_aug: int = setting(
+        1, "differently augmented copies of an image in an epoch of as many fewer images", at_least=1
+    )
+
+    mixup: float = setting(0.8, "Mixup's alpha; 0: no Mixup", at_least=0, section="mixing and regularisation")
+    cutmix: float = setting(1.0, "CutMix's alpha; 0: no CutMix", at_least=0)
+    mix_prob: float = setting(1.0, "probability that a batch is mixed at all", at_least=0, at_most=1)
+    cutmix_share: float = setting(
+        0.5, "share of the mixed batches that CutMix gets, where both are on", at_least=0, at_most=1
+    )
+    smoothing: float = setting(0.1, "label smoothing", at_least=0, below=1)
+    drop_path: float = setting(0.1, "stochastic depth of the last block", at_least=0, below=1)
+    dropout: float = setting(0.0, "dropout before the heads", at_least=0, below=1)
+    loss: str = setting(
+        "softmax",
+        "softmax: soft-target cross-entropy; bce: binary cross-entropy of each class",
+        choices=("softmax", "bce"),
+    )
+
+    epochs: int = setting(300, "passes over the training images", at_least=1, section="optimiser and schedule")
+    batch_size: int = setting(4096, "images in a step, over all devices", at_least=1)
+    grad_accum: int = setting(1, "parts that a step works through one after the other, to save memory", at_least=1)
+    optimizer: str = setting("adamw", "adamw, or sgd with Nesterov momentum", choices=("adamw", "sgd"))
+    momentum: float = setting(0.9, "momentum of sgd", at_least=0, below=1)
+    lr: float = setting(
+        5e-4, "peak learning rate for a batch of --lr-batch-size, scaled linearly to --batch-size", above=0
+    )
+    lr_batch_size: int = setting(512, "batch size that --lr is meant for", at_least=1)
+    lr_schedule: str = setting(
+        "cosine", "after the warm-up: cosine, linear or constant", choices=("cosine", "linear", "constant")
+    )
+    lr_stepping: str = setting(
+        "epoch",
+        "the learning rate changes each epoch, each step, or epoch-late (IBM's code)",
+        choices=("epoch", "step", "epoch-late"),
+    )
     warmup_epochs: int = setting(
-        30, "epochs of linear warm-up; unless given, shrinks with --epochs in the recipe's proportion"
+        30, "epochs of linear warm-up; unless given, shrinks with --epochs in the recipe's proportion", at_least=0
     )
-    warmup_lr: float = setting(1e-6, "learning rate that the warm-up starts from, not scaled")
-    min_lr: float = setting(1e-5, "learning rate that the schedule falls to, not scaled")
-    layer_decay: float = setting(1.0, "factor on the learning rate from each block to the one below; 1: none")
-    weight_decay: float = setting(0.05, "weight decay; none on biases and norms")
+    warmup_lr: float = setting(1e-6, "learning rate that the warm-up starts from, not scaled", at_least=0)
+    min_lr: float = setting(1e-5, "learning rate that the schedule falls to, not scaled", at_least=0)
+    layer_decay: float = setting(
+        1.0, "factor on the learning rate from each block to the one below; 1: none", above=0, at_most=1
+    )
+    weight_decay: float = setting(0.05, "weight decay; none on biases and norms", at_least=0)
     decay_tokens: bool = setting(False, "weight decay on class tokens and position embeddings too")
-    clip_grad: float | None = setting(None, "largest norm of the gradient; none: no clipping", float)
+    clip_grad: float | None = setting(None, "largest norm of the gradient; none: no clipping", float, above=0)
     freeze_backbone: bool = setting(False, "train the heads only")
-    ema_decay: float = setting(0.0, "decay of the moving average of the weights, evaluated beside them; 0: none")
-    # how it is computed
+    ema_decay: float = setting(
+        0.0, "decay of the moving average of the weights, evaluated beside them; 0: none", at_least=0, below=1
+    )
+
     precision: str | None = setting(
-        None, "bfloat16 or float32 arithmetic, parameters are float32; none: bfloat16 on accelerators", str
+        None,
+        "bfloat16 or float32 arithmetic, parameters are float32; none: bfloat16 on accelerators",
+        str,
+        choices=("bfloat16", "float32"),
+        section="arithmetic and devices",
     )
     qat: str | None = setting(
-        None, "int8 or int4: the weights learn to be rounded to it, see docs/quantisation-aware-training.md", str
+        None,
+        "int8 or int4: the weights learn to be rounded to it, see docs/quantisation-aware-training.md",
+        str,
+        choices=("int8", "int4"),
     )
     grad_checkpointing: bool = setting(False, "compute each block again in the backward pass, to save memory")
     mesh: str | None = setting(None, "devices by axis, such as data=4,fsdp=2; none: all on data", str)
     coordinator: str | None = setting(
         None, "address:port of process 0, where jax does not find the other hosts by itself", str
     )
-    num_processes: int | None = setting(None, "number of processes, with --coordinator", int)
-    process_id: int | None = setting(None, "which of them this is, from 0, with --coordinator", int)
-    # what is told and kept on the way
-    log_every: int = setting(50, "steps between two lines of training metrics")
-    eval_every: int = setting(1, "epochs between two evaluations; the last epoch is always evaluated")
-    checkpoint_every: int = setting(1000, "steps between two checkpoints; one more is written after every epoch")
+    num_processes: int | None = setting(None, "number of processes, with --coordinator", int, at_least=1)
+    process_id: int | None = setting(None, "which of them this is, from 0, with --coordinator", int, at_least=0)
+
+    log_every: int = setting(
+        50, "steps between two lines of training metrics", at_least=1, section="logs and checkpoints"
+    )
+    eval_every: int = setting(1, "epochs between two evaluations; the last epoch is always evaluated", at_least=1)
+    checkpoint_every: int = setting(
+        1000, "steps between two checkpoints; one more is written after every epoch", at_least=1
+    )
     wandb: str | None = setting(None, "project of Weights & Biases to log to; none: only into the run's folder", str)
 
     def __post_init__(self):
-        at_least_one = "epochs batch_size lr_batch_size log_every eval_every checkpoint_every repeated_aug grad_accum"
-        at_least_zero = "seed workers warmup_epochs warmup_lr min_lr weight_decay mixup cutmix process_id"
-        shares = "hflip erase_prob mix_prob cutmix_share max_bad_images"
-        shares_below_one = "smoothing drop_path dropout momentum ema_decay"
-        for name in (*at_least_one.split(), "num_processes"):
-            _require(self, name, lambda value: value >= 1, "at least 1")
-        for name in at_least_zero.split():
-            _require(self, name, lambda value: 0 <= value < float("inf"), "0 or more")
-        for name in shares.split():
-            _require(self, name, lambda value: 0 <= value <= 1, "between 0 and 1")
-        for name in shares_below_one.split():
-            _require(self, name, lambda value: 0 <= value < 1, "at least 0 and below 1")
-        for name, accepted in _CHOICES.items():
-            _require(self, name, lambda value, accepted=accepted: value in accepted, " or ".join(accepted))
-        _require(self, "seed", lambda value: value < 2**32, "below 2**32")
-        for name in ("lr", "clip_grad"):
-            _require(self, name, lambda value: 0 < value < float("inf"), "above 0")
-        _require(self, "layer_decay", lambda value: 0 < value <= 1, "above 0 and at most 1")
-        _require(self, "val_fraction", lambda value: 0 < value < 1, "above 0 and below 1")
-        _require(self, "crop_pct", lambda value: 0 < value <= 1, "above 0 and at most 1")
-        _require(self, "crop_scale", lambda pair: 0 < pair[0] <= pair[1] <= 1, "two rising numbers above 0, at most 1")
-        _require(self, "crop_ratio", lambda pair: 0 < pair[0] <= pair[1], "two rising numbers above 0")
-        _require(self, "warmup_epochs", lambda value: value < self.epochs, f"below the {self.epochs} epochs")
+        for field in dataclasses.fields(self):
+            _check(field, getattr(self, field.name))
+        if self.seed >= 2**32:
+            raise SettingsError(f"seed must be below 2**32; got {self.seed}")
+        if self.warmup_epochs >= self.epochs:
+            raise SettingsError(f"warmup_epochs must be below the {self.epochs} epochs; got {self.warmup_epochs}")
         if self.batch_size % self.grad_accum:
             raise SettingsError(f"batch_size {self.batch_size} cannot be cut into grad_accum {self.grad_accum} parts")
         if self.qat is not None and self.init is None:
@@ -202,20 +257,29 @@ def steps_per_epoch(images: int, batch_size: int, repeats: int = 1) -> int:
     return places // batch_size
 
 
-def _require(config: TrainConfig, name: str, accepted: Callable[[Any], bool], description: str) -> None:
-    value = getattr(config, name)
-    if value is not None and not accepted(value):  # NaN is refused too: every comparison with it is false
-        raise SettingsError(f"{name} must be {description}; got {value}")
+def _check(field: dataclasses.Field, value: Any) -> None:
+    """Raises SettingsError if a value is not among the choices of its field, or not within its bounds."""
+    choices, bounds = field.metadata["choices"], field.metadata["bounds"]
+    if value is None or not (choices or bounds):
+        return
+    if choices:
+        fine, accepted = value in choices, " or ".join(choices)
+    else:
+        numbers = value if isinstance(value, tuple) else (value,)
+        # NaN is refused too: every comparison with it is false
+        fine = all(_COMPARE[name](number, bound) for name, bound in bounds.items() for number in numbers)
+        fine = fine and list(numbers) == sorted(numbers) and max(numbers) < math.inf
+        accepted = _in_words(bounds, pair=len(numbers) > 1)
+    if not fine:
+        raise SettingsError(f"{field.name} must be {accepted}; got {value}")
 
 
-_RECIPE_NAMES = ("imagenet", "imagenet-ibm", "finetune-408", "finetune", "transfer", "digits")
-_CHOICES = {
-    "recipe": _RECIPE_NAMES,
-    "augment_on": ("device", "host"),
-    "loss": ("softmax", "bce"),
-    "optimizer": ("adamw", "sgd"),
-    "lr_schedule": ("cosine", "linear", "constant"),
-    "lr_stepping": ("epoch", "step", "epoch-late"),
-    "precision": ("bfloat16", "float32"),
-    "qat": ("int8", "int4"),
-}
+def _in_words(bounds: dict[str, float], *, pair: bool) -> str:
+    words = [f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items()]
+    if pair:
+        return f"two rising numbers {', '.join(words)}"
+    if bounds == {"at_least": 0}:
+        return "0 or more"
+    if bounds == {"at_least": 0, "at_most": 1}:
+        return "between 0 and 1"
+    return " and ".join(words)

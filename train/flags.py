@@ -10,6 +10,9 @@ from train.config import TrainConfig, home_path
 from train.recipes import RECIPES
 from train.run.folder import read_settings
 
+# the flags that --help tells first; the others stand in the groups of their settings
+_EVERYDAY = ("variant", "init", "dataset", "data_dir", "recipe", "output", "seed", "image_size")
+_EVERYDAY += ("epochs", "batch_size", "lr", "precision")
 _DIGITS = "digits"  # the data set that has a recipe of its own
 _PROGRAM = "python -m train.main"
 
@@ -46,16 +49,23 @@ def parse_flags(argv: Sequence[str]) -> TrainConfig:
 
 
 def add_settings(parser: argparse.ArgumentParser, recipe: TrainConfig) -> None:
-    """Add a flag for every field of `TrainConfig`. Those that are not given stay out of what is parsed."""
+    """Add a flag for every field of `TrainConfig`, those of every day first and the others in titled groups.
+
+    Flags that are not given stay out of what is parsed.
+    """
+    group: argparse._ActionsContainer = parser
     for field in dataclasses.fields(TrainConfig):
+        if field.metadata["section"]:
+            group = parser.add_argument_group(field.metadata["section"])
+        place = parser if field.name in _EVERYDAY else group
         flag = "--" + field.name.replace("_", "-")
         shown = f"{field.metadata['help']} (default: {_shown(getattr(recipe, field.name))})".replace("%", "%%")
         if field.metadata["parse"] is bool:
             action = argparse.BooleanOptionalAction
-            parser.add_argument(flag, action=action, default=argparse.SUPPRESS, help=shown)
+            place.add_argument(flag, action=action, default=argparse.SUPPRESS, help=shown)
         else:
             parse, metavar = field.metadata["parse"], field.name.upper()
-            parser.add_argument(flag, type=parse, default=argparse.SUPPRESS, metavar=metavar, help=shown)
+            place.add_argument(flag, type=parse, default=argparse.SUPPRESS, metavar=metavar, help=shown)
 
 
 def apply_flags(recipe: TrainConfig, given: dict) -> TrainConfig:

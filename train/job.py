@@ -19,7 +19,7 @@ from crossvit_jax import CrossViTConfig
 from train.config import TrainConfig, steps_per_epoch
 from train.data.datasets import open_image_sets
 from train.data.sources import ImageSets
-from train.devices.mesh import make_mesh
+from train.devices.mesh import check_divides, default_precision, make_mesh
 from train.images.rand_augment import check_augment_on, device_can_augment
 from train.images.transforms import train_transform
 from train.optim.quantize import require_qwix
@@ -68,14 +68,12 @@ def prepare(config: TrainConfig) -> Job:
         raise SettingsError("--wandb needs the package wandb, which is not installed: pip install wandb")
     if config.qat is not None:
         require_qwix("--qat")
-    mesh = _mesh(config)
+    mesh = make_mesh(config.mesh)
     config = dataclasses.replace(config, augment_on=augment_on(config, saved))
     check_augment_on(config)
     if jax.process_count() > 1 and config.output is None:
         raise SettingsError("with several processes, --output must name the run's folder, on a disk that all share")
-    if config.batch_size % (mesh.size * config.grad_accum):
-        parts = f" in {config.grad_accum} parts" if config.grad_accum > 1 else ""
-        raise SettingsError(f"batch_size {config.batch_size} cannot be divided among {mesh.size} devices{parts}")
+    check_divides(config, mesh)
     image_sets = open_image_sets(config)
     if steps_per_epoch(len(image_sets.train), config.batch_size, config.repeated_aug) < 1:
         raise SettingsError(
@@ -95,7 +93,7 @@ def prepare(config: TrainConfig) -> Job:
         config,
         variant=model_config.name,
         workers=(os.cpu_count() or 1) if config.workers is None else config.workers,
-        precision=config.precision or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
+        precision=config.precision or default_precision(mesh),
     )
     if config.augment_on == "host" and config.auto_augment not in {recipe.auto_augment for recipe in RECIPES.values()}:
         _check_auto_augment(config, model_config)
@@ -127,13 +125,6 @@ def _begun_model(saved: dict[str, Any], config: TrainConfig) -> CrossViTConfig:
         return understand(saved["model"])[0]
     except (KeyError, TypeError, ConversionError) as error:
         raise SettingsError(f"the run in {config.output} was begun by another version: {error}") from error
-
-
-def _mesh(config: TrainConfig) -> Mesh:
-    try:
-        return make_mesh(config.mesh)
-    except RuntimeError as error:  # jax found no usable device
-        raise SettingsError(f"jax cannot start: {str(error).splitlines()[0]}") from error
 
 
 def _describe_data(config: TrainConfig, image_sets: ImageSets) -> dict[str, Any]:

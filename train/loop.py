@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from convert.errors import SettingsError
 from convert.tree import nest
-from train.data.bad_images import BadImages, too_many
+from train.data.bad_images import BadImages, too_many_error
 from train.devices.hosts import is_main
 from train.devices.memory import available_memory, check_fits, memory_errors_explained
 from train.devices.mesh import fetch
@@ -318,7 +318,7 @@ class _Data:
 def _check_bad(job: Job, bad_images: BadImages, count: int, *, held_out: bool = False) -> None:
     images = len(job.image_sets.held_out if held_out else job.image_sets.train)
     if count > job.config.max_bad_images * images:
-        raise too_many(bad_images, count, images, job.config.max_bad_images)
+        raise too_many_error(bad_images, count, images, job.config.max_bad_images)
 
 
 def _claim_folder(job: Job, stack: ExitStack) -> Path:

@@ -35,7 +35,7 @@ def _train(config) -> int:
 
     keep_freed_memory()
     keep_compiled_programs()
-    hosts.start(config)
+    hosts.join_processes(config)
     result = train(prepare(config))
     if hosts.is_main():
         print(result.summary())

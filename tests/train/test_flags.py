@@ -39,6 +39,23 @@ def test_every_setting_has_a_flag_with_help_that_shows_the_recipes_default(capsy
         assert f"(default: {default})" in text
 
 
+def test_help_tells_the_flags_of_every_day_first_and_the_others_in_titled_groups(capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(["--help"])
+    text = capsys.readouterr().out
+    titles = ("data and run:", "images:", "optimiser and schedule:")
+    places = [text.index(f"\n{title}\n") for title in titles]
+    first, rest = text[text.index("\noptions:\n") : places[0]], text[places[0] :]
+    assert all(f"\n  {flag} " in first and f"\n  {flag} " not in rest for flag in ("--dataset", "--epochs", "--lr"))
+    assert all(f"\n  {flag} " in rest and f"\n  {flag} " not in first for flag in ("--workers", "--mixup", "--mesh"))
+    assert places == sorted(places) and places[1] < text.index("  --hflip ") < places[2] < text.index("  --momentum ")
+
+
+def test_every_recipe_can_be_named():
+    (field,) = (field for field in dataclasses.fields(TrainConfig) if field.name == "recipe")
+    assert field.metadata["choices"] == tuple(RECIPES)
+
+
 def test_values_are_read_by_the_type_of_the_setting():
     config = parse_flags(["--lr=2e-3", "--image-scale=1,2/3", "--image-size=96", "--data-dir=here", "--mixup", "0.5"])
     assert (config.lr, config.image_scale, config.image_size) == (2e-3, (1.0, 2 / 3), 96)

@@ -7,7 +7,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from convert.errors import SettingsError
 from train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -52,21 +51,14 @@ def compile_step(config: TrainConfig, num_classes: int, topology: str | None = N
     from train.cost.hlo import communication, estimated_cycles
     from train.cost.slices import slice_devices
     from train.devices.memory import DoesNotFit, available_memory, check_fits, memory_errors_explained
-    from train.devices.mesh import make_mesh
+    from train.devices.mesh import check_divides, default_precision, make_mesh
     from train.optim.programs import Plan, Programs
     from train.tasks.classification import Classification
 
-    try:
-        mesh = make_mesh(config.mesh, None if topology is None else slice_devices(topology))
-    except RuntimeError as error:  # jax found no usable device
-        raise SettingsError(f"jax cannot start: {str(error).splitlines()[0]}") from error
-    device = mesh.devices.flat[0]
-    if config.batch_size % (mesh.size * config.grad_accum):
-        parts = f" in {config.grad_accum} parts" if config.grad_accum > 1 else ""
-        raise SettingsError(f"batch_size {config.batch_size} cannot be divided among {mesh.size} devices{parts}")
-    precision = config.precision or ("float32" if device.platform == "cpu" else "bfloat16")
+    mesh = make_mesh(config.mesh, None if topology is None else slice_devices(topology))
+    check_divides(config, mesh)
     # on the device, augmentation is a program beside the step
-    config = dataclasses.replace(config, precision=precision, augment_on="host")
+    config = dataclasses.replace(config, precision=config.precision or default_precision(mesh), augment_on="host")
     model_config = config.model_config(num_classes)
     task = Classification(config, model_config, tuple(map(str, range(num_classes))))
 
@@ -92,7 +84,7 @@ def compile_step(config: TrainConfig, num_classes: int, topology: str | None = N
         config=dataclasses.replace(config, variant=model_config.name),
         slice=topology or "local",
         devices=mesh.size,
-        device_kind=device.device_kind,
+        device_kind=mesh.devices.flat[0].device_kind,
         mesh=_mesh_in_words(mesh),
         flops=flops,
         seconds=seconds,

@@ -51,7 +51,7 @@ class BadImages:
         return sample["name"], f"could not read image {sample['name']}, which can be read now"
 
 
-def too_many(bad_images: BadImages, count: int, images: int, share: float) -> TooManyBadImages:
+def too_many_error(bad_images: BadImages, count: int, images: int, share: float) -> TooManyBadImages:
     """The error for a run with more unreadable images than are accepted.
 
     Args:

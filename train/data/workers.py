@@ -49,10 +49,10 @@ class _Started(grain.IterDataset):
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Threads that are started in here, and worker processes that these start, are born deaf to Ctrl-C and SIGTERM.
+    """Blocks SIGINT and SIGTERM in the threads that are started in here and in the worker processes that they start.
 
-    Workers take seconds to import what they need, and would die of the signals before they can prepare for them. For
-    the calling thread the signals wait until the end of the block.
+    Workers take seconds to import what they need. Until they have installed their own handlers (`_init_worker`), a
+    signal would end them. Signals to the calling thread are delivered at the end of the block.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:

@@ -6,7 +6,7 @@ from convert.errors import SettingsError
 from train.config import TrainConfig
 
 
-def start(config: TrainConfig) -> None:
+def join_processes(config: TrainConfig) -> None:
     """Join the other processes of the run, if there are any. To be called before anything touches a device.
 
     With --coordinator as told; otherwise as jax finds them: SLURM, Open MPI, GKE and Cloud TPU. Where it finds none,

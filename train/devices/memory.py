@@ -55,9 +55,9 @@ class StepMemory:
         """
         parts = {"parameters and optimiser": self.state, "batches": self.batches, "activations": self.activations}
         parts |= {"program": self.program} if self.program else {}
-        listed = ", ".join(f"{name} {amount(size)}" for name, size in parts.items())
-        of = "" if available is None else f" of {amount(available)}"
-        return f"memory per device: {amount(self.total)}{of} ({listed})"
+        listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+        of = "" if available is None else f" of {format_bytes(available)}"
+        return f"memory per device: {format_bytes(self.total)}{of} ({listed})"
 
 
 def step_memory(compiled: jax.stages.Compiled) -> StepMemory:
@@ -97,7 +97,7 @@ def check_fits(memory: StepMemory, available: int | None, config: TrainConfig, m
     """Raises DoesNotFit if a step needs more than the bytes that are available on a device (none: not known)."""
     if available is not None and memory.total > available:
         rest = memory.total - memory.activations
-        raise _too_much(memory.total, available, config, mesh, rest=rest, state=memory.state)
+        raise _too_much_error(memory.total, available, config, mesh, rest=rest, state=memory.state)
 
 
 def _host_memory() -> int:
@@ -126,15 +126,15 @@ def memory_errors_explained(config: TrainConfig, mesh: Mesh) -> Iterator[None]:
         refused = _REFUSED.search(text)
         if refused:
             needed, available = (_bytes(refused[i], refused[i + 1]) for i in (1, 3))
-            raise _too_much(needed, available, config, mesh) from error
+            raise _too_much_error(needed, available, config, mesh) from error
         asked = _FAILED_ALLOCATION.search(text)
-        what = f" when {amount(_bytes(asked[1], asked[2]))} more was asked for" if asked else ""
+        what = f" when {format_bytes(_bytes(asked[1], asked[2]))} more was asked for" if asked else ""
         raise DoesNotFit(
             f"a device ran out of memory{what}; what would help: {', '.join(_remedies(config, mesh))}"
         ) from error
 
 
-def amount(size: float) -> str:
+def format_bytes(size: float) -> str:
     """A number of bytes in words: `412 MiB`, `1.2 GiB`."""
     if size < 0.9995 * 2**20:
         return f"{size / 2**10:.3g} KiB"
@@ -151,7 +151,7 @@ def _bytes(number: str, unit: str) -> float:
     return float(number) * 2 ** (10 * " KMGT".index(unit or " "))
 
 
-def _too_much(
+def _too_much_error(
     needed: float, available: float, config: TrainConfig, mesh: Mesh, *, rest: float = 0, state: float | None = None
 ) -> DoesNotFit:
     # how many times fewer activations would do
@@ -159,8 +159,8 @@ def _too_much(
     sharding_helps = state is None or state > needed / 10
     remedies = _remedies(config, mesh, factor=factor, sharding_helps=sharding_helps)
     return DoesNotFit(
-        f"a step needs {amount(needed)} on each device, {amount(needed - available)} more than the "
-        f"{amount(available)} that it has; what would help: {', '.join(remedies)}",
+        f"a step needs {format_bytes(needed)} on each device, {format_bytes(needed - available)} more than the "
+        f"{format_bytes(available)} that it has; what would help: {', '.join(remedies)}",
         needed,
     )
 

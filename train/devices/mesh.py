@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from convert.errors import SettingsError
+from convert.errors import SettingsError, one_line
+from train.config import TrainConfig
 
 AXES = ("data", "fsdp")
 _SMALLEST_CUT = 2**12  # arrays of fewer elements are not worth the communication
@@ -37,10 +38,28 @@ def mesh_shape(text: str | None, devices: int) -> tuple[int, int]:
 
 
 def make_mesh(shape: str | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The devices (none: all of them) in the shape that `mesh_shape` understands. Raises SettingsError as it does."""
-    devices = jax.devices() if devices is None else devices
+    """The devices (none: all of them) in the shape that `mesh_shape` understands.
+
+    Raises SettingsError as it does, and if jax finds no usable device.
+    """
+    try:
+        devices = jax.devices() if devices is None else devices
+    except RuntimeError as error:
+        raise SettingsError(f"jax cannot start: {one_line(error)}") from error
     sizes = mesh_shape(shape, len(devices))
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def check_divides(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises SettingsError if the parts of a batch cannot be divided among the devices of a mesh."""
+    if config.batch_size % (mesh.size * config.grad_accum):
+        parts = f" in {config.grad_accum} parts" if config.grad_accum > 1 else ""
+        raise SettingsError(f"batch_size {config.batch_size} cannot be divided among {mesh.size} devices{parts}")
+
+
+def default_precision(mesh: Mesh) -> str:
+    """The arithmetic where none was asked for: bfloat16 on accelerators, float32 on CPUs."""
+    return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -18,21 +18,19 @@ _OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 def keep_freed_memory() -> bool:
     """Let glibc's malloc keep what is freed, where jax will compute on CPUs. Call it before jax finds its devices.
 
-    XLA asks for the whole temporary memory of a program at every call, as one block: half a gigabyte for a training
-    step of Ti at batch 8. By default malloc takes a block this large from the system and gives it back afterwards, and
-    each of its 4 KB pages is cleared again when it is first touched: a fifth of the step's CPU time
-    (benchmarks/NOTES.md).
+    XLA allocates the temporary memory of a program as one block at every call: half a gigabyte for a training step of
+    Ti at batch 8. By default malloc returns so large a block to the system, which clears every page again at the next
+    call: a fifth of the step's CPU time (benchmarks/NOTES.md). Against this:
 
-    What the main thread's heap can grow into, up to half of the machine's memory, is to be in pages of 2 MB where the
-    system has them: 1 to 3 % of a step's time. Not where a limit on the process's memory counts what it only asks for.
+    - malloc keeps what is freed, and heaps grow in steps of 64 MB, which also saves a tenth of the time to load a
+      compiled program. Only the main thread's heap can hold so large a block, so asynchronous dispatch is turned off:
+      programs run in the thread that calls them.
+    - Half of the machine's memory is reserved for pages of 2 MB in that heap, which saves 1 to 3 % of a step. This is
+      left out where the process's memory is limited, because the limit counts reserved memory too.
 
-    The heaps of other threads are asked for whole, too, and not page by page, in which a tenth of the time went by that
-    it takes to load a compiled program.
-
-    Only the main thread's heap can hold so large a block, so that programs have to be started there, not in threads of
-    jax's own: calls return when the result is there. The same from outside: JAX_CPU_ENABLE_ASYNC_DISPATCH=false
-    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=9999999999 MALLOC_TOP_PAD_=67108864
-    GLIBC_TUNABLES=glibc.malloc.hugetlb=1. A setting of malloc by its variables is left alone.
+    The same from outside: JAX_CPU_ENABLE_ASYNC_DISPATCH=false MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=9999999999
+    MALLOC_TOP_PAD_=67108864 GLIBC_TUNABLES=glibc.malloc.hugetlb=1. Where the user has set one of malloc's variables,
+    nothing is changed.
 
     Returns:
         Whether anything was changed: not for accelerators, whose memory is not malloc's, nor without glibc.

@@ -95,7 +95,7 @@ def _draw_box(shares: Float32[Array, " shares"], prob: float, size: tuple[int, i
 
 
 def _whole(share: Float32[Array, "..."], kinds: int | Array) -> Int[Array, "..."]:
-    """A number from 0 to 1, which it never is, as one of so many whole ones from 0 on."""
+    """Uniform numbers in [0, 1) as uniform integers in [0, kinds)."""
     return jnp.minimum(jnp.floor(share * kinds).astype(jnp.int32), kinds - 1)  # a product may be rounded up
 
 

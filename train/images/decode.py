@@ -14,7 +14,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 _JPEG = b"\xff\xd8\xff"
-_ORDINARY = 2**26  # pixels; about many more than that Pillow has its own mind
+_ORDINARY = 2**26  # pixels; larger images are Pillow's, which warns of them or refuses them
 
 
 class UnreadableImage(ValueError):

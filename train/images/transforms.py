@@ -29,10 +29,12 @@ _MEAN, _STD = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225
 
 _TRIES = 10  # boxes drawn until one fits; after that, the largest in the middle
 
-# The generators belong to one image at a time: reader threads take turns. Reading and decoding are outside.
+# Held while timm draws for one image: it uses global generators, which reader threads share. Reading and decoding need
+# no generator and happen without it.
 _generators_lock = threading.Lock()
 
-# Reader threads begin at the same time, and timm's modules import each other in a circle: two threads in it meet.
+# Held while timm is imported: its modules import each other in a circle, so that two threads that import it at the same
+# time can fail.
 _import_lock = threading.Lock()
 
 

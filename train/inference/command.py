@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -87,7 +86,6 @@ def reading_processes(images: int) -> int:
 
 def progress_bar(images: int) -> "tqdm":
     """A bar that counts images, gone when it is closed; none where stderr is no terminal."""
-    from tqdm import tqdm
+    from train.run.progress import open_bar
 
-    size = shutil.get_terminal_size()  # unlike tqdm's own guess never 0, with which tqdm shows nothing
-    return tqdm(total=images, unit=" images", disable=None, leave=False, ncols=size.columns, nrows=size.lines)
+    return open_bar(total=images, unit=" images")

@@ -15,7 +15,7 @@ from convert.models import flax_model
 from convert.weights import Weights
 from crossvit_jax import CrossViT, CrossViTConfig
 from train.config import TrainConfig
-from train.devices.mesh import batch_sharding, make_mesh, replicated
+from train.devices.mesh import batch_sharding, default_precision, make_mesh, replicated
 from train.optim.quantize import quantised, require_qwix
 from train.tasks.classification import Classification
 
@@ -112,12 +112,8 @@ def load_classifier(
         require_qwix("--quantize")
     changes = {"image_size": image_size, "crop_pct": crop_pct}
     weights = load_classifier_weights(source, **{field: value for field, value in changes.items() if value is not None})
-    try:
-        mesh = make_mesh()
-    except RuntimeError as error:  # jax found no usable device
-        raise SettingsError(f"jax cannot start: {str(error).splitlines()[0]}") from error
-    if precision is None:
-        precision = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    mesh = make_mesh()
+    precision = precision or default_precision(mesh)
     graphdef, state = nnx.split(flax_model(weights, dtype=precision))
     params = jax.device_put(nnx.to_pure_dict(state), replicated(mesh))
     if quantize is not None:

@@ -4,12 +4,18 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 if TYPE_CHECKING:
     from train.tasks.task import Metric
+
+
+def open_bar(*, disable: bool | None = None, **settings: Any) -> tqdm:
+    """A bar of tqdm's, gone when it is closed. `disable` None is tqdm's way to say: unless stderr is a terminal."""
+    size = shutil.get_terminal_size()  # unlike tqdm's own guess never 0, with which tqdm shows nothing
+    return tqdm(disable=disable, leave=False, ncols=size.columns, nrows=size.lines, **settings)
 
 
 class Progress:
@@ -37,15 +43,11 @@ class Progress:
         self._total = epochs * steps_per_epoch
         self._done_before, self._silent = done, silent
         self._start = 0.0  # of the first step
-        size = shutil.get_terminal_size()  # unlike tqdm's own guess never 0, with which tqdm shows nothing
-        self._bar = tqdm(
+        self._bar = open_bar(
             total=self._total,
             initial=done,
             unit="step",
-            disable=silent or None,  # None is tqdm's way to say: unless stderr is a terminal
-            leave=False,
-            ncols=size.columns,
-            nrows=size.lines,
+            disable=silent or None,
             bar_format="{desc} {remaining} left |{bar}| {percentage:3.0f}%",
         )
 

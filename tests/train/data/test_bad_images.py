@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from train.data.bad_images import BadImages, too_many
+from train.data.bad_images import BadImages, too_many_error
 from train.data.folder import open_folder
 
 
@@ -56,12 +56,12 @@ def test_an_image_that_has_recovered_is_told_too(source):
 def test_too_many_bad_images_are_listed_up_to_20(source):
     bad = BadImages(source, lambda line: None)
     bad.add(_indices(2, 3, 5))
-    message = str(too_many(bad, 3, 9, 0.25))
+    message = str(too_many_error(bad, 3, 9, 0.25))
     assert message == (
         "3 of 9 images cannot be read, more than the share of 0.25 that is accepted (--max-bad-images): "
         + ", ".join(bad.names)
     )
     # other processes have met more
-    assert str(too_many(bad, 7, 9, 0.25)).endswith(f"{bad.names[2]} and 4 more")
+    assert str(too_many_error(bad, 7, 9, 0.25)).endswith(f"{bad.names[2]} and 4 more")
     bad.names = [str(i) for i in range(30)]
-    assert str(too_many(bad, 30, 90, 0.25)).endswith(" 18, 19 and 10 more")
+    assert str(too_many_error(bad, 30, 90, 0.25)).endswith(" 18, 19 and 10 more")

@@ -11,9 +11,9 @@ from train.devices import memory
 from train.devices.memory import (
     DoesNotFit,
     StepMemory,
-    amount,
     available_memory,
     check_fits,
+    format_bytes,
     memory_errors_explained,
     step_memory,
 )
@@ -79,7 +79,7 @@ def test_the_line_names_what_is_needed_what_there_is_and_for_what():
     ("size", "words"), [(5500, "5.37 KiB"), (2**20, "1 MiB"), (2**30 - 1, "1.0 GiB"), (21.94 * 2**30, "21.9 GiB")]
 )
 def test_sizes_in_words(size, words):
-    assert amount(size) == words
+    assert format_bytes(size) == words
 
 
 def test_the_devices_of_a_cpu_share_the_machines_memory(monkeypatch):

@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from convert.errors import SettingsError
-from train.devices.mesh import AXES, mesh_shape, state_shardings
+from train.config import TrainConfig
+from train.devices.mesh import AXES, check_divides, make_mesh, mesh_shape, state_shardings
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,24 @@ def test_an_axis_left_out_gets_what_the_other_leaves(text, shape):
 def test_a_mesh_that_is_not_the_devices_is_a_clear_error(text, message):
     with pytest.raises(SettingsError, match=message):
         mesh_shape(text, 8)
+
+
+def test_a_batch_that_cannot_be_divided_is_a_clear_error():
+    mesh = jax.sharding.AbstractMesh((2, 4), AXES)
+    check_divides(TrainConfig(batch_size=16, grad_accum=2), mesh)
+    with pytest.raises(SettingsError, match=r"batch_size 12 cannot be divided among 8 devices$"):
+        check_divides(TrainConfig(batch_size=12), mesh)
+    with pytest.raises(SettingsError, match=r"batch_size 24 cannot be divided among 8 devices in 2 parts$"):
+        check_divides(TrainConfig(batch_size=24, grad_accum=2), mesh)
+
+
+def test_no_usable_device_is_one_line(monkeypatch):
+    def fail():
+        raise RuntimeError("Unable to initialize backend 'cuda'\nsecond line")
+
+    monkeypatch.setattr(jax, "devices", fail)
+    with pytest.raises(SettingsError, match=r"^jax cannot start: Unable to initialize backend 'cuda'$"):
+        make_mesh()
 
 
 def test_large_arrays_are_cut_along_their_largest_axis_that_divides_and_others_are_whole():

@@ -1,0 +1,173 @@
+"""How the code is laid out: who imports whom, how wide packages and how long functions are, what is in the wheel."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).parents[1]
+
+# packages, and what each may import of the others: whole packages or single modules
+_ARROWS = {
+    "crossvit_jax": (),
+    "crossvit_torch": ("crossvit_jax.config",),
+    "convert": ("crossvit_jax", "crossvit_torch"),
+    "train": ("crossvit_jax", "convert"),
+    "benchmarks": ("crossvit_jax", "crossvit_torch", "convert", "train"),
+}
+
+# the parts of train, lowest first: none imports a higher one, and the commands do not import each other
+_LAYERS = ["config", "recipes", "pictures", "devices", "run", "images", "data", "tasks"]
+_LAYERS += ["optim", "inference", "cost", "flags", "job", "loop"]
+_COMMANDS = ["main", "evaluate", "predict", "serve", "compile"]
+
+_WIDEST_PACKAGE, _WIDEST_FOLDER = 20, 12  # entries
+_LONGEST_FUNCTION = 99  # lines
+
+# what stands against this and is to be mended
+_AGAINST_THE_ORDER = {("train.pictures.figure", "train.run.whole_file")}
+_TOO_WIDE = {"benchmarks"}
+
+
+def _module(path: Path) -> str:
+    """The name by which a file is imported."""
+    parts = path.relative_to(_ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+_FILES = {_module(path): path for package in _ARROWS for path in sorted((_ROOT / package).rglob("*.py"))}
+_TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in _FILES.items()}
+
+
+def _statements(tree: ast.AST):
+    """All nodes, those inside functions too, but not those that only a type checker reads."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from _statements(node)
+
+
+def _imports(module: str) -> set[str]:
+    """The modules of the project that a module imports. `from package import module` is an import of the latter."""
+    found = set()
+    for node in _statements(_TREES[module]):
+        if isinstance(node, ast.Import):
+            found.update(name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module} imports with dots"
+            inside = [f"{node.module}.{name.name}" for name in node.names]
+            found.update(name if name in _FILES else node.module for name in inside)
+    return found & set(_FILES)
+
+
+_IMPORTS = {(module, imported) for module in _FILES for imported in _imports(module)}
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {module: set() for module in _FILES}
+    for module, imported in _IMPORTS:
+        graph[module].add(imported)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(reversed(error.args[1])))
+
+
+def test_packages_import_only_those_below_them():
+    def allowed(package, imported):
+        return any(imported == known or imported.startswith(f"{known}.") for known in (package, *_ARROWS[package]))
+
+    against = {(module, other) for module, other in _IMPORTS if not allowed(module.split(".")[0], other)}
+    assert against == set()
+
+
+def test_the_parts_of_train_import_only_those_below_them():
+    heights = {name: height for height, name in enumerate(_LAYERS)} | dict.fromkeys(_COMMANDS, len(_LAYERS))
+    modules = {module: module.split(".")[1] for module in _FILES if module.startswith("train.")}
+    assert set(modules.values()) <= set(heights)  # a new part has to be given its place here
+
+    def climbs(module, other):
+        return heights[modules[other]] > heights[modules[module]] or (modules[other] in _COMMANDS)
+
+    against = {(a, b) for a, b in _IMPORTS if a in modules and b in modules and climbs(a, b)}
+    assert against == _AGAINST_THE_ORDER
+
+
+def test_packages_and_folders_have_few_entries():
+    wide = set()
+    for package in {path.parent for path in _FILES.values()}:
+        entries = {
+            path for path in package.iterdir() if not path.name.startswith(("_", ".")) and path.suffix in (".py", "")
+        }
+        if len(entries) > (_WIDEST_PACKAGE if package.parent == _ROOT else _WIDEST_FOLDER):
+            wide.add(".".join(package.relative_to(_ROOT).parts))
+    assert wide == _TOO_WIDE
+
+
+def test_no_function_is_long():
+    long = {
+        f"{module}.{node.name}"
+        for module, tree in _TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno - node.lineno >= _LONGEST_FUNCTION
+    }
+    assert long == set()
+
+
+# --- the wheel ---
+
+# imports every module, from the folder and nowhere else; those that need an extra that is missing are skipped
+_IMPORT_ALL = """
+import importlib, sys
+folder, *modules = sys.argv[1:]
+packages = {name.partition(".")[0] for name in modules}
+for name in modules:
+    try:
+        file = importlib.import_module(name).__file__
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] in packages:
+            raise
+    else:
+        assert file.startswith(folder), f"{name} comes from {file}"
+"""
+
+
+@pytest.fixture(scope="module")
+def unpacked_wheel(tmp_path_factory):
+    """A folder with what an installation would have, built from a copy so that nothing is left in the source tree."""
+    source, built, unpacked = (tmp_path_factory.mktemp(name) for name in ("source", "built", "unpacked"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(_ROOT / name, source)
+    for package in _ARROWS:
+        shutil.copytree(_ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    build = f"from setuptools.build_meta import build_wheel; build_wheel({str(built)!r})"
+    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(unpacked)
+    return unpacked
+
+
+def test_the_wheel_has_every_module(unpacked_wheel):
+    shipped = {str(path.relative_to(unpacked_wheel)) for path in unpacked_wheel.rglob("*.py")}
+    assert shipped == {str(path.relative_to(_ROOT)) for path in _FILES.values()}
+
+
+def test_every_module_of_the_wheel_can_be_imported(unpacked_wheel):
+    environment = os.environ | {
+        "PYTHONPATH": str(unpacked_wheel),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    command = [sys.executable, "-c", _IMPORT_ALL, str(unpacked_wheel), *_FILES]
+    done = subprocess.run(command, cwd=unpacked_wheel, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
