@@ -1,26 +1,22 @@
 """Real images to find the ranges of static quantisation on, or to compare on: a folder's, or scikit-learn's digits."""
 
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 from jaxtyping import Float32
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from convert.errors import ConversionError, one_line
-from convert.export.compare import evaluation_image
+from convert.errors import ConversionError
 from convert.paths import FOLDER_PREFIX, typed_path
 from crossvit_jax.config import CrossViTConfig
+from crossvit_jax.preprocess import UnreadableImage, preprocess_image
 
 DIGITS = "digits"
 FEW = 32  # with fewer images than this, the ranges seen are a matter of chance
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-# odd metadata, many pixels: what cannot be used is an error, and the rest does no harm
-warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def find_images(source: str) -> list[Path] | None:
@@ -63,9 +59,12 @@ def calibration_images(
     if paths is None:
         pictures = _digits(count)
     else:
-        chosen = [paths[index * len(paths) // count] for index in range(count)] if len(paths) > count else paths
-        pictures = map(_read, chosen)
-    return np.stack([evaluation_image(picture, config) for picture in pictures])
+        pictures = [paths[index * len(paths) // count] for index in range(count)] if len(paths) > count else paths
+    try:
+        images = np.stack([preprocess_image(picture, config) for picture in pictures])
+    except UnreadableImage as error:
+        raise ConversionError(f"{error.name} cannot be read as an image: {error.reason}") from None
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
 def shortage(found: int, asked: int) -> str | None:
@@ -98,27 +97,3 @@ def _digits(count: int) -> list[Image.Image]:
 
     pixels = np.round(load_digits().images[:count] * (255 / 16)).astype(np.uint8)
     return [Image.fromarray(digit).convert("RGB") for digit in pixels]
-
-
-def _read(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            if image.mode == "F":
-                raise ValueError("floating-point pixels have no known range")
-            if image.mode.startswith("I"):
-                image = _eight_bits(image)
-            return image.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # over damaged files Pillow's parsers stumble in any way
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "it is in no format that Pillow knows" if unknown else one_line(error)
-        raise ConversionError(f"{path} cannot be read as an image: {reason}") from None
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """The high byte of 16-bit grey; Pillow's own conversion would cut off at 255."""
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 0xFFFF:
-        raise ValueError("32-bit pixels have no known range")
-    return Image.fromarray((values >> 8).astype(np.uint8))

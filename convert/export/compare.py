@@ -1,20 +1,14 @@
 """Whether an exported graph computes what its source does, on photographs."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Float32, Num
 
 from convert.errors import ConversionError
 from crossvit_jax.config import CrossViTConfig
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's: what every published CrossViT was trained with
+from crossvit_jax.preprocess import normalised, preprocess_image, resize
 
 # batches of images or pictures (batch, height, width, channels) to outputs (batch, out)
 Run = Callable[[Num[np.ndarray, "batch height width channels"]], Float[np.ndarray, "batch out"]]
@@ -72,7 +66,6 @@ def picture_batches(config: CrossViTConfig) -> list[Batch]:
 
     There are small ones that are enlarged, upright ones, and batches of 1, 2 and 13.
     """
-    from PIL import Image
     from sklearn.datasets import load_sample_images
 
     landscapes = np.stack(load_sample_images().images)
@@ -81,7 +74,7 @@ def picture_batches(config: CrossViTConfig) -> list[Batch]:
     small = np.stack([landscapes[i % 2, top : top + 90, left : left + 71] for i, (top, left) in enumerate(corners)])
     upright = np.ascontiguousarray(landscapes[:1].swapaxes(1, 2))
     return [
-        (pictures, np.stack([evaluation_image(Image.fromarray(one), config).transpose(1, 2, 0) for one in pictures]))
+        (pictures, np.stack([preprocess_image(one, config) for one in pictures]))
         for pictures in (upright, landscapes, small)
     ]
 
@@ -91,7 +84,6 @@ def photographs(config: CrossViTConfig, count: int) -> Float32[np.ndarray, "coun
 
     Noise would not do: on it, the logits of a trained model are smaller and closer together than on pictures.
     """
-    from PIL import Image
     from sklearn.datasets import load_sample_images
 
     sources = load_sample_images().images
@@ -103,25 +95,6 @@ def photographs(config: CrossViTConfig, count: int) -> Float32[np.ndarray, "coun
         scale = rng.uniform(0.4, 1) * min(picture.shape[0] / height, picture.shape[1] / width)
         rows, columns = int(scale * height), int(scale * width)
         top, left = rng.integers(picture.shape[0] - rows + 1), rng.integers(picture.shape[1] - columns + 1)
-        cut = Image.fromarray(picture[top : top + rows, left : left + columns])
-        pictures.append(np.asarray(cut.resize((width, height), Image.Resampling.BICUBIC)))
-    normalised = (np.stack(pictures) / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
+        pictures.append(resize(picture[top : top + rows, left : left + columns], (height, width)))
     # a model of other than three channels sees them in turn
-    return normalised[..., np.arange(config.in_chans) % 3]
-
-
-def evaluation_image(image: "Image.Image", config: CrossViTConfig) -> Float32[np.ndarray, "channels height width"]:
-    """timm's evaluation transform: the shorter side resized to size / crop_pct, bicubic; centre cut out; normalised."""
-    from PIL.Image import Resampling
-
-    height, width = config.image_size
-    goal_height, goal_width = (math.floor(side / config.crop_pct) for side in (height, width))
-    if goal_height == goal_width:
-        size = tuple(side * goal_width // min(image.size) for side in image.size)
-    else:  # here timm rounds to the nearest
-        ratio = min(image.height / goal_height, image.width / goal_width)
-        size = tuple(round(side / ratio) for side in image.size)
-    image = image.resize(size, Resampling.BICUBIC)
-    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / 255
-    return np.ascontiguousarray(((pixels - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1))
+    return normalised(np.stack(pictures))[..., np.arange(config.in_chans) % 3]

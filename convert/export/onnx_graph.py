@@ -8,9 +8,10 @@ import numpy as np
 from jaxtyping import Float32
 
 from convert import metadata
-from convert.export.compare import MEAN, STD, Run
+from convert.export.compare import Run
 from convert.models import torch_model
 from convert.weights import Weights
+from crossvit_jax.preprocess import MEAN, STD
 from crossvit_jax.resize import bicubic_matrix
 
 if TYPE_CHECKING:

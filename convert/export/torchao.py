@@ -19,7 +19,6 @@ from jaxtyping import Float32
 from convert import metadata
 from convert.errors import ConversionError, one_line, quiet
 from convert.export.calibration import DIGITS, calibration_images, find_images
-from convert.export.compare import MEAN, STD
 from convert.export.int8 import (
     BOUND,
     COMPARED,
@@ -35,6 +34,7 @@ from convert.models import torch_model
 from convert.paths import typed_path
 from convert.weights import Weights
 from crossvit_jax.config import CrossViTConfig
+from crossvit_jax.preprocess import MEAN, STD
 
 if TYPE_CHECKING:
     import torch

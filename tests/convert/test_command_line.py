@@ -10,10 +10,10 @@ from benchmarks.rounds import SidesDisagree
 from benchmarks.worker import SideFailed
 from convert.command_line import Parser, run
 from convert.errors import ConversionError, SettingsError, UserError
+from crossvit_jax.preprocess import UnreadableImage
 from train.data.bad_images import TooManyBadImages
 from train.data.sources import DataError
 from train.devices.memory import DoesNotFit
-from train.images.decode import UnreadableImage
 from train.run.folder import CheckpointError
 from train.run.interruption import Interrupted
 from train.run.meter import TrainingFailed

@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Int
 
 from convert.errors import UserError
+from crossvit_jax.preprocess import UnreadableImage, decode_image
 from train.data.sources import Source, listed
-from train.images.decode import UnreadableImage, decode_image
 
 
 class TooManyBadImages(UserError):

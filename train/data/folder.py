@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from convert.errors import SettingsError
+from crossvit_jax.preprocess import UnreadableImage
 from train.data.sources import HELD_OUT_SPLITS, IMAGE_SUFFIXES, TRAIN_SPLIT, DataError, ImageSets, listed
-from train.images.decode import UnreadableImage
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from convert.errors import SettingsError
+from crossvit_jax.preprocess import UnreadableImage
 from train.data.sources import IMAGE_SUFFIXES
-from train.images.decode import UnreadableImage
 
 STDIN = "-"
 

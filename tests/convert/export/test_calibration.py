@@ -89,7 +89,7 @@ def test_grey_and_transparent_images_become_colour(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"", "no format that Pillow knows"), (b"text", "no format that Pillow knows"), (None, "Truncated")],
+    [(b"", "it is empty"), (b"text", "no image format that Pillow knows"), (None, "Truncated")],
 )
 def test_an_image_that_cannot_be_read_is_named(tmp_path, content, reason):
     buffer = io.BytesIO()

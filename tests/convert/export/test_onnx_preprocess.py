@@ -12,10 +12,11 @@ from timm.data import create_transform
 import convert.export.onnx_preprocess
 from convert import load_weights
 from convert.__main__ import main
-from convert.export.compare import evaluation_image, photographs, picture_batches
+from convert.export.compare import photographs, picture_batches
 from convert.export.onnx_graph import onnx_graph, run_torch
 from convert.models import save
 from crossvit_jax.config import get_config
+from crossvit_jax.preprocess import preprocess_image
 from crossvit_torch import create_model
 from tests.convert.conftest import CLASS_NAMES, perturb, refused, run
 from tests.convert.export.test_stablehlo import code_block, run_without_this_library
@@ -84,7 +85,7 @@ def test_one_file_takes_any_number_of_pictures_of_any_size(exported, small):
     takes = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
     for picture, count in (("landscape", 1), ("small", 3), ("upright", 2)):
         pictures = np.stack([np.roll(PICTURES[picture], 7 * i, axis=0) for i in range(count)])
-        images = np.stack([evaluation_image(Image.fromarray(one), weights.config) for one in pictures])
+        images = np.stack([preprocess_image(one, weights.config).transpose(2, 0, 1) for one in pictures])
         expected = run_torch(weights)(images.transpose(0, 2, 3, 1))
         (logits,) = takes.run(["logits"], {"pictures": pictures})
         assert logits.shape == (count, 5)
