@@ -1,22 +1,18 @@
 """Real images to find the ranges of static quantisation on, or to compare on: a folder's, or scikit-learn's digits."""
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from jaxtyping import Float32
 from PIL import Image
 
 from convert.errors import ConversionError
-from convert.paths import FOLDER_PREFIX, typed_path
+from convert.files import FOLDER_PREFIX, IMAGE_SUFFIXES, image_files, typed_path
 from crossvit_jax.config import CrossViTConfig
 from crossvit_jax.preprocess import UnreadableImage, preprocess_image
 
 DIGITS = "digits"
 FEW = 32  # with fewer images than this, the ranges seen are a matter of chance
-_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def find_images(source: str) -> list[Path] | None:
@@ -32,10 +28,13 @@ def find_images(source: str) -> list[Path] | None:
     folder = typed_path(source.removeprefix(FOLDER_PREFIX))
     if not folder.is_dir():
         raise ConversionError(f"{folder}: images come from {DIGITS!r} or a folder, and this is neither")
-    paths = sorted(_below(folder))
+    try:
+        paths = sorted(map(Path, image_files(folder)), reverse=True)
+    except OSError as error:
+        raise ConversionError(f"{error.filename} cannot be read: {error.strerror}") from None
     if not paths:
-        raise ConversionError(f"{folder}: no images in it (looked for {' '.join(_SUFFIXES)})")
-    return paths
+        raise ConversionError(f"{folder}: no images in it (looked for {' '.join(IMAGE_SUFFIXES)})")
+    return sorted({path.resolve(): path for path in paths}.values())  # each once, however many links lead to it
 
 
 def calibration_images(
@@ -73,22 +72,6 @@ def shortage(found: int, asked: int) -> str | None:
         return None
     few = f"; with fewer than {FEW} the ranges of the activations are little more than guesses" if found < FEW else ""
     return f"calibrating on {found} image{'s' if found != 1 else ''}, {asked} were asked for{few}"
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    visited = set()
-    for root, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
-        here = os.path.realpath(root)
-        if here in visited:  # a link leads to a folder above, or to the same as another
-            folders.clear()
-            continue
-        visited.add(here)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(root, name) for name in files if name.lower().endswith(_SUFFIXES) and name[0] != ".")
-
-
-def _unreadable(error: OSError) -> NoReturn:
-    raise ConversionError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
 def _digits(count: int) -> list[Image.Image]:

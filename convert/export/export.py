@@ -5,8 +5,8 @@ from pathlib import Path
 
 from convert.errors import ConversionError
 from convert.export.compare import Comparison, Run, compare, image_batches, picture_batches
-from convert.formats.write import EXPORTED, check_place, replacing, require_space, write_bytes
-from convert.paths import typed_path
+from convert.files import check_place, replacing, typed_path, write_bytes
+from convert.formats.write import EXPORTED, require_space
 from convert.tensors import DTYPES
 from convert.weights import Weights
 

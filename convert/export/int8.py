@@ -14,8 +14,8 @@ from convert.export.calibration import DIGITS, calibration_images, find_images, 
 from convert.export.compare import Comparison, compare, photographs, picture_batches
 from convert.export.export import BOUNDS, check_export
 from convert.export.onnx_int8 import quantize_dynamic, quantize_static
-from convert.formats.write import replacing, require_space, write_bytes
-from convert.paths import typed_path
+from convert.files import replacing, typed_path, write_bytes
+from convert.formats.write import require_space
 from convert.weights import Weights
 from crossvit_jax.config import CrossViTConfig
 

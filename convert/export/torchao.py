@@ -28,10 +28,9 @@ from convert.export.int8 import (
     photographs_to_compare,
     run_source,
 )
+from convert.files import check_place, replacing, typed_path, write_bytes
 from convert.formats.torch_files import load_plain
-from convert.formats.write import check_place, replacing, write_bytes
 from convert.models import torch_model
-from convert.paths import typed_path
 from convert.weights import Weights
 from crossvit_jax.config import CrossViTConfig
 from crossvit_jax.preprocess import MEAN, STD
