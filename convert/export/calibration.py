@@ -39,7 +39,7 @@ def find_images(source: str) -> list[Path] | None:
 
 def calibration_images(
     source: str, config: CrossViTConfig, count: int
-) -> Float32[np.ndarray, "images channels height width"]:
+) -> Float32[np.ndarray, "images height width channels"]:
     """Up to `count` images as evaluation sees them, normalised.
 
     Of more, as many are taken at even steps through the sorted paths, so that each class folder has its share.
@@ -60,10 +60,9 @@ def calibration_images(
     else:
         pictures = [paths[index * len(paths) // count] for index in range(count)] if len(paths) > count else paths
     try:
-        images = np.stack([preprocess_image(picture, config) for picture in pictures])
+        return np.stack([preprocess_image(picture, config) for picture in pictures])
     except UnreadableImage as error:
         raise ConversionError(f"{error.name} cannot be read as an image: {error.reason}") from None
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
 def shortage(found: int, asked: int) -> str | None:

@@ -15,7 +15,7 @@ from convert.tensors import as_tensor
 from convert.tree import nest, to_flax_paths
 from convert.weights import Weights
 
-EXPORTED = (".onnx", ".stablehlo")  # endings of whole models, see convert.export.export
+EXPORTED = (".onnx", ".stablehlo", ".pt")  # endings of whole models, see convert.export.export
 
 
 def check_destination(destination: str | Path, *, overwrite: bool = False) -> Path:

@@ -12,10 +12,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from convert import load_weights, save
+from convert.__main__ import main as convert
 from convert.export.compare import photographs
 from convert.export.torchao import is_quantised, load_torchao, quantised_twin
 from convert.models import flax_model
-from convert.torchao import main as quantise
 from convert.verify import run_flax
 from crossvit_jax.config import VARIANTS
 from crossvit_jax.preprocess import preprocess_image
@@ -97,7 +97,7 @@ def test_one_command_quantises_a_run_which_predicts_what_it_predicted(monkeypatc
     assert main([f"--data-dir={digits_dir}", *flags, f"--output={run}"]) == 0
     data = ["--dataset=digits", f"--data-dir={digits_dir}"]
     assert evaluate([f"--weights={run}", *data, "--quantize=int4", f"--output={evaluation}"]) == 0
-    assert quantise([str(run), str(file), "--quantize", "int4", "--compare", "digits"]) == 0
+    assert convert([str(run), str(file), "--quantize", "int4", "--compare", "digits"]) == 0
     assert "on 64 digits its logits differ" in capsys.readouterr().out
 
     digits = load_digits()
