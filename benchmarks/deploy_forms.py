@@ -12,7 +12,8 @@ from benchmarks.task import Form
 from convert.export.onnx_graph import onnx_graph
 from convert.export.onnx_int8 import quantize_dynamic, quantize_static
 from convert.export.stablehlo import stablehlo_program
-from convert.formats.write import write, write_bytes
+from convert.files import write_bytes
+from convert.formats.write import write
 from convert.models import flax_model
 from convert.weights import Weights
 

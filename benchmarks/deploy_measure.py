@@ -10,9 +10,7 @@ from jaxtyping import Float32
 
 from benchmarks.rounds import Times, not_failed, take_turns
 from benchmarks.task import DeployTask, Form
-from convert.export.export import BOUNDS
-from convert.export.int8 import BOUND as INT8_BOUND
-from convert.export.int8 import difference_of
+from convert.export.compare import compare
 from convert.export.onnx_graph import run_torch
 from convert.weights import Weights
 
@@ -102,10 +100,9 @@ def _compare(measured: Measured, forms: Mapping[str, Form], expected: Mapping[bo
 
 def distance_of(form: Form, expected: Logits, got: Logits) -> Distance:
     """By the measure and bound that the converters have for this dtype."""
-    difference = difference_of(expected, got, "the held-out images")
-    if form.dtype == "int8":
-        return Distance(difference.spread, "logits' spread", INT8_BOUND)
-    return Distance(difference.largest, "largest logit", BOUNDS[form.dtype])
+    comparison = compare(got, expected, form.dtype)
+    kind = {"spread": "logits' spread", "largest": "largest logit"}[comparison.of]
+    return Distance(comparison.value, kind, comparison.bound)
 
 
 def _logits(weights: Weights, task: DeployTask) -> Logits:

@@ -12,11 +12,11 @@ from jaxtyping import Float32, Int
 from convert.errors import SettingsError
 from convert.weights import Weights
 from crossvit_jax.config import CrossViTConfig
+from crossvit_jax.preprocess import UnreadableImage
 from train.config import TrainConfig
 from train.data.datasets import open_image_sets
 from train.data.sources import ImageSets, Source
 from train.evaluate import match_classes
-from train.images.decode import UnreadableImage
 from train.images.transforms import eval_transform
 from train.inference.command import progress_bar
 from train.inference.model import load_classifier_weights

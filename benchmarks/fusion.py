@@ -12,7 +12,7 @@ from flax import nnx
 
 from benchmarks.command import require_onnx, variant_name
 from convert.command_line import Parser, leave, run
-from convert.formats.write import write_bytes
+from convert.files import write_bytes
 from convert.tree import flatten
 from convert.weights import Weights
 from crossvit_jax import CrossViT, create_model

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.machine import about
 from benchmarks.ratios import best, rounds, spread, times_as_fast
 from benchmarks.rounds import Measured
-from train.run.whole_file import write_whole
+from convert.files import write_whole
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

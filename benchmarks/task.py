@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from jaxtyping import Float32
 
-from convert.paths import FOLDER_PREFIX
+from convert.files import FOLDER_PREFIX
 from crossvit_jax.config import get_config
 from train.config import TrainConfig
 from train.recipes import RECIPES

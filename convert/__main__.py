@@ -11,15 +11,16 @@ from convert.errors import ConversionError
 from convert.report import tell_result, tell_warning, tell_weights
 
 if TYPE_CHECKING:
-    from convert.export.int8 import Quantization
+    from convert.export.export import Export
     from convert.weights import Weights
 
 _EPILOG = """\
 SOURCE       hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub), a .safetensors, .pth or .bin file with
              timm's, IBM's or Flax's names, an Orbax folder, or the folder of a training run
 DESTINATION  .safetensors or .pth for timm and the torch twin, .flax.safetensors, or no ending for an Orbax folder;
-             .onnx or .stablehlo exports the whole model, and keeps the file only if it computes what SOURCE
-             does; .onnx with --quantize in int8
+             .onnx, .stablehlo or .pt exports the whole model, and keeps the file only if it computes what SOURCE
+             does: .onnx with --quantize dynamic or static in int8; .pt, the PyTorch twin with its linear layers in
+             integers by torchao, with --quantize int8 or int4
 
 exit status: 0 done; 1 --verify found the twins apart, or the exported file was not kept; 2 nothing was written, and
 one line on stderr says why
@@ -50,7 +51,9 @@ def _parser() -> Parser:
         "--dtype", choices=("float32", "float16", "bfloat16"), help="default: as stored; exported: float32"
     )
     parser.add_argument(
-        "--quantize", choices=("dynamic", "static"), help=".onnx in int8: activations' ranges found anew, or fixed ones"
+        "--quantize",
+        choices=("dynamic", "static", "int8", "int4"),
+        help=".onnx in int8: activations' ranges found anew (dynamic) or fixed (static); .pt: int8 or int4 weights",
     )
     parser.add_argument(
         "--calibrate",
@@ -62,6 +65,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--target", choices=("cpu", "tensorrt"), help="what reads the static file; default: cpu")
     parser.add_argument(
+        "--compare", metavar="digits|FOLDER", help="images to compare .pt with SOURCE on; default: photographs"
+    )
+    parser.add_argument(
         "--preprocess",
         action="store_true",
         help=".onnx takes uint8 pictures of any size: resize and crop are in it",
@@ -69,7 +75,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--license",
         metavar="TEXT",
-        help="what .onnx says of its weights; default: Apache-2.0, as the published ones are",
+        help="what .onnx or .pt says of its weights; default: Apache-2.0, as the published ones are",
     )
     parser.add_argument("--verify", action="store_true", help="run both twins on what was written and compare")
     parser.add_argument("--overwrite", action="store_true", help="replace DESTINATION if it exists")
@@ -78,19 +84,16 @@ def _parser() -> Parser:
 
 def _convert(args: argparse.Namespace) -> int:
     # imported late: --help and a mistyped command line need not wait for the frameworks
+    from convert.export.export import Export
     from convert.formats.write import EXPORTED, check_destination, write
     from convert.tensors import DTYPES
 
-    how = _quantization(args)
-    if how:
-        return _quantize(args, how)
+    how = Export(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Export)})
     name = Path(args.destination).name  # without the slash that may be behind it
-    if args.license is not None and not name.endswith(".onnx"):
-        raise ConversionError("--license is for .onnx files; no other that is written here has a place for it")
-    if name.endswith(EXPORTED):
-        return _export(args)
-    if args.preprocess:
-        raise ConversionError("--preprocess is for .onnx files")
+    if args.license is not None and not name.endswith((".onnx", ".pt")):
+        raise ConversionError("--license is for .onnx files and .pt files; no other here has a place for it")
+    if name.endswith(EXPORTED) or how != Export(dtype=how.dtype):
+        return _export(args, how)
     check_destination(args.destination, overwrite=args.overwrite)
     weights = _load(args)
     stored = ", ".join(weights.dtypes)
@@ -102,58 +105,20 @@ def _convert(args: argparse.Namespace) -> int:
     return _verify(weights, path) if args.verify else 0
 
 
-def _export(args: argparse.Namespace) -> int:
-    from convert.export.export import check_export, export
+def _export(args: argparse.Namespace, how: "Export") -> int:
+    from convert.export.export import check_export, check_weights, export
     from convert.tensors import DTYPES
 
     if args.verify:
         raise ConversionError("--verify is for weights; an exported file is always run against its source")
-    dtype = args.dtype or "float32"
-    check_export(args.destination, dtype, preprocess=args.preprocess, overwrite=args.overwrite)
-    weights = _load(args)
-    tell_weights(weights.astype(DTYPES[dtype]), ", ".join(weights.dtypes))
-    how = {"dtype": dtype, "preprocess": args.preprocess, "overwrite": args.overwrite}
-    path, comparison = export(weights, args.destination, **how)
-    return tell_result(path, comparison, kept=comparison.passed)
-
-
-def _quantization(args: argparse.Namespace) -> "Quantization | None":
-    """What the flags of quantisation ask for, if it can be done."""
-    given = {"--calibrate": args.calibrate, "--calibration-images": args.calibration_images, "--target": args.target}
-    for flag, value in given.items():
-        if value is not None and args.quantize != "static":
-            raise ConversionError(f"{flag} is for --quantize static")
-    if args.quantize is None:
-        return None
-    if args.quantize == "static" and args.calibrate is None:
-        raise ConversionError("--quantize static needs images to calibrate with: --calibrate digits, or a folder")
-    if args.dtype not in (None, "float32"):
-        raise ConversionError(f"--quantize makes int8 from float32, not from --dtype {args.dtype}")
-    from convert.export.int8 import Quantization
-
-    chosen = {"target": args.target, "images": args.calibration_images}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    return Quantization(kind=args.quantize, calibrate=args.calibrate, preprocess=args.preprocess, **chosen)
-
-
-def _quantize(args: argparse.Namespace, how: "Quantization") -> int:
-    from convert.export.int8 import check_quantization, check_weights, export_quantized
-    from convert.tensors import DTYPES
-
-    if args.verify:
-        raise ConversionError("--verify is for weights; a quantised file is always run against its source")
-    check_quantization(how, args.destination, overwrite=args.overwrite)
+    check_export(args.destination, how, overwrite=args.overwrite)
     weights = _load(args)
     stored = ", ".join(weights.dtypes)
-    if args.dtype:
+    if how.quantize and args.dtype:
         weights = weights.astype(DTYPES[args.dtype])
-    check_weights(weights)
-    tell_weights(weights, stored)
-    done = export_quantized(weights, args.destination, how, overwrite=args.overwrite, warn=tell_warning)
-    status = tell_result(done.path, done.difference, kept=done.passed)
-    if done.preprocessing:
-        print(f"compared    given pictures, to the int8 model given their images: {done.preprocessing}")
-    return status
+    check_weights(weights, how)
+    tell_weights(weights.astype(DTYPES[how.dtype or "float32"]), stored)
+    return tell_result(export(weights, args.destination, how, overwrite=args.overwrite, warn=tell_warning))
 
 
 def _load(args: argparse.Namespace) -> "Weights":

@@ -1,8 +1,10 @@
-"""The errors that a command tells in one line, and how other libraries' errors become one line of ours."""
+"""The errors that a command tells in one line, and how names and other libraries' errors fit into one."""
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+_NAMES_IN_A_MESSAGE = 20
 
 
 class UserError(Exception):
@@ -26,6 +28,18 @@ class SettingsError(UserError, ValueError):
 def one_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type where it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def listed(names: Iterable[str], count: int | None = None) -> str:
+    """Names for a message, at most 20 of them: `a, b, c`, or `a, b, … and 7 more`.
+
+    Args:
+        count: how many there are, where not all names are known.
+    """
+    names = list(names)
+    shown = names[:_NAMES_IN_A_MESSAGE]
+    more = (len(names) if count is None else count) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
 @contextlib.contextmanager

@@ -1,12 +1,12 @@
 """What the commands print of weights, and of the files that were made of them."""
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
 
 if TYPE_CHECKING:
+    from convert.export.export import Exported
     from convert.weights import Weights
 
 
@@ -38,12 +38,13 @@ def tell_warning(warning: str) -> None:
     print(f"warning: {warning}", file=sys.stderr)
 
 
-def tell_result(path: Path, comparison: object, *, kept: bool) -> int:
+def tell_result(exported: "Exported") -> int:
     """Prints whether a file was kept, and how far it is from its source; returns the exit status."""
-    size = f", {path.stat().st_size:,} bytes" if kept else ""
-    print(f"{'written    ' if kept else 'NOT written'} {path}{size}")
-    print(f"compared    {comparison}")
-    return 0 if kept else 1
+    size = f", {exported.path.stat().st_size:,} bytes" if exported.passed else ""
+    print(f"{'written    ' if exported.passed else 'NOT written'} {exported.path}{size}")
+    for comparison in exported.comparisons:
+        print(f"compared    {comparison}")
+    return 0 if exported.passed else 1
 
 
 def _in_timm(config: CrossViTConfig) -> str:

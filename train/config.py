@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from convert.errors import SettingsError
-from convert.paths import FOLDER_PREFIX, typed_path
+from convert.files import FOLDER_PREFIX, home_path
 from crossvit_jax.config import CrossViTConfig, get_config
 
 _COMPARE = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
@@ -46,15 +46,6 @@ def number_pair(text: str) -> tuple[float, float]:
     except ZeroDivisionError as error:
         raise ValueError(text) from error
     return first, second
-
-
-def home_path(text: str) -> str:
-    """A path, with the home folder in place of `~` or `~name`.
-
-    Raises ConversionError if nobody's is meant, or if a name is too long for a file.
-    """
-    path = typed_path(text)
-    return str(path) if text.startswith("~") else text
 
 
 def data_set(text: str) -> str:

@@ -15,8 +15,8 @@ import numpy as np
 
 from convert.command_line import Parser, at_least_zero, leave
 from convert.errors import SettingsError
-from convert.paths import FOLDER_PREFIX
-from train.config import TrainConfig, data_set, home_path
+from convert.files import FOLDER_PREFIX, home_path
+from train.config import TrainConfig, data_set
 from train.inference.command import (
     SOURCES,
     add_model_flags,

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from convert.command_line import Parser
 from convert.errors import SettingsError
-from train.config import TrainConfig, home_path
+from convert.files import home_path
+from train.config import TrainConfig
 from train.recipes import RECIPES
 from train.run.folder import read_settings
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.command_line import Parser, at_least_one, leave
-from train.config import home_path
+from convert.files import home_path
 from train.inference.command import (
     SOURCES,
     add_model_flags,
@@ -135,10 +135,10 @@ def classify(
     import jax
     import numpy as np
 
+    from convert.files import shown
     from train.data.batches import eval_batches
     from train.data.streams import device_batches
     from train.inference.evaluation import forward
-    from train.inference.image_paths import shown
     from train.inference.predictions import Prediction
     from train.pictures.attention import PictureNames, class_token_attention, draw_attention
 

@@ -90,6 +90,7 @@ def _device_augment(task: DataTask) -> Program:
     """What is left to the device, of a batch that lies there."""
     import jax
 
+    from crossvit_jax.preprocess import normalised
     from train.devices.mesh import batch_sharding, make_mesh
     from train.images.augment import compile_augment, draw_batch
     from train.images.transforms import train_transform
@@ -107,9 +108,8 @@ def _device_augment(task: DataTask) -> Program:
         draws = draw_batch(config, 0, np.arange(len(crops)), (SIZE, SIZE))
         flip, applied, box = (np.asarray(x) for x in (draws.flip, draws.applied, draws.box))
         plain = ~applied.any(axis=1) & ~box.any(axis=1)
-        mean, std = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))
         flipped = np.where(flip[:, None, None, None], crops[:, :, ::-1], crops)[plain]
-        np.testing.assert_allclose(augment(batch, 0)[plain], (flipped / np.float32(255) - mean) / std, atol=1e-5)
+        np.testing.assert_allclose(augment(batch, 0)[plain], normalised(flipped), atol=1e-5)
         return {}
 
     def run(calls: int) -> None:

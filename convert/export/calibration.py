@@ -1,26 +1,18 @@
 """Real images to find the ranges of static quantisation on, or to compare on: a folder's, or scikit-learn's digits."""
 
-import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from jaxtyping import Float32
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from convert.errors import ConversionError, one_line
-from convert.export.compare import evaluation_image
-from convert.paths import FOLDER_PREFIX, typed_path
+from convert.errors import ConversionError
+from convert.files import FOLDER_PREFIX, IMAGE_SUFFIXES, image_files, typed_path
 from crossvit_jax.config import CrossViTConfig
+from crossvit_jax.preprocess import UnreadableImage, preprocess_image
 
 DIGITS = "digits"
 FEW = 32  # with fewer images than this, the ranges seen are a matter of chance
-_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-# odd metadata, many pixels: what cannot be used is an error, and the rest does no harm
-warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def find_images(source: str) -> list[Path] | None:
@@ -36,15 +28,18 @@ def find_images(source: str) -> list[Path] | None:
     folder = typed_path(source.removeprefix(FOLDER_PREFIX))
     if not folder.is_dir():
         raise ConversionError(f"{folder}: images come from {DIGITS!r} or a folder, and this is neither")
-    paths = sorted(_below(folder))
+    try:
+        paths = sorted(map(Path, image_files(folder)), reverse=True)
+    except OSError as error:
+        raise ConversionError(f"{error.filename} cannot be read: {error.strerror}") from None
     if not paths:
-        raise ConversionError(f"{folder}: no images in it (looked for {' '.join(_SUFFIXES)})")
-    return paths
+        raise ConversionError(f"{folder}: no images in it (looked for {' '.join(IMAGE_SUFFIXES)})")
+    return sorted({path.resolve(): path for path in paths}.values())  # each once, however many links lead to it
 
 
 def calibration_images(
     source: str, config: CrossViTConfig, count: int
-) -> Float32[np.ndarray, "images channels height width"]:
+) -> Float32[np.ndarray, "images height width channels"]:
     """Up to `count` images as evaluation sees them, normalised.
 
     Of more, as many are taken at even steps through the sorted paths, so that each class folder has its share.
@@ -63,9 +58,11 @@ def calibration_images(
     if paths is None:
         pictures = _digits(count)
     else:
-        chosen = [paths[index * len(paths) // count] for index in range(count)] if len(paths) > count else paths
-        pictures = map(_read, chosen)
-    return np.stack([evaluation_image(picture, config) for picture in pictures])
+        pictures = [paths[index * len(paths) // count] for index in range(count)] if len(paths) > count else paths
+    try:
+        return np.stack([preprocess_image(picture, config) for picture in pictures])
+    except UnreadableImage as error:
+        raise ConversionError(f"{error.name} cannot be read as an image: {error.reason}") from None
 
 
 def shortage(found: int, asked: int) -> str | None:
@@ -76,49 +73,9 @@ def shortage(found: int, asked: int) -> str | None:
     return f"calibrating on {found} image{'s' if found != 1 else ''}, {asked} were asked for{few}"
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    visited = set()
-    for root, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
-        here = os.path.realpath(root)
-        if here in visited:  # a link leads to a folder above, or to the same as another
-            folders.clear()
-            continue
-        visited.add(here)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(root, name) for name in files if name.lower().endswith(_SUFFIXES) and name[0] != ".")
-
-
-def _unreadable(error: OSError) -> NoReturn:
-    raise ConversionError(f"{error.filename} cannot be read: {error.strerror}") from None
-
-
 def _digits(count: int) -> list[Image.Image]:
     """The first `count` of the 1,797 digits, whose order is that of the writers, classes mixed."""
     from sklearn.datasets import load_digits
 
     pixels = np.round(load_digits().images[:count] * (255 / 16)).astype(np.uint8)
     return [Image.fromarray(digit).convert("RGB") for digit in pixels]
-
-
-def _read(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            if image.mode == "F":
-                raise ValueError("floating-point pixels have no known range")
-            if image.mode.startswith("I"):
-                image = _eight_bits(image)
-            return image.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # over damaged files Pillow's parsers stumble in any way
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "it is in no format that Pillow knows" if unknown else one_line(error)
-        raise ConversionError(f"{path} cannot be read as an image: {reason}") from None
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """The high byte of 16-bit grey; Pillow's own conversion would cut off at 255."""
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 0xFFFF:
-        raise ValueError("32-bit pixels have no known range")
-    return Image.fromarray((values >> 8).astype(np.uint8))

@@ -1,78 +1,94 @@
-"""Whether an exported graph computes what its source does, on photographs."""
+"""Whether an exported model computes what its source does, on images."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Float32, Num
 
 from convert.errors import ConversionError
 from crossvit_jax.config import CrossViTConfig
+from crossvit_jax.preprocess import normalised, preprocess_image, resize
 
-if TYPE_CHECKING:
-    from PIL import Image
+# Of floating point, the largest difference of logits, relative to the largest logit; of integers, the root mean square
+# difference, relative to the standard deviation of the source's logits.
+BOUNDS = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.2, "int8": 0.12, "int4": 0.3}
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's: what every published CrossViT was trained with
+Images = Float32[np.ndarray, "images height width channels"]
 
-# batches of images or pictures (batch, height, width, channels) to outputs (batch, out)
+# images or pictures (batch, height, width, channels) to outputs (batch, out)
 Run = Callable[[Num[np.ndarray, "batch height width channels"]], Float[np.ndarray, "batch out"]]
 
-# what a graph is given, and the images that its source sees in place of that
-Batch = tuple[Num[np.ndarray, "batch rows columns channels"], Float32[np.ndarray, "batch height width channels"]]
-
-_BATCHES = (1, 15)  # sizes: a graph that fixed its batch dimension fails at one of them
+_BATCH = 7  # the last batch has another size, at which a graph fails that fixed its batch dimension
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far the outputs of an exported graph are from its source's."""
+    """How far the outputs of an exported model are from its source's; NaN where they are not finite."""
 
-    difference: float  # the largest, relative to the source's largest output; NaN where outputs are not finite
+    largest: float  # difference, relative to the source's largest output
+    spread: float  # root mean square difference, relative to the standard deviation of the source's outputs
     agreement: float  # share of the images with the same most probable class
-    images: int
-    bound: float  # of the difference
+    of: Literal["largest", "spread"]  # which of the two is bounded
+    bound: float
+    images: str = "the images"  # which ones
+    source: str = "the source's"  # whose outputs these are
+
+    @property
+    def value(self) -> float:
+        """What is bounded."""
+        return getattr(self, self.of)
 
     @property
     def passed(self) -> bool:
-        return self.difference <= self.bound  # not so for NaN either
+        return self.value <= self.bound  # not so for NaN either
 
     def __str__(self) -> str:
-        verdict = "" if self.passed else ": TOO MUCH"
+        told = {"largest": f"{self.largest:.1e} of the largest", "spread": f"{self.spread:.3f} of their spread"}
+        bounded, (other,) = told.pop(self.of), told.values()
         return (
-            f"on {self.images} photographs its logits differ from the source's by {self.difference:.1e} of the "
-            f"largest (bound {self.bound:.0e}){verdict}; top-1 agreement {self.agreement:.1%}"
+            f"on {self.images} its logits differ from {self.source} by {bounded} (bound {self.bound:g})"
+            f"{'' if self.passed else ': TOO MUCH'}, {other}; top-1 agreement {self.agreement:.1%}"
         )
 
 
-def compare(exported: Run, source: Run, batches: Sequence[Batch], bound: float) -> Comparison:
-    """Runs both on the same photographs, batch by batch.
+def compare(
+    got: Float[np.ndarray, "images out"], expected: Float[np.ndarray, "images out"], numbers: str, **told: str
+) -> Comparison:
+    """How far the outputs of an exported model are from its source's in float32.
+
+    Args:
+        numbers: that the model computes with, a key of `BOUNDS`.
+        **told: `images` and `source` of the comparison.
 
     Raises:
         ConversionError: the outputs have other shapes than the source's.
     """
-    got = np.concatenate([exported(given) for given, _ in batches])
-    expected = np.concatenate([source(seen) for _, seen in batches])
     if got.shape != expected.shape:
-        raise ConversionError(f"the exported graph returns {got.shape}, and its source {expected.shape}")
-    with np.errstate(invalid="ignore"):
-        difference = float(np.abs(got - expected).max() / np.abs(expected).max())
-    agreement = float((got.argmax(axis=1) == expected.argmax(axis=1)).mean())
-    return Comparison(difference, agreement, len(expected), bound)
+        raise ConversionError(f"the exported model returns {got.shape}, and its source {expected.shape}")
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = got - expected
+        return Comparison(
+            largest=float(np.abs(error).max() / np.abs(expected).max()),
+            spread=float(np.sqrt(np.mean(error**2)) / expected.std()),
+            agreement=float((got.argmax(axis=1) == expected.argmax(axis=1)).mean()),
+            of="spread" if numbers.startswith("int") else "largest",
+            bound=BOUNDS[numbers],
+            **told,
+        )
 
 
-def image_batches(config: CrossViTConfig) -> list[Batch]:
-    """Photographs for a graph of normalised images, in batches of two sizes."""
-    return [(part, part) for part in np.split(photographs(config, sum(_BATCHES)), np.cumsum(_BATCHES)[:-1])]
+def outputs(run: Run, images: Images) -> Float[np.ndarray, "images out"]:
+    """Runs a model on images, in batches of two sizes."""
+    return np.concatenate([run(images[start : start + _BATCH]) for start in range(0, len(images), _BATCH)])
 
 
-def picture_batches(config: CrossViTConfig) -> list[Batch]:
+def picture_batches(config: CrossViTConfig) -> Sequence[tuple[Num[np.ndarray, "batch rows columns 3"], Images]]:
     """Photographs for a graph with preprocessing: pictures of several sizes, each with what evaluation makes of it.
 
     There are small ones that are enlarged, upright ones, and batches of 1, 2 and 13.
     """
-    from PIL import Image
     from sklearn.datasets import load_sample_images
 
     landscapes = np.stack(load_sample_images().images)
@@ -81,17 +97,16 @@ def picture_batches(config: CrossViTConfig) -> list[Batch]:
     small = np.stack([landscapes[i % 2, top : top + 90, left : left + 71] for i, (top, left) in enumerate(corners)])
     upright = np.ascontiguousarray(landscapes[:1].swapaxes(1, 2))
     return [
-        (pictures, np.stack([evaluation_image(Image.fromarray(one), config).transpose(1, 2, 0) for one in pictures]))
+        (pictures, np.stack([preprocess_image(one, config) for one in pictures]))
         for pictures in (upright, landscapes, small)
     ]
 
 
-def photographs(config: CrossViTConfig, count: int) -> Float32[np.ndarray, "count height width channels"]:
+def photographs(config: CrossViTConfig, count: int) -> Images:
     """Cut-outs of the two photographs that scikit-learn carries, normalised, at the model's size. Always the same.
 
     Noise would not do: on it, the logits of a trained model are smaller and closer together than on pictures.
     """
-    from PIL import Image
     from sklearn.datasets import load_sample_images
 
     sources = load_sample_images().images
@@ -103,25 +118,6 @@ def photographs(config: CrossViTConfig, count: int) -> Float32[np.ndarray, "coun
         scale = rng.uniform(0.4, 1) * min(picture.shape[0] / height, picture.shape[1] / width)
         rows, columns = int(scale * height), int(scale * width)
         top, left = rng.integers(picture.shape[0] - rows + 1), rng.integers(picture.shape[1] - columns + 1)
-        cut = Image.fromarray(picture[top : top + rows, left : left + columns])
-        pictures.append(np.asarray(cut.resize((width, height), Image.Resampling.BICUBIC)))
-    normalised = (np.stack(pictures) / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
+        pictures.append(resize(picture[top : top + rows, left : left + columns], (height, width)))
     # a model of other than three channels sees them in turn
-    return normalised[..., np.arange(config.in_chans) % 3]
-
-
-def evaluation_image(image: "Image.Image", config: CrossViTConfig) -> Float32[np.ndarray, "channels height width"]:
-    """timm's evaluation transform: the shorter side resized to size / crop_pct, bicubic; centre cut out; normalised."""
-    from PIL.Image import Resampling
-
-    height, width = config.image_size
-    goal_height, goal_width = (math.floor(side / config.crop_pct) for side in (height, width))
-    if goal_height == goal_width:
-        size = tuple(side * goal_width // min(image.size) for side in image.size)
-    else:  # here timm rounds to the nearest
-        ratio = min(image.height / goal_height, image.width / goal_width)
-        size = tuple(round(side / ratio) for side in image.size)
-    image = image.resize(size, Resampling.BICUBIC)
-    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / 255
-    return np.ascontiguousarray(((pixels - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1))
+    return normalised(np.stack(pictures))[..., np.arange(config.in_chans) % 3]

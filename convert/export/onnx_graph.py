@@ -8,13 +8,15 @@ import numpy as np
 from jaxtyping import Float32
 
 from convert import metadata
-from convert.export.compare import MEAN, STD, Run
+from convert.export.compare import Run
 from convert.models import torch_model
 from convert.weights import Weights
+from crossvit_jax.preprocess import MEAN, STD
 from crossvit_jax.resize import bicubic_matrix
 
 if TYPE_CHECKING:
     import onnx
+    import torch
 
 OPSET = 20  # the newest that TensorRT 10.1 reads, and the first with Gelu
 
@@ -54,9 +56,12 @@ def onnx_graph(weights: Weights, dtype: str = "float32") -> "onnx.ModelProto":
 
 def run_torch(weights: Weights) -> Run:
     """The twin in float32, as a function from images (batch, height, width, channels) to outputs (batch, out)."""
-    import torch
+    return run_twin(torch_model(weights))
 
-    model = torch_model(weights)
+
+def run_twin(model: "torch.nn.Module") -> Run:
+    """A twin, as a function from images (batch, height, width, channels) to outputs (batch, out)."""
+    import torch
 
     def run(images):
         with torch.inference_mode():
@@ -65,14 +70,20 @@ def run_torch(weights: Weights) -> Run:
     return run
 
 
-def run_onnx(path: Path) -> Run:
+def run_onnx(path: Path, *, to_the_letter: bool = False) -> Run:
     """The graph in a file, as a function from images (batch, height, width, channels) to outputs (batch, out).
 
     A graph with preprocessing takes pictures in their place, see `onnx_preprocess`.
+
+    Args:
+        to_the_letter: operator by operator, as it is written.
     """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    if to_the_letter:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (takes,) = session.get_inputs()
 
     def run(images):

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from convert.errors import ConversionError, one_line, quiet
-from convert.formats.write import replacing, write_bytes
+from convert.files import replacing, write_bytes
 
 if TYPE_CHECKING:
     import onnx

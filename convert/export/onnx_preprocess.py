@@ -18,8 +18,8 @@ from onnxscript import FLOAT, UINT8, optimizer, script
 from onnxscript import opset20 as op
 
 from convert.errors import ConversionError
-from convert.export.compare import MEAN, STD
 from crossvit_jax.config import CrossViTConfig
+from crossvit_jax.preprocess import MEAN, STD
 
 _PREFIX = "preprocess/"  # of the names of all that is added
 _FLOAT, _INT64, _DOUBLE = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.DOUBLE

@@ -13,28 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from jaxtyping import Float32
-
 from convert import metadata
 from convert.errors import ConversionError, one_line, quiet
-from convert.export.calibration import DIGITS, calibration_images, find_images
-from convert.export.compare import MEAN, STD
-from convert.export.int8 import (
-    BOUND,
-    COMPARED,
-    Difference,
-    check_weights,
-    difference_of,
-    photographs_to_compare,
-    run_source,
-)
+from convert.files import typed_path
 from convert.formats.torch_files import load_plain
-from convert.formats.write import check_place, replacing, write_bytes
 from convert.models import torch_model
-from convert.paths import typed_path
 from convert.weights import Weights
 from crossvit_jax.config import CrossViTConfig
+from crossvit_jax.preprocess import MEAN, STD
 
 if TYPE_CHECKING:
     import torch
@@ -43,13 +29,7 @@ if TYPE_CHECKING:
 
 Scheme = Literal["int8", "int4"]
 
-ENDING = ".pt"
 FORMAT = 1
-
-# of the root mean square difference, relative to the spread of the source's logits
-BOUNDS: dict[str, float] = {"int8": BOUND, "int4": 0.3}
-
-_BATCH = 7  # the last batch has another size
 _WEIGHTS = "quantized"  # no name under which readers of checkpoints look for weights
 
 
@@ -61,60 +41,6 @@ class TorchaoFile:
     class_names: tuple[str, ...] | None  # in the order of the logits
     scheme: Scheme
     tensors: "Mapping[str, torch.Tensor]"  # the state dict of the quantised twin
-
-
-def check_torchao(destination: str | Path, *, compare: str | None = None, overwrite: bool = False) -> Path:
-    """The destination as a path, before any work is done for it.
-
-    Args:
-        compare: see `export_torchao`.
-
-    Raises:
-        ConversionError: torchao is not installed; the ending is not `.pt`; the folder is missing, or something is there
-            that may not be replaced; or there are no images to compare on.
-    """
-    path = typed_path(destination)
-    if path.suffix != ENDING:
-        raise ConversionError(f"{path}: unknown ending {path.suffix!r}; models quantised by torchao are {ENDING} files")
-    _require_torchao(path)
-    check_place(path, overwrite=overwrite)
-    if compare is not None:
-        find_images(compare)
-    return path
-
-
-def export_torchao(
-    weights: Weights,
-    destination: str | Path,
-    scheme: Scheme = "int8",
-    *,
-    compare: str | None = None,
-    overwrite: bool = False,
-) -> tuple[Path, Difference]:
-    """Writes a quantised twin, reads it again, and runs that against the twin in float32; `load_torchao` reads it too.
-
-    The file is written under a temporary name and only kept if they agree.
-
-    Args:
-        weights: in float32.
-        compare: on which images: `digits`, or a folder; None: photographs.
-
-    Returns:
-        The path, and how far the file is from its source; nothing was written if that has not `passed`.
-
-    Raises:
-        ConversionError: see `check_torchao` and `check_weights`; an image cannot be read; or writing fails.
-    """
-    path = check_torchao(destination, compare=compare, overwrite=overwrite)
-    check_weights(weights)
-    images, named = _images(weights.config, compare)
-    with replacing(path) as new:
-        _save(quantised_twin(weights, scheme), weights, scheme, new)
-        expected, got = run_source(weights, images), _run(load_torchao(new), images)
-        difference = difference_of(expected, got, named, bound=BOUNDS[scheme])
-        if not difference.passed:
-            new.unlink()
-    return path, difference
 
 
 def quantised_twin(weights: Weights, scheme: Scheme) -> "crossvit_torch.CrossViT":
@@ -130,6 +56,38 @@ def quantised_twin(weights: Weights, scheme: Scheme) -> "crossvit_torch.CrossViT
     return model.requires_grad_(False)
 
 
+def torchao_file(weights: Weights, scheme: Scheme) -> memoryview:
+    """A file of the quantised twin, for `load_torchao`: plain values and tensors, as `torch.load(weights_only=True)`
+    wants it.
+
+    Args:
+        weights: in float32.
+    """
+    import torch
+
+    config = weights.config
+    content = {
+        "format": FORMAT,
+        "quantize": scheme,
+        "variant": config.name,
+        "image_size": config.image_size,
+        "num_classes": config.num_classes,
+        "class_names": weights.class_names and list(weights.class_names),
+        "input": "normalised float32 images (batch, channels, height, width) of image_size",
+        "crop_pct": config.crop_pct,
+        "license": weights.license,
+        "library": f"crossvit-jax {metadata.version('crossvit-jax')}",
+        "torchao": metadata.version("torchao"),
+        metadata.KEY: metadata.to_json(config, weights.class_names),
+        _WEIGHTS: quantised_twin(weights, scheme).state_dict(),
+    }
+    if config.in_chans == 3:
+        content |= {"mean": MEAN, "std": STD}
+    buffer = io.BytesIO()  # torch's own file writer reports a full disk as an internal assertion
+    torch.save(content, buffer)
+    return buffer.getbuffer()
+
+
 def is_quantised(module: "torch.nn.Module", path: str) -> bool:
     """Whether `--qat` rounds what a module of the twin at this path multiplies.
 
@@ -143,7 +101,7 @@ def is_quantised(module: "torch.nn.Module", path: str) -> bool:
 
 
 def load_torchao(path: str | Path) -> "crossvit_torch.CrossViT":
-    """The quantised twin in a file of `export_torchao`, in evaluation mode: its logits are those of the model written.
+    """The quantised twin in a `.pt` file, in evaluation mode: its logits are those of the model that was written.
 
     Its `config` tells image size and classes; `read_torchao` also tells the names of these.
 
@@ -163,21 +121,22 @@ def load_torchao(path: str | Path) -> "crossvit_torch.CrossViT":
 
 
 def read_torchao(path: str | Path) -> TorchaoFile:
-    """What is in a file of `export_torchao`, of which nothing is run.
+    """What is in a file of `python -m convert`, of which nothing is run.
 
     Raises:
         ConversionError: torchao is not installed; there is no such file, it is damaged or of a newer format, or it is
             another file.
     """
     path = typed_path(path)
-    _require_torchao(path)
+    if importlib.util.find_spec("torchao") is None:
+        raise ConversionError(f"{path} needs torchao: pip install 'crossvit-jax[torchao]'")
     with quiet("torch.utils._pytree"):
         import torchao.quantization  # noqa: F401 (tells torch that its classes are safe to load)
     if not path.is_file():
         raise ConversionError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
     stored = load_plain(path)
     if not isinstance(stored, Mapping) or _WEIGHTS not in stored or metadata.KEY not in stored:
-        raise ConversionError(f"{path} is no model that python -m convert.torchao wrote")
+        raise ConversionError(f"{path} is no model that python -m convert wrote")
     if stored["format"] > FORMAT:
         raise ConversionError(f"{path} was written by a newer version (format {stored['format']})")
     try:
@@ -185,11 +144,6 @@ def read_torchao(path: str | Path) -> TorchaoFile:
     except ConversionError as error:
         raise ConversionError(f"{path}: {error}") from None
     return TorchaoFile(config=config, class_names=class_names, scheme=stored["quantize"], tensors=stored[_WEIGHTS])
-
-
-def _require_torchao(path: Path) -> None:
-    if importlib.util.find_spec("torchao") is None:
-        raise ConversionError(f"{path} needs torchao: pip install 'crossvit-jax[torchao]'")
 
 
 def _config(scheme: Scheme) -> Any:
@@ -202,49 +156,3 @@ def _config(scheme: Scheme) -> Any:
         # settings of the compiler belong to the program that compiles
         return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
     return Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerAxis(0))
-
-
-def _save(model: "crossvit_torch.CrossViT", weights: Weights, scheme: Scheme, path: Path) -> None:
-    """Plain values and tensors, as `torch.load(weights_only=True)` wants it."""
-    import torch
-
-    config = weights.config
-    content = {
-        "format": FORMAT,
-        "quantize": scheme,
-        "variant": config.name,
-        "image_size": config.image_size,
-        "num_classes": config.num_classes,
-        "class_names": weights.class_names and list(weights.class_names),
-        "input": "normalised float32 images (batch, channels, height, width) of image_size",
-        "crop_pct": config.crop_pct,
-        "license": weights.license,
-        "library": f"crossvit-jax {metadata.version('crossvit-jax')}",
-        "torchao": metadata.version("torchao"),
-        metadata.KEY: metadata.to_json(config, weights.class_names),
-        _WEIGHTS: model.state_dict(),
-    }
-    if config.in_chans == 3:
-        content |= {"mean": MEAN, "std": STD}
-    buffer = io.BytesIO()  # torch's own file writer reports a full disk as an internal assertion
-    torch.save(content, buffer)
-    write_bytes(path, buffer.getbuffer())
-
-
-def _images(
-    config: CrossViTConfig, compare: str | None
-) -> tuple[Float32[np.ndarray, "images channels height width"], str]:
-    """Those to compare on, and what they are."""
-    if compare is None:
-        return photographs_to_compare(config)
-    images = calibration_images(compare, config, COMPARED)
-    return images, f"{len(images)} digits" if compare == DIGITS else f"{len(images)} images of {compare}"
-
-
-def _run(
-    model: "crossvit_torch.CrossViT", images: Float32[np.ndarray, "images channels height width"]
-) -> Float32[np.ndarray, "images out"]:
-    import torch
-
-    with torch.inference_mode():
-        return torch.cat([model(batch) for batch in torch.from_numpy(images).split(_BATCH)]).numpy()

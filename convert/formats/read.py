@@ -8,10 +8,10 @@ import numpy as np
 
 from convert import metadata
 from convert.errors import ConversionError, one_line
+from convert.files import typed_path
 from convert.formats import hub
 from convert.formats.orbax_folder import read_orbax
 from convert.formats.torch_files import read_torch
-from convert.paths import typed_path
 from convert.tensors import DTYPES
 from convert.tree import flatten, from_flax_paths, from_state_dict
 from crossvit_jax.config import TIMM_NAMES, get_config

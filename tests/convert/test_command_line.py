@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,10 +11,11 @@ from benchmarks.rounds import SidesDisagree
 from benchmarks.worker import SideFailed
 from convert.command_line import Parser, run
 from convert.errors import ConversionError, SettingsError, UserError
+from convert.files import NotWritten
+from crossvit_jax.preprocess import UnreadableImage
 from train.data.bad_images import TooManyBadImages
 from train.data.sources import DataError
 from train.devices.memory import DoesNotFit
-from train.images.decode import UnreadableImage
 from train.run.folder import CheckpointError
 from train.run.interruption import Interrupted
 from train.run.meter import TrainingFailed
@@ -82,6 +84,7 @@ def test_a_flags_user_error_is_shown_as_it_is(capsys):
         DoesNotFit("too much", 7.5),
         SideFailed("killed", out_of_memory=True),
         UnreadableImage("a.png", "it is empty"),
+        NotWritten(Path("out.pth"), "no space left on device"),
     ],
     ids=lambda error: type(error).__name__,
 )

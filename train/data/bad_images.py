@@ -5,9 +5,9 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Int
 
-from convert.errors import UserError
-from train.data.sources import Source, listed
-from train.images.decode import UnreadableImage, decode_image
+from convert.errors import UserError, listed
+from crossvit_jax.preprocess import UnreadableImage, decode_image
+from train.data.sources import Source
 
 
 class TooManyBadImages(UserError):

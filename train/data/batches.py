@@ -12,10 +12,10 @@ from typing import Any
 import grain
 import numpy as np
 
+from crossvit_jax.preprocess import UnreadableImage
 from train.config import steps_per_epoch
 from train.data.sources import DataError, Source
 from train.data.workers import in_workers
-from train.images.decode import UnreadableImage
 from train.images.transforms import EvalTransform
 
 Sample = dict[str, Any]

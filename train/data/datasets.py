@@ -9,7 +9,7 @@ from typing import Any
 import absl.logging
 
 from convert.errors import SettingsError
-from convert.paths import FOLDER_PREFIX
+from convert.files import FOLDER_PREFIX
 from train.config import TrainConfig
 from train.data.folder import open_folder
 from train.data.sources import ImageSets

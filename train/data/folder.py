@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from convert.errors import SettingsError
-from train.data.sources import HELD_OUT_SPLITS, IMAGE_SUFFIXES, TRAIN_SPLIT, DataError, ImageSets, listed
-from train.images.decode import UnreadableImage
+from convert.errors import SettingsError, listed
+from convert.files import IMAGE_SUFFIXES, image_files
+from crossvit_jax.preprocess import UnreadableImage
+from train.data.sources import HELD_OUT_SPLITS, TRAIN_SPLIT, DataError, ImageSets
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def list_images(root: Path) -> dict[str, list[str]]:
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise SettingsError(f"{root} has no class folders: it should hold one folder of images per class")
-    images = {name: _image_files(root, name) for name in classes}
+    images = {name: sorted(os.path.relpath(file, root) for file in image_files(root / name)) for name in classes}
     empty = [name for name, files in images.items() if not files]
     looked_for = f"(looked for {' '.join(IMAGE_SUFFIXES)})"
     if len(empty) == len(images):
@@ -97,15 +98,6 @@ def list_images(root: Path) -> dict[str, list[str]]:
     if empty:
         raise SettingsError(f"no images in {listed(str(root / name) for name in empty)} {looked_for}")
     return images
-
-
-def _image_files(root: Path, class_name: str) -> list[str]:
-    return sorted(
-        os.path.relpath(os.path.join(folder, file), root)
-        for folder, _, files in os.walk(root / class_name, followlinks=True)
-        for file in files
-        if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
-    )
 
 
 def _split_folder(root: Path, images: dict[str, list[str]], *, val_fraction: float, seed: int) -> ImageSets:

@@ -5,16 +5,13 @@ picklable, so that worker processes read for themselves. Where one image cannot 
 DataError where there is no point in going on.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from convert.errors import UserError
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 TRAIN_SPLIT = "train"
 HELD_OUT_SPLITS = ("validation", "val", "test")  # the first that is there
-_NAMES_IN_A_MESSAGE = 20
 
 
 class DataError(UserError):
@@ -45,15 +42,3 @@ class ImageSets:
     class_names: tuple[str, ...]
     held_out_split: str  # where the held-out images come from, to be told to the user
     fingerprint: str
-
-
-def listed(names: Iterable[str], count: int | None = None) -> str:
-    """Names for a message, at most 20 of them: `a, b, c`, or `a, b, … and 7 more`.
-
-    Args:
-        count: how many there are, where not all names are known.
-    """
-    names = list(names)
-    shown = names[:_NAMES_IN_A_MESSAGE]
-    more = (len(names) if count is None else count) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")

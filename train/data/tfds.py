@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from convert.errors import SettingsError
+from crossvit_jax.preprocess import UnreadableImage
 from train.data.sources import HELD_OUT_SPLITS, TRAIN_SPLIT, DataError, ImageSets
-from train.images.decode import UnreadableImage
 
 # labels are looked at before a run: all of a small split, some evenly spread ones of a larger
 _SMALL_SPLIT = 8 * 2**20  # bytes on disk

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float32, Int, Key, UInt8
 
+from crossvit_jax.preprocess import MEAN, STD
 from train.config import TrainConfig
 from train.devices.mesh import AXES, batch_sharding, replicated
 from train.images import pillow_ops
@@ -33,7 +34,6 @@ FINENESS = 1024  # levels in a unit of timm's magnitude: whole numbers, so that 
 _HIGHEST = 10 * FINENESS
 _BLENDS, _MOVES = OPERATIONS.index("Color"), OPERATIONS.index("Rotate")
 
-_MEAN, _STD = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))
 _ERASED_AREA, _ERASED_ASPECT, _ERASE_TRIES = (0.02, 1 / 3), 0.3, 10  # the aspect goes up to the inverse, too
 _SHARES = 1 + 3 + 2 * _ERASE_TRIES  # numbers between 0 and 1 that an image needs, besides those of its layers
 _AT_A_TIME = 16  # images: enough to keep a GPU busy, few enough to leave most of a batch out
@@ -117,7 +117,7 @@ def augment(
 
     drawn = (draws.operations, draws.applied, draws.levels, draws.negative)
     images, _ = jax.lax.scan(layer, images, jax.tree.map(jnp.transpose, drawn))
-    pixels = (images.astype(jnp.float32) / 255 - _MEAN) / _STD
+    pixels = (images.astype(jnp.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
     return _where(draws.box[:, 1] > 0, _erase, pixels, (draws.box, draws.noise))
 
 

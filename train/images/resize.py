@@ -2,7 +2,8 @@
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+
+from crossvit_jax import preprocess
 
 _TINY = 32 * 32  # pixels: the digits, MNIST, CIFAR
 
@@ -10,13 +11,13 @@ _TINY = 32 * 32  # pixels: the digits, MNIST, CIFAR
 def resize(
     pixels: UInt8[np.ndarray, "height width 3"], size: tuple[int, int]
 ) -> UInt8[np.ndarray, "out_height out_width 3"]:
-    """Image.resize((width, height), BICUBIC), for a size (height, width).
+    """The pixels of `crossvit_jax.preprocess.resize`, for a size (height, width).
 
     For tiny images Pillow takes half a millisecond at most, and `train.images.resample` half a second to import.
     """
     height, width, _ = pixels.shape
     if height * width <= _TINY:
-        return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC))
+        return preprocess.resize(pixels, size)
     from train.images import resample
 
     return resample.resize(pixels, size)

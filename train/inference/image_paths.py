@@ -5,11 +5,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from convert.errors import SettingsError
-from train.data.sources import IMAGE_SUFFIXES
-from train.images.decode import UnreadableImage
+from convert.files import IMAGE_SUFFIXES, image_files, shown
+from crossvit_jax.preprocess import UnreadableImage
 
 STDIN = "-"
 
@@ -46,9 +46,9 @@ def image_paths(given: Sequence[str]) -> list[str]:
     for path in given:
         if path == STDIN:
             for line in _lines_of_stdin():
-                paths += _below(line) if os.path.isdir(line) else [line]
+                paths += image_files(line) if os.path.isdir(line) else [line]
         elif os.path.isdir(path):
-            paths += _below(path)
+            paths += image_files(path)
         elif os.path.isfile(path):
             paths.append(path)
         elif os.path.lexists(path):
@@ -60,33 +60,8 @@ def image_paths(given: Sequence[str]) -> list[str]:
     return paths
 
 
-def shown(path: str) -> str:
-    """A path as one line of text that any terminal takes: what cannot be printed is written as `\\n` or `\\udcff`."""
-    escapes = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
-    return "".join(escapes)
-
-
 def _lines_of_stdin() -> Iterator[str]:
     for line in sys.stdin.buffer:
         name = line.rstrip(b"\r\n")
         if name:
             yield os.fsdecode(name)  # in file names any bytes are allowed
-
-
-def _below(folder: str) -> Iterator[str]:
-    visited = set()
-    for root, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
-        visited.add(os.path.realpath(root))
-        # a link may lead back to a folder above it
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and os.path.realpath(os.path.join(root, name)) not in visited
-        )
-        for name in sorted(files):
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                yield str(Path(root, name))
-
-
-def _raise(error: OSError) -> NoReturn:
-    raise error

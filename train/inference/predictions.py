@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from train.inference.image_paths import shown
+from convert.files import shown
 
 _WIDEST_PATH, _WIDEST_CLASS = 100, 40  # characters; longer ones stand out of their column
 

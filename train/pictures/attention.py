@@ -9,12 +9,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from crossvit_jax import CrossViT, CrossViTConfig
+from crossvit_jax.preprocess import MEAN, STD
 from train.pictures.figure import drawable, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MEAN, _STD = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))  # ImageNet's, of the model's input
 _BRANCHES = ("small patches", "large patches")
 _LONGEST_STEM = 200  # bytes; file systems end names at 255
 _WIDEST_CLASS, _WIDEST_TITLE = 22, 120  # characters
@@ -78,7 +78,7 @@ def draw_attention(
     """
     from matplotlib.figure import Figure
 
-    pixels = np.clip(image * _STD + _MEAN, 0, 1)
+    pixels = np.clip(image * STD + MEAN, 0, 1)
     height, width = config.image_size
     figure = Figure(figsize=(12, 7.9))
     best, probability = predictions[0]

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.run.whole_file import write_whole
+from convert.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

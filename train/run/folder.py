@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import SettingsError, UserError
+from convert.files import write_whole
 from train.config import TrainConfig
-from train.run.whole_file import write_whole
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "timm", "pillow", "numpy")
 _CONFIG, _LOCK = "config.json", ".lock"

@@ -19,14 +19,14 @@ from jaxtyping import Array, Bool, Float, Int
 import convert
 from convert import load_weights
 from convert.adapt import adapt
-from convert.errors import ConversionError, SettingsError
+from convert.errors import ConversionError, SettingsError, listed
+from convert.files import write_whole
 from convert.weights import Weights
 from crossvit_jax import CrossViT, CrossViTConfig, get_config
 from train.config import TrainConfig
-from train.data.sources import Source, listed
+from train.data.sources import Source
 from train.images.mixup import draw_mix, mix_images, mix_targets
 from train.pictures.confusion import draw_confusion
-from train.run.whole_file import write_whole
 from train.tasks.task import Batch, Metric
 
 TOP5_CLASSES = 6  # with fewer, top-5 accuracy says nothing

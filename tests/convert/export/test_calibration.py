@@ -39,15 +39,17 @@ def test_images_are_prepared_as_timm_does(folder, image_size, crop_pct):
     config = get_config("ti", image_size=image_size, image_scale=(1.0, 2 / 3), crop_pct=crop_pct)
     size = (3, *image_size)
     transform = create_transform(size, interpolation="bicubic", crop_pct=crop_pct)
-    expected = torch.stack([transform(Image.open(path)) for path in sorted(folder.rglob("[0-9]*.PNG"))])
+    expected = torch.stack(
+        [transform(Image.open(path)).permute(1, 2, 0) for path in sorted(folder.rglob("[0-9]*.PNG"))]
+    )
     images = calibration_images(str(folder), config, 5)
     assert images.dtype == np.float32 and images.flags.c_contiguous
-    np.testing.assert_allclose(images, expected.numpy(), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(images, expected.permute(0, 2, 3, 1).numpy(), rtol=0, atol=1e-6)
 
 
 def test_the_digits_are_real_ones_of_all_classes(folder):
     images = calibration_images("digits", SQUARE, 40)
-    assert images.shape == (40, 3, 48, 48)
+    assert images.shape == (40, 48, 48, 3)
     assert len(np.unique(images, axis=0)) == 40
     assert 0.2 < np.ptp(images[0]) / ((1 - 0) / 0.225) <= 1.2
 
@@ -89,7 +91,7 @@ def test_grey_and_transparent_images_become_colour(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"", "no format that Pillow knows"), (b"text", "no format that Pillow knows"), (None, "Truncated")],
+    [(b"", "it is empty"), (b"text", "no image format that Pillow knows"), (None, "Truncated")],
 )
 def test_an_image_that_cannot_be_read_is_named(tmp_path, content, reason):
     buffer = io.BytesIO()

@@ -9,7 +9,8 @@ from PIL import Image
 
 from convert import load_weights
 from convert.__main__ import main
-from convert.export.int8 import BOUND, Difference, Quantization, export_quantized
+from convert.export.compare import BOUNDS, Comparison
+from convert.export.export import Export, export
 from convert.export.onnx_graph import onnx_graph
 from convert.export.onnx_int8 import float_products
 from convert.models import save
@@ -49,7 +50,7 @@ def exported(small):
 @pytest.fixture(autouse=True)
 def exported_once(exported, monkeypatch):
     """The export takes most of the time and is tested elsewhere."""
-    monkeypatch.setattr("convert.export.onnx_graph.onnx_graph", lambda weights: exported)
+    monkeypatch.setattr("convert.export.onnx_graph.onnx_graph", lambda weights, dtype: exported)
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_too_few_images_are_told(capsys, small, pictures, tmp_path):
 
 
 def test_too_few_images_are_told_before_the_work(capsys, small, pictures, tmp_path, monkeypatch):
-    def fail(weights):
+    def fail(weights, dtype):
         raise RuntimeError("the work")
 
     monkeypatch.setattr("convert.export.onnx_graph.onnx_graph", fail)
@@ -143,14 +144,14 @@ def test_a_failure_of_onnx_runtime_is_told_once(capsys, small, tmp_path, monkeyp
 def test_the_licence_asked_for_goes_into_the_graph_that_is_quantised(capsys, small, exported, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(
-        "convert.export.onnx_graph.onnx_graph", lambda weights: told.append(weights.license) or exported
+        "convert.export.onnx_graph.onnx_graph", lambda weights, dtype: told.append(weights.license) or exported
     )
     assert run(capsys, small, tmp_path / "int8.onnx", "--quantize", "dynamic", "--license", "MIT")[0] == 0
     assert told == ["MIT"]
 
 
 def test_what_differs_too_much_is_not_kept(capsys, small, tmp_path, monkeypatch):
-    monkeypatch.setattr("convert.export.int8.BOUND", 1e-6)
+    monkeypatch.setitem(BOUNDS, "int8", 1e-6)
     (tmp_path / "int8.onnx").write_bytes(b"old")
     status, out, _ = run(capsys, small, tmp_path / "int8.onnx", "--quantize", "dynamic", "--overwrite")
     assert status == 1
@@ -159,16 +160,17 @@ def test_what_differs_too_much_is_not_kept(capsys, small, tmp_path, monkeypatch)
 
 
 def test_logits_that_are_not_finite_do_not_pass():
-    assert not Difference(float("nan"), 0.0, 1.0, "").passed
-    assert not Difference(BOUND * 1.01, 0.0, 1.0, "").passed
-    assert Difference(BOUND, 0.0, 0.0, "").passed
+    for spread, passes in ((float("nan"), False), (0.12 * 1.01, False), (0.12, True)):
+        assert Comparison(largest=0.0, spread=spread, agreement=1.0, of="spread", bound=BOUNDS["int8"]).passed == passes
+        assert Comparison(largest=spread, spread=0.0, agreement=1.0, of="largest", bound=0.12).passed == passes
 
 
 @pytest.mark.parametrize(
     ("ending", "flags", "reason"),
     [
-        (".safetensors", "--quantize dynamic", "only .onnx files are quantised"),
-        ("", "--quantize dynamic", "only .onnx files are quantised"),
+        (".safetensors", "--quantize dynamic", "--quantize dynamic is for .onnx files"),
+        ("", "--quantize dynamic", "--quantize dynamic is for .onnx files"),
+        (".pt", "--quantize static --calibrate digits", "--quantize static is for .onnx files"),
         (".onnx", "--calibrate digits", "--calibrate is for --quantize static"),
         (".onnx", "--quantize dynamic --calibrate digits", "--calibrate is for --quantize static"),
         (".onnx", "--quantize dynamic --calibration-images 8", "--calibration-images is for --quantize static"),
@@ -181,7 +183,8 @@ def test_logits_that_are_not_finite_do_not_pass():
         (".onnx", "--quantize static --calibrate digits --calibration-images 0", "--calibration-images"),
         (".onnx", "--quantize dynamic --dtype float16", "--dtype float16"),
         (".onnx", "--quantize dynamic --dtype bfloat16", "--dtype bfloat16"),
-        (".onnx", "--quantize int4", "--quantize"),
+        (".onnx", "--quantize int4", "--quantize int4 is for .pt files"),
+        (".onnx", "--quantize dynamic --compare digits", "--compare is for .pt files"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_before_the_source_is_read(capsys, tmp_path, ending, flags, reason):
@@ -228,13 +231,16 @@ def test_the_images_compared_on_are_of_all_folders_and_not_the_calibrations(smal
         used["calibration"] = images
         destination.write_bytes(source.read_bytes())
 
-    monkeypatch.setattr("convert.export.int8.quantize_static", quantize)
-    monkeypatch.setattr(
-        "convert.export.int8.run_source", lambda weights, images: used.setdefault("to", images)[:, 0, 0]
-    )
-    monkeypatch.setattr("convert.export.int8._run_quantized", lambda path, images, how: images[:, 0, 0])
-    how = Quantization(kind="static", calibrate=str(pictures), images=8)
-    result = export_quantized(load_weights(small), tmp_path / "int8.onnx", how)
-    assert result.difference.passed and result.difference.spread == 0
+    def kept(images):
+        used.setdefault("to", []).append(images)
+        return images[:, 0, 0]
+
+    monkeypatch.setattr("convert.export.onnx_int8.quantize_static", quantize)
+    monkeypatch.setattr("convert.export.onnx_graph.run_torch", lambda weights: kept)
+    monkeypatch.setattr("convert.export.onnx_graph.run_onnx", lambda path, **_: lambda images: images[:, 0, 0])
+    how = Export(quantize="static", calibrate=str(pictures), calibration_images=8)
+    (comparison,) = export(load_weights(small), tmp_path / "int8.onnx", how).comparisons
+    assert comparison.passed and comparison.spread == 0
+    used["to"] = np.concatenate(used["to"]).transpose(0, 3, 1, 2)
     assert (len(used["calibration"]), len(used["to"])) == (8, 4)
     assert len(np.unique(np.concatenate([used["calibration"], used["to"]]), axis=0)) == 12

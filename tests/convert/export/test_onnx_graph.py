@@ -16,10 +16,11 @@ import torch
 import convert.export.onnx_graph
 from convert import ConversionError, load_weights, save
 from convert.__main__ import main
-from convert.export.compare import MEAN, STD, photographs
+from convert.export.compare import photographs
 from convert.export.export import export
 from convert.formats.write import write
 from convert.models import torch_model
+from crossvit_jax.preprocess import MEAN, STD
 from crossvit_torch import create_model
 from tests.convert.conftest import CLASS_NAMES, perturb
 from tests.convert.export.test_stablehlo import code_block, run_without_this_library

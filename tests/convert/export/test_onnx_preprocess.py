@@ -12,10 +12,11 @@ from timm.data import create_transform
 import convert.export.onnx_preprocess
 from convert import load_weights
 from convert.__main__ import main
-from convert.export.compare import evaluation_image, photographs, picture_batches
+from convert.export.compare import BOUNDS, photographs, picture_batches
 from convert.export.onnx_graph import onnx_graph, run_torch
 from convert.models import save
 from crossvit_jax.config import get_config
+from crossvit_jax.preprocess import preprocess_image
 from crossvit_torch import create_model
 from tests.convert.conftest import CLASS_NAMES, perturb, refused, run
 from tests.convert.export.test_stablehlo import code_block, run_without_this_library
@@ -84,8 +85,7 @@ def test_one_file_takes_any_number_of_pictures_of_any_size(exported, small):
     takes = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
     for picture, count in (("landscape", 1), ("small", 3), ("upright", 2)):
         pictures = np.stack([np.roll(PICTURES[picture], 7 * i, axis=0) for i in range(count)])
-        images = np.stack([evaluation_image(Image.fromarray(one), weights.config) for one in pictures])
-        expected = run_torch(weights)(images.transpose(0, 2, 3, 1))
+        expected = run_torch(weights)(np.stack([preprocess_image(one, weights.config) for one in pictures]))
         (logits,) = takes.run(["logits"], {"pictures": pictures})
         assert logits.shape == (count, 5)
         assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected).max()
@@ -137,7 +137,7 @@ def test_the_code_in_the_documentation_prints_what_predict_does(tmp_path, capsys
 def test_int8_files_compute_with_pictures_what_they_do_with_their_images(
     capsys, small, exported_once, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("convert.export.int8.BOUND", 1.0)  # untrained, and of one stage: its classes lie close
+    monkeypatch.setitem(BOUNDS, "int8", 1.0)  # untrained, and of one stage: its classes lie close
     files = {flag: tmp_path / f"int8{flag}.onnx" for flag in ("", "--preprocess")}
     for flag, path in files.items():
         status, _, err = run(capsys, small, path, "--quantize", "dynamic", *filter(None, [flag]))
@@ -155,7 +155,7 @@ def test_int8_files_compute_with_pictures_what_they_do_with_their_images(
 def test_a_file_that_preprocesses_in_another_way_is_not_kept(
     capsys, small, exported_once, tmp_path, monkeypatch, flags
 ):
-    monkeypatch.setattr("convert.export.int8.BOUND", 1.0)
+    monkeypatch.setitem(BOUNDS, "int8", 1.0)
     monkeypatch.setattr(convert.export.onnx_preprocess, "MEAN", (0.5, 0.5, 0.5))
     path = tmp_path / "model.onnx"
     path.write_bytes(b"old")
@@ -171,7 +171,7 @@ def test_a_file_that_preprocesses_in_another_way_is_not_kept(
         (".safetensors", "", "--preprocess is for .onnx files"),
         ("", "", "--preprocess is for .onnx files"),
         (".stablehlo", "", "--preprocess is for .onnx files"),
-        (".stablehlo", "--quantize dynamic", "only .onnx files are quantised"),
+        (".stablehlo", "--quantize dynamic", "--preprocess is for .onnx files"),
         (".onnx", "--quantize static --calibrate digits --target tensorrt", "float64, which TensorRT does not have"),
     ],
 )

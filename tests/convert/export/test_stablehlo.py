@@ -14,9 +14,10 @@ import pytest
 import convert.export.stablehlo
 from convert import load_weights
 from convert.__main__ import main
-from convert.export.compare import MEAN, STD, photographs
+from convert.export.compare import photographs
 from convert.models import flax_model
 from convert.verify import run_flax
+from crossvit_jax.preprocess import MEAN, STD
 
 DEPLOY = Path(__file__).parents[2] / "docs" / "deploy.md"
 

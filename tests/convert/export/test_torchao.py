@@ -1,4 +1,4 @@
-"""`python -m convert.torchao`: what it writes, prints and refuses, and what comes back from its files."""
+"""`python -m convert SOURCE DEST.pt --quantize`: what it writes and refuses, and what comes back from its files."""
 
 import subprocess
 import sys
@@ -10,26 +10,16 @@ import torch
 from PIL import Image
 
 from convert import ConversionError, load_torch, load_weights
-from convert.__main__ import main as convert
-from convert.export.torchao import BOUNDS, export_torchao, is_quantised, load_torchao, quantised_twin, read_torchao
+from convert.__main__ import main
+from convert.export.compare import BOUNDS
+from convert.export.export import Export, export
+from convert.export.torchao import is_quantised, load_torchao, quantised_twin, read_torchao
 from convert.metadata import understand
-from convert.torchao import main
-from tests.command_line import refusal
-from tests.convert.conftest import CLASS_NAMES
-from tests.convert.conftest import refused as convert_refused
+from tests.convert.conftest import CLASS_NAMES, refused, run
 
 pytest.importorskip("torchao")
 
 SCHEMES = ("int8", "int4")
-
-
-def run(capsys, *args):
-    status = main([str(arg) for arg in args])
-    return status, *capsys.readouterr()
-
-
-def refused(capsys, *args):
-    return refusal(capsys, "python -m convert.torchao", main, *args)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,10 +33,8 @@ def any_difference():
 @pytest.fixture(scope="module", params=SCHEMES)
 def written(request, small, tmp_path_factory):
     """A scheme and a file of it; not to be changed."""
-    path, difference = export_torchao(
-        load_weights(small), tmp_path_factory.mktemp(request.param) / "m.pt", request.param
-    )
-    assert difference.passed
+    path = tmp_path_factory.mktemp(request.param) / "m.pt"
+    assert export(load_weights(small), path, Export(quantize=request.param)).passed
     return request.param, path
 
 
@@ -131,9 +119,9 @@ def test_a_failure_in_the_middle_leaves_the_old_file(capsys, small, tmp_path, mo
         path.write_bytes(data[:100])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("convert.export.torchao.write_bytes", fails)
+    monkeypatch.setattr("convert.export.export.write_bytes", fails)
     (tmp_path / "model.pt").write_bytes(b"old")
-    assert main([str(small), str(tmp_path / "model.pt"), "--overwrite"]) == 2
+    assert main([str(small), str(tmp_path / "model.pt"), "--quantize", "int8", "--overwrite"]) == 2
     assert "model.pt could not be written: no space left on device" in capsys.readouterr().err
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
@@ -144,9 +132,9 @@ def test_it_is_compared_on_the_images_asked_for(capsys, small, tmp_path):
     for index in range(3):
         pixels = np.random.default_rng(index).integers(0, 256, (6, 8, 3), np.uint8)
         Image.fromarray(pixels).resize((80, 60), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
-    status, out, _ = run(capsys, small, tmp_path / "a.pt", "--compare", folder.parent)
+    status, out, _ = run(capsys, small, tmp_path / "a.pt", "--quantize", "int8", "--compare", folder.parent)
     assert status == 0 and f"on 3 images of {folder.parent} its logits" in out
-    status, out, _ = run(capsys, small, tmp_path / "b.pt", "--compare", "digits")
+    status, out, _ = run(capsys, small, tmp_path / "b.pt", "--quantize", "int8", "--compare", "digits")
     assert status == 0 and "on 64 digits its logits" in out
     (folder / "1.png").write_bytes(b"broken")
     assert "1.png cannot be read as an image" in _second_line(capsys, small, tmp_path / "c.pt", folder)
@@ -155,7 +143,7 @@ def test_it_is_compared_on_the_images_asked_for(capsys, small, tmp_path):
 
 def _second_line(capsys, small, path, folder):
     """What is told on stderr, once the source was read."""
-    assert main([str(small), str(path), "--compare", str(folder)]) == 2
+    assert main([str(small), str(path), "--quantize", "int8", "--compare", str(folder)]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     return err
@@ -164,14 +152,15 @@ def _second_line(capsys, small, path, folder):
 @pytest.mark.parametrize(
     ("name", "flags", "reason"),
     [
-        ("model.pth", "", "unknown ending '.pth'; models quantised by torchao are .pt files"),
-        ("model", "", "unknown ending ''"),
+        ("model.pth", "", "--quantize int8 is for .pt files"),
+        ("model", "", "--quantize int8 is for .pt files"),
         ("there.pt", "", "there.pt exists; --overwrite"),
         ("folder.pt", "--overwrite", "folder.pt is a folder"),
         ("no/model.pt", "", "no does not exist"),
         ("there.pt/", "", "there.pt exists; --overwrite"),
         ("model.pt", "--quantize int2", "--quantize"),
         ("model.pt", "--dtype bfloat16", "--dtype"),
+        ("model.pt", "--verify", "--verify is for weights"),
         ("model.pt", "--compare nowhere", "nowhere: images come from 'digits' or a folder, and this is neither"),
         ("model.pt", "--compare FOLDER", "folder.pt: no images in it"),
         ("model.pt", "--compare folder:FOLDER", "folder.pt: no images in it"),
@@ -183,18 +172,23 @@ def test_mistakes_are_told_in_one_line_before_any_work(capsys, tmp_path, name, f
     (tmp_path / "there.pt").touch()
     (tmp_path / "folder.pt").mkdir()
     flags = flags.replace("FOLDER", str(tmp_path / "folder.pt")).split()
-    assert reason in refused(capsys, tmp_path / "no-such-source", tmp_path / name, *flags)
+    assert reason in refused(capsys, tmp_path / "no-such-source", tmp_path / name, "--quantize", "int8", *flags)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.pt", "there.pt"]
+
+
+def test_a_pt_file_is_of_integers(capsys, tmp_path):
+    line = refused(capsys, tmp_path / "no-such-source", tmp_path / "model.pt")
+    assert "model.pt: a .pt file is quantised: --quantize int8 or int4" in line
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_refused_unless_asked_for(capsys, small, tmp_path, dtype):
     half = tmp_path / "half.safetensors"
-    assert convert([str(small), str(half), "--dtype", dtype]) == 0
+    assert main([str(small), str(half), "--dtype", dtype]) == 0
     capsys.readouterr()
-    line = refused(capsys, half, tmp_path / "model.pt")
+    line = refused(capsys, half, tmp_path / "model.pt", "--quantize", "int8")
     assert f"the weights are {dtype}; --dtype float32 takes them" in line
-    status, out, _ = run(capsys, half, tmp_path / "model.pt", "--dtype", "float32")
+    status, out, _ = run(capsys, half, tmp_path / "model.pt", "--quantize", "int8", "--dtype", "float32")
     assert status == 0 and f"stored as {dtype}" in out
 
 
@@ -203,7 +197,8 @@ def test_without_torchao_the_extra_is_named(capsys, small, written, tmp_path, mo
 
     found = util.find_spec
     monkeypatch.setattr(util, "find_spec", lambda name, *rest: None if name == "torchao" else found(name, *rest))
-    assert "needs torchao: pip install 'crossvit-jax[torchao]'" in refused(capsys, small, tmp_path / "model.pt")
+    line = refused(capsys, small, tmp_path / "model.pt", "--quantize", "int8")
+    assert "needs torchao: pip install 'crossvit-jax[torchao]'" in line
     with pytest.raises(ConversionError, match=r"pip install 'crossvit-jax\[torchao\]'"):
         load_torchao(written[1])
 
@@ -221,25 +216,26 @@ def test_other_files_are_no_models(capsys, written, weights_file, tmp_path):
         (tmp_path / "none.pt", "none.pt does not exist"),
         (tmp_path / "cut.pt", "damaged"),
         (tmp_path / "text.pt", "damaged"),
-        (weights_file, "no model that python -m convert.torchao wrote"),
+        (weights_file, "no model that python -m convert wrote"),
         (newer, "written by a newer version"),
         (lacking, "holds other tensors than its model has"),
     ]:
         with pytest.raises(ConversionError, match=reason):
             load_torchao(file)
     # nor is a quantised model a source of weights
-    assert str(path) in convert_refused(capsys, path, tmp_path / "weights.safetensors")
-    assert str(path) in refused(capsys, path, tmp_path / "again.pt")
+    assert str(path) in refused(capsys, path, tmp_path / "weights.safetensors")
+    assert str(path) in refused(capsys, path, tmp_path / "again.pt", "--quantize", "int8")
 
 
 def test_features_of_a_model_without_a_head(small, images, tmp_path):
-    path, difference = export_torchao(load_weights(small, num_classes=0), tmp_path / "features.pt")
-    assert difference.passed
+    how = Export(quantize="int8")
+    path, (comparison,) = export(load_weights(small, num_classes=0), tmp_path / "features.pt", how)
+    assert comparison.passed
     assert logits(load_torchao(path), images).shape == (2, 96 + 192)
 
 
-def test_the_folder_of_the_command_does_not_hide_the_library(small, tmp_path):
-    command = [sys.executable, "-m", "convert.torchao", small, tmp_path / "model.pt"]
+def test_our_module_of_the_same_name_does_not_hide_the_library(small, tmp_path):
+    command = [sys.executable, "-m", "convert", small, tmp_path / "model.pt", "--quantize", "int8"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, encoding="utf-8")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-2].startswith("written     ")

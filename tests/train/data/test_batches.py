@@ -10,12 +10,12 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from crossvit_jax.preprocess import UnreadableImage, decode_image
 from train.config import steps_per_epoch
 from train.data.batches import eval_batches, train_batches
 from train.data.datasets import open_digits
 from train.data.folder import open_folder
 from train.data.sources import DataError
-from train.images.decode import UnreadableImage, decode_image
 from train.images.transforms import eval_transform, train_transform
 from train.recipes import RECIPES
 

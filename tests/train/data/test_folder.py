@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from convert.errors import SettingsError
+from crossvit_jax.preprocess import UnreadableImage
 from train.data.folder import open_folder
-from train.images.decode import UnreadableImage
 
 
 def _labels_by_file(source):

@@ -11,9 +11,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from convert.errors import SettingsError
+from crossvit_jax.preprocess import UnreadableImage
 from train.data.sources import DataError
 from train.data.tfds import TfdsSource, open_tfds
-from train.images.decode import UnreadableImage
 
 
 def _png(value: int) -> io.BytesIO:

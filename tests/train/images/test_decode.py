@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.images.decode import UnreadableImage, decode_image, decode_pixels
+from crossvit_jax.preprocess import UnreadableImage, decode_image
+from train.images.decode import decode_pixels
 
 _RNG = np.random.default_rng(0)
 _COLOUR = _RNG.integers(0, 256, (6, 5, 3), dtype=np.uint8)
@@ -62,7 +63,7 @@ def test_black_and_white():
     np.testing.assert_array_equal(_pixels(_file(Image.fromarray(bits))), _thrice(bits * np.uint8(255)))
 
 
-@pytest.mark.filterwarnings("ignore:Palette images")  # pytest undoes the filter of train.images.decode
+@pytest.mark.filterwarnings("ignore:Palette images")  # pytest undoes the filter of crossvit_jax.preprocess
 @pytest.mark.parametrize(
     "transparency", [None, 1, bytes([0, 128, 255, 7])], ids=["opaque", "one colour", "each colour"]
 )
@@ -146,7 +147,7 @@ _PRINTING = """
 import sys
 import numpy as np
 from PIL import Image
-from train.images.decode import decode_image
+from crossvit_jax.preprocess import decode_image
 Image.MAX_IMAGE_PIXELS = 20  # so that 30 are many, as 90 million would be
 for path in sys.argv[1:]:
     with open(path, "rb") as file:

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, transforms
 from torchvision.transforms import functional
 
-from train.images.decode import UnreadableImage, decode_image
+from crossvit_jax.preprocess import UnreadableImage, decode_image
 from train.images.transforms import CropTransform, EvalTransform, draw_crop, train_transform
 from train.recipes import RECIPES
 

@@ -12,12 +12,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from convert import load_weights, save
-from convert.export.compare import evaluation_image, photographs
+from convert.__main__ import main as convert
+from convert.export.compare import photographs
 from convert.export.torchao import is_quantised, load_torchao, quantised_twin
 from convert.models import flax_model
-from convert.torchao import main as quantise
 from convert.verify import run_flax
 from crossvit_jax.config import VARIANTS
+from crossvit_jax.preprocess import preprocess_image
 from crossvit_torch import create_model
 from tests.train.small_weights import save_small
 from train.data.digits import held_out_indices
@@ -96,14 +97,14 @@ def test_one_command_quantises_a_run_which_predicts_what_it_predicted(monkeypatc
     assert main([f"--data-dir={digits_dir}", *flags, f"--output={run}"]) == 0
     data = ["--dataset=digits", f"--data-dir={digits_dir}"]
     assert evaluate([f"--weights={run}", *data, "--quantize=int4", f"--output={evaluation}"]) == 0
-    assert quantise([str(run), str(file), "--quantize", "int4", "--compare", "digits"]) == 0
+    assert convert([str(run), str(file), "--quantize", "int4", "--compare", "digits"]) == 0
     assert "on 64 digits its logits differ" in capsys.readouterr().out
 
     digits = load_digits()
     held_out = held_out_indices(digits.target)
     model = load_torchao(file)
     pixels = np.round(digits.images[held_out] * (255 / 16)).astype(np.uint8)
-    images = [evaluation_image(Image.fromarray(one).convert("RGB"), model.config).transpose(1, 2, 0) for one in pixels]
+    images = [preprocess_image(Image.fromarray(one), model.config) for one in pixels]
     predicted = _run_torch(model, np.stack(images)).argmax(1)
     confusion = np.zeros((10, 10), int)
     np.add.at(confusion, (digits.target[held_out], predicted), 1)

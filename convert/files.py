@@ -1,0 +1,165 @@
+"""Paths as people type them, image files below a folder, and files that are there whole or not at all."""
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from convert.errors import ConversionError, one_line
+
+FOLDER_PREFIX = "folder:"  # before the path of a folder of images, where other data sets have a name
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_SHOWN = 32  # characters of a destination's name in that of its temporary folder
+
+
+# --- names ---
+
+
+def typed_path(path: str | Path) -> Path:
+    """The path, with the home folder in place of `~` or `~name`.
+
+    Raises:
+        ConversionError: nobody's home folder is meant, or a name is too long for a file.
+    """
+    try:
+        path = Path(path).expanduser()
+        os.lstat(path)
+    except RuntimeError:
+        raise ConversionError(f"{path}: {Path(path).parts[0]} is nobody's home folder") from None
+    except OSError as error:  # that nothing is there, or cannot be read, matters to some only
+        if error.errno == errno.ENAMETOOLONG:  # here, since Path.is_file and the like raise that
+            raise ConversionError(f"{path}: {error.strerror}") from None
+    return path
+
+
+def home_path(text: str) -> str:
+    """A path as it was typed, but for the home folder in place of `~` or `~name`. Raises as `typed_path` does."""
+    path = typed_path(text)
+    return str(path) if text.startswith("~") else text
+
+
+def shown(path: str) -> str:
+    """A path as one line of text that any terminal takes: what cannot be printed is written as `\\n` or `\\udcff`."""
+    escapes = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
+    return "".join(escapes)
+
+
+def image_files(folder: str | Path, *, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """The paths of the image files in a folder, sorted, then those of the folders in it, in the same way.
+
+    Files count as images by their suffix. Hidden files and folders are left out; links are followed, but for those that
+    lead back to a folder above.
+
+    Args:
+        above: the real paths of the folders that this one was found in.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    with os.scandir(Path(folder)) as entries:
+        found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    for entry in found:
+        if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.is_dir():
+            yield entry.path
+    for entry in found:
+        if entry.is_dir():
+            yield from image_files(entry.path, above=above | {here})
+
+
+# --- writing ---
+
+
+class NotWritten(ConversionError):
+    """Knows the reason without the path: a file that is written on the way to another has a temporary one."""
+
+    status = 1
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(path, reason)  # the arguments as they are, so that it can be pickled
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path} could not be written: {self.reason}"
+
+
+def check_place(path: Path, *, overwrite: bool = False, may_be_replaced: Callable[[Path], bool] | None = None) -> Path:
+    """The path, if a file or a folder can be written there.
+
+    Args:
+        may_be_replaced: whether a folder with something in it may be, where a folder is to be written; None: a file is.
+
+    Raises:
+        ConversionError: a missing folder, one that cannot be written to, or something is there that may not be
+            replaced.
+    """
+    if not path.parent.is_dir():
+        raise ConversionError(f"{path}: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ConversionError(f"{path}: the folder {path.parent} cannot be written to")
+    if not os.path.lexists(path):
+        return path
+    if not overwrite:
+        raise ConversionError(f"{path} exists; --overwrite (overwrite=True) replaces it")
+    if path.is_dir() != (may_be_replaced is not None):
+        raise ConversionError(f"{path} is a {'folder' if path.is_dir() else 'file'}, and is not replaced by the other")
+    if may_be_replaced is not None and any(path.iterdir()) and not may_be_replaced(path):
+        raise ConversionError(f"{path} is a folder of other things, and is not replaced")
+    return path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to. What is there at the end is moved to `path`, if anything is.
+
+    Raises:
+        NotWritten: anything at all was raised while it was written; nothing new is left behind then.
+    """
+    try:
+        prefix = f".{path.name[:_SHOWN]}."  # the whole name may be as long as names can be
+        with tempfile.TemporaryDirectory(prefix=prefix, suffix=".partial", dir=path.parent) as partial:
+            new = Path(partial, "new")
+            yield new
+            if new.exists():
+                _move(new, path, aside=Path(partial, "replaced"))
+    except Exception as error:  # besides OSError, whatever Orbax, tensorstore and exporters raise
+        raise NotWritten(path, _reason(error)) from None
+
+
+def write_whole(path: Path, data: bytes | memoryview) -> None:
+    """Writes a file so that nobody ever sees half of it; what was there before is replaced. Raises NotWritten."""
+    with replacing(path) as new:
+        write_bytes(new, data)
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Writes a file, and waits until the disk has it."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # or after a power cut the new name may stand for an empty file
+
+
+def _move(new: Path, path: Path, aside: Path) -> None:
+    """Puts `new` at `path`. A folder there cannot be replaced in one step: it goes aside and comes back on failure."""
+    if not path.is_dir():
+        os.replace(new, path)
+        return
+    path.rename(aside)
+    try:
+        new.rename(path)
+    except BaseException:
+        aside.rename(path)
+        raise
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, NotWritten):
+        return error.reason
+    if "No space left on device" in str(error):  # also in the middle of tensorstore's messages
+        return "no space left on device"
+    return (error.strerror if isinstance(error, OSError) else None) or one_line(error)

@@ -1,0 +1,176 @@
+"""From an image file to the model's input, as evaluation makes it: decoded, resized, cut and normalised.
+
+Needs numpy and Pillow only. Where a run has many images, `train.images` makes the same pixels faster.
+"""
+
+import contextlib
+import io
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image, UnidentifiedImageError
+
+from crossvit_jax.config import CrossViTConfig
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's: what every published CrossViT was trained with
+
+# Every worker would print them, in every epoch. What cannot be used is an error; the rest (odd metadata, many pixels)
+# does no harm. Not `catch_warnings`: reader threads would undo each other's.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class UnreadableImage(ValueError):
+    """One image that cannot be read or decoded: its `name`, and the `reason` in a few words."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, reason)  # the arguments as they are, so that it can be pickled
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"cannot read image {self.name}: {self.reason}"
+
+
+def preprocess_image(
+    image: str | os.PathLike | Image.Image | np.ndarray, config: CrossViTConfig
+) -> Float32[np.ndarray, "height width 3"]:
+    """The model's input for an image: timm's evaluation transform.
+
+    The shorter side is resized to the model's ÷ `crop_pct`, bicubic; the centre is cut out and normalised.
+
+    Args:
+        image: the path of an image file of any kind, an image that Pillow has opened, or uint8 RGB pixels (height,
+            width, 3). Transparency is dropped, of an animation the first picture is taken.
+        config: of the model, for its image size and `crop_pct`.
+
+    Raises:
+        ValueError: the model takes no colour images, or the array is none. UnreadableImage, a ValueError, where the
+            file cannot be read or decoded, or has values that do not tell how bright they are.
+    """
+    if config.in_chans != 3:
+        raise ValueError(f"images have 3 channels here, and the model takes {config.in_chans}")
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ValueError(f"pixels must be uint8 (height, width, 3); got {image.dtype} {image.shape}")
+        pixels = image
+    elif isinstance(image, Image.Image):
+        name = getattr(image, "filename", "") or f"of mode {image.mode}"
+        with _failures_named(str(name)):
+            pixels = np.asarray(_to_rgb(image))
+    else:
+        pixels = np.asarray(read_image(image))
+    return normalised(evaluation_crop(pixels, config.image_size, config.crop_pct))
+
+
+# --- decoding ---
+
+
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """An image file as an RGB image. Raises UnreadableImage as `decode_image` does, and if there is no such file."""
+    try:
+        encoded = Path(path).read_bytes()
+    except OSError as error:
+        raise UnreadableImage(os.fspath(path), error.strerror or str(error)) from error
+    return decode_image(encoded, os.fspath(path))
+
+
+def decode_image(encoded: bytes, name: str) -> Image.Image:
+    """An image file's bytes as an RGB image. Transparency is dropped, of an animation the first picture is taken.
+
+    Read as torchvision's and timm's loaders do, but for 16-bit grey.
+
+    Raises UnreadableImage if they are no whole image, or one whose values do not tell how bright they are.
+    """
+    if not encoded:
+        raise UnreadableImage(name, "it is empty")
+    with _failures_named(name):
+        return _to_rgb(Image.open(io.BytesIO(encoded)))
+
+
+@contextlib.contextmanager
+def _failures_named(name: str) -> Iterator[None]:
+    """What Pillow raises inside the block becomes UnreadableImage."""
+    try:
+        yield
+    except MemoryError:
+        raise  # the machine's fault
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(name, "it is in no image format that Pillow knows") from error
+    except Exception as error:  # over damaged files Pillow's parsers stumble in any way: TypeError, OverflowError
+        raise UnreadableImage(name, " ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey (modes `I;16…`, and `I` where Pillow has made it 32) as `L`.
+
+    The high byte, which is what Pillow itself takes of 16-bit colour; its conversion of grey would cut off at 255.
+    """
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError("32-bit pixels have no known range")
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+# --- resizing, cutting, normalising ---
+
+
+def resize(
+    pixels: UInt8[np.ndarray, "height width 3"], size: tuple[int, int]
+) -> UInt8[np.ndarray, "out_height out_width 3"]:
+    """Bicubic resizing to a size (height, width), by Pillow: antialiased, and rounded to 8 bits after either axis."""
+    return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC))
+
+
+def evaluation_crop(
+    pixels: UInt8[np.ndarray, "height width 3"],
+    image_size: tuple[int, int],
+    crop_pct: float,
+    *,
+    resize: Callable[[np.ndarray, tuple[int, int]], np.ndarray] = resize,
+) -> UInt8[np.ndarray, "rows columns 3"]:
+    """The part of an image that evaluation looks at, of the model's size (height, width).
+
+    Args:
+        crop_pct: share of the resized image that is kept; above 1, black is put around it.
+        resize: as `resize` of this module, or faster with the same pixels.
+    """
+    resized = resize(pixels, _resized(pixels.shape[:2], image_size, crop_pct))
+    missing = [max(0, wanted - size) for wanted, size in zip(image_size, resized.shape, strict=False)]
+    if any(missing):
+        resized = np.pad(resized, [(size // 2, (size + 1) // 2) for size in missing] + [(0, 0)])
+    # Python's rounding, of halves to even numbers, as in torchvision
+    top, left = (round((size - wanted) / 2) for size, wanted in zip(resized.shape, image_size, strict=False))
+    return resized[top : top + image_size[0], left : left + image_size[1]]
+
+
+def _resized(size: tuple[int, int], image_size: tuple[int, int], crop_pct: float) -> tuple[int, int]:
+    """The size that an image is resized to before it is cut: torchvision's for square models, timm's for others."""
+    wanted = [math.floor(side / crop_pct) for side in image_size]
+    if wanted[0] == wanted[1]:
+        height, width = (side * wanted[0] // min(size) for side in size)
+    else:
+        ratio = min(side / goal for side, goal in zip(size, wanted, strict=True))
+        height, width = (round(side / ratio) for side in size)
+    return height, width
+
+
+def normalised(pixels: UInt8[np.ndarray, "*batch height width 3"]) -> Float32[np.ndarray, "*batch height width 3"]:
+    """Pixels as the model takes them: timm's `ToTensor` and `Normalize`, channels last, in new memory."""
+    width = pixels.shape[-2]
+    rows = pixels.reshape(*pixels.shape[:-2], -1) / np.float32(255)
+    # a value for each of a row: numpy is slow at using the same three again and again
+    rows -= np.tile(np.float32(MEAN), width)
+    rows /= np.tile(np.float32(STD), width)
+    return rows.reshape(pixels.shape)
