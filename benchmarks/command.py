@@ -132,9 +132,6 @@ def _check(parser: Parser, args: argparse.Namespace, device: str) -> None:
 def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
     from benchmarks.sides.timm import write_weights
 
-    def say(message: str) -> None:
-        print(message, file=sys.stderr, flush=True)
-
     end = until(args)
     results: list[Measured] = []
     printed = 0
@@ -177,6 +174,11 @@ def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
             if results:
                 print("\n".join(notes([content])), flush=True)
     return 1 if any(times.failure for measured in results for times in measured.sides.values()) else 0
+
+
+def say(message: str) -> None:
+    """Tells of progress, on stderr: tables are on stdout."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def workers_environment(device: str, folder: Path, *, one_at_a_time: bool) -> dict[str, str]:
