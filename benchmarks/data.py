@@ -8,12 +8,11 @@ runs beside the workers and is no rival of theirs. Nothing is timed before pixel
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.command import exit_status, require_pipeline, say, writable_json
+from benchmarks.command import add_rounds_flags, exit_status, require_pipeline, say, writable_json
 from benchmarks.goals import DATA_TIMES_AS_FAST, verdict
 from benchmarks.result import (
     Content,
@@ -40,10 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--photographs", type=at_least_one, default=48, metavar="N", help="images in a batch; default: 48"
     )
-    parser.add_argument(
-        "--repeats", type=at_least_one, default=10, metavar="N", help="rounds of about 1 s; default: 10"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
+    add_rounds_flags(parser)
     args = parser.parse_args(argv)
     writable_json(parser, args.json)
     return exit_status(parser, lambda: _run(DataTask(photographs=args.photographs), args))

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import (
-    add_seconds,
+    add_model_flags,
+    add_rounds_flags,
     exit_status,
     pick_device,
     require_pipeline,
     say,
     until,
-    variant_name,
     workers_environment,
     writable_json,
 )
@@ -56,10 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.end_to_end",
         description="Time training with its input pipeline, JPEG files to updated weights: Flax against timm.",
     )
-    parser.add_argument("--variants", nargs="+", type=variant_name, default=["ti"], metavar="NAME", help="default: ti")
-    parser.add_argument("--batch-size", type=at_least_one, default=8, metavar="N", help="default: 8")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
-    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu where torch and jax can use one")
+    add_model_flags(parser)
     parser.add_argument(
         "--augment-on",
         nargs="+",
@@ -79,9 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--images", type=at_least_one, default=20_000, metavar="N", help="JPEG files in an epoch; default: 20000"
     )
-    parser.add_argument("--repeats", type=at_least_one, default=5, metavar="N", help="rounds; default: 5")
-    add_seconds(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
+    add_rounds_flags(parser, repeats=5, rounds="rounds")
     args = parser.parse_args(argv)
     if args.images < args.batch_size:
         parser.error(f"--images {args.images} do not fill a batch of {args.batch_size}")

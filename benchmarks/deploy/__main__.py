@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.command import exit_status, require_onnx, say, writable_json
+from benchmarks.command import add_rounds_flags, exit_status, require_onnx, say, writable_json
 from convert.command_line import Parser, at_least_one
 from train.inference.command import run
 
@@ -49,10 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--calibration-images", type=at_least_one, default=128, metavar="N", help="training images; default: 128"
     )
-    parser.add_argument(
-        "--repeats", type=at_least_one, default=10, metavar="N", help="rounds of about 1 s; default: 10"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
+    add_rounds_flags(parser)
     args = parser.parse_args(argv)
     writable_json(parser, args.json)
     return exit_status(parser, lambda: run(_PROGRAM, lambda: _run(args)))
