@@ -3,16 +3,14 @@
 import dataclasses
 import importlib.util
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
-from benchmarks import data, end_to_end, worker
+from benchmarks import data, end_to_end
 from benchmarks.end_to_end import as_json, main, require_comparable, write_photographs
 from benchmarks.rounds import SidesDisagree, Times
 from benchmarks.sides import fed
@@ -131,28 +129,6 @@ def test_the_next_turn_begins_when_the_workers_rest(monkeypatch):
     monkeypatch.setattr(fed.time, "sleep", lambda seconds: None)
     fed.wait_for_rest()
     assert list(worked) == [2.0]
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs Linux's /proc")
-def test_what_children_work_counts_as_the_sides_own():
-    before = worker.own_seconds()
-    child = multiprocessing.get_context("spawn").Process(target=_work)
-    child.start()
-    try:
-        end = time.monotonic() + 60
-        while worker.children_seconds() < 0.1 and time.monotonic() < end:
-            time.sleep(0.05)
-        assert worker.children_seconds() >= 0.1
-        assert worker.own_seconds() >= before + 0.1
-    finally:
-        child.kill()
-        child.join()
-    assert worker.children_seconds() == 0
-
-
-def _work():
-    while True:
-        pass
 
 
 # --- photographs and tables ---
