@@ -22,9 +22,9 @@ _GRACE = 10.0  # seconds that a benchmark has to end its processes and remove it
 _KEEP_WHAT_IS_DONE = ("inference", "training", "end_to_end")  # where time is short, they end with fewer rounds
 
 _EPILOG = """\
-On a GPU: training, end to end and inference in bfloat16, each variant at a batch that leaves room for all sides. On a
-CPU: Ti in float32 at batch 8, which is what fits nine minutes on two cores. Other variants and batches, scaling and
-deploy are commands of their own. What found no time is named at the end; --only runs it.
+On a GPU: training, end to end and inference in bfloat16, each variant at a batch at which all sides fit. On a CPU: Ti
+in float32 at batch 8, which is what fits nine minutes on two cores. Other variants and batches, scaling and deploy are
+commands of their own. What found no time is named at the end; --only runs it.
 
 exit status: 0 done; 1 a benchmark failed or found no time; 2 wrong flags; 130 Ctrl-C; 143 SIGTERM
 """

@@ -49,28 +49,33 @@ def _parser(benchmark: str) -> Parser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--variants", "--variant", nargs="+", type=variant_name, default=["ti"], metavar="NAME", help="default: ti"
-    )
-    parser.add_argument("--batch-size", type=at_least_one, default=8, metavar="N", help="default: 8")
+    add_model_flags(parser)
     parser.add_argument(
         "--find-largest-batch",
         action="store_true",
         help="double --batch-size until a side runs out of GPU memory, and time the last that fits all",
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
-    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu where torch and jax can use one")
     parser.add_argument("--sides", nargs="+", choices=SIDES, help="default: those that suit device and dtype")
-    parser.add_argument(
-        "--repeats", type=at_least_one, default=10, metavar="N", help="rounds of about 1 s; default: 10"
-    )
-    add_seconds(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
+    add_rounds_flags(parser)
     return parser
 
 
-def add_seconds(parser: Parser) -> None:
-    """The flag with which `python -m benchmarks` keeps what a benchmark has measured when its time is up."""
+def add_rounds_flags(parser: Parser, repeats: int = 10, rounds: str = "rounds of about 1 s") -> None:
+    """How many rounds are measured, and where the JSON goes."""
+    parser.add_argument(
+        "--repeats", type=at_least_one, default=repeats, metavar="N", help=f"{rounds}; default: {repeats}"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
+
+
+def add_model_flags(parser: Parser) -> None:
+    """Models and where they run; and the time, with which `python -m benchmarks` keeps what was measured until then."""
+    parser.add_argument(
+        "--variants", "--variant", nargs="+", type=variant_name, default=["ti"], metavar="NAME", help="default: ti"
+    )
+    parser.add_argument("--batch-size", type=at_least_one, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu where torch and jax can use one")
     parser.add_argument(
         "--seconds",
         type=at_least_one,
@@ -112,9 +117,6 @@ def _check(parser: Parser, args: argparse.Namespace, device: str) -> None:
 
 def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
     from benchmarks.sides.timm import write_weights
-
-    def say(message: str) -> None:
-        print(message, file=sys.stderr, flush=True)
 
     end = until(args)
     results: list[Measured] = []
@@ -158,6 +160,11 @@ def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
             if results:
                 print("\n".join(notes([content])), flush=True)
     return 1 if any(times.failure for measured in results for times in measured.sides.values()) else 0
+
+
+def say(message: str) -> None:
+    """Tells of progress, on stderr: tables are on stdout."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def workers_environment(device: str, folder: Path, *, one_at_a_time: bool) -> dict[str, str]:

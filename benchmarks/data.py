@@ -6,18 +6,24 @@ runs beside the workers and is no rival of theirs. Nothing is timed before pixel
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks import goals
-from benchmarks.command import require_pipeline, writable_json
-from benchmarks.machine import about, where
-from benchmarks.ratios import images_per_s, times_as_fast
-from benchmarks.result import write_json
+from benchmarks.command import add_rounds_flags, require_pipeline, say, writable_json
+from benchmarks.goals import DATA_TIMES_AS_FAST, verdict
+from benchmarks.result import (
+    Content,
+    about,
+    images_per_s,
+    in_words,
+    markdown_table,
+    times_as_fast,
+    told_facts,
+    where,
+    write_json,
+)
 from benchmarks.rounds import ACCEPTED_OTHERS, SidesDisagree, Times, cores_of_others, take_turns
 from benchmarks.task import DATA_SIDES, SIDES_ON_A_CORE, DataTask
 from benchmarks.worker import SideFailed
@@ -32,10 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--photographs", type=at_least_one, default=48, metavar="N", help="images in a batch; default: 48"
     )
-    parser.add_argument(
-        "--repeats", type=at_least_one, default=10, metavar="N", help="rounds of about 1 s; default: 10"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
+    add_rounds_flags(parser)
     args = parser.parse_args(argv)
     writable_json(parser, args.json)
     return run(parser.prog, lambda: _run(DataTask(photographs=args.photographs), args), failure=1)
@@ -59,7 +62,7 @@ def _measure(task: DataTask, rounds: int) -> dict[str, Times]:
         _require(sides)
         compare({side: times.ready.check for side, times in sides.items()})
 
-    take_turns(task, sides, compare=compare_all, rounds=rounds, environment={}, say=_say)
+    take_turns(task, sides, compare=compare_all, rounds=rounds, environment={}, say=say)
     _require(sides)
     return sides
 
@@ -81,7 +84,7 @@ def compare(checks: dict[str, dict[str, np.ndarray]]) -> None:
 
 def as_json(task: DataTask, sides: dict[str, Times]) -> dict[str, Any]:
     """Everything measured, with every round, in plain types."""
-    return about("data", _software(sides)) | {
+    return about("data", told_facts(sides.values())) | {
         "photographs": task.photographs,
         "others_cores": cores_of_others(sides),
         "sides": {
@@ -100,39 +103,34 @@ def as_json(task: DataTask, sides: dict[str, Times]) -> dict[str, Any]:
     }
 
 
-def as_markdown(content: Mapping[str, Any]) -> str:
+def as_markdown(content: Content) -> str:
     """A line on the machine and a table with a row per side, from what `as_json` gives."""
-    lines = [
-        f"{content['photographs']} JPEG photographs of 500 x 375 to a training batch at 240 pixels; {where(content)}",
-        "",
-        "| side | images/s, median (min-max) | times as fast as timm (min-max) |",
-        "| --- | --- | --- |",
-    ]
     photographs = content["photographs"]
     timed = {
         side: [photographs / rate for rate in told["rounds_images_per_s"]] for side, told in content["sides"].items()
     }
     ratios = {side: times_as_fast(timed[side], timed["timm"]) for side in SIDES_ON_A_CORE}
-    for side, seconds in timed.items():
-        rate = "{median:.0f} ({min:.0f}-{max:.0f})".format(**images_per_s(seconds, photographs))
-        ratio = "{ratio:.2f} ({min:.2f}-{max:.2f})".format(**ratios[side]) if side in ratios else "beside the workers"
-        lines.append(f"| {side} | {rate} | {ratio} |")
+    rows = [
+        [
+            side,
+            in_words(images_per_s(seconds, photographs), ".0f"),
+            in_words(ratios[side]) if side in ratios else "beside the workers",
+        ]
+        for side, seconds in timed.items()
+    ]
+    lines = [
+        f"{photographs} JPEG photographs of 500 x 375 to a training batch at 240 pixels; {where(content)}",
+        "",
+        *markdown_table(["side", "images/s, median (min-max)", "times as fast as timm (min-max)"], rows),
+    ]
     busy = content["others_cores"]
     # each side needs a core for itself
     if busy is not None and busy > content["machine"]["cores"] - 1 + ACCEPTED_OTHERS:
         lines += ["", f"**Not valid as a comparison**: other programs kept {busy:.1f} cores busy meanwhile."]
     else:
         ours = [(side, ratios[side]["ratio"]) for side in SIDES_ON_A_CORE if side != "timm"]
-        lines += goals.verdict(f"{goals.DATA_TIMES_AS_FAST} times timm on a core", ours, goals.DATA_TIMES_AS_FAST)
+        lines += verdict(f"{DATA_TIMES_AS_FAST} times timm on a core", ours, DATA_TIMES_AS_FAST)
     return "\n".join(lines)
-
-
-def _software(sides: dict[str, Times]) -> dict[str, str]:
-    return {name: version for times in sides.values() for name, version in times.ready.facts.items()}
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

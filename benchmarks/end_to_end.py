@@ -11,23 +11,24 @@ that what was read ahead flatters nobody.
 
 import argparse
 import os
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.command import (
-    add_seconds,
+    add_model_flags,
+    add_rounds_flags,
     pick_device,
     require_pipeline,
+    say,
     until,
-    variant_name,
     workers_environment,
     writable_json,
 )
-from benchmarks.end_to_end_report import as_json, as_markdown, notes, table_lines
-from benchmarks.result import write_json
+from benchmarks.result import about, side_as_json, told_facts, write_json
 from benchmarks.rounds import GPU_PATIENCE, Measured, SidesDisagree, Times, not_failed, require_agreement, take_turns
+from benchmarks.table import fed_lines, fed_notes
 from benchmarks.task import (
     FLAX_FED,
     FLAX_STEPS,
@@ -42,8 +43,6 @@ from benchmarks.task import (
 from benchmarks.worker import PATIENCE
 from convert.command_line import Parser, at_least_one, leave, run
 
-__all__ = ["as_markdown", "main"]  # the first for `benchmarks.table`
-
 _DIFFERENT = 256  # photographs
 
 
@@ -55,10 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.end_to_end",
         description="Time training with its input pipeline, JPEG files to updated weights: Flax against timm.",
     )
-    parser.add_argument("--variants", nargs="+", type=variant_name, default=["ti"], metavar="NAME", help="default: ti")
-    parser.add_argument("--batch-size", type=at_least_one, default=8, metavar="N", help="default: 8")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
-    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu where torch and jax can use one")
+    add_model_flags(parser)
     parser.add_argument(
         "--augment-on",
         nargs="+",
@@ -78,9 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--images", type=at_least_one, default=20_000, metavar="N", help="JPEG files in an epoch; default: 20000"
     )
-    parser.add_argument("--repeats", type=at_least_one, default=5, metavar="N", help="rounds; default: 5")
-    add_seconds(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
+    add_rounds_flags(parser, repeats=5, rounds="rounds")
     args = parser.parse_args(argv)
     if args.images < args.batch_size:
         parser.error(f"--images {args.images} do not fill a batch of {args.batch_size}")
@@ -114,19 +108,19 @@ def _run(args: argparse.Namespace, device: str) -> int:
                 weights=str(weights),
             )
             task = EndToEndTask(step=step, flax=args.flax_step, timm=args.timm_step, folder=name, workers=args.workers)
-            _say(f"CrossViT {variant}, end to end, {args.dtype}, {device}")
+            say(f"CrossViT {variant}, end to end, {args.dtype}, {device}")
             fed = [side for side, place in FLAX_FED.items() if place in args.augment_on]
             sides = [task.flax, *fed, task.timm, TIMM_FED]
             times = measure(task, sides, rounds=args.repeats, until=end, environment=environment)
             results.append((task, times))
             # after each variant, so that an interruption costs one
             content = as_json(results, images=args.images)
-            lines = table_lines(content)
+            lines = fed_lines(content)
             print("\n".join(lines[printed:]), flush=True)
             printed = len(lines)
             if args.json:
                 write_json(args.json, content)
-    for line in notes(content):
+    for line in fed_notes(content):
         print(line)
     return 1 if any(times.failure for _, sides in results for times in sides.values()) else 0
 
@@ -165,7 +159,7 @@ def measure(
         together=on_gpu,
         patience=GPU_PATIENCE if on_gpu else PATIENCE,
         environment=environment,
-        say=_say,
+        say=say,
     )
     return times
 
@@ -184,8 +178,32 @@ def require_comparable(task: EndToEndTask, sides: Mapping[str, Times]) -> None:
             raise SidesDisagree(f"{side}: {problem}: nothing is timed")
 
 
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+def as_json(results: Sequence[tuple[EndToEndTask, Mapping[str, Times]]], *, images: int) -> dict[str, Any]:
+    """Everything measured, with every round, in plain types."""
+    facts = told_facts(times for _, sides in results for times in sides.values())
+    return about("end_to_end", facts) | {
+        "images": images,
+        "workers": results[0][0].workers,
+        "results": [_result(task, sides) for task, sides in results],
+    }
+
+
+def _result(task: EndToEndTask, sides: Mapping[str, Times]) -> dict[str, Any]:
+    measured = Measured(task.step, task.timm, dict(sides))
+    return {
+        "variant": task.step.variant,
+        "batch_size": task.step.batch_size,
+        "dtype": task.step.dtype,
+        "device": task.step.device,
+        "steps_per_call": task.steps,
+        "step_alone": {side: task.flax if side.startswith("flax") else task.timm for side in sides},
+        "others_cores": measured.others,
+        "disturbed": measured.disturbed,
+        "sides": {
+            side: side_as_json(times, task.steps * task.step.batch_size) | {"difference": times.difference}
+            for side, times in sides.items()
+        },
+    }
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks.command import require_onnx, variant_name
+from benchmarks.result import markdown_table
 from convert.command_line import Parser, leave, run
 from convert.files import write_bytes
 from convert.tree import flatten
@@ -64,8 +65,7 @@ def table(model: CrossViT) -> str:
     from convert.export.onnx_int8 import quantize_dynamic
 
     weights = Weights(config=model.config, tensors=flatten(model))
-    rows = [["ONNX Runtime", *LEVELS, "its own kinds, at all"]]
-    rows.append(["---"] * len(rows[0]))
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         exported, int8 = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
         write_bytes(exported, onnx_graph(weights).SerializeToString())
@@ -74,11 +74,12 @@ def table(model: CrossViT) -> str:
             counts = [onnx_nodes(path, level) for level in LEVELS]
             own = {kind.split(".")[-1]: count for kind, count in counts[-1].items() if "." in kind}
             rows.append([name, *(f"{count.total():,}" for count in counts), _listed(own)])
-    rows += [[], [f"XLA, {jax.default_backend()}", "operations traced", "kernels", "of these"], ["---"] * 4]
+    lines, rows = markdown_table(["ONNX Runtime", *LEVELS, "its own kinds, at all"], rows), []
     for batch in (1, 8):
         traced, kinds = xla_kernels(model, batch)
         rows.append([f"batch {batch}", f"{traced:,}", f"{kinds.total():,}", _listed(kinds)])
-    return "\n".join(f"| {' | '.join(row)} |" if row else "" for row in rows)
+    titles = [f"XLA, {jax.default_backend()}", "operations traced", "kernels", "of these"]
+    return "\n".join([*lines, "", *markdown_table(titles, rows)])
 
 
 def _listed(kinds: dict[str, int]) -> str:

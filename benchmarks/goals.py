@@ -1,7 +1,9 @@
 """The goals, and the lines under tables that say where they are reached and where they are missed."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from benchmarks.result import Result, best, counts, name_of, peak_bytes, rounds, share_of_peak, times_as_fast
+from benchmarks.task import FLAX_FED, TIMM_FED
 
 TIMES_AS_FAST = {"cpu": 1.0, "gpu": 1.25}  # as the best of timm: models and training steps
 # On GPUs, in bfloat16:
@@ -13,7 +15,58 @@ FED_TIMES_AS_FAST = 4.0  # as timm's step with timm's loader; of variant ti
 DATA_TIMES_AS_FAST = 3.0  # as timm's transform, on a core
 
 
-def on_gpu(result: Mapping[str, Any]) -> bool:
+def model_verdicts(benchmark: str, results: Sequence[Result]) -> list[str]:
+    """Where the fastest side of Flax reaches the goals of models and training steps, and where it does not."""
+    beside_timm = [
+        (result, best(result, "flax"), best(result, "timm"))
+        for result in results
+        if counts(result) and best(result, "flax") and best(result, "timm")
+    ]
+    lines = []
+    for device, times in TIMES_AS_FAST.items():
+        ratios = [
+            (name_of(result), times_as_fast(rounds(result)[ours], rounds(result)[theirs])["ratio"])
+            for result, ours, theirs in beside_timm
+            if result["device"] == device
+        ]
+        lines += verdict(f"{times} times timm's best", ratios, times)
+    shares = [
+        (name_of(result), share)
+        for result in results
+        if _on_gpu(result) and result["variant"] == "b" and not result["disturbed"]
+        if (share := share_of_peak(result, best(result, "flax"))) is not None
+    ]
+    least = PEAK_SHARE[benchmark]
+    lines += verdict(f"{least:.0%} of the matmul peak", shares, least, as_text=".1%")
+    if benchmark == "training":
+        memory = [
+            (name_of(result), peak_bytes(result, ours) / peak_bytes(result, theirs))
+            for result, ours, theirs in beside_timm
+            if _on_gpu(result) and peak_bytes(result, ours) and peak_bytes(result, theirs)
+        ]
+        lines += verdict("the peak memory of timm's best at most", memory, PEAK_MEMORY, at_most=True)
+    return lines
+
+
+def fed_verdicts(results: Sequence[Result]) -> list[str]:
+    """Where the faster of Flax's pipelines reaches the goals of the end-to-end benchmark, and where it does not."""
+    shares, ratios = [], []
+    for result in filter(_on_gpu, results):
+        timed, fed = rounds(result), best(result, tuple(FLAX_FED))
+        if fed is None or result["disturbed"]:
+            continue
+        name, alone = f"{result['variant']} at batch {result['batch_size']}", result["step_alone"][fed]
+        if result["variant"] in ("s", "b") and alone in timed:
+            shares.append((name, times_as_fast(timed[fed], timed[alone])["ratio"]))
+        if result["variant"] == "ti" and TIMM_FED in timed:
+            ratios.append((name, times_as_fast(timed[fed], timed[TIMM_FED])["ratio"]))
+    return [
+        *verdict(f"{FED_SHARE:.0%} of the step alone", shares, FED_SHARE, as_text=".1%"),
+        *verdict(f"{FED_TIMES_AS_FAST} times timm's loader", ratios, FED_TIMES_AS_FAST),
+    ]
+
+
+def _on_gpu(result: Result) -> bool:
     """Whether a result of a JSON file is one that the goals for GPUs are for."""
     return result["device"] == "gpu" and result["dtype"] == "bfloat16"
 

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import crossvit_torch
+from benchmarks.result import markdown_table
 from convert.command_line import Parser
 from crossvit_jax import CrossViT
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
@@ -79,7 +80,7 @@ def multiply_adds(config: CrossViTConfig) -> int:
 
 def table() -> str:
     """The Markdown table."""
-    rows = [_HEADER, ["---"] * len(_HEADER)]
+    rows = []
     for name, config in VARIANTS.items():
         paper_parameters, paper_macs, paper_top1 = _PAPER[name]
         height, width = config.image_size
@@ -96,7 +97,7 @@ def table() -> str:
                 f"{_TIMM_TOP1[name]:.2f} %",
             ]
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join(markdown_table(_HEADER, rows))
 
 
 def main() -> int:

@@ -1,12 +1,11 @@
 """The ratios as a picture: how fast Flax is beside the best of timm, for each benchmark, variant and batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmarks.goals import TIMES_AS_FAST
-from benchmarks.machine import device_name
-from benchmarks.ratios import Result, best, counts, rounds, times_as_fast
+from benchmarks.result import Content, Result, best, counts, device_name, rounds, times_as_fast
 from train.pictures.figure import save_figure
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ _NEUTRAL = "#555555"
 _BETWEEN_SIDES = 0.3  # of the distance between results
 
 
-def draw_ratios(contents: Sequence[Mapping[str, Any]], path: Path) -> None:
+def draw_ratios(contents: Sequence[Content], path: Path) -> None:
     """Draw a panel for each benchmark and machine, with the range of the rounds' ratios as whiskers, and the goal.
 
     Args:

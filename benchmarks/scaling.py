@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import variant_name, writable_json
-from benchmarks.machine import about, where
-from benchmarks.result import write_json
+from benchmarks.result import Content, about, markdown_table, where, write_json
 from convert.command_line import Parser, at_least_one, leave, run
 from convert.errors import SettingsError
 from train.cost.figures import Figures, compile_step
@@ -55,10 +54,10 @@ CHIPS = {
     "TPU v5": Chip(459e12, 8 * 2 * 128**2, 600e9, 3),
 }
 _SLICES = ["v5e:1x1", "v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16"]
-_HEAD = """\
-| slice | devices | batch | memory per device | compute, ms | sent per device | communication, ms | step, ms | \
-images/s, at least | efficiency |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+_TITLES = (
+    *("slice", "devices", "batch", "memory per device", "compute, ms", "sent per device", "communication, ms"),
+    *("step, ms", "images/s, at least", "efficiency"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,7 +87,7 @@ def _run(args: argparse.Namespace) -> int:
         if devices[0].device_kind not in CHIPS:
             raise SettingsError(f"--topology {topology}: no published figures of {devices[0].device_kind} here")
     results: list[dict[str, Any]] = []
-    print(_HEAD, flush=True)
+    print("\n".join(markdown_table(_TITLES, [])), flush=True)
     for topology, devices in sizes.items():
         config = dataclasses.replace(
             RECIPES["imagenet"], variant=args.variant, batch_size=args.batch_size * len(devices)
@@ -99,7 +98,7 @@ def _run(args: argparse.Namespace) -> int:
             print(f"python -m benchmarks.scaling: error: {topology}: {problem}", file=sys.stderr)
             return 1
         results.append(estimate(figures))
-        print(_row(results[-1], results[0]), flush=True)
+        print(_table(results)[-1], flush=True)
         if args.json:
             write_json(args.json, as_json(results))
     return 0
@@ -131,20 +130,24 @@ def as_json(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return about("scaling") | {"method": __doc__, "chips": chips, "results": list(results)}
 
 
-def as_markdown(content: Mapping[str, Any]) -> str:
+def as_markdown(content: Content) -> str:
     """A line on what was compiled where, and a table with a row per slice."""
     results = content["results"]
     first = results[0]
     title = f"CrossViT {first['variant']}, {first['dtype']}, estimated from programs compiled on {where(content)}"
-    return "\n".join([title, "", _HEAD, *(_row(result, first) for result in results)])
+    return "\n".join([title, "", *_table(results)])
 
 
-def _row(result: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+def _table(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    return markdown_table(_TITLES, [_cells(result, results[0]) for result in results])
+
+
+def _cells(result: Mapping[str, Any], first: Mapping[str, Any]) -> list[str]:
     from train.devices.memory import format_bytes
 
     shortest = max(result["compute_s"], result["communication_s"])
     longest = result["compute_s"] + result["communication_s"]
-    cells = [
+    return [
         result["slice"],
         str(result["devices"]),
         str(result["batch_size"]),
@@ -156,7 +159,6 @@ def _row(result: Mapping[str, Any], first: Mapping[str, Any]) -> str:
         f"{result['batch_size'] / longest:,.0f}",
         f"{first['compute_s'] / longest:.0%}",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

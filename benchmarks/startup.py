@@ -3,19 +3,15 @@
 import argparse
 import dataclasses
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.command import variant_name, writable_json
-from benchmarks.machine import about, where
-from benchmarks.ratios import spread
-from benchmarks.result import write_json
+from benchmarks.command import say, variant_name, writable_json
+from benchmarks.result import Content, about, in_words, markdown_table, spread, times_as_fast, where, write_json
 from benchmarks.worker import SideFailed
 from convert.command_line import Parser, at_least_one, at_least_zero, leave, run
 from convert.errors import SettingsError
@@ -69,7 +65,7 @@ def _run(args: argparse.Namespace) -> int:
             cached = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled-{number}"}
             for start, seconds in starts.items():
                 seconds.append(_seconds(flags, f"{folder}/{number}-{start}", cached))
-            print(f"pair {number} of {args.repeats} done", file=sys.stderr, flush=True)
+            say(f"pair {number} of {args.repeats} done")
     content = about("startup") | {"flags": flags} | starts
     print(as_markdown(content))
     if args.json:
@@ -77,25 +73,24 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def as_markdown(content: Mapping[str, Any]) -> str:
+def as_markdown(content: Content) -> str:
     """A line on what was started where, a table, and whether the goal is reached."""
     # files older than --repeats have one number each
     first, second = (
         told if isinstance(told, list) else [told] for told in (content["first_start_s"], content["second_start_s"])
     )
-    share = statistics.median(second) / statistics.median(first)
-    shares = [b / a for a, b in zip(first, second, strict=True)]
+    share = times_as_fast(first, second)  # seconds of the second start for one of the first
+    rows = [
+        ["first", in_words(spread(first), ".1f"), "1"],
+        ["second", in_words(spread(second), ".1f"), in_words(share)],
+    ]
     return "\n".join(
         [
             f"`python -m train.main {' '.join(content['flags'])}`, to the end of the first step; {where(content)}",
             "",
-            "| start | seconds, median (min-max) | share of the first (min-max) |",
-            "| --- | --- | --- |",
-            "| first | {median:.1f} ({min:.1f}-{max:.1f}) | 1 |".format(**spread(first)),
-            "| second | {median:.1f} ({min:.1f}-{max:.1f}) |".format(**spread(second))
-            + f" {share:.2f} ({min(shares):.2f}-{max(shares):.2f}) |",
+            *markdown_table(["start", "seconds, median (min-max)", "share of the first (min-max)"], rows),
             "",
-            f"The goal, at most {GOAL:.2f} of the first start, is {'reached' if share <= GOAL else 'missed'}.",
+            f"The goal, at most {GOAL:.2f} of the first start, is {'reached' if share['ratio'] <= GOAL else 'missed'}.",
         ]
     )
 

@@ -1,4 +1,4 @@
-"""How the benchmark commands end: rows as they come, one line for what went wrong, statuses as documented."""
+"""The benchmark commands: what they refuse, how they end, rows as they come, and a whole small run."""
 
 import json
 import os
@@ -15,6 +15,8 @@ from benchmarks.rounds import Measured, SidesDisagree, Times
 from benchmarks.worker import Ready, Round, SideFailed
 from convert.command_line import run
 from convert.errors import ConversionError
+from tests.benchmarks.brief import BriefTask
+from tests.train.runner import QUICK_COMPILATION
 
 
 @pytest.mark.parametrize(
@@ -58,6 +60,25 @@ sys.exit(run("x", command, failure=1))
         _, error = process.communicate(timeout=30)
     assert (process.returncode, error) == (143, "x: terminated\n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "flags", "says"),
+    [
+        ("inference", "--batch-size 0", "--batch-size"),
+        ("inference", "--variant resnet", "unknown CrossViT variant"),
+        ("inference", "--find-largest-batch --device cpu", "--find-largest-batch needs a GPU"),
+        ("inference", "--sides flax flax --device cpu", "twice"),
+        ("inference", "--json /no/such/folder/x.json --device cpu", "existing folder"),
+        ("inference", "--repeat 3", "unrecognized arguments"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_status_2(benchmark, flags, says, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(benchmark, flags.split())
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -127,3 +148,31 @@ def test_a_failed_side_of_timms_is_a_row_a_note_and_status_1(measured, capsys):
     out = capsys.readouterr().out
     assert "failed: out of memory" in out and "Not beside timm at its best" in out
     assert "The goal" not in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("benchmark", "batch_size"), [("inference", 2), ("training", 2), pytest.param("training", 1, id="training-unmixed")]
+)
+def test_a_small_run(benchmark, batch_size, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", QUICK_COMPILATION)
+    monkeypatch.setattr("benchmarks.command.Task", BriefTask)
+    path = tmp_path / "result.json"
+    flags = f"--variant ti --batch-size {batch_size} --repeats 1 --device cpu --sides flax timm --json"
+    assert main(benchmark, [*flags.split(), str(path)]) == 0
+    written = json.loads(path.read_text())
+    (result,) = written["results"]
+    assert written["benchmark"] == benchmark and written["machine"]["cores"] >= 1
+    assert {"jax", "torch", "timm"} <= written["software"].keys()
+    assert (result["variant"], result["batch_size"], result["dtype"]) == ("ti", batch_size, "float32")
+    assert result["flops_per_call"] > 2e9 * batch_size and result["peak_flops"] > 0
+    for side in ("flax", "timm"):
+        times = result["sides"][side]
+        assert times["failure"] is None and times["difference"] < 1e-5
+        assert len(times["rounds_s_per_call"]) == 1
+        assert times["images_per_s"] == pytest.approx(batch_size / times["median_s_per_call"])
+    assert result["times_as_fast_as_best_timm"]["flax"]["ratio"] > 0
+    rows = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| ti | {batch_size} | float32 |")
+    ]
+    assert len(rows) == 2

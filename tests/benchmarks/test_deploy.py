@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 
 from benchmarks import rounds as measure
-from benchmarks.deploy import main
-from benchmarks.deploy_forms import FLOAT_FILE, REFERENCE
-from benchmarks.deploy_measure import BATCHES, measure_forms
-from benchmarks.deploy_report import Deployed, as_json, as_markdown, failures
-from benchmarks.deploy_runs import Run, evenly, open_model, open_run, pair
+from benchmarks.deploy.__main__ import main
+from benchmarks.deploy.forms import FLOAT_FILE, REFERENCE, quantize_static
+from benchmarks.deploy.measure import BATCHES, measure_forms
+from benchmarks.deploy.result import Deployed, as_json
+from benchmarks.deploy.runs import Run, evenly, open_model, open_run, pair
+from benchmarks.table import deploy_markdown, failures
 from benchmarks.task import DeployTask, Form
 from benchmarks.worker import Ready, Round, SideFailed, load_program
 from convert import load_weights, save
@@ -174,7 +175,7 @@ def scripted(monkeypatch, tmp_path):
     """Measures `_FORMS` with sides that answer as told: added to the logits that are expected, or a failure."""
     rng = np.random.default_rng(0)
     expected = {False: rng.normal(size=(20, 3)).astype(np.float32), True: rng.normal(size=(20, 3)).astype(np.float32)}
-    monkeypatch.setattr("benchmarks.deploy_measure._logits", lambda weights, task: expected[weights])
+    monkeypatch.setattr("benchmarks.deploy.measure._logits", lambda weights, task: expected[weights])
 
     def measured(**answers):
         class Scripted(_HereWorker):
@@ -230,7 +231,7 @@ def _deployed(scripted, weights, pictures, right, **answers):
 def test_the_table_has_size_ratios_and_points(scripted, weights, pictures):
     result = _deployed(scripted, weights, pictures, {REFERENCE: 16, "half": 17, "int8": 14}, int8=0.05)
     content = json.loads(json.dumps(as_json([result])))
-    rows = {cells[1]: cells[2:-1] for cells in _cells(as_markdown(content))}
+    rows = {cells[1]: cells[2:-1] for cells in _cells(deploy_markdown(content))}
     assert rows[REFERENCE] == ["4.0", "", "500.00", "", "16.0", "", "80.00", "", "0.0e+00 of the largest logit"]
     assert rows["half"][:8] == ["2.0", "", "250.00", "2.00 (2.00-2.00)", "32.0", "2.00 (2.00-2.00)", "85.00", "+5.00"]
     assert rows["int8"][7] == "-10.00" and rows["int8"][8].endswith("of the logits' spread")
@@ -245,7 +246,7 @@ def test_the_ratio_is_that_of_the_printed_medians_whatever_a_file_says_of_it(scr
     torch, half = (content["results"][0]["forms"][name]["batches"]["1"] for name in (REFERENCE, "half"))
     torch |= {"rounds_s_per_call": [9.0, 9.0]}
     half |= {"rounds_s_per_call": [1.0, 5.0], "times_as_fast_as_torch": {"median": 7.0, "min": 7.0, "max": 7.0}}
-    rows = {cells[1]: cells[2:-1] for cells in _cells(as_markdown(content))}
+    rows = {cells[1]: cells[2:-1] for cells in _cells(deploy_markdown(content))}
     assert rows["half"][3] == "3.00 (1.80-9.00)"
 
 
@@ -260,9 +261,9 @@ def test_sizes_are_shares_of_the_float_onnx_file(scripted, weights, pictures):
 def test_a_failure_is_a_row_and_told_below(scripted, weights, pictures):
     result = _deployed(scripted, weights, pictures, {REFERENCE: 16}, half=SideFailed("no such | operator"))
     content = as_json([result])
-    rows = {cells[1]: cells[2:-1] for cells in _cells(as_markdown(content))}
+    rows = {cells[1]: cells[2:-1] for cells in _cells(deploy_markdown(content))}
     assert rows["half"] == ["2.0", "", "failed", "", "failed", "", "", "", ""]
-    assert "half at batch 8: no such | operator" in as_markdown(content)
+    assert "half at batch 8: no such | operator" in deploy_markdown(content)
     assert len(failures(content["results"][0])) == 2
 
 
@@ -278,11 +279,8 @@ def test_a_small_run_of_a_model_and_its_qat_run(tmp_path, pictures, weights, her
     for package in ("onnx", "onnxruntime", "onnxscript", "qwix"):
         pytest.importorskip(package)
     calibration = []
-    from benchmarks import deploy_forms
-
-    quantize_static = deploy_forms.quantize_static
     monkeypatch.setattr(
-        deploy_forms, "quantize_static", lambda *args: (calibration.append(args[2]), quantize_static(*args))
+        "benchmarks.deploy.forms.quantize_static", lambda *args: (calibration.append(args[2]), quantize_static(*args))
     )
     run = _run_folder(tmp_path / "run", weights, dataset=pictures)
     qat = _run_folder(tmp_path / "qat", weights, dataset=pictures, qat="int8")
@@ -318,7 +316,7 @@ def test_a_small_run_of_a_model_and_its_qat_run(tmp_path, pictures, weights, her
 
 def test_unreadable_images_are_named_and_not_counted(tmp_path, pictures, weights, here, capsys, monkeypatch):
     monkeypatch.setattr(
-        "benchmarks.deploy_forms.float_forms", lambda weights, folder, *_: {REFERENCE: _saved(weights, folder)}
+        "benchmarks.deploy.forms.float_forms", lambda weights, folder, *_: {REFERENCE: _saved(weights, folder)}
     )
     broken = tmp_path / "pictures" / "val" / "b" / "1.png"
     broken.write_bytes(b"broken")
@@ -342,8 +340,8 @@ def test_sides_in_processes_of_their_own(tmp_path, pictures, weights, monkeypatc
         stablehlo = Form(runs_in="stablehlo", file=str(program), size=1, dtype="float32")
         return {REFERENCE: _saved(weights, folder), "StableHLO float32": stablehlo}
 
-    monkeypatch.setattr("benchmarks.deploy_forms.float_forms", forms)
-    monkeypatch.setattr("benchmarks.deploy_measure.DeployTask", BriefDeployTask)
+    monkeypatch.setattr("benchmarks.deploy.forms.float_forms", forms)
+    monkeypatch.setattr("benchmarks.deploy.measure.DeployTask", BriefDeployTask)
     file = tmp_path / "deploy.json"
     flags = ["--runs", str(weights), "--dataset", pictures, "--images", "5", "--repeats", "1", "--json", str(file)]
     assert main(flags) == 0

@@ -3,21 +3,19 @@
 import dataclasses
 import importlib.util
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
-from benchmarks import data, end_to_end, worker
-from benchmarks.end_to_end import as_markdown, main, require_comparable, write_photographs
-from benchmarks.end_to_end_report import as_json
+from benchmarks import data, end_to_end
+from benchmarks.end_to_end import as_json, main, require_comparable, write_photographs
 from benchmarks.rounds import SidesDisagree, Times
 from benchmarks.sides import fed
 from benchmarks.sides.fed import Delivered
+from benchmarks.table import fed_markdown
 from benchmarks.task import PHOTOGRAPH_CLASSES, EndToEndTask, Task
 from benchmarks.worker import Ready, Round
 from tests.command_line import refusal
@@ -133,28 +131,6 @@ def test_the_next_turn_begins_when_the_workers_rest(monkeypatch):
     assert list(worked) == [2.0]
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs Linux's /proc")
-def test_what_children_work_counts_as_the_sides_own():
-    before = worker.own_seconds()
-    child = multiprocessing.get_context("spawn").Process(target=_work)
-    child.start()
-    try:
-        end = time.monotonic() + 60
-        while worker.children_seconds() < 0.1 and time.monotonic() < end:
-            time.sleep(0.05)
-        assert worker.children_seconds() >= 0.1
-        assert worker.own_seconds() >= before + 0.1
-    finally:
-        child.kill()
-        child.join()
-    assert worker.children_seconds() == 0
-
-
-def _work():
-    while True:
-        pass
-
-
 # --- photographs and tables ---
 
 
@@ -169,7 +145,7 @@ def test_shares_are_of_the_sides_own_step_and_ratios_of_what_is_fed_alike():
     sides = {"flax": _times(1.0, 1.2, 1.1), "flax-device": _times(1.25, 1.5, 1.375)}
     sides |= {"timm": _times(2.2, 2.2, 2.2), "timm-loader": _times(5.5, 5.5, 5.5)}
     content = json.loads(json.dumps(as_json([(_task(), sides)], images=64)))
-    rows = {cells[4]: cells[5:-1] for cells in _rows(as_markdown(content))}
+    rows = {cells[4]: cells[5:-1] for cells in _rows(fed_markdown(content))}
     assert rows == {
         "flax": ["43.6 (40.0-48.0)", "", "2.00 (1.83-2.20)"],  # 12 steps of 4 images
         "flax-device": ["34.9 (32.0-38.4)", "80 % (80-80)", "4.00 (3.67-4.40)"],
@@ -183,7 +159,7 @@ def _verdicts(variant: str, *, device: str = "gpu", others: float = 0.0) -> list
     seconds = {"flax": 1.0, "flax-device": 1.25, "flax-host": 1.1, "timm": 2.0, "timm-loader": 4.5}
     step = dataclasses.replace(_task().step, variant=variant, device=device, dtype="bfloat16")
     sides = {side: _times(value, others=others) for side, value in seconds.items()}
-    table = as_markdown(as_json([(_task(step=step), sides)], images=64))
+    table = fed_markdown(as_json([(_task(step=step), sides)], images=64))
     return [line for line in table.splitlines() if line.startswith("The goal")]
 
 
@@ -206,7 +182,7 @@ def test_on_a_cpu_and_on_a_busy_machine_there_is_no_verdict():
 def test_a_side_that_failed_is_a_row_that_says_why():
     sides = {"flax": _times(1.0), "flax-device": _times(failure="no | grain")}
     sides |= {"timm": _times(2.0), "timm-loader": _times(3.0)}
-    rows = {cells[4]: cells[5:-1] for cells in _rows(as_markdown(as_json([(_task(), sides)], images=64)))}
+    rows = {cells[4]: cells[5:-1] for cells in _rows(fed_markdown(as_json([(_task(), sides)], images=64)))}
     assert rows["flax-device"] == ["failed: no / grain", "", ""]
     assert rows["flax"][2] == "2.00 (2.00-2.00)"
 
@@ -236,4 +212,4 @@ def test_a_small_run(tmp_path):
     (result,) = written["results"]
     assert list(result["sides"]) == ["flax", "flax-device", "timm", "timm-loader"]
     assert all(side["failure"] is None and len(side["rounds_s_per_call"]) == 1 for side in result["sides"].values())
-    assert len(_rows(done.stdout)) == 4 and done.stdout.strip() == as_markdown(written).strip()
+    assert len(_rows(done.stdout)) == 4 and done.stdout.strip() == fed_markdown(written).strip()

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import machine
+from benchmarks import result as json_result
 from benchmarks.plot import draw_ratios
-from benchmarks.ratios import best, counts, times_as_fast
-from benchmarks.result import as_json
+from benchmarks.result import about, as_json, best, counts, described, device_name, times_as_fast
 from benchmarks.rounds import Measured, Times
 from benchmarks.table import main, notes, table_lines
 from benchmarks.task import Task
@@ -207,7 +206,7 @@ def test_the_ratio_of_the_medians_lies_within_the_range_of_the_rounds():
 
 
 def test_a_file_tells_when_where_and_with_what_it_was_measured():
-    told = machine.about("training", {"jax": "of the side", "jax threads": "2"})
+    told = about("training", {"jax": "of the side", "jax threads": "2"})
     assert {"date", "commit", "machine"} <= told.keys()
     assert {"python", "jaxlib", "flax", "torch", "timm"} <= told["software"].keys()
     assert told["software"]["jax"] == "of the side"
@@ -215,20 +214,20 @@ def test_a_file_tells_when_where_and_with_what_it_was_measured():
 
 def test_a_gpus_name_memory_and_driver_and_cudas_libraries_are_told(monkeypatch):
     answer = "NVIDIA H100 80GB HBM3, 81559, 570.86.15"
-    monkeypatch.setattr(machine, "_told", lambda program, *_: answer if program == "nvidia-smi" else None)
-    told = machine.about("training")
+    monkeypatch.setattr(json_result, "_told", lambda program, *_: answer if program == "nvidia-smi" else None)
+    told = about("training")
     assert told["machine"]["gpus"] == [
         {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 81559 * 2**20, "driver": "570.86.15"}
     ]
-    assert machine.described(told).startswith("NVIDIA H100 80GB HBM3 (80 GiB, driver 570.86.15), ")
+    assert described(told).startswith("NVIDIA H100 80GB HBM3 (80 GiB, driver 570.86.15), ")
     assert told["commit"] is None
 
 
 def test_without_nvidia_smi_the_gpu_is_the_one_that_a_side_names(monkeypatch):
-    monkeypatch.setattr(machine, "_told", lambda *_: None)
-    told = machine.about("training", {"torch device": "NVIDIA H200", "jax device": "NVIDIA H200"})
-    assert machine.described(told).startswith("NVIDIA H200, ")
-    assert machine.device_name(told, "gpu") == "NVIDIA H200"
+    monkeypatch.setattr(json_result, "_told", lambda *_: None)
+    told = about("training", {"torch device": "NVIDIA H200", "jax device": "NVIDIA H200"})
+    assert described(told).startswith("NVIDIA H200, ")
+    assert device_name(told, "gpu") == "NVIDIA H200"
 
 
 # --- the command ---
@@ -258,7 +257,7 @@ def test_the_committed_results_print_their_tables(name, capsys):
 
 
 def test_a_startup_file_of_one_pair_and_one_of_several_print_alike(tmp_path, capsys):
-    old = machine.about("startup") | {"flags": ["--variant", "ti"], "first_start_s": 50.0, "second_start_s": 15.0}
+    old = about("startup") | {"flags": ["--variant", "ti"], "first_start_s": 50.0, "second_start_s": 15.0}
     new = old | {"first_start_s": [50.0, 60.0, 40.0], "second_start_s": [15.0, 15.0, 20.0]}
     main([_write(tmp_path / "old.json", old), _write(tmp_path / "new.json", new)])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| second")]

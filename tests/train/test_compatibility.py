@@ -1,8 +1,8 @@
 """What version 0.1.0 wrote is still read: runs go on, files load, exported files run.
 
-`written-by-0.1.0.tar.xz` was written at commit 99efbab with the variant `ti` shrunk as the fixture `small_variant` does.
-It has a digits run that was killed between two checkpoints, a run on the folder `pictures` that was stopped, what both
-log where nothing stops them, and one file of every format, all with the weights of the digits run at its end.
+`written-by-0.1.0.tar.xz` was written at commit 99efbab, the variant `ti` shrunk as by the fixture `small_variant`: a
+digits run that was killed between two checkpoints, a run on the folder `pictures` that was stopped, what both log where
+nothing stops them, and one file of every format, all with the weights of the digits run at its end.
 """
 
 import json

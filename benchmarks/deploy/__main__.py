@@ -5,18 +5,17 @@ form whose logits are further from those of its weights in float32 than converte
 """
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.command import require_onnx, writable_json
+from benchmarks.command import add_rounds_flags, require_onnx, say, writable_json
 from convert.command_line import Parser, at_least_one, leave, run
 
 if TYPE_CHECKING:
-    from benchmarks.deploy_report import Deployed
-    from benchmarks.deploy_runs import Model
+    from benchmarks.deploy.result import Deployed
+    from benchmarks.deploy.runs import Model
 
 _PROGRAM = "python -m benchmarks.deploy"
 
@@ -48,10 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--calibration-images", type=at_least_one, default=128, metavar="N", help="training images; default: 128"
     )
-    parser.add_argument(
-        "--repeats", type=at_least_one, default=10, metavar="N", help="rounds of about 1 s; default: 10"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
+    add_rounds_flags(parser)
     args = parser.parse_args(argv)
     writable_json(parser, args.json)
     return run(_PROGRAM, lambda: _run(args), failure=1)
@@ -60,44 +56,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     require_onnx()
     # late: wrong flags need not wait for the frameworks
-    from benchmarks.deploy_report import as_json, as_markdown, failures
-    from benchmarks.deploy_runs import open_model, open_run, pair
+    from benchmarks.deploy.result import as_json
+    from benchmarks.deploy.runs import open_model, open_run, pair
     from benchmarks.result import write_json
+    from benchmarks.table import deploy_markdown, failures
 
     runs = [open_run(source, dataset=args.dataset, data_dir=args.data_dir) for source in args.runs]
     models = [open_model(run, qat) for run, qat in pair(runs)]
     results = []
     for number, model in enumerate(models, 1):
-        _say(f"CrossViT {model.config.name} of {model.run.source}, {number} of {len(models)}")
+        say(f"CrossViT {model.config.name} of {model.run.source}, {number} of {len(models)}")
         with tempfile.TemporaryDirectory(prefix="crossvit-deploy-") as folder:
             results.append(_deploy(model, Path(folder), args))
         content = as_json(results)
         if args.json:  # after each model, so that an interruption costs one
             write_json(args.json, content)
-    print(as_markdown(content))
+    print(deploy_markdown(content))
     return 1 if any(failures(result) for result in content["results"]) else 0
 
 
 def _deploy(model: "Model", folder: Path, args: argparse.Namespace) -> "Deployed":
-    from benchmarks.deploy_forms import float_forms, qat_forms
-    from benchmarks.deploy_measure import measure_forms
-    from benchmarks.deploy_report import Deployed
-    from benchmarks.deploy_runs import evenly, read_images
+    from benchmarks.deploy.forms import float_forms, qat_forms
+    from benchmarks.deploy.measure import measure_forms
+    from benchmarks.deploy.result import Deployed
+    from benchmarks.deploy.runs import evenly, read_images
 
     sets = model.sets
-    _say("reading images")
+    say("reading images")
     indices = evenly(sets.train, args.calibration_images)
-    calibration, _ = read_images(sets.train, indices, model.config, folder / "calibration.npy", _say)
+    calibration, _ = read_images(sets.train, indices, model.config, folder / "calibration.npy", say)
     indices = evenly(sets.held_out, args.images)
-    images, labels = read_images(sets.held_out, indices, model.config, folder / "images.npy", _say)
+    images, labels = read_images(sets.held_out, indices, model.config, folder / "images.npy", say)
 
     channels_first = calibration.transpose(0, 3, 1, 2)
-    forms = float_forms(model.run.weights, folder, channels_first, _say)
+    forms = float_forms(model.run.weights, folder, channels_first, say)
     weights = {False: model.run.weights}
     if model.qat is not None:
-        forms |= qat_forms(model.qat.weights, folder, channels_first, _say)
+        forms |= qat_forms(model.qat.weights, folder, channels_first, say)
         weights[True] = model.qat.weights
-    measured, logits = measure_forms(forms, weights, folder / "images.npy", len(images), rounds=args.repeats, say=_say)
+    measured, logits = measure_forms(forms, weights, folder / "images.npy", len(images), rounds=args.repeats, say=say)
     labels = model.classes[labels]
     return Deployed(
         model=model,
@@ -108,10 +105,6 @@ def _deploy(model: "Model", folder: Path, args: argparse.Namespace) -> "Deployed
         unreadable=len(indices) - len(images),
         calibrated_on=len(calibration),
     )
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
