@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -75,7 +76,7 @@ def _images():
 def test_files_of_weights_load(written, small_variant, file, bound):
     expected = np.load(written / "files" / "logits.npy")
     with jax.default_matmul_precision("highest"):
-        logits = load_flax(written / "files" / file, image_size=24, image_scale=(1.0, 2 / 3))(_images())
+        logits = load_flax(written / "files" / file, image_size=24, image_scale=(1.0, 2 / 3))(jnp.asarray(_images()))
     np.testing.assert_allclose(logits, expected, atol=bound * np.abs(expected).max())
 
 

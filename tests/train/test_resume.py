@@ -93,7 +93,7 @@ def test_a_checkpoint_has_settings_versions_metrics_and_the_best_score(uninterru
     assert {"jax", "flax", "optax", "python"} <= set(progress["run"]["versions"])
     lines = read_metrics(uninterrupted)
     before = [line for line in lines if "eval/ema_top1" in line][:-1]  # it is written before the evaluation
-    assert progress["best"]["top1"] == max(line["eval/ema_top1"] for line in before)
+    assert progress["best"]["value"] == max(line["eval/ema_top1"] for line in before)
     window = [line for line in lines if line["epoch"] == _EPOCHS and "train/loss" in line]
     assert progress["meter"]["epoch"]["steps"] == _STEPS_PER_EPOCH
     assert progress["meter"]["window"]["loss"] == pytest.approx(window[-1]["train/loss"])

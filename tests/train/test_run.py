@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file
 
 from convert import load_flax
 from convert.__main__ import main as convert_main
+from convert.errors import SettingsError
 from convert.metadata import understand
 from train.data.datasets import open_digits
 from train.evaluate import main as evaluate
@@ -170,6 +172,44 @@ def test_fine_tuning_takes_the_weights_a_new_head_and_a_new_size_and_says_so(run
     status, out, error, _ = run(*data, f"--init={timm_checkpoint}", "--variant=s", name="other")
     assert status == 2
     assert "holds ti, not the variant s" in error
+
+
+def test_a_run_without_a_checkpoint_starts_as_a_new_one_does_and_one_with_draws_no_weights(
+    run, timm_checkpoint, monkeypatch
+):
+    flags = [f"--init={timm_checkpoint}", "--epochs=1", "--batch-size=240", "--log-every=2"]
+    status, out, error, folder = run(*flags)
+    assert status == 0, error
+    expected, logged = load_file(folder / "weights.safetensors"), (folder / "metrics.jsonl").read_text()
+
+    def none_is_drawn(*_):
+        raise AssertionError("a new state was made")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.optim.programs.lower_init", none_is_drawn)
+        assert main([f"--resume={folder}"]) == 0
+
+    shutil.rmtree(folder / "checkpoints")  # as if it had been killed before the first
+    status, again, error, _ = run(*(flag for flag in flags if "--init" not in flag))  # config.json names them, too
+    assert status == 0, error
+    assert "continued after step 0 of 5" in again
+    assert (folder / "metrics.jsonl").read_text() == logged
+    for name, tensor in load_file(folder / "weights.safetensors").items():
+        np.testing.assert_array_equal(tensor, expected[name])
+
+
+def test_what_is_going_to_happen_is_told_before_anything_is_compiled(run, small_variant, monkeypatch):
+    def fail(*_, **__):
+        raise SettingsError("stopped here")
+
+    monkeypatch.setattr("train.loop.Programs", fail)
+    status, out, error, folder = run(*_SHORT)
+    assert (status, error) == (2, "python -m train.main: error: stopped here\n")
+    model, data, where, last = out.splitlines()
+    assert model.startswith("CrossViT ti at 48 pixels, 10 classes, recipe digits, batch 240")
+    assert data.startswith("digits: 1438 training images, 359 held out")
+    assert (where, last) == (f"run folder {folder}", "compiling the training step …")
+    assert not folder.exists()  # nothing was written
 
 
 def test_the_head_is_kept_for_the_same_classes_and_replaced_for_others_of_the_same_number(
