@@ -16,12 +16,12 @@ from crossvit_jax.preprocess import UnreadableImage
 from train.config import TrainConfig
 from train.data.datasets import open_image_sets
 from train.data.sources import ImageSets, Source
-from train.evaluate import match_classes
 from train.images.transforms import eval_transform
 from train.inference.command import progress_bar
 from train.inference.model import load_classifier_weights
 from train.optim.quantize import require_qwix
 from train.run.folder import read_settings
+from train.tasks.classification import match_classes
 
 
 @dataclass(frozen=True)
