@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convert.command_line import Parser, at_least_zero, leave
+from convert.command_line import Parser, at_least_zero, leave, run
 from convert.errors import SettingsError
 from convert.files import FOLDER_PREFIX, home_path
 from train.config import TrainConfig, data_set
 from train.inference.command import (
+    SMALLER_BATCH,
     SOURCES,
     add_model_flags,
     load_model,
     progress_bar,
     reading_processes,
-    run,
     tell_notes,
 )
 
@@ -45,7 +45,7 @@ which
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the arguments say; returns the exit status."""
     args = _parser().parse_args(argv)
-    return run(_PROGRAM, lambda: _evaluate(args))
+    return run(_PROGRAM, lambda: _evaluate(args), remedy=SMALLER_BATCH)
 
 
 def _parser() -> Parser:

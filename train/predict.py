@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.command_line import Parser, at_least_one, leave
+from convert.command_line import Parser, at_least_one, leave, run
 from convert.files import home_path
 from train.inference.command import (
+    SMALLER_BATCH,
     SOURCES,
     add_model_flags,
     load_model,
     progress_bar,
     reading_processes,
-    run,
     tell_notes,
 )
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.attention and args.quantize:  # qwix quantises what a call of the model computes, and nothing else of it
         parser.error("--attention draws what weights as they are attend to: leave out --quantize")
-    return run(_PROGRAM, lambda: _predict(args))
+    return run(_PROGRAM, lambda: _predict(args), remedy=SMALLER_BATCH)
 
 
 def _parser() -> Parser:

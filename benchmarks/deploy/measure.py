@@ -10,7 +10,7 @@ from jaxtyping import Float32
 
 from benchmarks.rounds import Times, not_failed, take_turns
 from benchmarks.task import DeployTask, Form
-from convert.export.compare import compare
+from convert.export.compare import Comparison, compare
 from convert.export.onnx_graph import run_torch
 from convert.weights import Weights
 
@@ -26,23 +26,7 @@ class Measured:
 
     batch_size: int
     sides: dict[str, Times]
-    distances: dict[str, "Distance"] = field(default_factory=dict)  # of those that gave logits
-
-
-@dataclass(frozen=True)
-class Distance:
-    """How far the logits of a form are from those of its weights in float32."""
-
-    value: float
-    kind: str  # of what: the largest difference of the largest logit; the root mean square of the logits' spread
-    bound: float
-
-    @property
-    def passed(self) -> bool:
-        return self.value <= self.bound  # not so for NaN either
-
-    def __str__(self) -> str:
-        return f"{self.value:.1e} of the {self.kind}"
+    distances: dict[str, Comparison] = field(default_factory=dict)  # of those that gave logits
 
 
 def measure_forms(
@@ -92,17 +76,11 @@ def _compare(measured: Measured, forms: Mapping[str, Form], expected: Mapping[bo
     """Fills in the distances, and failures where they are too large."""
     for name, times in not_failed(measured.sides).items():
         got = times.ready.check
-        distance = distance_of(forms[name], expected[forms[name].qat][: len(got)], got)
+        distance = compare(got, expected[forms[name].qat][: len(got)], forms[name].dtype)
         measured.distances[name] = distance
         if not distance.passed:
-            times.failure = f"its logits are off by {distance}, the bound is {distance.bound:g}: not timed"
-
-
-def distance_of(form: Form, expected: Logits, got: Logits) -> Distance:
-    """By the measure and bound that the converters have for this dtype."""
-    comparison = compare(got, expected, form.dtype)
-    kind = {"spread": "logits' spread", "largest": "largest logit"}[comparison.of]
-    return Distance(comparison.value, kind, comparison.bound)
+            off = f"{distance.value:.1e} of the {distance.kind}"
+            times.failure = f"its logits are off by {off}, the bound is {distance.bound:g}: not timed"
 
 
 def _logits(weights: Weights, task: DeployTask) -> Logits:

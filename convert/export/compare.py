@@ -41,6 +41,11 @@ class Comparison:
         return getattr(self, self.of)
 
     @property
+    def kind(self) -> str:
+        """Of what that is a share."""
+        return {"largest": "largest logit", "spread": "logits' spread"}[self.of]
+
+    @property
     def passed(self) -> bool:
         return self.value <= self.bound  # not so for NaN either
 

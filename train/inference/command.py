@@ -1,12 +1,11 @@
-"""What the commands `train.evaluate` and `train.predict` share: the model, a progress bar, how they end."""
+"""What the commands `train.evaluate` and `train.predict` share: the model, a progress bar, notes."""
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from convert import command_line
 from convert.command_line import Parser, at_least_one, image_size, share
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 SOURCES = """\
 SOURCE: hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub), a .safetensors, .pth or .bin file with timm's,
 IBM's or Flax's names, an Orbax folder, or the folder of a training run"""
-
+SMALLER_BATCH = "choose a smaller --batch-size"  # what helps against too little memory
 
 _IMAGES_PER_PROCESS = 1000  # a process takes seconds to start, which fewer images do not take themselves
 
@@ -66,11 +65,6 @@ def load_model(args: argparse.Namespace) -> "Classifier":
         precision=args.precision,
         quantize=args.quantize,
     )
-
-
-def run(prog: str, command: Callable[[], int]) -> int:
-    """The exit status of a command that computes batches: as `convert.command_line.run` has it."""
-    return command_line.run(prog, command, remedy="choose a smaller --batch-size")
 
 
 def tell_notes(prog: str, notes: Iterable[str]) -> None:

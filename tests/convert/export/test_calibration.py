@@ -39,9 +39,7 @@ def test_images_are_prepared_as_timm_does(folder, image_size, crop_pct):
     config = get_config("ti", image_size=image_size, image_scale=(1.0, 2 / 3), crop_pct=crop_pct)
     size = (3, *image_size)
     transform = create_transform(size, interpolation="bicubic", crop_pct=crop_pct)
-    expected = torch.stack(
-        [transform(Image.open(path)).permute(1, 2, 0) for path in sorted(folder.rglob("[0-9]*.PNG"))]
-    )
+    expected = torch.stack([transform(Image.open(path)) for path in sorted(folder.rglob("[0-9]*.PNG"))])
     images = calibration_images(str(folder), config, 5)
     assert images.dtype == np.float32 and images.flags.c_contiguous
     np.testing.assert_allclose(images, expected.permute(0, 2, 3, 1).numpy(), rtol=0, atol=1e-6)

@@ -26,7 +26,8 @@ RESIZE = ((32, 48), (48, 32))  # the shapes of the constant matrices
 @pytest.fixture(scope="session")
 def images():
     """Real ones, normalised; the first half to calibrate with, the others to compare on."""
-    return calibration_images("digits", create_model("ti", **SETTINGS).config, 128)
+    images = calibration_images("digits", create_model("ti", **SETTINGS).config, 128)
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
 @pytest.fixture(scope="session")

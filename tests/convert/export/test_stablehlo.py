@@ -19,7 +19,7 @@ from convert.models import flax_model
 from convert.verify import run_flax
 from crossvit_jax.preprocess import MEAN, STD
 
-DEPLOY = Path(__file__).parents[2] / "docs" / "deploy.md"
+DEPLOY = Path(__file__).parents[3] / "docs" / "deploy.md"
 
 # what a program must do without; jax itself may import anything else
 ABSENT = ("crossvit_jax", "crossvit_torch", "convert", "train", "benchmarks", "flax", "torch")

@@ -236,6 +236,6 @@ def test_features_of_a_model_without_a_head(small, images, tmp_path):
 
 def test_our_module_of_the_same_name_does_not_hide_the_library(small, tmp_path):
     command = [sys.executable, "-m", "convert", small, tmp_path / "model.pt", "--quantize", "int8"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, encoding="utf-8")
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, encoding="utf-8")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-2].startswith("written     ")

@@ -80,7 +80,7 @@ if __name__ == "__main__":
     work()
 """
 
-_ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
+_ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "JAX_PLATFORMS": "cpu"}
 
 
 def _is_running(pid: int) -> bool:
