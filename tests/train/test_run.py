@@ -178,7 +178,7 @@ def test_a_run_without_a_checkpoint_starts_as_a_new_one_does_and_one_with_draws_
     run, timm_checkpoint, monkeypatch
 ):
     flags = [f"--init={timm_checkpoint}", "--epochs=1", "--batch-size=240", "--log-every=2"]
-    status, out, error, folder = run(*flags)
+    status, _, error, folder = run(*flags)
     assert status == 0, error
     expected, logged = load_file(folder / "weights.safetensors"), (folder / "metrics.jsonl").read_text()
 
