@@ -190,6 +190,7 @@ def test_the_wheel_has_every_module(unpacked_wheel):
     assert shipped == {str(path.relative_to(_ROOT)) for path in _FILES.values()}
 
 
+@pytest.mark.slow
 def test_every_module_of_the_wheel_can_be_imported(unpacked_wheel):
     environment = os.environ | {
         "PYTHONPATH": str(unpacked_wheel),
