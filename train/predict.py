@@ -130,7 +130,7 @@ def classify(
         top_k: predictions per image; where there are fewer classes, all of them.
         pictures: folder in which to draw what the class tokens attend to.
 
-    Raises OSError if a picture cannot be written.
+    Raises NotWritten if a picture cannot be written.
     """
     import jax
     import numpy as np

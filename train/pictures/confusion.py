@@ -31,7 +31,7 @@ def draw_confusion(
     Args:
         path: of the PNG to write or replace.
 
-    Raises OSError if it cannot be written.
+    Raises NotWritten if it cannot be written.
     """
     draw = _draw_small if len(confusion) <= _MOST_NUMBERED else _draw_large
     figure = draw(confusion, [drawable(name, _LONGEST_NAME) for name in class_names])
