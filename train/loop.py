@@ -90,7 +90,7 @@ def train(job: Job) -> Result:
         # --- meanwhile the data; Grain and Orbax take long to import ---
         from train.run.checkpoints import Checkpoints
 
-        data = stack.enter_context(closing(_Data(job, start_step=newest_step)))
+        run = stack.enter_context(closing(_Run(job, folder, programs, interruption, step=newest_step, start=start)))
         memory, available = programs.memory, available_memory(mesh)
         check_fits(memory, available, config, mesh)
         _say(memory.describe(available))
@@ -99,8 +99,7 @@ def train(job: Job) -> Result:
         checkpoints = stack.enter_context(closing(Checkpoints(folder, description=job.described["model"], say=_say)))
         if is_main() and not job.resumed:
             write_config(folder, job.described)
-        run = _Run(job, folder, programs, data, checkpoints, interruption, start=start)
-        stack.enter_context(closing(run))
+        run.restore_or_begin(checkpoints)
 
         # --- epochs ---
         for epoch in run.epochs_left():
@@ -120,41 +119,57 @@ def train(job: Job) -> Result:
 
 
 class _Run:
-    """A run on its way: its state, and all that is told and kept of it. Close it after use."""
+    """A run on its way: its data and its state, and all that is told and kept of it. Close it after use."""
 
     def __init__(
-        self,
-        job: Job,
-        folder: Path,
-        programs: Programs,
-        data: "_Data",
-        checkpoints: "Checkpoints",
-        interruption: Interruption,
-        *,
-        start: float,
+        self, job: Job, folder: Path, programs: Programs, interruption: Interruption, *, step: int, start: float
     ):
-        self._job, self._folder, self._programs, self._data = job, folder, programs, data
-        self._checkpoints, self._interruption = checkpoints, interruption
+        """Begins to read the images that come after `step` steps."""
+        self._job, self._folder, self._programs, self._interruption = job, folder, programs, interruption
         self._choosing = choosing_metric(job.task)
         self._bad_train = BadImages(job.image_sets.train, _say)
         self._bad_held_out = BadImages(job.image_sets.held_out, _say)
         self._start, self._first_step_done, self._drawn = start, False, time.perf_counter()
+        self._step = step
+        self._open = ExitStack()
+        self._train = self._open_train()
         self.final: dict[str, float] = {}  # the last evaluation
-        self._restore_or_begin()
 
-    def _restore_or_begin(self) -> None:
+    def _open_train(self) -> Iterator[dict[str, Any]]:
+        from train.data.streams import open_train_stream
+
+        config, transform = self._job.config, self._job.task.transform(training=True)
+        images, mesh = self._job.image_sets.train, self._job.mesh
+        stream = open_train_stream(config, images, transform, mesh, start_step=self._step)
+        return self._open.enter_context(closing(stream))
+
+    @functools.cached_property
+    def _held_out(self) -> Iterator[dict[str, Any]]:
+        """The held-out images again and again, `job.eval_steps` batches each time; opened when it is first wanted."""
+        from train.data.streams import open_eval_stream
+
+        config, transform = self._job.config, self._job.task.transform(training=False)
+        images, mesh = self._job.image_sets.held_out, self._job.mesh
+        stream = open_eval_stream(config, images, transform, mesh, batch_size=self._job.eval_batch_size)
+        return self._open.enter_context(closing(stream))
+
+    def restore_or_begin(self, checkpoints: "Checkpoints") -> None:
         """The state of the newest checkpoint that is whole, or a new one."""
         job, config = self._job, self._job.config
-        restored = self._checkpoints.restore(self._programs.state)
-        if restored is None:
-            restored = self._programs.new_state(), RunState()
-        self.state, remembered = restored
-        self._step, self.best = remembered.step, remembered.best
-        self._checkpoints.best_step = self.best and self.best.step
-        self._data.go_to(self._step)  # elsewhere than it is where the newest checkpoint was damaged
+        self._checkpoints = checkpoints
+        restored = checkpoints.restore(self._programs.state)
+        self.state, remembered = restored or (self._programs.new_state(), RunState())
+        self.best = remembered.best
+        checkpoints.best_step = self.best and self.best.step
+        if remembered.step != self._step:  # the newest checkpoint was damaged
+            self._step = remembered.step
+            self._train.close()
+            self._train = self._open_train()
         if job.resumed:
             _say(f"continued after step {self._step} of {config.epochs * job.steps_per_epoch}")
-        self._log = _open_log(job, self._folder, position=remembered.log_bytes, step=self._step)
+        self._log = self._open.enter_context(
+            _open_log(job, self._folder, position=remembered.log_bytes, step=self._step)
+        )
         self._shown = Progress(
             job.task.metrics,
             self._choosing,
@@ -163,6 +178,7 @@ class _Run:
             done=self._step,
             silent=not is_main(),
         )
+        self._open.enter_context(closing(self._shown))
         self._meter = Meter(
             self._log,
             self._shown,
@@ -185,7 +201,7 @@ class _Run:
         job, programs = self._job, self._programs
         self._meter.begin(epoch)
         while self._step < epoch * job.steps_per_epoch:
-            batch = next(self._data.train)
+            batch = next(self._train)
             self._bad_train.add(batch.pop("bad_indices"))
             if programs.augment is not None:
                 batch["image"] = programs.augment(batch["image"], self._step)
@@ -205,7 +221,7 @@ class _Run:
         _say(f"the first step was done after {time.perf_counter() - self._start:.1f} s")
         self._first_step_done = True
         gc.enable()  # see train.main
-        self._data.open_held_out()  # not before: its workers would take the cores from what the first step waits for
+        _ = self._held_out  # not before: its workers would take the cores from what the first step waits for
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         """Evaluates the weights and their moving average on the held-out images, and writes it into the log."""
@@ -225,7 +241,7 @@ class _Run:
 
     def _scores(self, params: Any) -> Scores:
         scores = self._job.task.scores()
-        batches = itertools.islice(self._watched(self._data.held_out), self._job.eval_steps)
+        batches = itertools.islice(self._watched(self._held_out), self._job.eval_steps)
         for _, outputs in forward(lambda batch: self._programs.eval_step(params, batch), batches):
             scores.add(outputs)
         return scores
@@ -269,50 +285,7 @@ class _Run:
             )
 
     def close(self) -> None:
-        self._shown.close()
-        self._log.close()
-
-
-class _Data:
-    """The streams of a run; that of the held-out images is opened when it is first wanted. Close it after use."""
-
-    def __init__(self, job: Job, *, start_step: int):
-        self._job, self._start_step = job, start_step
-        self._stack = ExitStack()
-        self.train = self._open_train()
-
-    def go_to(self, step: int) -> None:
-        """Let the training images go on after `step` steps."""
-        if step != self._start_step:
-            self._start_step = step
-            self.train.close()
-            self.train = self._open_train()
-
-    def _open_train(self) -> Iterator[dict[str, Any]]:
-        from train.data.streams import open_train_stream
-
-        job = self._job
-        transform = job.task.transform(training=True)
-        stream = open_train_stream(job.config, job.image_sets.train, transform, job.mesh, start_step=self._start_step)
-        return self._stack.enter_context(closing(stream))
-
-    @functools.cached_property
-    def held_out(self) -> Iterator[dict[str, Any]]:
-        """Again and again, `job.eval_steps` batches each time."""
-        from train.data.streams import open_eval_stream
-
-        job = self._job
-        transform = job.task.transform(training=False)
-        images = job.image_sets.held_out
-        stream = open_eval_stream(job.config, images, transform, job.mesh, batch_size=job.eval_batch_size)
-        return self._stack.enter_context(closing(stream))
-
-    def open_held_out(self) -> None:
-        """Begin to read the held-out images."""
-        _ = self.held_out
-
-    def close(self) -> None:
-        self._stack.close()
+        self._open.close()
 
 
 def _check_bad(job: Job, bad_images: BadImages, count: int, *, held_out: bool = False) -> None:
