@@ -5,14 +5,13 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.result import as_json, write_json
-from benchmarks.rounds import Measured, largest_common_batch, measure
+from benchmarks.rounds import Measured, largest_common_batch, measure, say
 from benchmarks.table import notes, table_lines
 from benchmarks.task import SIDES, Task, default_sides
 from convert.command_line import Parser, at_least_one, run
@@ -137,7 +136,7 @@ def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
                 )
                 say(f"CrossViT {variant}, {benchmark}, {args.dtype}, {device}")
                 if args.find_largest_batch:
-                    batch_size = largest_common_batch(task, args.sides, environment=environment, say=say)
+                    batch_size = largest_common_batch(task, args.sides, environment)
                     task = dataclasses.replace(task, batch_size=batch_size)
                 measured = measure(
                     task,
@@ -146,7 +145,6 @@ def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
                     until=end,
                     keep=not args.find_largest_batch,
                     environment=environment,
-                    say=say,
                 )
                 # after each variant, so that an interruption costs one
                 results.append(measured)
@@ -160,11 +158,6 @@ def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
             if results:
                 print("\n".join(notes([content])), flush=True)
     return 1 if any(times.failure for measured in results for times in measured.sides.values()) else 0
-
-
-def say(message: str) -> None:
-    """Tells of progress, on stderr: tables are on stdout."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def workers_environment(device: str, folder: Path, *, one_at_a_time: bool) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.command import add_rounds_flags, require_pipeline, say, writable_json
+from benchmarks.command import add_rounds_flags, require_pipeline, writable_json
 from benchmarks.goals import DATA_TIMES_AS_FAST, verdict
 from benchmarks.result import (
     Content,
@@ -62,7 +62,7 @@ def _measure(task: DataTask, rounds: int) -> dict[str, Times]:
         _require(sides)
         compare({side: times.ready.check for side, times in sides.items()})
 
-    take_turns(task, sides, compare=compare_all, rounds=rounds, environment={}, say=say)
+    take_turns(task, sides, compare=compare_all, rounds=rounds, environment={})
     _require(sides)
     return sides
 

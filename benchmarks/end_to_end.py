@@ -21,13 +21,12 @@ from benchmarks.command import (
     add_rounds_flags,
     pick_device,
     require_pipeline,
-    say,
     until,
     workers_environment,
     writable_json,
 )
 from benchmarks.result import about, side_as_json, told_facts, write_json
-from benchmarks.rounds import GPU_PATIENCE, Measured, SidesDisagree, Times, not_failed, require_agreement, take_turns
+from benchmarks.rounds import Measured, SidesDisagree, Times, not_failed, require_agreement, say, take_turns
 from benchmarks.table import fed_lines, fed_notes
 from benchmarks.task import (
     FLAX_FED,
@@ -40,7 +39,6 @@ from benchmarks.task import (
     Task,
     usable_cores,
 )
-from benchmarks.worker import PATIENCE
 from convert.command_line import Parser, at_least_one, leave, run
 
 _DIFFERENT = 256  # photographs
@@ -111,7 +109,16 @@ def _run(args: argparse.Namespace, device: str) -> int:
             say(f"CrossViT {variant}, end to end, {args.dtype}, {device}")
             fed = [side for side, place in FLAX_FED.items() if place in args.augment_on]
             sides = [task.flax, *fed, task.timm, TIMM_FED]
-            times = measure(task, sides, rounds=args.repeats, until=end, environment=environment)
+            times = {side: Times() for side in sides}
+            take_turns(
+                task,
+                times,
+                compare=lambda task=task, times=times: require_comparable(task, times),
+                rounds=args.repeats,
+                until=end,
+                device=device,
+                environment=environment,
+            )
             results.append((task, times))
             # after each variant, so that an interruption costs one
             content = as_json(results, images=args.images)
@@ -142,26 +149,6 @@ def write_photographs(folder: Path, count: int) -> None:
         file = folder / "train" / f"class-{number % PHOTOGRAPH_CLASSES}" / f"{number}.jpg"
         file.hardlink_to(different / f"{number % len(samples)}.jpg")
     os.symlink("train", folder / "val")
-
-
-def measure(
-    task: EndToEndTask, sides: Sequence[str], *, rounds: int, until: float | None, environment: dict[str, str]
-) -> dict[str, Times]:
-    """Times the sides in turn, as `take_turns` does. Raises SidesDisagree as `require_comparable` does."""
-    times = {side: Times() for side in sides}
-    on_gpu = task.step.device == "gpu"
-    take_turns(
-        task,
-        times,
-        compare=lambda: require_comparable(task, times),
-        rounds=rounds,
-        until=until,
-        together=on_gpu,
-        patience=GPU_PATIENCE if on_gpu else PATIENCE,
-        environment=environment,
-        say=say,
-    )
-    return times
 
 
 def require_comparable(task: EndToEndTask, sides: Mapping[str, Times]) -> None:

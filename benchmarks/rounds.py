@@ -3,6 +3,7 @@
 import contextlib
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,11 @@ _NOTHING = 1e-3  # of the median norm; key biases have no gradient, and get what
 
 _LARGEST_BATCH = 4096  # no search goes further
 GPU_PATIENCE = 300.0  # see `Worker`: on a GPU all compile at once, and calls are short
+
+
+def say(message: str) -> None:
+    """Tells of progress, on stderr: tables are on stdout."""
+    print(message, file=sys.stderr, flush=True)
 
 
 class SidesDisagree(UserError):
@@ -77,11 +83,6 @@ class Measured:
     sides: dict[str, Times]
 
     @property
-    def timed(self) -> dict[str, Times]:
-        """The sides that did not fail."""
-        return not_failed(self.sides)
-
-    @property
     def others(self) -> float | None:
         """Cores that other programs kept busy: the median over all rounds. None where the system does not tell."""
         return cores_of_others(self.sides)
@@ -119,7 +120,6 @@ def measure(
     until: float | None = None,
     keep: bool,
     environment: dict[str, str],
-    say: Callable[[str], None],
 ) -> Measured:
     """Times the sides of a model or training step, see `take_turns`.
 
@@ -128,7 +128,6 @@ def measure(
     """
     reference = next((side for side in ("timm", "timm-compile") if side in sides), sides[0])
     measured = Measured(task, reference, {side: Times() for side in sides})
-    on_gpu = task.device == "gpu"
     take_turns(
         task,
         measured.sides,
@@ -136,10 +135,8 @@ def measure(
         rounds=rounds,
         until=until,
         keep=keep,
-        together=on_gpu and keep,
-        patience=GPU_PATIENCE if on_gpu else PATIENCE,
+        device=task.device,
         environment=environment,
-        say=say,
     )
     return measured
 
@@ -152,10 +149,8 @@ def take_turns(
     rounds: int,
     until: float | None = None,
     keep: bool = True,
-    together: bool = False,
-    patience: float = PATIENCE,
+    device: str = "cpu",
     environment: dict[str, str],
-    say: Callable[[str], None],
 ) -> None:
     """Times the sides in turn, A B C A B C …, never two at once.
 
@@ -168,11 +163,11 @@ def take_turns(
         until: by time.monotonic(): no round is begun that would end later, if it takes as long as the one before.
         keep: let each side's process live through all rounds; otherwise a turn starts one anew, so that only one holds
             memory on the device at a time.
-        together: load and compile all sides at once, for machines with many cores; they still warm up one by one.
-        patience: seconds that a side has for each answer; one that takes longer has failed.
+        device: beside a gpu are many cores, so that all kept sides load and compile at once; they still warm up one by
+            one.
         environment: for the processes.
-        say: is told about progress.
     """
+    patience = GPU_PATIENCE if device == "gpu" else PATIENCE
     with contextlib.ExitStack() as processes:
         workers: dict[str, Worker] = {}
 
@@ -184,7 +179,7 @@ def take_turns(
                 workers[side] = processes.enter_context(Worker(side, task, environment, patience=patience))
             return workers[side]
 
-        if together:
+        if device == "gpu" and keep:
             for started in [worker(side) for side in sides]:
                 with contextlib.suppress(SideFailed):  # noted below
                     _ = started.loaded
@@ -205,9 +200,7 @@ def take_turns(
             say(f"round {number} of {rounds} done")
 
 
-def largest_common_batch(
-    task: Task, sides: Sequence[str], *, environment: dict[str, str], say: Callable[[str], None]
-) -> int:
+def largest_common_batch(task: Task, sides: Sequence[str], environment: dict[str, str]) -> int:
     """The last of task.batch_size, twice that, … that every side can run, alone on the device.
 
     Compiled sides of timm are not tried, for each size would have to be compiled: timm's is that of eager.
@@ -219,7 +212,7 @@ def largest_common_batch(
     for side in dict.fromkeys("timm" if side.startswith("timm") else side for side in sides):
         start = time.perf_counter()
         try:
-            largest = largest_batch(side, task, environment, at_most=largest, patience=PATIENCE)
+            largest = largest_batch(side, task, environment, at_most=largest)
         except SideFailed as failure:
             smaller = "; start from a smaller --batch-size" if failure.out_of_memory else ""
             raise SideFailed(f"{side} at batch {task.batch_size}: {failure}{smaller}") from None
@@ -246,7 +239,7 @@ def require_agreement(measured: Measured) -> None:
     reference = measured.sides[measured.reference]
     if reference.failure:
         return
-    for side, times in measured.timed.items():
+    for side, times in not_failed(measured.sides).items():
         differences = {
             what: difference(what, times.ready.check[what], expected)
             for what, expected in reference.ready.check.items()

@@ -10,8 +10,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.command import say, variant_name, writable_json
+from benchmarks.command import variant_name, writable_json
 from benchmarks.result import Content, about, in_words, markdown_table, spread, times_as_fast, where, write_json
+from benchmarks.rounds import say
 from benchmarks.worker import SideFailed
 from convert.command_line import Parser, at_least_one, at_least_zero, leave, run
 from convert.errors import SettingsError

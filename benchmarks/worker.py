@@ -143,13 +143,13 @@ def load_program(task: Loadable, side: str) -> Program:
     return pkgutil.resolve_name(task.loader(side))(task, side)
 
 
-def largest_batch(side: str, task: Loadable, environment: dict[str, str], *, at_most: int, patience: float) -> int:
+def largest_batch(side: str, task: Loadable, environment: dict[str, str], *, at_most: int) -> int:
     """The last of task.batch_size, twice that, … that the side can run, alone on the device: all in one process.
 
     Raises SideFailed if it cannot run the task itself.
     """
     search = functools.partial(_search, at_most=at_most)
-    with Worker(side, task, environment, work=search, patience=patience) as worker:
+    with Worker(side, task, environment, work=search) as worker:
         return worker.loaded
 
 

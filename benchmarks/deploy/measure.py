@@ -1,14 +1,14 @@
 """The shipped forms of a model in turn: compared with their weights in float32 first, then timed."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
 
-from benchmarks.rounds import Times, not_failed, take_turns
+from benchmarks.rounds import Times, not_failed, say, take_turns
 from benchmarks.task import DeployTask, Form
 from convert.export.compare import Comparison, compare
 from convert.export.onnx_graph import run_torch
@@ -36,7 +36,6 @@ def measure_forms(
     count: int,
     *,
     rounds: int,
-    say: Callable[[str], None],
 ) -> tuple[list[Measured], dict[str, Logits]]:
     """Times all forms at each of `BATCHES`, once their logits are within the converters' bounds.
 
@@ -66,7 +65,6 @@ def measure_forms(
             compare=functools.partial(_compare, at, forms, expected),
             rounds=rounds,
             environment={"JAX_PLATFORMS": "cpu"},
-            say=say,
         )
     ready = {name: times.ready for name, times in measured[-1].sides.items() if times.ready is not None}
     return measured, {name: known.check for name, known in ready.items()}

@@ -2,13 +2,14 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, Int
 
+from benchmarks.rounds import say
 from convert.errors import SettingsError
 from convert.weights import Weights
 from crossvit_jax.config import CrossViTConfig
@@ -128,7 +129,7 @@ def evenly(source: Source, count: int) -> list[int]:
 
 
 def read_images(
-    source: Source, indices: Sequence[int], config: CrossViTConfig, file: Path, say: Callable[[str], None]
+    source: Source, indices: Sequence[int], config: CrossViTConfig, file: Path
 ) -> tuple[Float32[np.ndarray, "images height width 3"], Int[np.ndarray, " images"]]:
     """The images as evaluation sees them, and their labels.
 

@@ -189,7 +189,7 @@ def scripted(monkeypatch, tmp_path):
 
         monkeypatch.setattr(measure, "Worker", Scripted)
         weights = {False: False, True: True}
-        return measure_forms(_FORMS, weights, tmp_path / "x.npy", 20, rounds=2, say=lambda _: None)
+        return measure_forms(_FORMS, weights, tmp_path / "x.npy", 20, rounds=2)
 
     return measured
 

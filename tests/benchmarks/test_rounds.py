@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import rounds
 from benchmarks.result import as_json
-from benchmarks.rounds import Measured, SidesDisagree, Times
+from benchmarks.rounds import Measured, SidesDisagree, Times, not_failed
 from benchmarks.table import table_lines
 from benchmarks.task import SIDES, Task
 from benchmarks.worker import Ready, Round, SideFailed
@@ -73,7 +73,7 @@ def _steps(**changes) -> dict[str, np.ndarray]:
 
 def _measure(keep=True, **changes):
     sides = ["flax", "timm", "timm-compile"]
-    return rounds.measure(_task(**changes), sides, rounds=2, keep=keep, environment={}, say=lambda _: None)
+    return rounds.measure(_task(**changes), sides, rounds=2, keep=keep, environment={})
 
 
 def test_the_sides_take_turns(workers):
@@ -82,14 +82,13 @@ def test_the_sides_take_turns(workers):
 
 
 @pytest.mark.parametrize(("until", "count"), [(None, 4), (14.0, 4), (13.9, 3), (10.0, 2), (1.0, 1)])
-def test_no_round_is_begun_that_would_end_too_late_but_the_first(workers, monkeypatch, until, count):
+def test_no_round_is_begun_that_would_end_too_late_but_the_first(workers, monkeypatch, capsys, until, count):
     """Each of the three sides takes a second, and the first round begins after two."""
     monkeypatch.setattr(rounds.time, "monotonic", lambda: 2.0 + sum(entry in SIDES for entry in workers.log))
     sides = {side: Times() for side in ("flax", "timm", "timm-compile")}
-    told = []
-    rounds.take_turns(_task(), sides, compare=lambda: None, rounds=4, until=until, environment={}, say=told.append)
+    rounds.take_turns(_task(), sides, compare=lambda: None, rounds=4, until=until, environment={})
     assert [len(times.rounds) for times in sides.values()] == [count] * 3
-    assert ("no time for more" in told[-1]) == (count < 4)
+    assert ("no time for more" in capsys.readouterr().err) == (count < 4)
 
 
 def test_on_a_cpu_a_side_is_warm_before_the_next_one_starts(workers):
@@ -172,19 +171,19 @@ def test_flops_and_peak_are_one_figure_for_all_sides():
 def test_a_failed_side_is_a_row_and_the_others_go_on(workers):
     workers.script = {"timm-compile": SideFailed("no compiler")}
     measured = _measure()
-    assert list(measured.timed) == ["flax", "timm"]
+    assert list(not_failed(measured.sides)) == ["flax", "timm"]
     assert "failed: no compiler" in table_lines([as_json("inference", [measured])])[-1]
 
 
 def test_the_largest_common_batch_is_searched_once_per_framework_and_attention(monkeypatch):
     fitting, asked = {"flax": 2048, "flax-cudnn": 1024, "timm": 4096}, []
 
-    def largest(side, task, environment, *, at_most, patience):
+    def largest(side, task, environment, *, at_most):
         asked.append((side, at_most))
         return min(fitting[side], at_most)
 
     monkeypatch.setattr(rounds, "largest_batch", largest)
-    found = rounds.largest_common_batch(_task(batch_size=256), SIDES, environment={}, say=lambda _: None)
+    found = rounds.largest_common_batch(_task(batch_size=256), SIDES, {})
     assert (found, asked) == (1024, [("flax", 4096), ("flax-cudnn", 2048), ("timm", 1024)])
 
 
@@ -194,4 +193,4 @@ def test_a_batch_that_does_not_fit_at_all_is_told(monkeypatch):
 
     monkeypatch.setattr(rounds, "largest_batch", fail)
     with pytest.raises(SideFailed, match=r"^flax at batch 256: out of memory; start from a smaller"):
-        rounds.largest_common_batch(_task(batch_size=256), ["flax"], environment={}, say=lambda _: None)
+        rounds.largest_common_batch(_task(batch_size=256), ["flax"], {})
