@@ -7,10 +7,10 @@ import importlib.util
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.result import as_json, write_json
+from benchmarks.result import Content, as_json, write_json
 from benchmarks.rounds import Measured, largest_common_batch, measure, say
 from benchmarks.table import notes, table_lines
 from benchmarks.task import SIDES, Task, default_sides
@@ -115,26 +115,14 @@ def _check(parser: Parser, args: argparse.Namespace, device: str) -> None:
 
 
 def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
-    from benchmarks.sides.timm import write_weights
-
     end = until(args)
     results: list[Measured] = []
     printed = 0
     with tempfile.TemporaryDirectory(prefix="crossvit-benchmark-") as folder:
         environment = workers_environment(device, Path(folder), one_at_a_time=args.find_largest_batch)
         try:
-            for variant in args.variants:
-                weights = Path(folder, f"{variant}.safetensors")
-                write_weights(variant, weights)
-                task = Task(
-                    benchmark=benchmark,
-                    variant=variant,
-                    batch_size=args.batch_size,
-                    dtype=args.dtype,
-                    device=device,
-                    weights=str(weights),
-                )
-                say(f"CrossViT {variant}, {benchmark}, {args.dtype}, {device}")
+            for task in model_tasks(benchmark, args, device, Path(folder)):
+                say(f"CrossViT {task.variant}, {benchmark}, {args.dtype}, {device}")
                 if args.find_largest_batch:
                     batch_size = largest_common_batch(task, args.sides, environment)
                     task = dataclasses.replace(task, batch_size=batch_size)
@@ -146,18 +134,40 @@ def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
                     keep=not args.find_largest_batch,
                     environment=environment,
                 )
-                # after each variant, so that an interruption costs one
                 results.append(measured)
                 content = as_json(benchmark, results)
-                lines = table_lines([content])
-                print("\n".join(lines[printed:]), flush=True)
-                printed = len(lines)
-                if args.json:
-                    write_json(args.json, content)
+                printed = tell(content, table_lines([content]), printed, args.json)
         finally:
             if results:
                 print("\n".join(notes([content])), flush=True)
     return 1 if any(times.failure for measured in results for times in measured.sides.values()) else 0
+
+
+def model_tasks(benchmark: str, args: argparse.Namespace, device: str, folder: Path) -> Iterator[Task]:
+    """The task of each of --variants; its weights are written to the folder when it is asked for."""
+    from benchmarks.sides.timm import write_weights
+
+    for variant in args.variants:
+        weights = folder / f"{variant}.safetensors"
+        write_weights(variant, weights)
+        yield Task(
+            benchmark=benchmark,
+            variant=variant,
+            batch_size=args.batch_size,
+            dtype=args.dtype,
+            device=device,
+            weights=str(weights),
+        )
+
+
+def tell(content: Content, lines: Sequence[str], printed: int, file: Path | None) -> int:
+    """Prints a table from its line `printed` on, and writes the JSON anew; returns how many lines are printed.
+
+    It is called after each variant, so that an interruption costs one.
+    """
+    print("\n".join(lines[printed:]), flush=True)
+    write_json(file, content)
+    return len(lines)
 
 
 def workers_environment(device: str, folder: Path, *, one_at_a_time: bool) -> dict[str, str]:

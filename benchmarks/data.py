@@ -49,8 +49,7 @@ def _run(task: DataTask, args: argparse.Namespace) -> int:
     sides = _measure(task, args.repeats)
     content = as_json(task, sides)
     print(as_markdown(content))
-    if args.json:
-        write_json(args.json, content)
+    write_json(args.json, content)
     return 0
 
 

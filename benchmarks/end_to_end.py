@@ -19,13 +19,15 @@ from typing import Any
 from benchmarks.command import (
     add_model_flags,
     add_rounds_flags,
+    model_tasks,
     pick_device,
     require_pipeline,
+    tell,
     until,
     workers_environment,
     writable_json,
 )
-from benchmarks.result import about, side_as_json, told_facts, write_json
+from benchmarks.result import about, side_as_json, told_facts
 from benchmarks.rounds import Measured, SidesDisagree, Times, not_failed, require_agreement, say, take_turns
 from benchmarks.table import fed_lines, fed_notes
 from benchmarks.task import (
@@ -36,7 +38,6 @@ from benchmarks.task import (
     TIMM_STEPS,
     DataTask,
     EndToEndTask,
-    Task,
     usable_cores,
 )
 from convert.command_line import Parser, at_least_one, leave, run
@@ -86,27 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, device: str) -> int:
     end = until(args)
     require_pipeline("grain")
-    from benchmarks.sides.timm import write_weights
-
     results: list[tuple[EndToEndTask, dict[str, Times]]] = []
     printed = 0
     with tempfile.TemporaryDirectory(prefix="crossvit-benchmark-") as name:
         folder = Path(name)
         write_photographs(folder, args.images)
         environment = workers_environment(device, folder, one_at_a_time=False)
-        for variant in args.variants:
-            weights = folder / f"{variant}.safetensors"
-            write_weights(variant, weights)
-            step = Task(
-                benchmark="training",
-                variant=variant,
-                batch_size=args.batch_size,
-                dtype=args.dtype,
-                device=device,
-                weights=str(weights),
-            )
+        for step in model_tasks("training", args, device, folder):
             task = EndToEndTask(step=step, flax=args.flax_step, timm=args.timm_step, folder=name, workers=args.workers)
-            say(f"CrossViT {variant}, end to end, {args.dtype}, {device}")
+            say(f"CrossViT {step.variant}, end to end, {args.dtype}, {device}")
             fed = [side for side, place in FLAX_FED.items() if place in args.augment_on]
             sides = [task.flax, *fed, task.timm, TIMM_FED]
             times = {side: Times() for side in sides}
@@ -120,13 +109,8 @@ def _run(args: argparse.Namespace, device: str) -> int:
                 environment=environment,
             )
             results.append((task, times))
-            # after each variant, so that an interruption costs one
             content = as_json(results, images=args.images)
-            lines = fed_lines(content)
-            print("\n".join(lines[printed:]), flush=True)
-            printed = len(lines)
-            if args.json:
-                write_json(args.json, content)
+            printed = tell(content, fed_lines(content), printed, args.json)
     for line in fed_notes(content):
         print(line)
     return 1 if any(times.failure for _, sides in results for times in sides.values()) else 0

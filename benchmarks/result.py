@@ -26,9 +26,10 @@ _PACKAGES = ("jax", "jaxlib", "flax", "torch", "timm", "libtpu")
 _CUDA_LIBRARIES = {"CUDA": "nvidia-cuda-runtime", "cuDNN": "nvidia-cudnn"}  # the first part of the wheels' names
 
 
-def write_json(path: Path, content: Content) -> None:
-    """Writes it whole, or not at all. Raises OSError if that is impossible."""
-    write_whole(path, f"{json.dumps(content, indent=2)}\n".encode())
+def write_json(path: Path | None, content: Content) -> None:
+    """Writes it whole, or not at all, if there is a path. Raises OSError if that is impossible."""
+    if path is not None:
+        write_whole(path, f"{json.dumps(content, indent=2)}\n".encode())
 
 
 def as_json(benchmark: str, results: Sequence[Measured]) -> dict[str, Any]:

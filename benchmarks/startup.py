@@ -69,8 +69,7 @@ def _run(args: argparse.Namespace) -> int:
             say(f"pair {number} of {args.repeats} done")
     content = about("startup") | {"flags": flags} | starts
     print(as_markdown(content))
-    if args.json:
-        write_json(args.json, content)
+    write_json(args.json, content)
     return 0
 
 

@@ -70,8 +70,7 @@ def _run(args: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory(prefix="crossvit-deploy-") as folder:
             results.append(_deploy(model, Path(folder), args))
         content = as_json(results)
-        if args.json:  # after each model, so that an interruption costs one
-            write_json(args.json, content)
+        write_json(args.json, content)  # after each model, so that an interruption costs one
     print(deploy_markdown(content))
     return 1 if any(failures(result) for result in content["results"]) else 0
 
