@@ -254,8 +254,8 @@ def test_sizes_are_shares_of_the_float_onnx_file(scripted, weights, pictures):
     result = _deployed(scripted, weights, pictures, {})
     sizes = {FLOAT_FILE: 3_000_000, "half": 1_500_000}
     forms = {name: dataclasses.replace(_FORMS["half"], size=size) for name, size in sizes.items()}
-    result = dataclasses.replace(result, forms=forms)
-    assert [result.share(name) for name in sizes] == [100, 50]
+    (told,) = as_json([dataclasses.replace(result, forms=forms, measured=[])])["results"]
+    assert [told["forms"][name]["percent_of_onnx_float32"] for name in sizes] == [100, 50]
 
 
 def test_a_failure_is_a_row_and_told_below(scripted, weights, pictures):
