@@ -1,8 +1,7 @@
 """Our model and training step, jitted."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import optax
 from flax import nnx
 
 from benchmarks.model_flops import PRODUCT, flops_per_image, peak_flops
-from benchmarks.task import CHECKED_STEPS, GPU_WARM_UP_S, Program, Task, usable_cores
+from benchmarks.task import CHECKED_STEPS, Program, Task, on_gpu, usable_cores
 from convert import load_flax, load_weights
 from convert.tree import flatten, nest
 from crossvit_jax import CrossViT
@@ -38,18 +37,7 @@ def load(task: Task, side: str) -> Program:
     )
     if task.device == "cpu":
         return program
-
-    @contextlib.contextmanager
-    def around() -> Iterator[None]:
-        program.run(1)  # as on timm's sides
-        yield
-
-    return dataclasses.replace(
-        program,
-        around=around,
-        warm_up_s=GPU_WARM_UP_S,
-        peak_bytes=lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"],
-    )
+    return on_gpu(program, peak_bytes=lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"])
 
 
 def set_up(task: Task) -> None:

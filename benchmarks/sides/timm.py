@@ -1,8 +1,7 @@
 """timm's model and the training step of timm's train.py: eager, compiled, and compiled with channels last."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from benchmarks.model_flops import PRODUCT, peak_flops
-from benchmarks.task import CHECKED_STEPS, GPU_WARM_UP_S, Program, Task
+from benchmarks.task import CHECKED_STEPS, Program, Task, on_gpu
 from crossvit_jax.config import TIMM_NAMES
 
 
@@ -53,19 +52,7 @@ def load(task: Task, side: str) -> Program:
         )
     if task.device == "cpu":
         return program
-
-    @contextlib.contextmanager
-    def around() -> Iterator[None]:
-        program.run(1)  # takes again what `rest` has given back
-        yield
-
-    return dataclasses.replace(
-        program,
-        around=around,
-        rest=torch.cuda.empty_cache,
-        warm_up_s=GPU_WARM_UP_S,
-        peak_bytes=torch.cuda.max_memory_allocated,
-    )
+    return on_gpu(program, rest=torch.cuda.empty_cache, peak_bytes=torch.cuda.max_memory_allocated)
 
 
 def set_up() -> None:
