@@ -83,10 +83,6 @@ class Classifier:
         compiled = jitted.lower(self.params, batch).compile()
         return lambda batch: compiled(self.params, batch)
 
-    def put(self, batch: Batch) -> Batch:
-        """A batch of numpy arrays on the devices."""
-        return jax.device_put(batch, batch_sharding(self.mesh))
-
 
 def load_classifier(
     source: str,
