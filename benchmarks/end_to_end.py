@@ -27,7 +27,7 @@ from benchmarks.command import (
     workers_environment,
     writable_json,
 )
-from benchmarks.result import about, side_as_json, told_facts
+from benchmarks.result import about, side_as_json, task_as_json, told_facts
 from benchmarks.rounds import Measured, SidesDisagree, Times, not_failed, require_agreement, say, take_turns
 from benchmarks.table import fed_lines, fed_notes
 from benchmarks.task import (
@@ -160,16 +160,9 @@ def as_json(results: Sequence[tuple[EndToEndTask, Mapping[str, Times]]], *, imag
 
 
 def _result(task: EndToEndTask, sides: Mapping[str, Times]) -> dict[str, Any]:
-    measured = Measured(task.step, task.timm, dict(sides))
-    return {
-        "variant": task.step.variant,
-        "batch_size": task.step.batch_size,
-        "dtype": task.step.dtype,
-        "device": task.step.device,
+    return task_as_json(Measured(task.step, task.timm, dict(sides))) | {
         "steps_per_call": task.steps,
         "step_alone": {side: task.flax if side.startswith("flax") else task.timm for side in sides},
-        "others_cores": measured.others,
-        "disturbed": measured.disturbed,
         "sides": {
             side: side_as_json(times, task.steps * task.step.batch_size) | {"difference": times.difference}
             for side, times in sides.items()

@@ -39,22 +39,28 @@ def as_json(benchmark: str, results: Sequence[Measured]) -> dict[str, Any]:
 
 
 def _result(measured: Measured) -> dict[str, Any]:
-    task = measured.task
-    result = {
-        "variant": task.variant,
-        "batch_size": task.batch_size,
-        "dtype": task.dtype,
-        "device": task.device,
+    result = task_as_json(measured) | {
         "compared_with": measured.reference,
-        "sides": {side: _side(times, task.batch_size) for side, times in measured.sides.items()},
+        "sides": {side: _side(times, measured.task.batch_size) for side, times in measured.sides.items()},
         "flops_per_call": measured.flops_per_call,
         "peak_flops": measured.peak_flops,
-        "others_cores": measured.others,
-        "disturbed": measured.disturbed,
     }
     best_timm, timed = best(result, "timm"), rounds(result)
     ratios = {side: times_as_fast(ours, timed[best_timm]) for side, ours in timed.items()} if best_timm else {}
     return result | {"best_timm": best_timm, "times_as_fast_as_best_timm": ratios}
+
+
+def task_as_json(measured: Measured) -> dict[str, Any]:
+    """What was measured, and whether other programs disturbed it: of models, and of steps fed from files."""
+    task = measured.task
+    return {
+        "variant": task.variant,
+        "batch_size": task.batch_size,
+        "dtype": task.dtype,
+        "device": task.device,
+        "others_cores": measured.others,
+        "disturbed": measured.disturbed,
+    }
 
 
 def _side(times: Times, batch_size: int) -> dict[str, Any]:

@@ -34,10 +34,6 @@ class Run:
     weights: Weights  # in float32
 
     @property
-    def is_qat(self) -> bool:
-        return self.settings.qat is not None
-
-    @property
     def task(self) -> tuple:
         """What two runs have in common whose accuracies can be compared."""
         config = self.weights.config
@@ -95,7 +91,7 @@ def pair(runs: Sequence[Run]) -> list[tuple[Run, Run | None]]:
     """
     pairs: list[tuple[Run, Run | None]] = []
     for run in runs:
-        if not run.is_qat:
+        if run.settings.qat is None:
             pairs.append((run, None))
             continue
         place = next((i for i in reversed(range(len(pairs))) if pairs[i][0].task == run.task), None)

@@ -116,7 +116,7 @@ def test_without_the_packages_the_extra_is_named(monkeypatch, capsys):
 
 def test_a_run_knows_its_data_set_and_other_weights_are_told_it(tmp_path, weights):
     run = open_run(_run_folder(tmp_path / "run", weights, dataset="folder:x"), dataset=None, data_dir=None)
-    assert run.settings.dataset == "folder:x" and not run.is_qat
+    assert run.settings.dataset == "folder:x" and run.settings.qat is None
     assert open_run(str(weights), dataset="folder:y", data_dir="z").settings == TrainConfig(
         dataset="folder:y", data_dir="z"
     )
