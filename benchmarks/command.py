@@ -185,7 +185,7 @@ def workers_environment(device: str, folder: Path, *, one_at_a_time: bool) -> di
         "JAX_PLATFORMS": "cuda",
         "JAX_COMPILATION_CACHE_DIR": compiled,
         # Jax takes its memory at once only if it is alone. Beside torch it takes what it needs, but in regions that do
-        # not join: in a search for the largest batch, what smaller ones left would be lost.
+        # not join.
         "XLA_PYTHON_CLIENT_PREALLOCATE": str(one_at_a_time).lower(),
     }
     return variables | ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} if one_at_a_time else {})

@@ -1,6 +1,7 @@
 """Rounds in turn, the comparison that comes first, and the search for the largest batch."""
 
 import contextlib
+import dataclasses
 import os
 import statistics
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.task import Loadable, Task
-from benchmarks.worker import PATIENCE, Ready, Round, SideFailed, Worker, largest_batch
+from benchmarks.worker import PATIENCE, Ready, Round, SideFailed, Worker
 from convert.errors import UserError
 
 # Largest differences of sides that agree: of logits and losses as a share of the largest one, of each gradient's norm
@@ -211,11 +212,18 @@ def largest_common_batch(task: Task, sides: Sequence[str], environment: dict[str
     largest = _LARGEST_BATCH
     for side in dict.fromkeys("timm" if side.startswith("timm") else side for side in sides):
         start = time.perf_counter()
-        try:
-            largest = largest_batch(side, task, environment, at_most=largest)
-        except SideFailed as failure:
-            smaller = "; start from a smaller --batch-size" if failure.out_of_memory else ""
-            raise SideFailed(f"{side} at batch {task.batch_size}: {failure}{smaller}") from None
+        fits, tried = 0, task.batch_size
+        while not fits or tried <= largest:
+            try:
+                with Worker(side, dataclasses.replace(task, batch_size=tried), environment) as worker:
+                    _ = worker.loaded
+            except SideFailed as failure:  # memory that is too small has many faces: a failed launch, say
+                if fits:
+                    break
+                smaller = "; start from a smaller --batch-size" if failure.out_of_memory else ""
+                raise SideFailed(f"{side} at batch {tried}: {failure}{smaller}") from None
+            fits, tried = tried, 2 * tried
+        largest = fits
         say(f"{side}: the largest batch is {largest} ({time.perf_counter() - start:.0f} s)")
     return largest
 

@@ -24,7 +24,7 @@ class _FakeWorker:
     script: dict = {}  # noqa: RUF012 (set by each test)
     log: list = []  # noqa: RUF012
 
-    def __init__(self, side, task, environment, *, patience):
+    def __init__(self, side, task, environment, *, patience=0.0):
         self.side, self.task = side, task
         self.log.append(f"started {side}")
 
@@ -176,21 +176,38 @@ def test_a_failed_side_is_a_row_and_the_others_go_on(workers):
 
 
 def test_the_largest_common_batch_is_searched_once_per_framework_and_attention(monkeypatch):
-    fitting, asked = {"flax": 2048, "flax-cudnn": 1024, "timm": 4096}, []
+    fitting = {"flax": 2048, "flax-cudnn": 1500, "timm": 4096}
+    asked = _searched(monkeypatch, fitting)
+    assert rounds.largest_common_batch(_task(batch_size=256), SIDES, {}) == 1024
+    assert asked == {
+        "flax": [256, 512, 1024, 2048, 4096],
+        "flax-cudnn": [256, 512, 1024, 2048],
+        "timm": [256, 512, 1024],
+    }
 
-    def largest(side, task, environment, *, at_most):
-        asked.append((side, at_most))
-        return min(fitting[side], at_most)
 
-    monkeypatch.setattr(rounds, "largest_batch", largest)
-    found = rounds.largest_common_batch(_task(batch_size=256), SIDES, {})
-    assert (found, asked) == (1024, [("flax", 4096), ("flax-cudnn", 2048), ("timm", 1024)])
+@pytest.mark.parametrize(("fitting", "found"), [(64, 64), (100, 64), (8, 8), (10_000, 4096)])
+def test_the_batch_is_doubled_until_anything_fails_or_enough_is_known(monkeypatch, fitting, found):
+    _searched(monkeypatch, {"timm": fitting})
+    assert rounds.largest_common_batch(_task(batch_size=8), ["timm"], {}) == found
 
 
-def test_a_batch_that_does_not_fit_at_all_is_told(monkeypatch):
-    def fail(*_, **__):
-        raise SideFailed("out of memory", out_of_memory=True)
+def _searched(monkeypatch, fitting):
+    """Sides that run out of memory beyond the batches in `fitting`; returns what is asked of each."""
+    asked = {side: [] for side in fitting}
 
-    monkeypatch.setattr(rounds, "largest_batch", fail)
+    class Fitting(_FakeWorker):
+        @property
+        def loaded(self):
+            asked[self.side].append(self.task.batch_size)
+            if self.task.batch_size > fitting[self.side]:
+                raise SideFailed("an illegal memory access was encountered")
+
+    monkeypatch.setattr(rounds, "Worker", Fitting)
+    return asked
+
+
+def test_a_batch_that_does_not_fit_at_all_is_told(workers):
+    workers.script = {"flax": SideFailed("out of memory", out_of_memory=True)}
     with pytest.raises(SideFailed, match=r"^flax at batch 256: out of memory; start from a smaller"):
         rounds.largest_common_batch(_task(batch_size=256), ["flax"], {})
