@@ -163,10 +163,7 @@ def _result(task: EndToEndTask, sides: Mapping[str, Times]) -> dict[str, Any]:
     return task_as_json(Measured(task.step, task.timm, dict(sides))) | {
         "steps_per_call": task.steps,
         "step_alone": {side: task.flax if side.startswith("flax") else task.timm for side in sides},
-        "sides": {
-            side: side_as_json(times, task.steps * task.step.batch_size) | {"difference": times.difference}
-            for side, times in sides.items()
-        },
+        "sides": {side: side_as_json(times, task.steps * task.step.batch_size) for side, times in sides.items()},
     }
 
 

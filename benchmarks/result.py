@@ -41,7 +41,7 @@ def as_json(benchmark: str, results: Sequence[Measured]) -> dict[str, Any]:
 def _result(measured: Measured) -> dict[str, Any]:
     result = task_as_json(measured) | {
         "compared_with": measured.reference,
-        "sides": {side: _side(times, measured.task.batch_size) for side, times in measured.sides.items()},
+        "sides": {side: side_as_json(times, measured.task.batch_size) for side, times in measured.sides.items()},
         "flops_per_call": measured.flops_per_call,
         "peak_flops": measured.peak_flops,
     }
@@ -63,14 +63,6 @@ def task_as_json(measured: Measured) -> dict[str, Any]:
     }
 
 
-def _side(times: Times, batch_size: int) -> dict[str, Any]:
-    known = side_as_json(times, batch_size)
-    if times.ready:
-        known |= {"difference": times.difference, "from_float32": times.from_float32}
-        known["peak_bytes"] = times.ready.peak_bytes
-    return known
-
-
 def side_as_json(times: Times, images: int) -> dict[str, Any]:
     """What is known of a side whose calls are of so many images, in every benchmark."""
     known: dict[str, Any] = {"failure": times.failure}
@@ -78,7 +70,8 @@ def side_as_json(times: Times, images: int) -> dict[str, Any]:
         ready = times.ready
         known |= {"load_s": ready.load_s, "first_result_s": ready.first_s, "warm_up_s": ready.warm_up_s}
         known |= {"calls_per_round": ready.calls, "rounds_s_per_call": times.seconds}
-        known["others_cores"] = [turn.others for turn in times.rounds]
+        known |= {"others_cores": [turn.others for turn in times.rounds], "peak_bytes": ready.peak_bytes}
+        known |= {"difference": times.difference, "from_float32": times.from_float32}
     if times.failure is None:
         known |= {f"{name}_s_per_call": value for name, value in spread(times.seconds).items()}
         known["images_per_s"] = images / times.median

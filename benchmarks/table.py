@@ -179,8 +179,7 @@ def _peak_memory(result: Result, side: str) -> str:
 
 
 def _difference(result: Result, side: str) -> str:
-    difference = result["sides"][side].get("difference")
-    return "reference" if side == result["compared_with"] else _known(difference, ".1e")
+    return "reference" if side == result["compared_with"] else _known(result["sides"][side].get("difference"), ".1e")
 
 
 def _known(value: float | None, as_text: str) -> str:
@@ -308,7 +307,7 @@ def _form_cells(result: Result, name: str) -> list[str]:
         at_size = {"sides": {side: known["batches"][str(size)] for side, known in forms.items()}}
         cells.append(_beside(at_size, name, reference) if name != reference and reference in rounds(at_size) else "")
     cells += [_known(form["top1"], ".2f"), "" if name == reference else _known(form["points_from_float32"], "+.2f")]
-    far = [(batch["difference"], batch["difference_of"]) for batch in form["batches"].values() if "difference" in batch]
+    far = [(b["difference"], b["difference_of"]) for b in form["batches"].values() if "difference_of" in b]
     return [*cells, "{:.1e} of the {}".format(*max(far)) if far else ""]
 
 

@@ -75,7 +75,7 @@ def _compare(measured: Measured, forms: Mapping[str, Form], expected: Mapping[bo
     for name, times in not_failed(measured.sides).items():
         got = times.ready.check
         distance = compare(got, expected[forms[name].qat][: len(got)], forms[name].dtype)
-        measured.distances[name] = distance
+        measured.distances[name], times.difference = distance, distance.value
         if not distance.passed:
             off = f"{distance.value:.1e} of the {distance.kind}"
             times.failure = f"its logits are off by {off}, the bound is {distance.bound:g}: not timed"

@@ -73,7 +73,7 @@ def _side(measured: Measured, name: str) -> dict[str, Any]:
     known = side_as_json(times, measured.batch_size)
     if name in measured.distances:
         distance = measured.distances[name]
-        known |= {"difference": distance.value, "difference_of": distance.kind, "bound": distance.bound}
+        known |= {"difference_of": distance.kind, "bound": distance.bound}
     if times.failure is None:
         torch = measured.sides[REFERENCE]
         ratio = times_as_fast(times.seconds, torch.seconds) if torch.failure is None else None
