@@ -81,6 +81,17 @@ class Program:
     float32: Callable[[], Any] | None = None  # for a task in bfloat16: what `check` would give in float32
 
 
+def repeated(call: Callable[[], Any], wait: Callable[[Any], Any] = lambda result: None) -> Callable[[int], None]:
+    """The `run` of a program whose calls are all alike; the last result is waited for."""
+
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            result = call()
+        wait(result)
+
+    return run
+
+
 def on_gpu(program: Program, **changes: Any) -> Program:
     """A program as a GPU wants it, which is warm sooner: a call before each round takes again what `rest` gave back."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from benchmarks.task import DeployTask, Images, Program, usable_cores
+from benchmarks.task import DeployTask, Images, Program, repeated, usable_cores
 
 Logits = Float32[np.ndarray, "batch classes"]
 
@@ -84,12 +84,7 @@ def _program(
         return np.concatenate([call(prepare(batch)) for batch in task.batches()])[: task.checked]
 
     images = prepare(next(task.batches()))
-
-    def run(calls: int) -> None:
-        for _ in range(calls):
-            call(images)
-
-    return Program(check, run, facts)
+    return Program(check, repeated(lambda: call(images)), facts)
 
 
 def _channels_first(batch: Images) -> Float32[np.ndarray, "batch 3 height width"]:
