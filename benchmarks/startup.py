@@ -75,7 +75,10 @@ def _run(args: argparse.Namespace) -> int:
 
 def as_markdown(content: Content) -> str:
     """A line on what was started where, a table, and whether the goal is reached."""
-    first, second = content["first_start_s"], content["second_start_s"]
+    # files older than --repeats have one number each
+    first, second = (
+        told if isinstance(told, list) else [told] for told in (content["first_start_s"], content["second_start_s"])
+    )
     share = times_as_fast(first, second)  # seconds of the second start for one of the first
     rows = [
         ["first", in_words(spread(first), ".1f"), "1"],
