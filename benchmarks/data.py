@@ -104,21 +104,17 @@ def as_json(task: DataTask, sides: dict[str, Times]) -> dict[str, Any]:
 
 def as_markdown(content: Content) -> str:
     """A line on the machine and a table with a row per side, from what `as_json` gives."""
-    photographs = content["photographs"]
-    timed = {
-        side: [photographs / rate for rate in told["rounds_images_per_s"]] for side, told in content["sides"].items()
-    }
-    ratios = {side: times_as_fast(timed[side], timed["timm"]) for side in SIDES_ON_A_CORE}
+    ratios = {side: told["times_as_fast_as_timm"] for side, told in content["sides"].items()}
     rows = [
         [
             side,
-            in_words(images_per_s(seconds, photographs), ".0f"),
-            in_words(ratios[side]) if side in ratios else "beside the workers",
+            in_words(told["images_per_s"], ".0f"),
+            in_words(ratios[side]) if ratios[side] else "beside the workers",
         ]
-        for side, seconds in timed.items()
+        for side, told in content["sides"].items()
     ]
     lines = [
-        f"{photographs} JPEG photographs of 500 x 375 to a training batch at 240 pixels; {where(content)}",
+        f"{content['photographs']} JPEG photographs of 500 x 375 to a training batch at 240 pixels; {where(content)}",
         "",
         *markdown_table(["side", "images/s, median (min-max)", "times as fast as timm (min-max)"], rows),
     ]
