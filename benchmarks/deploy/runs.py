@@ -1,7 +1,6 @@
 """The trained runs of the deployment benchmark: which belong together, and the images that they are tried on."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from train.config import TrainConfig
 from train.data.datasets import open_image_sets
 from train.data.sources import ImageSets, Source
 from train.images.transforms import eval_transform
-from train.inference.command import progress_bar
+from train.inference.command import progress_bar, tell_notes
 from train.inference.model import load_classifier_weights
 from train.optim.quantize import require_qwix
 from train.run.folder import read_settings
@@ -112,8 +111,7 @@ def open_model(run: Run, qat: Run | None) -> Model:
     for other in filter(None, (qat, run)):
         weights = other.weights
         classes, notes = match_classes(sets.class_names, weights.class_names, weights.config.num_classes)
-        for note in notes:
-            print(f"python -m benchmarks.deploy: note: {other.source}: {note}", file=sys.stderr)
+        tell_notes("python -m benchmarks.deploy", [f"{other.source}: {note}" for note in notes])
     if qat is not None and qat.weights.class_names != run.weights.class_names:
         raise SettingsError(f"{qat.source} and {run.source} have their classes in another order")
     return Model(run, qat, sets, classes)
