@@ -26,6 +26,12 @@ exit status: 0 done; 1 the sides disagree, or one failed: its row says why, and 
 its best if it was timm's (for a machine without a C compiler: --sides flax timm); 2 wrong flags
 """
 
+# besides those of a worker: what brings them, and the packages
+_NEEDED = {
+    "the ONNX forms": ("'crossvit-jax[onnx]'", "onnx", "onnxruntime", "onnxscript"),
+    "the input pipelines": ("crossvit-jax", "numba", "simplejpeg", "sklearn"),
+}
+
 
 def main(benchmark: str, argv: Sequence[str] | None = None) -> int:
     """Runs a benchmark (inference or training) as the arguments say; returns the exit status."""
@@ -191,26 +197,15 @@ def workers_environment(device: str, folder: Path, *, one_at_a_time: bool) -> di
     return variables | ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} if one_at_a_time else {})
 
 
-def require_onnx() -> None:
-    """Raises ConversionError if a package of the extra "onnx" is missing."""
-    _require("the ONNX forms need", ("onnx", "onnxruntime", "onnxscript"), "'crossvit-jax[onnx]'")
-
-
-def require_pipeline(*more: str) -> None:
-    """Raises ConversionError if a package of the input pipelines is missing, as on a machine set up for models alone.
+def require_packages(who: str, *more: str) -> None:
+    """Raises ConversionError if a package is missing that one of `_NEEDED` needs, or one of `more`.
 
     Told before minutes go into sides that have nothing to be compared with.
-
-    Args:
-        more: packages that are needed besides those of a worker and of the photographs.
     """
-    _require("the input pipelines need", ("numba", "simplejpeg", "sklearn", *more), "crossvit-jax")
-
-
-def _require(who: str, packages: Sequence[str], what_brings_them: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    what_brings_them, *packages = _NEEDED[who]
+    missing = [name for name in (*packages, *more) if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConversionError(f"{who} {', '.join(missing)}: pip install {what_brings_them}")
+        raise ConversionError(f"{who} need {', '.join(missing)}: pip install {what_brings_them}")
 
 
 def writable_json(parser: Parser, file: Path | None) -> None:

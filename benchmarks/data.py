@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.command import add_rounds_flags, require_pipeline, writable_json
+from benchmarks.command import add_rounds_flags, require_packages, writable_json
 from benchmarks.goals import DATA_TIMES_AS_FAST, verdict
 from benchmarks.result import (
     Content,
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(task: DataTask, args: argparse.Namespace) -> int:
-    require_pipeline()
+    require_packages("the input pipelines")
     sides = _measure(task, args.repeats)
     content = as_json(task, sides)
     print(as_markdown(content))

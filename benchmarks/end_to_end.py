@@ -21,7 +21,7 @@ from benchmarks.command import (
     add_rounds_flags,
     model_tasks,
     pick_device,
-    require_pipeline,
+    require_packages,
     tell,
     until,
     workers_environment,
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, device: str) -> int:
     end = until(args)
-    require_pipeline("grain")
+    require_packages("the input pipelines", "grain")
     results: list[tuple[EndToEndTask, dict[str, Times]]] = []
     printed = 0
     with tempfile.TemporaryDirectory(prefix="crossvit-benchmark-") as name:

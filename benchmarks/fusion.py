@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks.command import require_onnx, variant_name
+from benchmarks.command import require_packages, variant_name
 from benchmarks.result import markdown_table
 from convert.command_line import Parser, leave, run
 from convert.files import write_bytes
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(variant: str) -> int:
-    require_onnx()
+    require_packages("the ONNX forms")
     model = create_model(variant, rngs=nnx.Rngs(0))
     model.eval()
     print(table(model))

@@ -58,10 +58,6 @@ class Times:
         """Per call, round by round."""
         return [turn.seconds for turn in self.rounds]
 
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
 
 def not_failed(sides: Mapping[str, Times]) -> dict[str, Times]:
     """Those that did not fail."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.command import add_rounds_flags, require_onnx, writable_json
+from benchmarks.command import add_rounds_flags, require_packages, writable_json
 from benchmarks.rounds import say
 from convert.command_line import Parser, at_least_one, leave, run
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    require_onnx()
+    require_packages("the ONNX forms")
     # late: wrong flags need not wait for the frameworks
     from benchmarks.deploy.result import as_json
     from benchmarks.deploy.runs import open_model, open_run, pair
