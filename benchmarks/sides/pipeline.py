@@ -30,19 +30,11 @@ def _timm(task: DataTask) -> Program:
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import resized_crop
 
-    from train.images.transforms import draw_crop
+    from train.images.transforms import draw_crop, timm_settings
 
     torch.set_num_threads(1)
     config, samples = task.recipe("host"), task.samples()
-    transform = create_transform(
-        SIZE,
-        is_training=True,
-        color_jitter=None,
-        auto_augment=config.auto_augment,
-        interpolation="bicubic",
-        re_prob=config.erase_prob,
-        re_mode="pixel",
-    )
+    transform = create_transform(SIZE, **timm_settings(config))
 
     def opened(sample) -> Image.Image:
         return Image.open(io.BytesIO(sample["image"])).convert("RGB")
