@@ -1,7 +1,6 @@
 """The command `python -m benchmarks.model_table`: the variants, measured, beside the paper's figures, as Markdown."""
 
 import math
-import sys
 
 import jax
 import torch
@@ -12,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import crossvit_torch
 from benchmarks.result import markdown_table
-from convert.command_line import Parser
+from convert.command_line import Parser, leave, run
 from crossvit_jax import CrossViT
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
 
@@ -82,10 +81,10 @@ def table() -> str:
 
 def main() -> int:
     """Prints the table."""
-    Parser(prog="python -m benchmarks.model_table", description="Print the table of variants.").parse_args()
-    print(table())
-    return 0
+    parser = Parser(prog="python -m benchmarks.model_table", description="Print the table of variants.")
+    parser.parse_args()
+    return run(parser.prog, lambda: print(table()) or 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

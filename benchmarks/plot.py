@@ -25,7 +25,7 @@ def draw_ratios(contents: Sequence[Content], path: Path) -> None:
 
     Raises:
         ValueError: no result has both Flax and timm.
-        OSError: the picture cannot be written.
+        NotWritten: the picture cannot be written.
     """
     from matplotlib.figure import Figure
 

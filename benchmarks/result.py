@@ -27,7 +27,7 @@ _CUDA_LIBRARIES = {"CUDA": "nvidia-cuda-runtime", "cuDNN": "nvidia-cudnn"}  # th
 
 
 def write_json(path: Path | None, content: Content) -> None:
-    """Writes it whole, or not at all, if there is a path. Raises OSError if that is impossible."""
+    """Writes it whole, or not at all, if there is a path. Raises NotWritten if that is impossible."""
     if path is not None:
         write_whole(path, f"{json.dumps(content, indent=2)}\n".encode())
 

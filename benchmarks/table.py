@@ -7,7 +7,6 @@ import argparse
 import itertools
 import json
 import pkgutil
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from benchmarks.result import (
 )
 from benchmarks.rounds import ACCEPTED_OTHERS
 from benchmarks.task import TIMM_FED
-from convert.command_line import Parser
+from convert.command_line import Parser, leave, run
 
 MODELS = ("inference", "training")  # the benchmarks whose files share tables
 _OTHERS = {  # what makes the table of a file
@@ -54,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what --json of a benchmark wrote")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw how fast Flax is beside the best of timm")
     args = parser.parse_args(argv)
+    return run(parser.prog, lambda: _tell(parser, args))
+
+
+def _tell(parser: Parser, args: argparse.Namespace) -> int:
     contents = [_read(parser, file) for file in args.files]
     try:
         print("\n\n".join(tables(contents)))
@@ -312,4 +315,4 @@ def _form_cells(result: Result, name: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -126,7 +126,7 @@ def classify(
         top_k: predictions per image; where there are fewer classes, all of them.
         pictures: folder in which to draw what the class tokens attend to.
 
-    Raises OSError if a picture cannot be written.
+    Raises NotWritten if a picture cannot be written.
     """
     import jax
     import numpy as np
@@ -155,7 +155,7 @@ def classify(
             picture,
             classifier.config,
             title=shown(path),
-            image=np.asarray(image),
+            image=image,
             attention=outputs["attention"],
             predictions=[(p.class_name, p.probability) for p in predictions],
         )
@@ -171,10 +171,10 @@ def classify(
         for batch, outputs in forward(lambda batch: compiled({"image": batch["image"]}), stream):
             bad_images.add(batch["bad_indices"])
             readable = np.asarray(batch["mask"]) > 0
-            rows = enumerate(itertools.islice(paths, batch_size))
+            images = np.asarray(batch["image"]) if pictures else [None] * batch_size
             yield [
-                result(path, batch["image"][i], jax.tree.map(lambda array, i=i: array[i], outputs))
-                for i, path in rows
+                result(path, images[i], jax.tree.map(lambda array, i=i: array[i], outputs))
+                for i, path in enumerate(itertools.islice(paths, batch_size))
                 if readable[i]
             ]
 

@@ -74,7 +74,7 @@ def draw_attention(
         attention: of this image, see `class_token_attention`.
         predictions: names of classes and their probabilities, the best first.
 
-    Raises OSError if it cannot be written.
+    Raises NotWritten if it cannot be written.
     """
     from matplotlib.figure import Figure
 

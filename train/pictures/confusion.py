@@ -31,7 +31,7 @@ def draw_confusion(
     Args:
         path: of the PNG to write or replace.
 
-    Raises OSError if it cannot be written.
+    Raises NotWritten if it cannot be written.
     """
     from matplotlib.ticker import PercentFormatter
 

@@ -50,7 +50,7 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], metrics: "Sequence[Metric]",
         metrics: those of the task.
         path: of the PNG to write or replace.
 
-    Raises OSError if it cannot be written.
+    Raises NotWritten if it cannot be written.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -17,7 +17,7 @@ _DPI = 120
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure as PNG, whole or not at all. Raises OSError if that is impossible."""
+    """Write a figure as PNG, whole or not at all. Raises NotWritten if that is impossible."""
     png = io.BytesIO()
     with warnings.catch_warnings():
         # a name in a script that the font lacks is drawn as boxes; the files beside the picture have it in full
