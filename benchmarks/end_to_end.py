@@ -160,7 +160,7 @@ def as_json(results: Sequence[tuple[EndToEndTask, Mapping[str, Times]]], *, imag
 
 
 def _result(task: EndToEndTask, sides: Mapping[str, Times]) -> dict[str, Any]:
-    return task_as_json(Measured(task.step, task.timm, dict(sides))) | {
+    return task_as_json(task.step, sides) | {
         "steps_per_call": task.steps,
         "step_alone": {side: task.flax if side.startswith("flax") else task.timm for side in sides},
         "sides": {side: side_as_json(times, task.steps * task.step.batch_size) for side, times in sides.items()},

@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rounds import Measured, Times
-from benchmarks.task import usable_cores
+from benchmarks.rounds import ACCEPTED_OTHERS, Measured, Times, cores_of_others
+from benchmarks.task import Task, usable_cores
 from convert.files import write_whole
 
 Content = Mapping[str, Any]  # of a JSON file
@@ -39,27 +39,31 @@ def as_json(benchmark: str, results: Sequence[Measured]) -> dict[str, Any]:
 
 
 def _result(measured: Measured) -> dict[str, Any]:
-    result = task_as_json(measured) | {
+    task, sides = measured.task, measured.sides
+    told = [times.ready for times in sides.values() if times.ready]
+    result = task_as_json(task, sides) | {
         "compared_with": measured.reference,
-        "sides": {side: side_as_json(times, measured.task.batch_size) for side, times in measured.sides.items()},
-        "flops_per_call": measured.flops_per_call,
-        "peak_flops": measured.peak_flops,
+        "sides": {side: side_as_json(times, task.batch_size) for side, times in sides.items()},
+        # of the model: the same for every side that can tell, see `Program.flops`
+        "flops_per_call": next((ready.flops_per_call for ready in told if ready.flops_per_call), None),
+        # of the fastest large matrix product that a side measured in the task's dtype
+        "peak_flops": max((ready.peak_flops for ready in told if ready.peak_flops), default=None),
     }
     best_timm, timed = best(result, "timm"), rounds(result)
     ratios = {side: times_as_fast(ours, timed[best_timm]) for side, ours in timed.items()} if best_timm else {}
     return result | {"best_timm": best_timm, "times_as_fast_as_best_timm": ratios}
 
 
-def task_as_json(measured: Measured) -> dict[str, Any]:
+def task_as_json(task: Task, sides: Mapping[str, Times]) -> dict[str, Any]:
     """What was measured, and whether other programs disturbed it: of models, and of steps fed from files."""
-    task = measured.task
+    others = cores_of_others(sides)
     return {
         "variant": task.variant,
         "batch_size": task.batch_size,
         "dtype": task.dtype,
         "device": task.device,
-        "others_cores": measured.others,
-        "disturbed": measured.disturbed,
+        "others_cores": others,
+        "disturbed": others is not None and others > ACCEPTED_OTHERS,
     }
 
 

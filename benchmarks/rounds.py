@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -24,12 +23,16 @@ BOUNDS = {
     "gradients": {"float32": 1e-3, "bfloat16": 0.1},
 }
 
-ACCEPTED_OTHERS = 0.05 * os.cpu_count()  # cores; above this the times are shown with a warning
+# Cores that other programs may keep busy: above this ratios mean nothing, and are shown with a warning. To take turns
+# does not help against that: torch's threads wait for each other at the end of every operation, so one that is denied
+# its core holds up all. Seen where others had 1.4 of 2 cores: the same call took torch 0.3 s in one round and 1.8 s in
+# another, and XLA between 0.1 and 0.2 s.
+ACCEPTED_OTHERS = 0.05 * os.cpu_count()
 
 _NOTHING = 1e-3  # of the median norm; key biases have no gradient, and get what is left of roundings
 
 _LARGEST_BATCH = 4096  # no search goes further
-GPU_PATIENCE = 300.0  # see `Worker`: on a GPU all compile at once, and calls are short
+_GPU_PATIENCE = 300.0  # see `Worker`: on a GPU all compile at once, and calls are short
 
 
 def say(message: str) -> None:
@@ -78,35 +81,6 @@ class Measured:
     task: Task
     reference: str  # the side that the others are compared with
     sides: dict[str, Times]
-
-    @property
-    def others(self) -> float | None:
-        """Cores that other programs kept busy: the median over all rounds. None where the system does not tell."""
-        return cores_of_others(self.sides)
-
-    @property
-    def disturbed(self) -> bool:
-        """Whether other programs took so much that the ratios mean nothing.
-
-        Taking turns does not help against that: torch's threads wait for each other at the end of every operation, so
-        one that is denied its core holds up all. Seen where others had 1.4 of 2 cores: the same call took torch 0.3 s
-        in one round and 1.8 s in another, and XLA between 0.1 and 0.2 s.
-        """
-        return self.others is not None and self.others > ACCEPTED_OTHERS
-
-    @property
-    def flops_per_call(self) -> int | None:
-        """FLOPs of the model, the same for every side: see `Program.flops`. None if no side could tell."""
-        return next(iter(self._told("flops_per_call")), None)
-
-    @property
-    def peak_flops(self) -> float | None:
-        """The device's, per second: of the fastest large matrix product that a side measured in the task's dtype."""
-        return max(self._told("peak_flops"), default=None)
-
-    def _told(self, name: str) -> list[Any]:
-        told = [getattr(times.ready, name) for times in self.sides.values() if times.ready]
-        return [value for value in told if value is not None]
 
 
 def measure(
@@ -164,7 +138,7 @@ def take_turns(
             one.
         environment: for the processes.
     """
-    patience = GPU_PATIENCE if device == "gpu" else PATIENCE
+    patience = _GPU_PATIENCE if device == "gpu" else PATIENCE
     with contextlib.ExitStack() as processes:
         workers: dict[str, Worker] = {}
 
