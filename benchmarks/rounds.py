@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -83,32 +84,18 @@ class Measured:
     sides: dict[str, Times]
 
 
-def measure(
-    task: Task,
-    sides: Sequence[str],
-    *,
-    rounds: int,
-    until: float | None = None,
-    keep: bool,
-    environment: dict[str, str],
-) -> Measured:
-    """Times the sides of a model or training step, see `take_turns`.
+def measure(task: Task, sides: Sequence[str], **how: Any) -> Measured:
+    """Times the sides of a model or training step.
+
+    Args:
+        how: `rounds`, `until`, `keep` and `environment` of `take_turns`.
 
     Raises:
         SidesDisagree: before any round, see `require_agreement`.
     """
     reference = next((side for side in ("timm", "timm-compile") if side in sides), sides[0])
     measured = Measured(task, reference, {side: Times() for side in sides})
-    take_turns(
-        task,
-        measured.sides,
-        compare=lambda: require_agreement(measured),
-        rounds=rounds,
-        until=until,
-        keep=keep,
-        device=task.device,
-        environment=environment,
-    )
+    take_turns(task, measured.sides, compare=lambda: require_agreement(measured), device=task.device, **how)
     return measured
 
 
