@@ -29,7 +29,7 @@ from benchmarks.command import (
 )
 from benchmarks.result import about, side_as_json, task_as_json, told_facts
 from benchmarks.rounds import Measured, SidesDisagree, Times, not_failed, require_agreement, say, take_turns
-from benchmarks.table import fed_lines, fed_notes
+from benchmarks.table import fed_lines, fed_markdown
 from benchmarks.task import (
     FLAX_FED,
     FLAX_STEPS,
@@ -111,7 +111,7 @@ def _run(args: argparse.Namespace, device: str) -> int:
             results.append((task, times))
             content = as_json(results, images=args.images)
             printed = tell(content, fed_lines(content), printed, args.json)
-    for line in fed_notes(content):
+    for line in fed_markdown(content).split("\n")[printed:]:  # what is said under the table
         print(line)
     return 1 if any(times.failure for _, sides in results for times in sides.values()) else 0
 

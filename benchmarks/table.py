@@ -215,7 +215,7 @@ _FED_TITLES = (
 
 def fed_markdown(content: Content) -> str:
     """What was measured where, a table with a row per side, and what has to be said of it."""
-    return "\n".join([*fed_lines(content), *fed_notes(content)])
+    return "\n".join([*fed_lines(content), *_disturbed([content]), *fed_verdicts(content["results"])])
 
 
 def fed_lines(content: Content) -> list[str]:
@@ -227,11 +227,6 @@ def fed_lines(content: Content) -> list[str]:
         "",
         *markdown_table(_FED_TITLES, rows),
     ]
-
-
-def fed_notes(content: Content) -> list[str]:
-    """What has to be said under the table."""
-    return _disturbed([content]) + fed_verdicts(content["results"])
 
 
 def _fed_cells(result: Result, side: str) -> list[str]:

@@ -52,6 +52,13 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def jax_facts() -> dict[str, str]:
+    """Version, threads and device of a side that computes with jax."""
+    import jax
+
+    return {"jax": jax.__version__, "jax threads": str(usable_cores()), "jax device": jax.devices()[0].device_kind}
+
+
 class Loadable(Protocol):
     """A task: plain data that every side of a benchmark gets alike."""
 

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from benchmarks.model_flops import PRODUCT, flops_per_image, peak_flops
-from benchmarks.task import CHECKED_STEPS, Program, Task, on_gpu, repeated, usable_cores
+from benchmarks.task import CHECKED_STEPS, Program, Task, jax_facts, on_gpu, repeated
 from convert import load_flax, load_weights
 from convert.tree import flatten, nest
 from crossvit_jax import CrossViT
@@ -66,7 +66,7 @@ def _inference(task: Task, attention: str) -> Program:
         logits = forward(params, images)
         return logits.block_until_ready() if task.device == "cpu" else logits
 
-    return Program(check, repeated(call, jax.block_until_ready), facts())
+    return Program(check, repeated(call, jax.block_until_ready), jax_facts())
 
 
 def _training(task: Task, attention: str) -> Program:
@@ -96,7 +96,7 @@ def _training(task: Task, attention: str) -> Program:
         state, _ = step(state, batch)
         return state
 
-    return Program(check, repeated(call, jax.block_until_ready), facts())
+    return Program(check, repeated(call, jax.block_until_ready), jax_facts())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +127,3 @@ def _peak_flops(task: Task) -> float:
     a, b = jax.random.normal(jax.random.key(0), (2, rows, rows), task.dtype)
     multiply = jax.jit(jnp.matmul)
     return peak_flops(task.device, lambda: multiply(a, b), jax.block_until_ready)
-
-
-def facts() -> dict[str, str]:
-    """Versions and threads."""
-    device = jax.devices()[0]
-    return {
-        "jax": jax.__version__,
-        "jax threads": str(usable_cores()),
-        "jax device": device.device_kind if device.platform != "cpu" else "cpu",
-    }

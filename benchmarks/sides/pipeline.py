@@ -10,7 +10,7 @@ import random
 
 import numpy as np
 
-from benchmarks.task import SIZE, DataTask, Program, repeated, usable_cores
+from benchmarks.task import SIZE, DataTask, Program, jax_facts, repeated
 
 
 def load(task: DataTask, side: str) -> Program:
@@ -102,9 +102,8 @@ def _device_augment(task: DataTask) -> Program:
         np.testing.assert_allclose(augment(batch, 0)[plain], normalised(flipped), atol=1e-5)
         return {}
 
-    device = {"jax device": jax.devices()[0].device_kind, "jax threads": str(usable_cores())}
     run = repeated(lambda: augment(batch, next(steps)), jax.block_until_ready)
-    return Program(check, run, _versions("jax") | device)
+    return Program(check, run, jax_facts())
 
 
 def _versions(*packages: str) -> dict[str, str]:
