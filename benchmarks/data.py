@@ -106,11 +106,7 @@ def as_markdown(content: Content) -> str:
     """A line on the machine and a table with a row per side, from what `as_json` gives."""
     ratios = {side: told["times_as_fast_as_timm"] for side, told in content["sides"].items()}
     rows = [
-        [
-            side,
-            in_words(told["images_per_s"], ".0f"),
-            in_words(ratios[side]) if ratios[side] else "beside the workers",
-        ]
+        [side, in_words(told["images_per_s"], ".0f"), in_words(ratios[side]) if ratios[side] else "beside the workers"]
         for side, told in content["sides"].items()
     ]
     lines = [

@@ -30,12 +30,7 @@ class Measured:
 
 
 def measure_forms(
-    forms: Mapping[str, Form],
-    weights: Mapping[bool, Weights],
-    images: Path,
-    count: int,
-    *,
-    rounds: int,
+    forms: Mapping[str, Form], weights: Mapping[bool, Weights], images: Path, count: int, *, rounds: int
 ) -> tuple[list[Measured], dict[str, Logits]]:
     """Times all forms at each of `BATCHES`, once their logits are within the converters' bounds.
 
