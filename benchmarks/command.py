@@ -5,14 +5,13 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.result import as_json, write_json
-from benchmarks.rounds import Measured, largest_common_batch, measure
+from benchmarks.result import Content, as_json, write_json
+from benchmarks.rounds import Measured, largest_common_batch, measure, say
 from benchmarks.table import notes, table_lines
 from benchmarks.task import SIDES, Task, default_sides
 from convert.command_line import Parser, at_least_one, run
@@ -26,6 +25,12 @@ not timed. Before anything is timed the sides' results are compared, and must ag
 exit status: 0 done; 1 the sides disagree, or one failed: its row says why, and the table that it is not beside timm at
 its best if it was timm's (for a machine without a C compiler: --sides flax timm); 2 wrong flags
 """
+
+# besides those of a worker: what brings them, and the packages
+_NEEDED = {
+    "the ONNX forms": ("'crossvit-jax[onnx]'", "onnx", "onnxruntime", "onnxscript"),
+    "the input pipelines": ("crossvit-jax", "numba", "simplejpeg", "sklearn"),
+}
 
 
 def main(benchmark: str, argv: Sequence[str] | None = None) -> int:
@@ -116,28 +121,16 @@ def _check(parser: Parser, args: argparse.Namespace, device: str) -> None:
 
 
 def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
-    from benchmarks.sides.timm import write_weights
-
     end = until(args)
     results: list[Measured] = []
     printed = 0
     with tempfile.TemporaryDirectory(prefix="crossvit-benchmark-") as folder:
         environment = workers_environment(device, Path(folder), one_at_a_time=args.find_largest_batch)
         try:
-            for variant in args.variants:
-                weights = Path(folder, f"{variant}.safetensors")
-                write_weights(variant, weights)
-                task = Task(
-                    benchmark=benchmark,
-                    variant=variant,
-                    batch_size=args.batch_size,
-                    dtype=args.dtype,
-                    device=device,
-                    weights=str(weights),
-                )
-                say(f"CrossViT {variant}, {benchmark}, {args.dtype}, {device}")
+            for task in model_tasks(benchmark, args, device, Path(folder)):
+                say(f"CrossViT {task.variant}, {benchmark}, {args.dtype}, {device}")
                 if args.find_largest_batch:
-                    batch_size = largest_common_batch(task, args.sides, environment=environment, say=say)
+                    batch_size = largest_common_batch(task, args.sides, environment)
                     task = dataclasses.replace(task, batch_size=batch_size)
                 measured = measure(
                     task,
@@ -146,25 +139,41 @@ def _run(benchmark: str, args: argparse.Namespace, device: str) -> int:
                     until=end,
                     keep=not args.find_largest_batch,
                     environment=environment,
-                    say=say,
                 )
-                # after each variant, so that an interruption costs one
                 results.append(measured)
                 content = as_json(benchmark, results)
-                lines = table_lines([content])
-                print("\n".join(lines[printed:]), flush=True)
-                printed = len(lines)
-                if args.json:
-                    write_json(args.json, content)
+                printed = tell(content, table_lines([content]), printed, args.json)
         finally:
             if results:
                 print("\n".join(notes([content])), flush=True)
     return 1 if any(times.failure for measured in results for times in measured.sides.values()) else 0
 
 
-def say(message: str) -> None:
-    """Tells of progress, on stderr: tables are on stdout."""
-    print(message, file=sys.stderr, flush=True)
+def model_tasks(benchmark: str, args: argparse.Namespace, device: str, folder: Path) -> Iterator[Task]:
+    """The task of each of --variants; its weights are written to the folder when it is asked for."""
+    from benchmarks.sides.timm import write_weights
+
+    for variant in args.variants:
+        weights = folder / f"{variant}.safetensors"
+        write_weights(variant, weights)
+        yield Task(
+            benchmark=benchmark,
+            variant=variant,
+            batch_size=args.batch_size,
+            dtype=args.dtype,
+            device=device,
+            weights=str(weights),
+        )
+
+
+def tell(content: Content, lines: Sequence[str], printed: int, file: Path | None) -> int:
+    """Prints a table from its line `printed` on, and writes the JSON anew; returns how many lines are printed.
+
+    It is called after each variant, so that an interruption costs one.
+    """
+    print("\n".join(lines[printed:]), flush=True)
+    write_json(file, content)
+    return len(lines)
 
 
 def workers_environment(device: str, folder: Path, *, one_at_a_time: bool) -> dict[str, str]:
@@ -182,32 +191,21 @@ def workers_environment(device: str, folder: Path, *, one_at_a_time: bool) -> di
         "JAX_PLATFORMS": "cuda",
         "JAX_COMPILATION_CACHE_DIR": compiled,
         # Jax takes its memory at once only if it is alone. Beside torch it takes what it needs, but in regions that do
-        # not join: in a search for the largest batch, what smaller ones left would be lost.
+        # not join.
         "XLA_PYTHON_CLIENT_PREALLOCATE": str(one_at_a_time).lower(),
     }
     return variables | ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} if one_at_a_time else {})
 
 
-def require_onnx() -> None:
-    """Raises ConversionError if a package of the extra "onnx" is missing."""
-    _require("the ONNX forms need", ("onnx", "onnxruntime", "onnxscript"), "'crossvit-jax[onnx]'")
-
-
-def require_pipeline(*more: str) -> None:
-    """Raises ConversionError if a package of the input pipelines is missing, as on a machine set up for models alone.
+def require_packages(who: str, *more: str) -> None:
+    """Raises ConversionError if a package is missing that one of `_NEEDED` needs, or one of `more`.
 
     Told before minutes go into sides that have nothing to be compared with.
-
-    Args:
-        more: packages that are needed besides those of a worker and of the photographs.
     """
-    _require("the input pipelines need", ("numba", "simplejpeg", "sklearn", *more), "crossvit-jax")
-
-
-def _require(who: str, packages: Sequence[str], what_brings_them: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    what_brings_them, *packages = _NEEDED[who]
+    missing = [name for name in (*packages, *more) if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConversionError(f"{who} {', '.join(missing)}: pip install {what_brings_them}")
+        raise ConversionError(f"{who} need {', '.join(missing)}: pip install {what_brings_them}")
 
 
 def writable_json(parser: Parser, file: Path | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.command import add_rounds_flags, require_pipeline, say, writable_json
+from benchmarks.command import add_rounds_flags, require_packages, writable_json
 from benchmarks.goals import DATA_TIMES_AS_FAST, verdict
 from benchmarks.result import (
     Content,
@@ -45,12 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(task: DataTask, args: argparse.Namespace) -> int:
-    require_pipeline()
+    require_packages("the input pipelines")
     sides = _measure(task, args.repeats)
     content = as_json(task, sides)
     print(as_markdown(content))
-    if args.json:
-        write_json(args.json, content)
+    write_json(args.json, content)
     return 0
 
 
@@ -62,7 +61,7 @@ def _measure(task: DataTask, rounds: int) -> dict[str, Times]:
         _require(sides)
         compare({side: times.ready.check for side, times in sides.items()})
 
-    take_turns(task, sides, compare=compare_all, rounds=rounds, environment={}, say=say)
+    take_turns(task, sides, compare=compare_all, rounds=rounds, environment={})
     _require(sides)
     return sides
 
@@ -105,21 +104,13 @@ def as_json(task: DataTask, sides: dict[str, Times]) -> dict[str, Any]:
 
 def as_markdown(content: Content) -> str:
     """A line on the machine and a table with a row per side, from what `as_json` gives."""
-    photographs = content["photographs"]
-    timed = {
-        side: [photographs / rate for rate in told["rounds_images_per_s"]] for side, told in content["sides"].items()
-    }
-    ratios = {side: times_as_fast(timed[side], timed["timm"]) for side in SIDES_ON_A_CORE}
+    ratios = {side: told["times_as_fast_as_timm"] for side, told in content["sides"].items()}
     rows = [
-        [
-            side,
-            in_words(images_per_s(seconds, photographs), ".0f"),
-            in_words(ratios[side]) if side in ratios else "beside the workers",
-        ]
-        for side, seconds in timed.items()
+        [side, in_words(told["images_per_s"], ".0f"), in_words(ratios[side]) if ratios[side] else "beside the workers"]
+        for side, told in content["sides"].items()
     ]
     lines = [
-        f"{photographs} JPEG photographs of 500 x 375 to a training batch at 240 pixels; {where(content)}",
+        f"{content['photographs']} JPEG photographs of 500 x 375 to a training batch at 240 pixels; {where(content)}",
         "",
         *markdown_table(["side", "images/s, median (min-max)", "times as fast as timm (min-max)"], rows),
     ]

@@ -19,16 +19,17 @@ from typing import Any
 from benchmarks.command import (
     add_model_flags,
     add_rounds_flags,
+    model_tasks,
     pick_device,
-    require_pipeline,
-    say,
+    require_packages,
+    tell,
     until,
     workers_environment,
     writable_json,
 )
-from benchmarks.result import about, side_as_json, told_facts, write_json
-from benchmarks.rounds import GPU_PATIENCE, Measured, SidesDisagree, Times, not_failed, require_agreement, take_turns
-from benchmarks.table import fed_lines, fed_notes
+from benchmarks.result import about, side_as_json, task_as_json, told_facts
+from benchmarks.rounds import Measured, SidesDisagree, Times, not_failed, require_agreement, say, take_turns
+from benchmarks.table import fed_lines, fed_markdown
 from benchmarks.task import (
     FLAX_FED,
     FLAX_STEPS,
@@ -37,10 +38,8 @@ from benchmarks.task import (
     TIMM_STEPS,
     DataTask,
     EndToEndTask,
-    Task,
     usable_cores,
 )
-from benchmarks.worker import PATIENCE
 from convert.command_line import Parser, at_least_one, leave, run
 
 _DIFFERENT = 256  # photographs
@@ -87,40 +86,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, device: str) -> int:
     end = until(args)
-    require_pipeline("grain")
-    from benchmarks.sides.timm import write_weights
-
+    require_packages("the input pipelines", "grain")
     results: list[tuple[EndToEndTask, dict[str, Times]]] = []
     printed = 0
     with tempfile.TemporaryDirectory(prefix="crossvit-benchmark-") as name:
         folder = Path(name)
         write_photographs(folder, args.images)
         environment = workers_environment(device, folder, one_at_a_time=False)
-        for variant in args.variants:
-            weights = folder / f"{variant}.safetensors"
-            write_weights(variant, weights)
-            step = Task(
-                benchmark="training",
-                variant=variant,
-                batch_size=args.batch_size,
-                dtype=args.dtype,
-                device=device,
-                weights=str(weights),
-            )
+        for step in model_tasks("training", args, device, folder):
             task = EndToEndTask(step=step, flax=args.flax_step, timm=args.timm_step, folder=name, workers=args.workers)
-            say(f"CrossViT {variant}, end to end, {args.dtype}, {device}")
+            say(f"CrossViT {step.variant}, end to end, {args.dtype}, {device}")
             fed = [side for side, place in FLAX_FED.items() if place in args.augment_on]
             sides = [task.flax, *fed, task.timm, TIMM_FED]
-            times = measure(task, sides, rounds=args.repeats, until=end, environment=environment)
+            times = {side: Times() for side in sides}
+            take_turns(
+                task,
+                times,
+                compare=lambda task=task, times=times: require_comparable(task, times),
+                rounds=args.repeats,
+                until=end,
+                device=device,
+                environment=environment,
+            )
             results.append((task, times))
-            # after each variant, so that an interruption costs one
             content = as_json(results, images=args.images)
-            lines = fed_lines(content)
-            print("\n".join(lines[printed:]), flush=True)
-            printed = len(lines)
-            if args.json:
-                write_json(args.json, content)
-    for line in fed_notes(content):
+            printed = tell(content, fed_lines(content), printed, args.json)
+    for line in fed_markdown(content).split("\n")[printed:]:  # what is said under the table
         print(line)
     return 1 if any(times.failure for _, sides in results for times in sides.values()) else 0
 
@@ -142,26 +133,6 @@ def write_photographs(folder: Path, count: int) -> None:
         file = folder / "train" / f"class-{number % PHOTOGRAPH_CLASSES}" / f"{number}.jpg"
         file.hardlink_to(different / f"{number % len(samples)}.jpg")
     os.symlink("train", folder / "val")
-
-
-def measure(
-    task: EndToEndTask, sides: Sequence[str], *, rounds: int, until: float | None, environment: dict[str, str]
-) -> dict[str, Times]:
-    """Times the sides in turn, as `take_turns` does. Raises SidesDisagree as `require_comparable` does."""
-    times = {side: Times() for side in sides}
-    on_gpu = task.step.device == "gpu"
-    take_turns(
-        task,
-        times,
-        compare=lambda: require_comparable(task, times),
-        rounds=rounds,
-        until=until,
-        together=on_gpu,
-        patience=GPU_PATIENCE if on_gpu else PATIENCE,
-        environment=environment,
-        say=say,
-    )
-    return times
 
 
 def require_comparable(task: EndToEndTask, sides: Mapping[str, Times]) -> None:
@@ -189,20 +160,10 @@ def as_json(results: Sequence[tuple[EndToEndTask, Mapping[str, Times]]], *, imag
 
 
 def _result(task: EndToEndTask, sides: Mapping[str, Times]) -> dict[str, Any]:
-    measured = Measured(task.step, task.timm, dict(sides))
-    return {
-        "variant": task.step.variant,
-        "batch_size": task.step.batch_size,
-        "dtype": task.step.dtype,
-        "device": task.step.device,
+    return task_as_json(task.step, sides) | {
         "steps_per_call": task.steps,
         "step_alone": {side: task.flax if side.startswith("flax") else task.timm for side in sides},
-        "others_cores": measured.others,
-        "disturbed": measured.disturbed,
-        "sides": {
-            side: side_as_json(times, task.steps * task.step.batch_size) | {"difference": times.difference}
-            for side, times in sides.items()
-        },
+        "sides": {side: side_as_json(times, task.steps * task.step.batch_size) for side, times in sides.items()},
     }
 
 

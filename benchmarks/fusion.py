@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks.command import require_onnx, variant_name
+from benchmarks.command import require_packages, variant_name
 from benchmarks.result import markdown_table
 from convert.command_line import Parser, leave, run
 from convert.files import write_bytes
@@ -72,7 +72,7 @@ def table(model: CrossViT) -> str:
         quantize_dynamic(exported, int8)
         for name, path in (("float32", exported), ("dynamic int8", int8)):
             counts = [onnx_nodes(path, level) for level in LEVELS]
-            own = {kind.split(".")[-1]: count for kind, count in counts[-1].items() if "." in kind}
+            own = Counter({kind.split(".")[-1]: count for kind, count in counts[-1].items() if "." in kind})
             rows.append([name, *(f"{count.total():,}" for count in counts), _listed(own)])
     lines, rows = markdown_table(["ONNX Runtime", *LEVELS, "its own kinds, at all"], rows), []
     for batch in (1, 8):
@@ -82,8 +82,8 @@ def table(model: CrossViT) -> str:
     return "\n".join([*lines, "", *markdown_table(titles, rows)])
 
 
-def _listed(kinds: dict[str, int]) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items(), key=lambda item: -item[1]))
+def _listed(kinds: Counter[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(variant: str) -> int:
-    require_onnx()
+    require_packages("the ONNX forms")
     model = create_model(variant, rngs=nnx.Rngs(0))
     model.eval()
     print(table(model))

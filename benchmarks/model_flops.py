@@ -3,7 +3,9 @@
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
+from benchmarks.task import repeated
 from crossvit_jax.config import get_config
 
 PRODUCT = {"cpu": 2048, "gpu": 8192}  # rows and columns of both factors
@@ -38,18 +40,19 @@ def flops_per_image(variant: str, *, training: bool) -> int:
     return matrix_flops(program)
 
 
-def peak_flops(device: str, multiply: Callable[[int], None]) -> float:
+def peak_flops(device: str, multiply: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
     """FLOPs per second, two per multiply-add, of the fastest of the products that fill a second.
 
     Args:
         device: cpu or gpu.
-        multiply: computes that many products of two matrices of random numbers, `PRODUCT[device]` on each side, and
-            returns when the results are there.
+        multiply: begins to compute a product of two matrices of random numbers, `PRODUCT[device]` on each side.
+        wait: returns when that product is there.
     """
-    multiply(1)  # compiles
+    run = repeated(multiply, wait)
+    run(1)  # compiles
     fastest, end = math.inf, time.perf_counter() + _SECONDS
     while time.perf_counter() < end or fastest == math.inf:
         start = time.perf_counter()
-        multiply(_AT_ONCE[device])
+        run(_AT_ONCE[device])
         fastest = min(fastest, (time.perf_counter() - start) / _AT_ONCE[device])
     return 2 * PRODUCT[device] ** 3 / fastest

@@ -42,19 +42,15 @@ def draw_ratios(contents: Sequence[Content], path: Path) -> None:
     all_axes = figure.subplots(1, len(panels), sharey=True, width_ratios=widths, squeeze=False)[0]
     for axes, (title, results) in zip(all_axes, panels.items(), strict=True):
         axes.set_title("\n".join(title), fontsize=10)
-        _draw_panel(axes, _in_groups(results))
+        # those of a variant side by side, variants as they first come, smaller batches first
+        variants = list(dict.fromkeys(result["variant"] for result in results))
+        _draw_panel(axes, sorted(results, key=lambda result: (variants.index(result["variant"]), result["batch_size"])))
     all_axes[0].set_ylabel("times as fast as the best of timm")
     legend = {
         label: handle for axes in all_axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(legend.values(), legend, loc="outside lower center", ncols=len(legend), frameon=False, fontsize=9)
     save_figure(figure, path)
-
-
-def _in_groups(results: Sequence[Result]) -> list[Result]:
-    """Those of a variant side by side, variants as they first come, smaller batches first."""
-    variants = list(dict.fromkeys(result["variant"] for result in results))
-    return sorted(results, key=lambda result: (variants.index(result["variant"]), result["batch_size"]))
 
 
 def _draw_panel(axes: "Axes", results: Sequence[Result]) -> None:

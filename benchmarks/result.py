@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rounds import Measured, Times
-from benchmarks.task import usable_cores
+from benchmarks.rounds import ACCEPTED_OTHERS, Measured, Times, cores_of_others
+from benchmarks.task import Task, usable_cores
 from convert.files import write_whole
 
 Content = Mapping[str, Any]  # of a JSON file
@@ -26,9 +26,10 @@ _PACKAGES = ("jax", "jaxlib", "flax", "torch", "timm", "libtpu")
 _CUDA_LIBRARIES = {"CUDA": "nvidia-cuda-runtime", "cuDNN": "nvidia-cudnn"}  # the first part of the wheels' names
 
 
-def write_json(path: Path, content: Content) -> None:
-    """Writes it whole, or not at all. Raises NotWritten if that is impossible."""
-    write_whole(path, f"{json.dumps(content, indent=2)}\n".encode())
+def write_json(path: Path | None, content: Content) -> None:
+    """Writes it whole, or not at all, if there is a path. Raises NotWritten if that is impossible."""
+    if path is not None:
+        write_whole(path, f"{json.dumps(content, indent=2)}\n".encode())
 
 
 def as_json(benchmark: str, results: Sequence[Measured]) -> dict[str, Any]:
@@ -38,30 +39,32 @@ def as_json(benchmark: str, results: Sequence[Measured]) -> dict[str, Any]:
 
 
 def _result(measured: Measured) -> dict[str, Any]:
-    task = measured.task
-    result = {
-        "variant": task.variant,
-        "batch_size": task.batch_size,
-        "dtype": task.dtype,
-        "device": task.device,
+    task, sides = measured.task, measured.sides
+    told = [times.ready for times in sides.values() if times.ready]
+    result = task_as_json(task, sides) | {
         "compared_with": measured.reference,
-        "sides": {side: _side(times, task.batch_size) for side, times in measured.sides.items()},
-        "flops_per_call": measured.flops_per_call,
-        "peak_flops": measured.peak_flops,
-        "others_cores": measured.others,
-        "disturbed": measured.disturbed,
+        "sides": {side: side_as_json(times, task.batch_size) for side, times in sides.items()},
+        # of the model: the same for every side that can tell, see `Program.flops`
+        "flops_per_call": next((ready.flops_per_call for ready in told if ready.flops_per_call), None),
+        # of the fastest large matrix product that a side measured in the task's dtype
+        "peak_flops": max((ready.peak_flops for ready in told if ready.peak_flops), default=None),
     }
     best_timm, timed = best(result, "timm"), rounds(result)
     ratios = {side: times_as_fast(ours, timed[best_timm]) for side, ours in timed.items()} if best_timm else {}
     return result | {"best_timm": best_timm, "times_as_fast_as_best_timm": ratios}
 
 
-def _side(times: Times, batch_size: int) -> dict[str, Any]:
-    known = side_as_json(times, batch_size)
-    if times.ready:
-        known |= {"difference": times.difference, "from_float32": times.from_float32}
-        known["peak_bytes"] = times.ready.peak_bytes
-    return known
+def task_as_json(task: Task, sides: Mapping[str, Times]) -> dict[str, Any]:
+    """What was measured, and whether other programs disturbed it: of models, and of steps fed from files."""
+    others = cores_of_others(sides)
+    return {
+        "variant": task.variant,
+        "batch_size": task.batch_size,
+        "dtype": task.dtype,
+        "device": task.device,
+        "others_cores": others,
+        "disturbed": others is not None and others > ACCEPTED_OTHERS,
+    }
 
 
 def side_as_json(times: Times, images: int) -> dict[str, Any]:
@@ -71,10 +74,11 @@ def side_as_json(times: Times, images: int) -> dict[str, Any]:
         ready = times.ready
         known |= {"load_s": ready.load_s, "first_result_s": ready.first_s, "warm_up_s": ready.warm_up_s}
         known |= {"calls_per_round": ready.calls, "rounds_s_per_call": times.seconds}
-        known["others_cores"] = [turn.others for turn in times.rounds]
+        known |= {"others_cores": [turn.others for turn in times.rounds], "peak_bytes": ready.peak_bytes}
+        known |= {"difference": times.difference, "from_float32": times.from_float32}
     if times.failure is None:
         known |= {f"{name}_s_per_call": value for name, value in spread(times.seconds).items()}
-        known["images_per_s"] = images / times.median
+        known["images_per_s"] = images / known["median_s_per_call"]
     return known
 
 

@@ -1,8 +1,10 @@
 """Rounds in turn, the comparison that comes first, and the search for the largest batch."""
 
 import contextlib
+import dataclasses
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.task import Loadable, Task
-from benchmarks.worker import PATIENCE, Ready, Round, SideFailed, Worker, largest_batch
+from benchmarks.worker import PATIENCE, Ready, Round, SideFailed, Worker
 from convert.errors import UserError
 
 # Largest differences of sides that agree: of logits and losses as a share of the largest one, of each gradient's norm
@@ -22,12 +24,21 @@ BOUNDS = {
     "gradients": {"float32": 1e-3, "bfloat16": 0.1},
 }
 
-ACCEPTED_OTHERS = 0.05 * os.cpu_count()  # cores; above this the times are shown with a warning
+# Cores that other programs may keep busy: above this ratios mean nothing, and are shown with a warning. To take turns
+# does not help against that: torch's threads wait for each other at the end of every operation, so one that is denied
+# its core holds up all. Seen where others had 1.4 of 2 cores: the same call took torch 0.3 s in one round and 1.8 s in
+# another, and XLA between 0.1 and 0.2 s.
+ACCEPTED_OTHERS = 0.05 * os.cpu_count()
 
 _NOTHING = 1e-3  # of the median norm; key biases have no gradient, and get what is left of roundings
 
 _LARGEST_BATCH = 4096  # no search goes further
-GPU_PATIENCE = 300.0  # see `Worker`: on a GPU all compile at once, and calls are short
+_GPU_PATIENCE = 300.0  # see `Worker`: on a GPU all compile at once, and calls are short
+
+
+def say(message: str) -> None:
+    """Tells of progress, on stderr: tables are on stdout."""
+    print(message, file=sys.stderr, flush=True)
 
 
 class SidesDisagree(UserError):
@@ -51,10 +62,6 @@ class Times:
         """Per call, round by round."""
         return [turn.seconds for turn in self.rounds]
 
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
 
 def not_failed(sides: Mapping[str, Times]) -> dict[str, Times]:
     """Those that did not fail."""
@@ -76,71 +83,19 @@ class Measured:
     reference: str  # the side that the others are compared with
     sides: dict[str, Times]
 
-    @property
-    def timed(self) -> dict[str, Times]:
-        """The sides that did not fail."""
-        return not_failed(self.sides)
 
-    @property
-    def others(self) -> float | None:
-        """Cores that other programs kept busy: the median over all rounds. None where the system does not tell."""
-        return cores_of_others(self.sides)
+def measure(task: Task, sides: Sequence[str], **how: Any) -> Measured:
+    """Times the sides of a model or training step.
 
-    @property
-    def disturbed(self) -> bool:
-        """Whether other programs took so much that the ratios mean nothing.
-
-        Taking turns does not help against that: torch's threads wait for each other at the end of every operation, so
-        one that is denied its core holds up all. Seen where others had 1.4 of 2 cores: the same call took torch 0.3 s
-        in one round and 1.8 s in another, and XLA between 0.1 and 0.2 s.
-        """
-        return self.others is not None and self.others > ACCEPTED_OTHERS
-
-    @property
-    def flops_per_call(self) -> int | None:
-        """FLOPs of the model, the same for every side: see `Program.flops`. None if no side could tell."""
-        return next(iter(self._told("flops_per_call")), None)
-
-    @property
-    def peak_flops(self) -> float | None:
-        """The device's, per second: of the fastest large matrix product that a side measured in the task's dtype."""
-        return max(self._told("peak_flops"), default=None)
-
-    def _told(self, name: str) -> list[Any]:
-        told = [getattr(times.ready, name) for times in self.sides.values() if times.ready]
-        return [value for value in told if value is not None]
-
-
-def measure(
-    task: Task,
-    sides: Sequence[str],
-    *,
-    rounds: int,
-    until: float | None = None,
-    keep: bool,
-    environment: dict[str, str],
-    say: Callable[[str], None],
-) -> Measured:
-    """Times the sides of a model or training step, see `take_turns`.
+    Args:
+        how: `rounds`, `until`, `keep` and `environment` of `take_turns`.
 
     Raises:
         SidesDisagree: before any round, see `require_agreement`.
     """
     reference = next((side for side in ("timm", "timm-compile") if side in sides), sides[0])
     measured = Measured(task, reference, {side: Times() for side in sides})
-    on_gpu = task.device == "gpu"
-    take_turns(
-        task,
-        measured.sides,
-        compare=lambda: require_agreement(measured),
-        rounds=rounds,
-        until=until,
-        keep=keep,
-        together=on_gpu and keep,
-        patience=GPU_PATIENCE if on_gpu else PATIENCE,
-        environment=environment,
-        say=say,
-    )
+    take_turns(task, measured.sides, compare=lambda: require_agreement(measured), device=task.device, **how)
     return measured
 
 
@@ -152,10 +107,8 @@ def take_turns(
     rounds: int,
     until: float | None = None,
     keep: bool = True,
-    together: bool = False,
-    patience: float = PATIENCE,
+    device: str = "cpu",
     environment: dict[str, str],
-    say: Callable[[str], None],
 ) -> None:
     """Times the sides in turn, A B C A B C …, never two at once.
 
@@ -168,11 +121,11 @@ def take_turns(
         until: by time.monotonic(): no round is begun that would end later, if it takes as long as the one before.
         keep: let each side's process live through all rounds; otherwise a turn starts one anew, so that only one holds
             memory on the device at a time.
-        together: load and compile all sides at once, for machines with many cores; they still warm up one by one.
-        patience: seconds that a side has for each answer; one that takes longer has failed.
+        device: beside a gpu are many cores, so that all kept sides load and compile at once; they still warm up one by
+            one.
         environment: for the processes.
-        say: is told about progress.
     """
+    patience = _GPU_PATIENCE if device == "gpu" else PATIENCE
     with contextlib.ExitStack() as processes:
         workers: dict[str, Worker] = {}
 
@@ -184,7 +137,7 @@ def take_turns(
                 workers[side] = processes.enter_context(Worker(side, task, environment, patience=patience))
             return workers[side]
 
-        if together:
+        if device == "gpu" and keep:
             for started in [worker(side) for side in sides]:
                 with contextlib.suppress(SideFailed):  # noted below
                     _ = started.loaded
@@ -205,9 +158,7 @@ def take_turns(
             say(f"round {number} of {rounds} done")
 
 
-def largest_common_batch(
-    task: Task, sides: Sequence[str], *, environment: dict[str, str], say: Callable[[str], None]
-) -> int:
+def largest_common_batch(task: Task, sides: Sequence[str], environment: dict[str, str]) -> int:
     """The last of task.batch_size, twice that, … that every side can run, alone on the device.
 
     Compiled sides of timm are not tried, for each size would have to be compiled: timm's is that of eager.
@@ -218,11 +169,18 @@ def largest_common_batch(
     largest = _LARGEST_BATCH
     for side in dict.fromkeys("timm" if side.startswith("timm") else side for side in sides):
         start = time.perf_counter()
-        try:
-            largest = largest_batch(side, task, environment, at_most=largest, patience=PATIENCE)
-        except SideFailed as failure:
-            smaller = "; start from a smaller --batch-size" if failure.out_of_memory else ""
-            raise SideFailed(f"{side} at batch {task.batch_size}: {failure}{smaller}") from None
+        fits, tried = 0, task.batch_size
+        while not fits or tried <= largest:
+            try:
+                with Worker(side, dataclasses.replace(task, batch_size=tried), environment) as worker:
+                    _ = worker.loaded
+            except SideFailed as failure:  # memory that is too small has many faces: a failed launch, say
+                if fits:
+                    break
+                smaller = "; start from a smaller --batch-size" if failure.out_of_memory else ""
+                raise SideFailed(f"{side} at batch {tried}: {failure}{smaller}") from None
+            fits, tried = tried, 2 * tried
+        largest = fits
         say(f"{side}: the largest batch is {largest} ({time.perf_counter() - start:.0f} s)")
     return largest
 
@@ -246,7 +204,7 @@ def require_agreement(measured: Measured) -> None:
     reference = measured.sides[measured.reference]
     if reference.failure:
         return
-    for side, times in measured.timed.items():
+    for side, times in not_failed(measured.sides).items():
         differences = {
             what: difference(what, times.ready.check[what], expected)
             for what, expected in reference.ready.check.items()

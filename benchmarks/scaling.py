@@ -99,8 +99,7 @@ def _run(args: argparse.Namespace) -> int:
             return 1
         results.append(estimate(figures))
         print(_table(results)[-1], flush=True)
-        if args.json:
-            write_json(args.json, as_json(results))
+        write_json(args.json, as_json(results))
     return 0
 
 

@@ -10,8 +10,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.command import say, variant_name, writable_json
+from benchmarks.command import variant_name, writable_json
 from benchmarks.result import Content, about, in_words, markdown_table, spread, times_as_fast, where, write_json
+from benchmarks.rounds import say
 from benchmarks.worker import SideFailed
 from convert.command_line import Parser, at_least_one, at_least_zero, leave, run
 from convert.errors import SettingsError
@@ -68,8 +69,7 @@ def _run(args: argparse.Namespace) -> int:
             say(f"pair {number} of {args.repeats} done")
     content = about("startup") | {"flags": flags} | starts
     print(as_markdown(content))
-    if args.json:
-        write_json(args.json, content)
+    write_json(args.json, content)
     return 0
 
 

@@ -182,8 +182,7 @@ def _peak_memory(result: Result, side: str) -> str:
 
 
 def _difference(result: Result, side: str) -> str:
-    difference = result["sides"][side].get("difference")
-    return "reference" if side == result["compared_with"] else _known(difference, ".1e")
+    return "reference" if side == result["compared_with"] else _known(result["sides"][side].get("difference"), ".1e")
 
 
 def _known(value: float | None, as_text: str) -> str:
@@ -216,7 +215,7 @@ _FED_TITLES = (
 
 def fed_markdown(content: Content) -> str:
     """What was measured where, a table with a row per side, and what has to be said of it."""
-    return "\n".join([*fed_lines(content), *fed_notes(content)])
+    return "\n".join([*fed_lines(content), *_disturbed([content]), *fed_verdicts(content["results"])])
 
 
 def fed_lines(content: Content) -> list[str]:
@@ -228,11 +227,6 @@ def fed_lines(content: Content) -> list[str]:
         "",
         *markdown_table(_FED_TITLES, rows),
     ]
-
-
-def fed_notes(content: Content) -> list[str]:
-    """What has to be said under the table."""
-    return _disturbed([content]) + fed_verdicts(content["results"])
 
 
 def _fed_cells(result: Result, side: str) -> list[str]:
@@ -311,7 +305,7 @@ def _form_cells(result: Result, name: str) -> list[str]:
         at_size = {"sides": {side: known["batches"][str(size)] for side, known in forms.items()}}
         cells.append(_beside(at_size, name, reference) if name != reference and reference in rounds(at_size) else "")
     cells += [_known(form["top1"], ".2f"), "" if name == reference else _known(form["points_from_float32"], "+.2f")]
-    far = [(batch["difference"], batch["difference_of"]) for batch in form["batches"].values() if "difference" in batch]
+    far = [(b["difference"], b["difference_of"]) for b in form["batches"].values() if "difference_of" in b]
     return [*cells, "{:.1e} of the {}".format(*max(far)) if far else ""]
 
 

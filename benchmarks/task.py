@@ -7,7 +7,7 @@ import dataclasses
 import io
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -21,7 +21,7 @@ from train.recipes import RECIPES
 
 # XLA's attention or cuDNN's; eager, torch.compile, and that with images and kernels channels last
 SIDES = ("flax", "flax-cudnn", "timm", "timm-compile", "timm-channels-last")
-GPU_WARM_UP_S = 1.0  # see `Program.warm_up_s`
+_GPU_WARM_UP_S = 1.0  # see `Program.warm_up_s`
 CHECKED_STEPS = 2  # the loss of the second one also tells whether gradient and update were right
 _DIFFERENT_IMAGES = 256  # in larger batches they come again: drawing thousands takes longer than the search
 
@@ -52,6 +52,13 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def jax_facts() -> dict[str, str]:
+    """Version, threads and device of a side that computes with jax."""
+    import jax
+
+    return {"jax": jax.__version__, "jax threads": str(usable_cores()), "jax device": jax.devices()[0].device_kind}
+
+
 class Loadable(Protocol):
     """A task: plain data that every side of a benchmark gets alike."""
 
@@ -79,6 +86,28 @@ class Program:
     flops: Callable[[], int] | None = None  # of the model in a call: see `flops_per_image`
     peak_flops: Callable[[], float] | None = None  # measures the device's, see `benchmarks.model_flops`
     float32: Callable[[], Any] | None = None  # for a task in bfloat16: what `check` would give in float32
+
+
+def repeated(call: Callable[[], Any], wait: Callable[[Any], Any] = lambda result: None) -> Callable[[int], None]:
+    """The `run` of a program whose calls are all alike; the last result is waited for."""
+
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            result = call()
+        wait(result)
+
+    return run
+
+
+def on_gpu(program: Program, **changes: Any) -> Program:
+    """A program as a GPU wants it, which is warm sooner: a call before each round takes again what `rest` gave back."""
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        program.run(1)
+        yield
+
+    return dataclasses.replace(program, around=around, warm_up_s=_GPU_WARM_UP_S, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,10 @@ next order sleeps, and so do its thread pools.
 import contextlib
 import dataclasses
 import functools
-import gc
 import multiprocessing
 import os
 import pkgutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -66,33 +64,24 @@ class Round:
 class Worker:
     """The parent's handle on a side. Use it in a `with`: leaving it ends the process."""
 
-    def __init__(
-        self,
-        side: str,
-        task: Loadable,
-        environment: dict[str, str],
-        *,
-        work: Callable[[str, Loadable, Connection], None] | None = None,
-        patience: float = PATIENCE,
-    ):
+    def __init__(self, side: str, task: Loadable, environment: dict[str, str], *, patience: float = PATIENCE):
         """Starts the process.
 
         Args:
             environment: variables that it gets besides those of this process.
-            work: what it does instead of waiting for turns.
             patience: seconds that it has for each answer.
         """
         self._patience = patience
         context = multiprocessing.get_context("spawn")  # a fork would inherit threads and devices
         self._pipe, theirs = context.Pipe()
         # no daemon, which may not have children: an input pipeline's workers
-        self._process = context.Process(target=_serve, args=(work or _take_turns, side, task, environment, theirs))
+        self._process = context.Process(target=_serve, args=(side, task, environment, theirs))
         self._process.start()
         theirs.close()  # so that the pipe ends when the process does
 
     @functools.cached_property
     def loaded(self) -> Any:
-        """Waits until the side is loaded and compiled: the first answer of its process. Raises SideFailed."""
+        """Waits until the side is loaded and compiled. Raises SideFailed."""
         return self._receive()
 
     @functools.cached_property
@@ -143,26 +132,10 @@ def load_program(task: Loadable, side: str) -> Program:
     return pkgutil.resolve_name(task.loader(side))(task, side)
 
 
-def largest_batch(side: str, task: Loadable, environment: dict[str, str], *, at_most: int, patience: float) -> int:
-    """The last of task.batch_size, twice that, … that the side can run, alone on the device: all in one process.
-
-    Raises SideFailed if it cannot run the task itself.
-    """
-    search = functools.partial(_search, at_most=at_most)
-    with Worker(side, task, environment, work=search, patience=patience) as worker:
-        return worker.loaded
-
-
-def _serve(
-    work: Callable[[str, Loadable, Connection], None],
-    side: str,
-    task: Loadable,
-    environment: dict[str, str],
-    pipe: Connection,
-) -> None:
+def _serve(side: str, task: Loadable, environment: dict[str, str], pipe: Connection) -> None:
     os.environ.update(environment)  # before the framework is imported
     try:
-        work(side, task, pipe)
+        _take_turns(side, task, pipe)
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         pass  # the parent has left
     except Exception as error:
@@ -201,26 +174,6 @@ def _warm_up(program: Program, ready: Ready) -> Ready:
     )
     program.rest()
     return ready
-
-
-def _search(side: str, task: Loadable, pipe: Connection, *, at_most: int) -> None:
-    fits = None
-    while fits is None or 2 * fits <= at_most:
-        batch_size = 2 * fits if fits else task.batch_size
-        try:
-            program = load_program(dataclasses.replace(task, batch_size=batch_size), side)
-            program.check()
-            program.run(1)
-        except Exception:
-            # memory that is too small has many faces: a failed launch, an index that is too large
-            if fits is None:
-                raise
-            break
-        fits = batch_size
-        program.rest()
-        del program  # before the next one takes its memory
-        gc.collect()
-    pipe.send(fits)
 
 
 def _round(program: Program, calls: int) -> Round:

@@ -156,26 +156,20 @@ def _open_data(args: argparse.Namespace) -> "tuple[Source, tuple[str, ...], str,
     config = TrainConfig(dataset=args.dataset, data_dir=args.data_dir, val_fraction=args.val_fraction, seed=args.seed)
 
     from train.data.datasets import open_image_sets
+    from train.data.folder import folder_source, list_images
 
     folder = Path(args.dataset.removeprefix(FOLDER_PREFIX)) if args.dataset.startswith(FOLDER_PREFIX) else None
     is_unsplit = folder is not None and folder.is_dir() and not (folder / "train").is_dir()
     if args.split == "all":
         if not is_unsplit:
             raise SettingsError("--split all is for a folder:PATH of class folders; choose held-out or train here")
-        return *_open_whole_folder(folder), "all of them", []
+        images = list_images(folder)
+        return folder_source(folder, images), tuple(images), "all of them", []
     sets = open_image_sets(config)
     note = [f"{folder} has no train/ and val/: it is split as in training; --split all takes all"] if is_unsplit else []
     if args.split == "train":
         return sets.train, sets.class_names, f"training images; held out: {sets.held_out_split}", note
     return sets.held_out, sets.class_names, sets.held_out_split, note
-
-
-def _open_whole_folder(folder: Path) -> "tuple[Source, tuple[str, ...]]":
-    from train.data.folder import FolderSource, list_images
-
-    images = list_images(folder)
-    labels = np.repeat(np.arange(len(images)), [len(files) for files in images.values()])
-    return FolderSource(str(folder), tuple(file for files in images.values() for file in files), labels), tuple(images)
 
 
 # --- the evaluation ---

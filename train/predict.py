@@ -6,9 +6,8 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from convert.command_line import Parser, at_least_one, leave, run
 from convert.files import home_path
@@ -21,15 +20,14 @@ from train.inference.command import (
     reading_processes,
     tell_notes,
 )
+from train.inference.predictions import FORMATS, Prediction
 
 if TYPE_CHECKING:
     from train.data.bad_images import BadImages
     from train.inference.image_paths import FileSource
     from train.inference.model import Classifier
-    from train.inference.predictions import Prediction
 
 _PROGRAM = "python -m train.predict"
-_FORMATS = ("table", "csv", "jsonl")
 
 _EPILOG = f"""\
 {SOURCES}
@@ -60,7 +58,7 @@ def _parser() -> Parser:
     parser.add_argument("paths", metavar="PATH", nargs="+")
     add_model_flags(parser)
     parser.add_argument("--top-k", type=at_least_one, default=5, metavar="K", help="classes per image (default: 5)")
-    parser.add_argument("--format", choices=_FORMATS, default="table", help="default: table")
+    parser.add_argument("--format", choices=FORMATS, default="table", help="default: table")
     parser.add_argument(
         "--attention",
         type=home_path,
@@ -79,7 +77,6 @@ def _predict(args: argparse.Namespace) -> int:
         pictures.mkdir(parents=True, exist_ok=True)
 
     from train.data.bad_images import BadImages
-    from train.inference.predictions import FORMATS
 
     classifier = load_model(args)
     tell_notes(_PROGRAM, classifier.notes)
@@ -95,7 +92,7 @@ def _predict(args: argparse.Namespace) -> int:
         batches = classify(classifier, source, bad_images, batch_size=batch_size, top_k=args.top_k, pictures=pictures)
         with closing(batches):
             for results in batches:
-                entries = (text.entry(result.path, result.predictions, result.picture) for result in results)
+                entries = (text.entry(*result) for result in results)
                 bar.write("".join(entries), end="")
                 sys.stdout.flush()
                 bar.update(min(batch_size, len(paths) - bar.n))
@@ -104,12 +101,11 @@ def _predict(args: argparse.Namespace) -> int:
     return 1 if bad_images.count else 0
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """What is known of one image."""
 
     path: str
-    predictions: "Sequence[Prediction]"  # the best first
+    predictions: Sequence[Prediction]  # the best first
     picture: str | None = None  # where its attention is drawn
 
 
@@ -139,7 +135,6 @@ def classify(
     from train.data.batches import eval_batches
     from train.data.streams import device_batches
     from train.inference.evaluation import forward
-    from train.inference.predictions import Prediction
     from train.pictures.attention import PictureNames, class_token_attention, draw_attention
 
     task = classifier.task

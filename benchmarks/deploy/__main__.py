@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.command import add_rounds_flags, require_onnx, say, writable_json
+from benchmarks.command import add_rounds_flags, require_packages, writable_json
+from benchmarks.rounds import say
 from convert.command_line import Parser, at_least_one, leave, run
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    require_onnx()
+    require_packages("the ONNX forms")
     # late: wrong flags need not wait for the frameworks
     from benchmarks.deploy.result import as_json
     from benchmarks.deploy.runs import open_model, open_run, pair
@@ -69,8 +70,7 @@ def _run(args: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory(prefix="crossvit-deploy-") as folder:
             results.append(_deploy(model, Path(folder), args))
         content = as_json(results)
-        if args.json:  # after each model, so that an interruption costs one
-            write_json(args.json, content)
+        write_json(args.json, content)  # after each model, so that an interruption costs one
     print(deploy_markdown(content))
     return 1 if any(failures(result) for result in content["results"]) else 0
 
@@ -84,17 +84,17 @@ def _deploy(model: "Model", folder: Path, args: argparse.Namespace) -> "Deployed
     sets = model.sets
     say("reading images")
     indices = evenly(sets.train, args.calibration_images)
-    calibration, _ = read_images(sets.train, indices, model.config, folder / "calibration.npy", say)
+    calibration, _ = read_images(sets.train, indices, model.config, folder / "calibration.npy")
     indices = evenly(sets.held_out, args.images)
-    images, labels = read_images(sets.held_out, indices, model.config, folder / "images.npy", say)
+    images, labels = read_images(sets.held_out, indices, model.config, folder / "images.npy")
 
     channels_first = calibration.transpose(0, 3, 1, 2)
-    forms = float_forms(model.run.weights, folder, channels_first, say)
+    forms = float_forms(model.run.weights, folder, channels_first)
     weights = {False: model.run.weights}
     if model.qat is not None:
-        forms |= qat_forms(model.qat.weights, folder, channels_first, say)
+        forms |= qat_forms(model.qat.weights, folder, channels_first)
         weights[True] = model.qat.weights
-    measured, logits = measure_forms(forms, weights, folder / "images.npy", len(images), rounds=args.repeats, say=say)
+    measured, logits = measure_forms(forms, weights, folder / "images.npy", len(images), rounds=args.repeats)
     labels = model.classes[labels]
     return Deployed(
         model=model,

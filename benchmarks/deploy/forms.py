@@ -1,6 +1,5 @@
 """The forms in which a trained model is shipped, made by the converters of this project."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -8,6 +7,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float32
 
+from benchmarks.rounds import say
 from benchmarks.task import Form
 from convert.export.onnx_graph import onnx_graph
 from convert.export.onnx_int8 import quantize_dynamic, quantize_static
@@ -23,16 +23,13 @@ FLOAT_FILE = "ONNX float32"  # what the others' sizes are compared with
 Calibration = Float32[np.ndarray, "images 3 height width"]
 
 
-def float_forms(
-    weights: Weights, folder: Path, calibration: Calibration, say: Callable[[str], None]
-) -> dict[str, Form]:
+def float_forms(weights: Weights, folder: Path, calibration: Calibration) -> dict[str, Form]:
     """All forms of weights that were trained in floating point; the first, `REFERENCE`, is what they are measured by.
 
     Args:
         weights: in float32.
         folder: for their files.
         calibration: normalised training images, for static quantisation.
-        say: is told of each that is made.
 
     Raises:
         ConversionError: a file cannot be written.
@@ -44,7 +41,7 @@ def float_forms(
     write_bytes(half, onnx_graph(weights, "float16").SerializeToString())
     forms[FLOAT_FILE] = _form(exported, "onnxruntime", "float32")
     forms["ONNX float16"] = _form(half, "onnxruntime", "float16")
-    for name, file in _int8(exported, folder, calibration, say).items():
+    for name, file in _int8(exported, folder, calibration).items():
         forms[f"ONNX {name}"] = _form(file, "onnxruntime", "int8")
     say("making StableHLO float32")
     program = folder / "float32.stablehlo"
@@ -53,7 +50,7 @@ def float_forms(
     return forms
 
 
-def qat_forms(weights: Weights, folder: Path, calibration: Calibration, say: Callable[[str], None]) -> dict[str, Form]:
+def qat_forms(weights: Weights, folder: Path, calibration: Calibration) -> dict[str, Form]:
     """The int8 forms of weights that were trained quantisation-aware; see `float_forms`."""
     from train.optim.quantize import quantised
 
@@ -64,7 +61,7 @@ def qat_forms(weights: Weights, folder: Path, calibration: Calibration, say: Cal
     forms = {"QAT int8, qwix in JAX": Form(runs_in="qwix", file=source, size=size, dtype="int8", qat=True)}
     exported = folder / "qat.onnx"
     write_bytes(exported, onnx_graph(weights).SerializeToString())
-    for name, file in _int8(exported, folder, calibration, say).items():
+    for name, file in _int8(exported, folder, calibration).items():
         forms[f"QAT weights, ONNX {name}"] = _form(file, "onnxruntime", "int8", qat=True)
     return forms
 
@@ -74,7 +71,7 @@ def _float32(weights: Weights, file: Path) -> Form:
     return _form(file, "torch", "float32")
 
 
-def _int8(exported: Path, folder: Path, calibration: Calibration, say: Callable[[str], None]) -> dict[str, Path]:
+def _int8(exported: Path, folder: Path, calibration: Calibration) -> dict[str, Path]:
     files = {f"int8 {kind}": folder / f"{exported.stem}-{kind}.onnx" for kind in ("dynamic", "static")}
     say("making ONNX int8, dynamic and static")
     quantize_dynamic(exported, files["int8 dynamic"])

@@ -1,14 +1,14 @@
 """The shipped forms of a model in turn: compared with their weights in float32 first, then timed."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
 
-from benchmarks.rounds import Times, not_failed, take_turns
+from benchmarks.rounds import Times, not_failed, say, take_turns
 from benchmarks.task import DeployTask, Form
 from convert.export.compare import Comparison, compare
 from convert.export.onnx_graph import run_torch
@@ -30,13 +30,7 @@ class Measured:
 
 
 def measure_forms(
-    forms: Mapping[str, Form],
-    weights: Mapping[bool, Weights],
-    images: Path,
-    count: int,
-    *,
-    rounds: int,
-    say: Callable[[str], None],
+    forms: Mapping[str, Form], weights: Mapping[bool, Weights], images: Path, count: int, *, rounds: int
 ) -> tuple[list[Measured], dict[str, Logits]]:
     """Times all forms at each of `BATCHES`, once their logits are within the converters' bounds.
 
@@ -66,7 +60,6 @@ def measure_forms(
             compare=functools.partial(_compare, at, forms, expected),
             rounds=rounds,
             environment={"JAX_PLATFORMS": "cpu"},
-            say=say,
         )
     ready = {name: times.ready for name, times in measured[-1].sides.items() if times.ready is not None}
     return measured, {name: known.check for name, known in ready.items()}
@@ -77,7 +70,7 @@ def _compare(measured: Measured, forms: Mapping[str, Form], expected: Mapping[bo
     for name, times in not_failed(measured.sides).items():
         got = times.ready.check
         distance = compare(got, expected[forms[name].qat][: len(got)], forms[name].dtype)
-        measured.distances[name] = distance
+        measured.distances[name], times.difference = distance, distance.value
         if not distance.passed:
             off = f"{distance.value:.1e} of the {distance.kind}"
             times.failure = f"its logits are off by {off}, the bound is {distance.bound:g}: not timed"

@@ -24,61 +24,47 @@ class Deployed:
     unreadable: int
     calibrated_on: int  # training images
 
-    def share(self, form: str) -> float | None:
-        """Its size in percent of the ONNX file in float32, if there is one."""
-        return 100 * self.forms[form].size / self.forms[FLOAT_FILE].size if FLOAT_FILE in self.forms else None
-
-    def top1(self, form: str) -> float | None:
-        """In percent; None for a form that gave no logits."""
-        return 100 * self.right[form] / self.images if form in self.right else None
-
-    def points(self, form: str) -> float | None:
-        """How much higher its top-1 is than that of the float32 weights."""
-        known = form in self.right and REFERENCE in self.right
-        return 100 * (self.right[form] - self.right[REFERENCE]) / self.images if known else None
-
-    @property
-    def others(self) -> float | None:
-        """Cores that other programs kept busy, at the worse of the batch sizes."""
-        known = [cores_of_others(measured.sides) for measured in self.measured]
-        return max((cores for cores in known if cores is not None), default=None)
-
 
 def as_json(results: Sequence[Deployed]) -> dict[str, Any]:
     """Everything measured, with every round, in plain types."""
     every = (times for result in results for measured in result.measured for times in measured.sides.values())
-    return about("deploy", told_facts(every)) | {
-        "results": [
-            {
-                "run": result.model.run.source,
-                "qat_run": result.model.qat and result.model.qat.source,
-                "variant": result.model.config.name,
-                "image_size": result.model.config.image_size,
-                "classes": result.model.config.num_classes,
-                "dataset": result.model.run.settings.dataset,
-                "held_out_split": result.model.sets.held_out_split,
-                "held_out_images": len(result.model.sets.held_out),
-                "images": result.images,
-                "unreadable_images": result.unreadable,
-                "calibration_images": result.calibrated_on,
-                "others_cores": result.others,
-                "compared_with": REFERENCE,
-                "forms": {
-                    name: {
-                        "runs_in": form.runs_in,
-                        "dtype": form.dtype,
-                        "qat": form.qat,
-                        "bytes": form.size,
-                        "percent_of_onnx_float32": result.share(name),
-                        "top1": result.top1(name),
-                        "points_from_float32": result.points(name),
-                        "batches": {str(m.batch_size): _side(m, name) for m in result.measured},
-                    }
-                    for name, form in result.forms.items()
-                },
-            }
-            for result in results
-        ],
+    return about("deploy", told_facts(every)) | {"results": [_result(result) for result in results]}
+
+
+def _result(result: Deployed) -> dict[str, Any]:
+    model = result.model
+    others = [cores_of_others(measured.sides) for measured in result.measured]
+    return {
+        "run": model.run.source,
+        "qat_run": model.qat and model.qat.source,
+        "variant": model.config.name,
+        "image_size": model.config.image_size,
+        "classes": model.config.num_classes,
+        "dataset": model.run.settings.dataset,
+        "held_out_split": model.sets.held_out_split,
+        "held_out_images": len(model.sets.held_out),
+        "images": result.images,
+        "unreadable_images": result.unreadable,
+        "calibration_images": result.calibrated_on,
+        "others_cores": max((cores for cores in others if cores is not None), default=None),
+        "compared_with": REFERENCE,
+        "forms": {name: _form(result, name) for name in result.forms},
+    }
+
+
+def _form(result: Deployed, name: str) -> dict[str, Any]:
+    """A form that gave no logits has no accuracy; points are how much higher it is than that of the float32 weights."""
+    form, float_file = result.forms[name], result.forms.get(FLOAT_FILE)
+    top1 = {side: 100 * right / result.images for side, right in result.right.items()}
+    return {
+        "runs_in": form.runs_in,
+        "dtype": form.dtype,
+        "qat": form.qat,
+        "bytes": form.size,
+        "percent_of_onnx_float32": float_file and 100 * form.size / float_file.size,
+        "top1": top1.get(name),
+        "points_from_float32": top1[name] - top1[REFERENCE] if {name, REFERENCE} <= top1.keys() else None,
+        "batches": {str(measured.batch_size): _side(measured, name) for measured in result.measured},
     }
 
 
@@ -87,7 +73,7 @@ def _side(measured: Measured, name: str) -> dict[str, Any]:
     known = side_as_json(times, measured.batch_size)
     if name in measured.distances:
         distance = measured.distances[name]
-        known |= {"difference": distance.value, "difference_of": distance.kind, "bound": distance.bound}
+        known |= {"difference_of": distance.kind, "bound": distance.bound}
     if times.failure is None:
         torch = measured.sides[REFERENCE]
         ratio = times_as_fast(times.seconds, torch.seconds) if torch.failure is None else None

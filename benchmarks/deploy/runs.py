@@ -1,14 +1,14 @@
 """The trained runs of the deployment benchmark: which belong together, and the images that they are tried on."""
 
 import dataclasses
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, Int
 
+from benchmarks.rounds import say
 from convert.errors import SettingsError
 from convert.weights import Weights
 from crossvit_jax.config import CrossViTConfig
@@ -17,7 +17,7 @@ from train.config import TrainConfig
 from train.data.datasets import open_image_sets
 from train.data.sources import ImageSets, Source
 from train.images.transforms import eval_transform
-from train.inference.command import progress_bar
+from train.inference.command import progress_bar, tell_notes
 from train.inference.model import load_classifier_weights
 from train.optim.quantize import require_qwix
 from train.run.folder import read_settings
@@ -31,10 +31,6 @@ class Run:
     source: str
     settings: TrainConfig
     weights: Weights  # in float32
-
-    @property
-    def is_qat(self) -> bool:
-        return self.settings.qat is not None
 
     @property
     def task(self) -> tuple:
@@ -94,7 +90,7 @@ def pair(runs: Sequence[Run]) -> list[tuple[Run, Run | None]]:
     """
     pairs: list[tuple[Run, Run | None]] = []
     for run in runs:
-        if not run.is_qat:
+        if run.settings.qat is None:
             pairs.append((run, None))
             continue
         place = next((i for i in reversed(range(len(pairs))) if pairs[i][0].task == run.task), None)
@@ -115,8 +111,7 @@ def open_model(run: Run, qat: Run | None) -> Model:
     for other in filter(None, (qat, run)):
         weights = other.weights
         classes, notes = match_classes(sets.class_names, weights.class_names, weights.config.num_classes)
-        for note in notes:
-            print(f"python -m benchmarks.deploy: note: {other.source}: {note}", file=sys.stderr)
+        tell_notes("python -m benchmarks.deploy", [f"{other.source}: {note}" for note in notes])
     if qat is not None and qat.weights.class_names != run.weights.class_names:
         raise SettingsError(f"{qat.source} and {run.source} have their classes in another order")
     return Model(run, qat, sets, classes)
@@ -128,7 +123,7 @@ def evenly(source: Source, count: int) -> list[int]:
 
 
 def read_images(
-    source: Source, indices: Sequence[int], config: CrossViTConfig, file: Path, say: Callable[[str], None]
+    source: Source, indices: Sequence[int], config: CrossViTConfig, file: Path
 ) -> tuple[Float32[np.ndarray, "images height width 3"], Int[np.ndarray, " images"]]:
     """The images as evaluation sees them, and their labels.
 

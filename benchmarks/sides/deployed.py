@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from benchmarks.task import DeployTask, Images, Program, usable_cores
+from benchmarks.task import DeployTask, Images, Program, jax_facts, repeated, usable_cores
 
 Logits = Float32[np.ndarray, "batch classes"]
 
@@ -50,7 +50,7 @@ def _stablehlo(task: DeployTask, file: str) -> Program:
 
     with open(file, "rb") as opened:
         run = jax.jit(export.deserialize(bytearray(opened.read())).call)
-    return _program(task, jax.numpy.asarray, lambda images: np.asarray(run(images)), _jax_facts())
+    return _program(task, jax.numpy.asarray, lambda images: np.asarray(run(images)), jax_facts())
 
 
 def _qwix(task: DeployTask, file: str) -> Program:
@@ -68,7 +68,7 @@ def _qwix(task: DeployTask, file: str) -> Program:
     graphdef, state = nnx.split(quantised(load_flax(file), "int8"))
     params = nnx.to_pure_dict(state)
     run = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images))
-    facts = _jax_facts() | {"qwix": importlib.metadata.version("qwix")}
+    facts = jax_facts() | {"qwix": importlib.metadata.version("qwix")}
     return _program(task, jax.numpy.asarray, lambda images: np.asarray(run(params, images)), facts)
 
 
@@ -84,19 +84,8 @@ def _program(
         return np.concatenate([call(prepare(batch)) for batch in task.batches()])[: task.checked]
 
     images = prepare(next(task.batches()))
-
-    def run(calls: int) -> None:
-        for _ in range(calls):
-            call(images)
-
-    return Program(check, run, facts)
+    return Program(check, repeated(lambda: call(images)), facts)
 
 
 def _channels_first(batch: Images) -> Float32[np.ndarray, "batch 3 height width"]:
     return np.ascontiguousarray(batch.transpose(0, 3, 1, 2))
-
-
-def _jax_facts() -> dict[str, str]:
-    import jax
-
-    return {"jax": jax.__version__, "jax threads": str(usable_cores())}

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 
 from benchmarks.sides.fed import Delivered, steady_state, wait_for_rest
-from benchmarks.sides.flax import begin, facts, programs_of, set_up
-from benchmarks.task import FLAX_FED, EndToEndTask, Program
+from benchmarks.sides.flax import begin, programs_of, set_up
+from benchmarks.task import FLAX_FED, EndToEndTask, Program, jax_facts
 from train.config import TrainConfig
 from train.data.batches import train_batches
 from train.data.datasets import open_image_sets
@@ -73,7 +73,7 @@ def load(task: EndToEndTask, side: str) -> Program:
     return Program(
         check,
         run=lambda calls: train(calls * task.steps),
-        facts=facts(),
+        facts=jax_facts(),
         around=around,
         close=close,
         rest=wait_for_rest,

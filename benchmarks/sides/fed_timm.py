@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.sides.fed import Delivered, steady_state, wait_for_rest
 from benchmarks.sides.timm import Training, facts, set_up, wait
 from benchmarks.task import EndToEndTask, Program
+from train.images.transforms import timm_settings
 
 # At most: torch asks each worker for two, one waits in pinned memory and one on the device.
 _AHEAD_PER_WORKER, _AHEAD = 2, 2
@@ -28,15 +29,7 @@ def load(task: EndToEndTask, side: str) -> Program:
         ImageDataset(f"{task.folder}/train"),
         input_size=(3, *task.image_size),
         batch_size=config.batch_size,
-        is_training=True,
-        scale=config.crop_scale,
-        ratio=config.crop_ratio,
-        hflip=config.hflip,
-        color_jitter=None,
-        auto_augment=config.auto_augment,
-        interpolation="bicubic",
-        re_prob=config.erase_prob,
-        re_mode="pixel",
+        **timm_settings(config),
         num_workers=task.workers,
         persistent_workers=True,
         use_multi_epochs_loader=True,

@@ -1,8 +1,6 @@
 """Our model and training step, jitted."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,7 +10,7 @@ import optax
 from flax import nnx
 
 from benchmarks.model_flops import PRODUCT, flops_per_image, peak_flops
-from benchmarks.task import CHECKED_STEPS, GPU_WARM_UP_S, Program, Task, usable_cores
+from benchmarks.task import CHECKED_STEPS, Program, Task, jax_facts, on_gpu, repeated
 from convert import load_flax, load_weights
 from convert.tree import flatten, nest
 from crossvit_jax import CrossViT
@@ -34,22 +32,11 @@ def load(task: Task, side: str) -> Program:
     program = dataclasses.replace(
         program,
         flops=lambda: task.batch_size * flops_per_image(task.variant, training=task.benchmark == "training"),
-        peak_flops=(lambda: peak_flops(task.device, _multiplier(task))) if side == "flax" else None,
+        peak_flops=(lambda: _peak_flops(task)) if side == "flax" else None,
     )
     if task.device == "cpu":
         return program
-
-    @contextlib.contextmanager
-    def around() -> Iterator[None]:
-        program.run(1)  # as on timm's sides
-        yield
-
-    return dataclasses.replace(
-        program,
-        around=around,
-        warm_up_s=GPU_WARM_UP_S,
-        peak_bytes=lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"],
-    )
+    return on_gpu(program, peak_bytes=lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"])
 
 
 def set_up(task: Task) -> None:
@@ -75,14 +62,11 @@ def _inference(task: Task, attention: str) -> Program:
     def check() -> dict[str, np.ndarray]:
         return {"logits": np.asarray(forward(params, images), np.float32)}
 
-    def run(calls: int) -> None:
-        for _ in range(calls):
-            logits = forward(params, images)
-            if task.device == "cpu":
-                logits.block_until_ready()
-        logits.block_until_ready()
+    def call() -> jax.Array:
+        logits = forward(params, images)
+        return logits.block_until_ready() if task.device == "cpu" else logits
 
-    return Program(check, run, facts())
+    return Program(check, repeated(call, jax.block_until_ready), jax_facts())
 
 
 def _training(task: Task, attention: str) -> Program:
@@ -107,13 +91,12 @@ def _training(task: Task, attention: str) -> Program:
         gradients = [np.linalg.norm(moments[name]) for name in sorted(moments)]
         return {"losses": np.array(losses), "gradients": np.array(gradients)}
 
-    def run(calls: int) -> None:
+    def call() -> State:
         nonlocal state
-        for _ in range(calls):
-            state, _ = step(state, batch)
-        jax.block_until_ready(state)
+        state, _ = step(state, batch)
+        return state
 
-    return Program(check, run, facts())
+    return Program(check, repeated(call, jax.block_until_ready), jax_facts())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,25 +122,8 @@ def begin(programs: Programs, task: Task) -> State:
     return programs.new_state(nest(load_weights(task.weights).tensors))
 
 
-def _multiplier(task: Task) -> Callable[[int], None]:
-    """See `peak_flops`."""
+def _peak_flops(task: Task) -> float:
     rows = PRODUCT[task.device]
     a, b = jax.random.normal(jax.random.key(0), (2, rows, rows), task.dtype)
     multiply = jax.jit(jnp.matmul)
-
-    def run(calls: int) -> None:
-        for _ in range(calls):
-            product = multiply(a, b)
-        product.block_until_ready()
-
-    return run
-
-
-def facts() -> dict[str, str]:
-    """Versions and threads."""
-    device = jax.devices()[0]
-    return {
-        "jax": jax.__version__,
-        "jax threads": str(usable_cores()),
-        "jax device": device.device_kind if device.platform != "cpu" else "cpu",
-    }
+    return peak_flops(task.device, lambda: multiply(a, b), jax.block_until_ready)

@@ -5,11 +5,12 @@ Each call makes one batch. What `check` gives is by name; sides that give the sa
 
 import importlib.metadata
 import io
+import itertools
 import random
 
 import numpy as np
 
-from benchmarks.task import SIZE, DataTask, Program, usable_cores
+from benchmarks.task import SIZE, DataTask, Program, jax_facts, repeated
 
 
 def load(task: DataTask, side: str) -> Program:
@@ -29,19 +30,11 @@ def _timm(task: DataTask) -> Program:
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import resized_crop
 
-    from train.images.transforms import draw_crop
+    from train.images.transforms import draw_crop, timm_settings
 
     torch.set_num_threads(1)
     config, samples = task.recipe("host"), task.samples()
-    transform = create_transform(
-        SIZE,
-        is_training=True,
-        color_jitter=None,
-        auto_augment=config.auto_augment,
-        interpolation="bicubic",
-        re_prob=config.erase_prob,
-        re_mode="pixel",
-    )
+    transform = create_transform(SIZE, **timm_settings(config))
 
     def opened(sample) -> Image.Image:
         return Image.open(io.BytesIO(sample["image"])).convert("RGB")
@@ -60,11 +53,10 @@ def _timm(task: DataTask) -> Program:
             crops.append(np.asarray(resized_crop(image, *box, (SIZE, SIZE), InterpolationMode.BICUBIC)))
         return {"images": np.stack(images), "crops": np.stack(crops)}
 
-    def run(calls: int) -> None:
-        for _ in range(calls):
-            torch.stack([transform(opened(sample)) for sample in samples])
+    def call() -> torch.Tensor:
+        return torch.stack([transform(opened(sample)) for sample in samples])
 
-    return Program(check, run, _versions("timm", "torch", "pillow"))
+    return Program(check, repeated(call), _versions("timm", "torch", "pillow"))
 
 
 def _worker(task: DataTask, *, augment_on: str) -> Program:
@@ -79,11 +71,10 @@ def _worker(task: DataTask, *, augment_on: str) -> Program:
         images = [transform(sample, np.random.default_rng(number))["image"] for number, sample in enumerate(samples)]
         return {"images" if augment_on == "host" else "crops": np.stack(images)}
 
-    def run(calls: int) -> None:
-        for _ in range(calls):
-            np.stack([transform(sample, rng)["image"] for sample in samples])
+    def call() -> np.ndarray:
+        return np.stack([transform(sample, rng)["image"] for sample in samples])
 
-    return Program(check, run, _versions("pillow", "numba", "simplejpeg"))
+    return Program(check, repeated(call), _versions("pillow", "numba", "simplejpeg"))
 
 
 def _device_augment(task: DataTask) -> Program:
@@ -100,8 +91,7 @@ def _device_augment(task: DataTask) -> Program:
     samples = task.samples()
     crops = np.stack([transform(sample, np.random.default_rng(0))["image"] for sample in samples])
     batch = jax.device_put(crops, batch_sharding(mesh))
-    augment = compile_augment(batch.shape, config, mesh)
-    step = 0
+    augment, steps = compile_augment(batch.shape, config, mesh), itertools.count()
 
     def check() -> dict[str, np.ndarray]:
         """Images that drew nothing but a flip; the operations themselves are compared in tests/train."""
@@ -112,15 +102,8 @@ def _device_augment(task: DataTask) -> Program:
         np.testing.assert_allclose(augment(batch, 0)[plain], normalised(flipped), atol=1e-5)
         return {}
 
-    def run(calls: int) -> None:
-        nonlocal step
-        for _ in range(calls):
-            images = augment(batch, step)
-            step += 1
-        images.block_until_ready()
-
-    device = {"jax device": jax.devices()[0].device_kind, "jax threads": str(usable_cores())}
-    return Program(check, run, _versions("jax") | device)
+    run = repeated(lambda: augment(batch, next(steps)), jax.block_until_ready)
+    return Program(check, run, jax_facts())
 
 
 def _versions(*packages: str) -> dict[str, str]:

@@ -1,8 +1,6 @@
 """timm's model and the training step of timm's train.py: eager, compiled, and compiled with channels last."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from benchmarks.model_flops import PRODUCT, peak_flops
-from benchmarks.task import CHECKED_STEPS, GPU_WARM_UP_S, Program, Task
+from benchmarks.task import CHECKED_STEPS, Program, Task, on_gpu, repeated
 from crossvit_jax.config import TIMM_NAMES
 
 
@@ -48,24 +46,12 @@ def load(task: Task, side: str) -> Program:
     if side == "timm":
         program = dataclasses.replace(
             program,
-            peak_flops=lambda: peak_flops(task.device, _multiplier(task)),
+            peak_flops=lambda: _peak_flops(task),
             float32=(lambda: _float32_check(task)) if task.dtype == "bfloat16" else None,
         )
     if task.device == "cpu":
         return program
-
-    @contextlib.contextmanager
-    def around() -> Iterator[None]:
-        program.run(1)  # takes again what `rest` has given back
-        yield
-
-    return dataclasses.replace(
-        program,
-        around=around,
-        rest=torch.cuda.empty_cache,
-        warm_up_s=GPU_WARM_UP_S,
-        peak_bytes=torch.cuda.max_memory_allocated,
-    )
+    return on_gpu(program, rest=torch.cuda.empty_cache, peak_bytes=torch.cuda.max_memory_allocated)
 
 
 def set_up() -> None:
@@ -85,13 +71,8 @@ def _inference(task: Task, compiled: bool, layout: torch.memory_format) -> Progr
     def check() -> dict[str, np.ndarray]:
         return {"logits": forward(images).float().cpu().numpy()}
 
-    @torch.inference_mode()
-    def run(calls: int) -> None:
-        for _ in range(calls):
-            forward(images)
-        wait(device)  # on a CPU a call returns with its result
-
-    return Program(check, run, facts(device))
+    call = torch.inference_mode()(lambda: forward(images))
+    return Program(check, repeated(call, lambda _: wait(device)), facts(device))
 
 
 def _training(task: Task, compiled: bool, layout: torch.memory_format) -> Program:
@@ -102,12 +83,10 @@ def _training(task: Task, compiled: bool, layout: torch.memory_format) -> Progra
         losses = [training.unmixed_step(images, labels).item() for _ in range(CHECKED_STEPS)]
         return {"losses": np.array(losses), "gradients": training.gradient_norms()}
 
-    def run(calls: int) -> None:
-        for _ in range(calls):
-            training.step(images, labels)  # mixed in place, so the images blur from step to step; the cost is the same
-        wait(training.device)
+    def call() -> None:
+        training.step(images, labels)  # mixed in place, so the images blur from step to step; the cost is the same
 
-    return Program(check, run, facts(training.device))
+    return Program(check, repeated(call, lambda _: wait(training.device)), facts(training.device))
 
 
 class Training:
@@ -162,17 +141,10 @@ def _float32_check(task: Task) -> dict[str, np.ndarray] | None:
         return None
 
 
-def _multiplier(task: Task) -> Callable[[int], None]:
-    """See `peak_flops`."""
+def _peak_flops(task: Task) -> float:
     rows, device = PRODUCT[task.device], device_of(task)
     a, b = torch.randn(2, rows, rows, dtype=getattr(torch, task.dtype), device=device)
-
-    def run(calls: int) -> None:
-        for _ in range(calls):
-            torch.mm(a, b)
-        wait(device)
-
-    return run
+    return peak_flops(task.device, lambda: torch.mm(a, b), lambda _: wait(device))
 
 
 def _model(task: Task) -> nn.Module:
@@ -192,6 +164,7 @@ def device_of(task: Task) -> torch.device:
 
 
 def wait(device: torch.device) -> None:
+    """Returns when the results are there; on a CPU a call returns with its result."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

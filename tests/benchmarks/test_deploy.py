@@ -116,7 +116,7 @@ def test_without_the_packages_the_extra_is_named(monkeypatch, capsys):
 
 def test_a_run_knows_its_data_set_and_other_weights_are_told_it(tmp_path, weights):
     run = open_run(_run_folder(tmp_path / "run", weights, dataset="folder:x"), dataset=None, data_dir=None)
-    assert run.settings.dataset == "folder:x" and not run.is_qat
+    assert run.settings.dataset == "folder:x" and run.settings.qat is None
     assert open_run(str(weights), dataset="folder:y", data_dir="z").settings == TrainConfig(
         dataset="folder:y", data_dir="z"
     )
@@ -189,7 +189,7 @@ def scripted(monkeypatch, tmp_path):
 
         monkeypatch.setattr(measure, "Worker", Scripted)
         weights = {False: False, True: True}
-        return measure_forms(_FORMS, weights, tmp_path / "x.npy", 20, rounds=2, say=lambda _: None)
+        return measure_forms(_FORMS, weights, tmp_path / "x.npy", 20, rounds=2)
 
     return measured
 
@@ -254,8 +254,8 @@ def test_sizes_are_shares_of_the_float_onnx_file(scripted, weights, pictures):
     result = _deployed(scripted, weights, pictures, {})
     sizes = {FLOAT_FILE: 3_000_000, "half": 1_500_000}
     forms = {name: dataclasses.replace(_FORMS["half"], size=size) for name, size in sizes.items()}
-    result = dataclasses.replace(result, forms=forms)
-    assert [result.share(name) for name in sizes] == [100, 50]
+    (told,) = as_json([dataclasses.replace(result, forms=forms, measured=[])])["results"]
+    assert [told["forms"][name]["percent_of_onnx_float32"] for name in sizes] == [100, 50]
 
 
 def test_a_failure_is_a_row_and_told_below(scripted, weights, pictures):

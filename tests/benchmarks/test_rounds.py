@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import rounds
 from benchmarks.result import as_json
-from benchmarks.rounds import Measured, SidesDisagree, Times
+from benchmarks.rounds import Measured, SidesDisagree, Times, not_failed
 from benchmarks.table import table_lines
 from benchmarks.task import SIDES, Task
 from benchmarks.worker import Ready, Round, SideFailed
@@ -24,7 +24,7 @@ class _FakeWorker:
     script: dict = {}  # noqa: RUF012 (set by each test)
     log: list = []  # noqa: RUF012
 
-    def __init__(self, side, task, environment, *, patience):
+    def __init__(self, side, task, environment, *, patience=0.0):
         self.side, self.task = side, task
         self.log.append(f"started {side}")
 
@@ -73,7 +73,7 @@ def _steps(**changes) -> dict[str, np.ndarray]:
 
 def _measure(keep=True, **changes):
     sides = ["flax", "timm", "timm-compile"]
-    return rounds.measure(_task(**changes), sides, rounds=2, keep=keep, environment={}, say=lambda _: None)
+    return rounds.measure(_task(**changes), sides, rounds=2, keep=keep, environment={})
 
 
 def test_the_sides_take_turns(workers):
@@ -82,14 +82,13 @@ def test_the_sides_take_turns(workers):
 
 
 @pytest.mark.parametrize(("until", "count"), [(None, 4), (14.0, 4), (13.9, 3), (10.0, 2), (1.0, 1)])
-def test_no_round_is_begun_that_would_end_too_late_but_the_first(workers, monkeypatch, until, count):
+def test_no_round_is_begun_that_would_end_too_late_but_the_first(workers, monkeypatch, capsys, until, count):
     """Each of the three sides takes a second, and the first round begins after two."""
     monkeypatch.setattr(rounds.time, "monotonic", lambda: 2.0 + sum(entry in SIDES for entry in workers.log))
     sides = {side: Times() for side in ("flax", "timm", "timm-compile")}
-    told = []
-    rounds.take_turns(_task(), sides, compare=lambda: None, rounds=4, until=until, environment={}, say=told.append)
+    rounds.take_turns(_task(), sides, compare=lambda: None, rounds=4, until=until, environment={})
     assert [len(times.rounds) for times in sides.values()] == [count] * 3
-    assert ("no time for more" in told[-1]) == (count < 4)
+    assert ("no time for more" in capsys.readouterr().err) == (count < 4)
 
 
 def test_on_a_cpu_a_side_is_warm_before_the_next_one_starts(workers):
@@ -160,38 +159,56 @@ def test_the_distance_from_float32_is_told_of_all_sides_in_bfloat16(workers, dty
 
 
 def test_flops_and_peak_are_one_figure_for_all_sides():
-    def times(**told) -> Times:
-        return Times(Ready({}, {}, 1, 0.0, 0.0, 0.0, **told))
+    def told(*facts) -> tuple:
+        ready = [Ready({}, {}, 1, 0.0, 0.0, 0.0, **known) for known in facts]
+        sides = {str(place): Times(known, failure="x") for place, known in enumerate(ready)}
+        (result,) = as_json("inference", [Measured(_task(), "timm", sides)])["results"]
+        return result["flops_per_call"], result["peak_flops"]
 
-    sides = {"flax": times(flops_per_call=6, peak_flops=3.0), "timm": times(peak_flops=4.0), "timm-compile": Times()}
-    measured = Measured(_task(), "timm", sides)
-    assert (measured.flops_per_call, measured.peak_flops) == (6, 4.0)
-    assert Measured(_task(), "timm", {"timm": Times()}).peak_flops is None
+    assert told({"flops_per_call": 6, "peak_flops": 3.0}, {"peak_flops": 4.0}, {}) == (6, 4.0)
+    assert told({}) == (None, None)
 
 
 def test_a_failed_side_is_a_row_and_the_others_go_on(workers):
     workers.script = {"timm-compile": SideFailed("no compiler")}
     measured = _measure()
-    assert list(measured.timed) == ["flax", "timm"]
+    assert list(not_failed(measured.sides)) == ["flax", "timm"]
     assert "failed: no compiler" in table_lines([as_json("inference", [measured])])[-1]
 
 
 def test_the_largest_common_batch_is_searched_once_per_framework_and_attention(monkeypatch):
-    fitting, asked = {"flax": 2048, "flax-cudnn": 1024, "timm": 4096}, []
+    fitting = {"flax": 2048, "flax-cudnn": 1500, "timm": 4096}
+    asked = _searched(monkeypatch, fitting)
+    assert rounds.largest_common_batch(_task(batch_size=256), SIDES, {}) == 1024
+    assert asked == {
+        "flax": [256, 512, 1024, 2048, 4096],
+        "flax-cudnn": [256, 512, 1024, 2048],
+        "timm": [256, 512, 1024],
+    }
 
-    def largest(side, task, environment, *, at_most, patience):
-        asked.append((side, at_most))
-        return min(fitting[side], at_most)
 
-    monkeypatch.setattr(rounds, "largest_batch", largest)
-    found = rounds.largest_common_batch(_task(batch_size=256), SIDES, environment={}, say=lambda _: None)
-    assert (found, asked) == (1024, [("flax", 4096), ("flax-cudnn", 2048), ("timm", 1024)])
+@pytest.mark.parametrize(("fitting", "found"), [(64, 64), (100, 64), (8, 8), (10_000, 4096)])
+def test_the_batch_is_doubled_until_anything_fails_or_enough_is_known(monkeypatch, fitting, found):
+    _searched(monkeypatch, {"timm": fitting})
+    assert rounds.largest_common_batch(_task(batch_size=8), ["timm"], {}) == found
 
 
-def test_a_batch_that_does_not_fit_at_all_is_told(monkeypatch):
-    def fail(*_, **__):
-        raise SideFailed("out of memory", out_of_memory=True)
+def _searched(monkeypatch, fitting):
+    """Sides that run out of memory beyond the batches in `fitting`; returns what is asked of each."""
+    asked = {side: [] for side in fitting}
 
-    monkeypatch.setattr(rounds, "largest_batch", fail)
+    class Fitting(_FakeWorker):
+        @property
+        def loaded(self):
+            asked[self.side].append(self.task.batch_size)
+            if self.task.batch_size > fitting[self.side]:
+                raise SideFailed("an illegal memory access was encountered")
+
+    monkeypatch.setattr(rounds, "Worker", Fitting)
+    return asked
+
+
+def test_a_batch_that_does_not_fit_at_all_is_told(workers):
+    workers.script = {"flax": SideFailed("out of memory", out_of_memory=True)}
     with pytest.raises(SideFailed, match=r"^flax at batch 256: out of memory; start from a smaller"):
-        rounds.largest_common_batch(_task(batch_size=256), ["flax"], environment={}, say=lambda _: None)
+        rounds.largest_common_batch(_task(batch_size=256), ["flax"], {})

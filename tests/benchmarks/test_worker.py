@@ -14,10 +14,8 @@ from benchmarks.worker import Round, SideFailed
 
 @dataclass(frozen=True)
 class _SmallTask:
-    """Whose program writes down what is done with it; `largest` is the batch that memory allows."""
+    """Whose program writes down what is done with it."""
 
-    batch_size: int = 8
-    largest: int = 64
     log: list = field(default_factory=list)
 
     def loader(self, side):
@@ -25,17 +23,13 @@ class _SmallTask:
 
 
 def _load_small(task, side):
-    task.log.append(f"load {task.batch_size}")
-
-    def check():
-        if task.batch_size > task.largest:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    task.log.append("load")
 
     def told(name, answer=None):
         return lambda *_: task.log.append(name) or answer
 
     return Program(
-        check,
+        check=lambda: None,
         run=told("run"),
         facts={},
         rest=told("rest"),
@@ -60,19 +54,6 @@ class _Pipe:
         self.answers.append(answer)
 
 
-@pytest.mark.parametrize(("largest", "at_most", "found"), [(64, 4096, 64), (100, 4096, 64), (8, 16, 8), (64, 32, 32)])
-def test_the_batch_is_doubled_until_anything_fails_or_enough_is_known(largest, at_most, found):
-    task, pipe = _SmallTask(largest=largest), _Pipe()
-    worker._search("timm", task, pipe, at_most=at_most)
-    assert pipe.answers == [found]
-    assert task.log.count("rest") == task.log.count("run")  # each gives its memory to the next
-
-
-def test_a_search_whose_first_batch_fails_tells_why():
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        worker._search("timm", _SmallTask(largest=4), _Pipe(), at_most=64)
-
-
 def test_a_side_gives_back_memory_whenever_others_have_their_turn_and_tells_its_peak_before_it_takes_more():
     task, pipe = _SmallTask(), _Pipe("warm up", "round", None)
     worker._take_turns("timm", task, pipe)
@@ -80,22 +61,23 @@ def test_a_side_gives_back_memory_whenever_others_have_their_turn_and_tells_its_
     assert loaded == "loaded" and isinstance(turn, Round)
     assert (ready.peak_bytes, ready.flops_per_call, ready.peak_flops, ready.float32) == (5, 6, 7.0, 8)
     assert task.log == [
-        *("load 8", "run", "flops", "rest"),
+        *("load", "run", "flops", "rest"),
         *("run", "peak_bytes", "peak_flops", "float32", "rest"),
         *("run", "rest"),
     ]
 
 
 def test_a_side_that_hangs_has_failed():
-    with worker.Worker("timm", _SmallTask(), {}, work=_hang, patience=0.1) as hanging:
+    with worker.Worker("timm", _HangingTask(), {}, patience=0.1) as hanging:
         with pytest.raises(SideFailed, match=r"^no answer within 0\.1 s$"):
             _ = hanging.ready
         hanging._process.join(5)
         assert not hanging._process.is_alive()
 
 
-def _hang(*_):
-    time.sleep(600)
+class _HangingTask:
+    def loader(self, side):
+        time.sleep(600)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs Linux's /proc")

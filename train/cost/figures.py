@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 from train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
     from train.cost.hlo import Traffic
     from train.devices.memory import StepMemory
 
@@ -85,7 +83,7 @@ def compile_step(config: TrainConfig, num_classes: int, topology: str | None = N
         slice=topology or "local",
         devices=mesh.size,
         device_kind=mesh.devices.flat[0].device_kind,
-        mesh=_mesh_in_words(mesh),
+        mesh=",".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
         flops=flops,
         seconds=seconds,
         available=available,
@@ -96,7 +94,3 @@ def compile_step(config: TrainConfig, num_classes: int, topology: str | None = N
         cycles=cycles,
         too_much=too_much,
     )
-
-
-def _mesh_in_words(mesh: "Mesh") -> str:
-    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())

@@ -2,13 +2,10 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import absl.logging
-
-from convert.errors import SettingsError
+from convert.errors import SettingsError, quiet
 from convert.files import FOLDER_PREFIX
 from train.config import TrainConfig
 from train.data.folder import open_folder
@@ -37,7 +34,8 @@ def open_digits(data_dir: str | None) -> ImageSets:
     from train.data.digits import SklearnDigits
 
     try:
-        with _quiet():
+        # tfds prints what it downloads, and warns of a folder that is only being filled
+        with quiet("absl"), contextlib.redirect_stdout(io.StringIO()):
             builder = SklearnDigits(data_dir=data_dir, file_format="array_record")
             if not builder.is_prepared():
                 _prepare(builder)
@@ -45,18 +43,6 @@ def open_digits(data_dir: str | None) -> ImageSets:
         where = data_dir or tfds.core.constants.DATA_DIR
         raise SettingsError(f"cannot prepare the digits in {where}: {error}; try another --data-dir") from error
     return open_tfds("sklearn_digits", data_dir)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what tfds prints about a download, and its warnings about a folder that is only being filled."""
-    before = absl.logging.get_verbosity()
-    absl.logging.set_verbosity(absl.logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        absl.logging.set_verbosity(before)
 
 
 def _prepare(builder: Any) -> None:

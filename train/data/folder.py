@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from convert.errors import SettingsError, listed
 from convert.files import IMAGE_SUFFIXES, image_files
 from crossvit_jax.preprocess import UnreadableImage
 from train.data.sources import HELD_OUT_SPLITS, TRAIN_SPLIT, DataError, ImageSets
+
+Images = dict[str, list[str]]  # image files by class
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def open_folder(root: Path, *, val_fraction: float, seed: int) -> ImageSets:
     if not root.is_dir():
         raise SettingsError(f"there is no folder {root}")
     if not (root / TRAIN_SPLIT).is_dir():
-        return _split_folder(root, list_images(root), val_fraction=val_fraction, seed=seed)
+        train, held_out = _split(root, list_images(root), val_fraction=val_fraction, seed=seed)
+        return _image_sets(root, train, root, held_out, f"{val_fraction:.0%} of each class")
     held_out_split = next((split for split in HELD_OUT_SPLITS if (root / split).is_dir()), None)
     if held_out_split is None:
         raise SettingsError(f"{root} has a folder train/ but none of {', '.join(s + '/' for s in HELD_OUT_SPLITS)}")
@@ -73,16 +75,10 @@ def open_folder(root: Path, *, val_fraction: float, seed: int) -> ImageSets:
         missing = sorted(set(other) - set(files))
         if missing:
             raise SettingsError(f"{root} has classes in {there}/ that are missing in {here}/: {listed(missing)}")
-    return ImageSets(
-        _folder_source(root / TRAIN_SPLIT, train),
-        _folder_source(root / held_out_split, held_out),
-        tuple(train),
-        held_out_split,
-        _fingerprint(train, held_out),
-    )
+    return _image_sets(root / TRAIN_SPLIT, train, root / held_out_split, held_out, held_out_split)
 
 
-def list_images(root: Path) -> dict[str, list[str]]:
+def list_images(root: Path) -> Images:
     """Class names in alphabetical order, and each one's image files relative to `root`, sorted.
 
     Raises SettingsError if there is no class folder, or one without images.
@@ -100,7 +96,8 @@ def list_images(root: Path) -> dict[str, list[str]]:
     return images
 
 
-def _split_folder(root: Path, images: dict[str, list[str]], *, val_fraction: float, seed: int) -> ImageSets:
+def _split(root: Path, images: Images, *, val_fraction: float, seed: int) -> tuple[Images, Images]:
+    """The images to train on and those held out."""
     single = [name for name, files in images.items() if len(files) < 2]
     if single:
         raise SettingsError(f"{root} cannot be split: a class needs two images or more, unlike {listed(single)}")
@@ -111,21 +108,20 @@ def _split_folder(root: Path, images: dict[str, list[str]], *, val_fraction: flo
         chosen = set(rng.permutation(len(files))[:count].tolist())
         train[name] = [file for index, file in enumerate(files) if index not in chosen]
         held_out[name] = [file for index, file in enumerate(files) if index in chosen]
-    split = f"{val_fraction:.0%} of each class"
-    return ImageSets(
-        _folder_source(root, train),
-        _folder_source(root, held_out),
-        tuple(images),
-        split,
-        _fingerprint(train, held_out),
-    )
+    return train, held_out
 
 
-def _folder_source(root: Path, images: dict[str, Sequence[str]]) -> FolderSource:
+def _image_sets(train_root: Path, train: Images, held_out_root: Path, held_out: Images, split: str) -> ImageSets:
+    sources = folder_source(train_root, train), folder_source(held_out_root, held_out)
+    return ImageSets(*sources, tuple(train), split, _fingerprint(train, held_out))
+
+
+def folder_source(root: Path, images: Images) -> FolderSource:
+    """The images that `list_images` found in a folder, class by class."""
     labels = np.repeat(np.arange(len(images)), [len(files) for files in images.values()])
     return FolderSource(str(root), tuple(file for files in images.values() for file in files), labels)
 
 
-def _fingerprint(train: dict[str, list[str]], held_out: dict[str, list[str]]) -> str:
+def _fingerprint(train: Images, held_out: Images) -> str:
     """Of the names of all classes and files; which class and side a file belongs to is part of it."""
     return hashlib.sha256(json.dumps([list(train.items()), list(held_out.items())]).encode()).hexdigest()

@@ -68,6 +68,21 @@ def _timm_data():
     return data
 
 
+def timm_settings(config: TrainConfig) -> dict[str, Any]:
+    """How timm's `create_transform` and `create_loader` name what is done to the training images of a run."""
+    return {
+        "is_training": True,
+        "scale": config.crop_scale,
+        "ratio": config.crop_ratio,
+        "hflip": config.hflip,
+        "color_jitter": None,
+        "auto_augment": config.auto_augment or None,
+        "interpolation": "bicubic",
+        "re_prob": config.erase_prob,
+        "re_mode": "pixel",
+    }
+
+
 @dataclass(frozen=True)
 class TrainTransform:
     """timm's training transform: random crop, flip, RandAugment, normalisation, random erasing.
@@ -86,18 +101,7 @@ class TrainTransform:
         # magnitude 9 with its noise asks for 0 bits about once in 660 images
         operations = data.auto_augment.NAME_TO_OP
         operations["Posterize"] = operations["PosterizeIncreasing"] = _posterize
-        return data.create_transform(
-            (3, *self.image_size),
-            is_training=True,
-            scale=self.config.crop_scale,
-            ratio=self.config.crop_ratio,
-            hflip=self.config.hflip,
-            color_jitter=None,
-            auto_augment=self.config.auto_augment or None,
-            interpolation="bicubic",
-            re_prob=self.config.erase_prob,
-            re_mode="pixel",
-        )
+        return data.create_transform((3, *self.image_size), **timm_settings(self.config))
 
     @cached_property
     def _steps(self):

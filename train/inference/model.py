@@ -45,7 +45,8 @@ class Classifier:
     def batch_size(self, wanted: int | None, images: int) -> int:
         """The images to run at a time: a multiple of the number of devices, and no larger than there are images."""
         devices = self.mesh.size
-        per_device = _BATCH_PER_CPU if self._platform == "cpu" else _BATCH_PER_ACCELERATOR
+        platform = self.mesh.devices.flat[0].platform
+        per_device = _BATCH_PER_CPU if platform == "cpu" else _BATCH_PER_ACCELERATOR
         size = min(wanted or per_device * devices, images)
         return -(-size // devices) * devices
 
@@ -54,10 +55,6 @@ class Classifier:
         """The devices in words."""
         count = self.mesh.size
         return f"{count} {'device' if count == 1 else 'devices'} ({self.mesh.devices.flat[0].device_kind})"
-
-    @property
-    def _platform(self) -> str:
-        return self.mesh.devices.flat[0].platform
 
     def compile(
         self, function: Callable[[CrossViT, Batch], Any], batch: Mapping[str, jax.ShapeDtypeStruct]
@@ -82,10 +79,6 @@ class Classifier:
             return lambda batch: jitted(self.params, batch)
         compiled = jitted.lower(self.params, batch).compile()
         return lambda batch: compiled(self.params, batch)
-
-    def put(self, batch: Batch) -> Batch:
-        """A batch of numpy arrays on the devices."""
-        return jax.device_put(batch, batch_sharding(self.mesh))
 
 
 def load_classifier(

@@ -5,7 +5,6 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from convert.files import shown
 
@@ -21,16 +20,6 @@ class Prediction:
     probability: float
 
 
-class Format(Protocol):
-    """How predictions are written."""
-
-    header: str
-
-    def entry(self, path: str, predictions: Sequence[Prediction], picture: str | None) -> str:
-        """An image with its predictions, the best first, and where its picture of attention is, if it has one."""
-        ...
-
-
 class Table:
     """Aligned columns, the path on the first line of its image."""
 
@@ -40,6 +29,7 @@ class Table:
         self.header = self._line("image", "class", "probability")
 
     def entry(self, path: str, predictions: Sequence[Prediction], picture: str | None) -> str:
+        """An image with its predictions, the best first, and where its picture of attention is, if it has one."""
         names = [shown(path)] + [""] * (len(predictions) - 1)
         rows = zip(names, predictions, strict=True)
         return "".join(self._line(name, p.class_name, f"{100 * p.probability:9.2f} %") for name, p in rows)
@@ -74,7 +64,7 @@ class JsonLines:
         return json.dumps(line) + "\n"
 
 
-FORMATS: dict[str, type[Format]] = {"table": Table, "csv": Csv, "jsonl": JsonLines}
+FORMATS: dict[str, type[Table | Csv | JsonLines]] = {"table": Table, "csv": Csv, "jsonl": JsonLines}
 
 
 def _csv(rows) -> str:

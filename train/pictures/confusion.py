@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -11,7 +11,7 @@ from train.pictures.figure import drawable, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 _MOST_NUMBERED = 25  # classes whose counts are written into the cells
 _MOST_NAMED = 80  # classes whose names fit beside the axes
@@ -33,13 +33,20 @@ def draw_confusion(
 
     Raises NotWritten if it cannot be written.
     """
+    from matplotlib.ticker import PercentFormatter
+
     draw = _draw_small if len(confusion) <= _MOST_NUMBERED else _draw_large
-    figure = draw(confusion, [drawable(name, _LONGEST_NAME) for name in class_names])
-    figure.axes[0].set_title(drawable(title, _LONGEST_TITLE), parse_math=False)
+    image = draw(confusion, [drawable(name, _LONGEST_NAME) for name in class_names])
+    axes, figure = image.axes, image.figure
+    axes.set_title(drawable(title, _LONGEST_TITLE), parse_math=False)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, format=PercentFormatter(1, decimals=None))
+    bar.set_label("share of the true class")
     save_figure(figure, path)
 
 
-def _draw_small(confusion: Int[np.ndarray, "classes classes"], class_names: Sequence[str]) -> "Figure":
+def _draw_small(confusion: Int[np.ndarray, "classes classes"], class_names: Sequence[str]) -> "AxesImage":
     from matplotlib.figure import Figure
 
     classes = len(confusion)
@@ -54,12 +61,10 @@ def _draw_small(confusion: Int[np.ndarray, "classes classes"], class_names: Sequ
         size = 9 if len(count) < 4 else 7
         axes.text(column, row, count, color=colour, fontsize=size, ha="center", va="center")
     _name_axes(axes, class_names, font_size=9)
-    _label_axes(axes)
-    _add_colour_bar(figure, image, axes)
-    return figure
+    return image
 
 
-def _draw_large(confusion: Int[np.ndarray, "classes classes"], class_names: Sequence[str]) -> "Figure":
+def _draw_large(confusion: Int[np.ndarray, "classes classes"], class_names: Sequence[str]) -> "AxesImage":
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
@@ -78,10 +83,8 @@ def _draw_large(confusion: Int[np.ndarray, "classes classes"], class_names: Sequ
     )
     if classes <= _MOST_NAMED:
         _name_axes(axes, class_names, font_size=min(9, 500 / classes))
-    _label_axes(axes)
-    _add_colour_bar(figure, image, axes)
     _list_pairs(list_axes, confusion, class_names)
-    return figure
+    return image
 
 
 def _shares(confusion: Int[np.ndarray, "classes classes"]) -> Float[np.ndarray, "classes classes"]:
@@ -101,18 +104,6 @@ def _name_axes(axes: "Axes", class_names: Sequence[str], *, font_size: float) ->
     rotation = 90 if max(map(len, class_names)) > 2 else 0
     axes.set_xticks(range(len(class_names)), class_names, rotation=rotation, fontsize=font_size, parse_math=False)
     axes.set_yticks(range(len(class_names)), class_names, fontsize=font_size, parse_math=False)
-
-
-def _label_axes(axes: "Axes") -> None:
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-
-
-def _add_colour_bar(figure: "Figure", image: Any, axes: "Axes") -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, format=PercentFormatter(1, decimals=None))
-    bar.set_label("share of the true class")
 
 
 def _list_pairs(axes: "Axes", confusion: Int[np.ndarray, "classes classes"], class_names: Sequence[str]) -> None:

@@ -75,7 +75,8 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], metrics: "Sequence[Metric]",
     all_axes[-1].set_xlim(left=0)
     all_axes[-1].set_ylim(bottom=0)
     all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
-    steps_per_epoch = _steps_per_epoch(lines)
+    # told by the last evaluation, which comes at the end of an epoch
+    steps_per_epoch = next((line["step"] / line["epoch"] for line in reversed(lines) if "eval/loss" in line), None)
     if steps_per_epoch:
         to_epoch, to_step = (lambda step: step / steps_per_epoch), (lambda epoch: epoch * steps_per_epoch)
         epochs = all_axes[0].secondary_xaxis("top", functions=(to_epoch, to_step))
@@ -83,11 +84,6 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], metrics: "Sequence[Metric]",
         epochs.spines["top"].set_visible(False)
         epochs.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
     save_figure(figure, path)
-
-
-def _steps_per_epoch(lines: Sequence[Mapping[str, Any]]) -> float | None:
-    """Told by the last evaluation, which comes at the end of an epoch; None before the first."""
-    return next((line["step"] / line["epoch"] for line in reversed(lines) if "eval/loss" in line), None)
 
 
 def _short(value: float) -> str:

@@ -33,24 +33,20 @@ class Checkpoints:
         """`description` is that of `convert.metadata`; `say` shows the user a line."""
         self._folder = (folder / CHECKPOINTS).absolute()
         self._description, self._say = description, say
-        self._keep = _LatestAndBest()
+        self.best_step: int | None = None  # whose checkpoint is kept as the best: known only after it was saved
         self._last_whole: int | None = None
         self._fingerprint = jax.jit(fingerprint)
-        options = ocp.CheckpointManagerOptions(preservation_policy=self._keep, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(preservation_policy=self, enable_async_checkpointing=True)
         try:
             with quiet("absl"):
                 self._manager = ocp.CheckpointManager(self._folder, options=options)
         except OSError as error:
             raise CheckpointError(f"cannot keep checkpoints in {self._folder}: {one_line(error)}") from error
 
-    @property
-    def best_step(self) -> int | None:
-        """The step whose checkpoint is kept as the best."""
-        return self._keep.best_step
-
-    @best_step.setter
-    def best_step(self, step: int | None) -> None:
-        self._keep.best_step = step
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: PreservationContext) -> list[bool]:
+        """Orbax's question which checkpoints to keep: the latest and the best."""
+        recent = {info.step for info in checkpoints[-_KEPT:]}
+        return [info.step in recent or info.step == self.best_step for info in checkpoints]
 
     def save(self, state: State, run: RunState, about: dict[str, Any]) -> None:
         """Write a checkpoint of the step `run.step`; returns when the state may change, and goes on in the background.
@@ -64,10 +60,9 @@ class Checkpoints:
         step = run.step
         if step in self._manager.all_steps():
             return
-        marks = jax.device_get(self._fingerprint(state)).tolist()
         items = {
             _STATE: ocp.args.StandardSave(state),
-            _PROGRESS: ocp.args.JsonSave({**run.to_json(), "run": about, "fingerprint": marks}),
+            _PROGRESS: ocp.args.JsonSave({**run.to_json(), "run": about, "fingerprint": self._marks(state)}),
             metadata.KEY: ocp.args.JsonSave(self._description),
         }
         self._attempt(step, lambda: self._manager.save(step, args=ocp.args.Composite(**items), force=True))
@@ -117,11 +112,11 @@ class Checkpoints:
         with quiet("absl"):
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         state, progress = restored[_STATE], restored[_PROGRESS]
-        if self._fingerprint_of(state) != progress.pop("fingerprint"):
+        if self._marks(state) != progress.pop("fingerprint"):
             raise ValueError("its content is not what was written")
         return state, RunState.from_json(progress)
 
-    def _fingerprint_of(self, state: State) -> list[int]:
+    def _marks(self, state: State) -> list[int]:
         return jax.device_get(self._fingerprint(state)).tolist()
 
     def _put_aside(self, step: int) -> None:
@@ -145,16 +140,6 @@ class Checkpoints:
             ) from error
         whole = [known for known in self._manager.all_steps() if known != step]
         self._last_whole = max(whole, default=None)
-
-
-class _LatestAndBest:
-    """Orbax's question which checkpoints to keep. The best is known to the loop only after it was saved."""
-
-    best_step: int | None = None
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: PreservationContext) -> list[bool]:
-        recent = {info.step for info in checkpoints[-_KEPT:]}
-        return [info.step in recent or info.step == self.best_step for info in checkpoints]
 
 
 def fingerprint(state: State) -> jax.Array:

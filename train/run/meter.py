@@ -29,10 +29,17 @@ class Sums:
 
     def __init__(self, totals: Mapping[str, float] | None = None):
         self.totals: dict[str, float] = {"bad": 0, "steps": 0, **(totals or {})}
+        self._start, self._added = time.perf_counter(), 0
 
     def add(self, values: Mapping[str, float], bad: int) -> None:
         for name, value in {**values, "bad": bad, "steps": 1}.items():
             self.totals[name] = self.totals.get(name, 0) + value
+        self._added += 1
+
+    @property
+    def steps_per_s(self) -> float:
+        """Since these sums were begun, or gone on with."""
+        return self._added / (time.perf_counter() - self._start)
 
     def values(self, lr: float) -> dict[str, float]:
         """The means by their names in the log, and how many images could not be read."""
@@ -78,7 +85,6 @@ class Meter:
         self._epoch = epoch
         state, self._resumed = self._resumed or {"epoch": None, "window": None}, None
         self._whole, self._window = Sums(state["epoch"]), Sums(state["window"])  # all, and what is not logged yet
-        self._clock = self._window_clock = Clock()
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
         """The metrics of the next step, perhaps not computed yet. Raises TrainingFailed as `catch_up` does."""
@@ -100,7 +106,7 @@ class Meter:
         self.catch_up()
         if self._window.totals["steps"]:
             self._write()
-        return self._whole.values(self._lr), self._clock.steps_per_s * self._batch_size
+        return self._whole.values(self._lr), self._whole.steps_per_s * self._batch_size
 
     def _take(self, metrics: dict[str, jax.Array]) -> None:
         told = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -114,11 +120,8 @@ class Meter:
             )
         for sums in (self._whole, self._window):
             sums.add(values, bad)
-        self._clock.tick()
-        if self._window_clock is not self._clock:
-            self._window_clock.tick()
         self._check_bad(int(self._whole.totals["bad"]))
-        speed = self._window_clock.steps_per_s * self._batch_size
+        speed = self._window.steps_per_s * self._batch_size
         self._progress.step(epoch=self._epoch, values=values, lr=self._lr, images_per_s=speed)
         if self.step % self._log_every == 0:
             self._write()
@@ -128,20 +131,6 @@ class Meter:
         return self._learning_rate(max(0, self.step - 1))
 
     def _write(self) -> None:
-        speed = self._window_clock.steps_per_s * self._batch_size
+        speed = self._window.steps_per_s * self._batch_size
         self._log.write(step=self.step, epoch=self._epoch, values=self._window.values(self._lr), speed=speed)
-        self._window, self._window_clock = Sums(), Clock()
-
-
-class Clock:
-    """Steps per second since it was made."""
-
-    def __init__(self):
-        self._start, self._steps = time.perf_counter(), 0
-
-    def tick(self) -> None:
-        self._steps += 1
-
-    @property
-    def steps_per_s(self) -> float:
-        return self._steps / (time.perf_counter() - self._start)
+        self._window = Sums()

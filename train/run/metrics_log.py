@@ -67,12 +67,6 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.finish()
 
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class NoLog:
     """What a process has that leaves the writing to another: takes everything, keeps nothing."""
@@ -82,8 +76,3 @@ class NoLog:
     def write(self, **_: Any) -> None: ...
 
     def close(self) -> None: ...
-
-    def __enter__(self) -> "NoLog":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...

@@ -70,18 +70,15 @@ class Progress:
             shown.append(f"average of the weights: {self._choosing.shown(values[averaged])}")
         shown += [f"lr {values['train/lr']:.2e}", f"{images_per_s:.0f} images/s"]
         shown.append(f"{tqdm.format_interval(left)} left")
-        self.say(f"epoch {epoch:{len(str(self._epochs))}}/{self._epochs} | " + " | ".join(shown))
+        if not self._silent:
+            line = f"epoch {epoch:{len(str(self._epochs))}}/{self._epochs} | " + " | ".join(shown)
+            self._bar.write(line, file=sys.stdout)  # without disturbing the bar
+            sys.stdout.flush()
 
     def _shown(self, values: Mapping[str, float], prefix: str = "") -> list[str]:
         """The task's metrics that are among the values."""
         known = [metric for metric in self._metrics if prefix + metric.name in values]
         return [metric.shown(values[prefix + metric.name], digits=1) for metric in known]
-
-    def say(self, line: str) -> None:
-        """Print a line without disturbing the bar."""
-        if not self._silent:
-            self._bar.write(line, file=sys.stdout)
-            sys.stdout.flush()
 
     def close(self) -> None:
         self._bar.close()

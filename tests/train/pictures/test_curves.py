@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from convert.files import NotWritten
 from tests.train.pictures.pixels import pixels_of
 from train.pictures.curves import draw_curves
 from train.tasks.task import Metric
@@ -60,7 +61,7 @@ def test_new_curves_replace_the_old_ones_whole_or_not_at_all(tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(NotWritten, match="no space left"):
             draw_curves(_AFTER, _METRICS, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]  # no temporary file either
