@@ -81,13 +81,9 @@ class Block(nnx.Module):
         self.drop_path2 = DropPath(drop_path)
 
     def __call__(
-        self,
-        x: Float[Array, "batch tokens dim"],
-        *,
-        rngs: nnx.Rngs | None = None,
-        attn_maps: list | None = None,
+        self, x: Float[Array, "batch tokens dim"], *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch tokens dim"]:
-        x = x + self.drop_path1(self.attn(self.norm1(x), rngs=rngs, attn_maps=attn_maps), rngs=rngs)
+        x = x + self.drop_path1(self.attn(self.norm1(x), rngs=rngs), rngs=rngs)
         return x + self.drop_path2(self.mlp(self.norm2(x), rngs=rngs), rngs=rngs)
 
 
@@ -115,13 +111,9 @@ class CrossAttentionBlock(nnx.Module):
         self.drop_path = DropPath(drop_path)
 
     def __call__(
-        self,
-        x: Float[Array, "batch tokens dim"],
-        *,
-        rngs: nnx.Rngs | None = None,
-        attn_maps: list | None = None,
+        self, x: Float[Array, "batch tokens dim"], *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch 1 dim"]:
-        return x[:, :1] + self.drop_path(self.attn(self.norm1(x), rngs=rngs, attn_maps=attn_maps), rngs=rngs)
+        return x[:, :1] + self.drop_path(self.attn(self.norm1(x), rngs=rngs), rngs=rngs)
 
 
 class MultiScaleBlock(nnx.Module):
@@ -168,51 +160,51 @@ class MultiScaleBlock(nnx.Module):
         )
 
     def __call__(
-        self,
-        xs: list[Float[Array, "batch _ _"]],
-        *,
-        rngs: nnx.Rngs | None = None,
-        attn_maps: list | None = None,
+        self, xs: list[Float[Array, "batch _ _"]], *, rngs: nnx.Rngs | None = None
     ) -> list[Float[Array, "batch _ _"]]:
         """Both branches' tokens (batch, 1 + patches, dim) after the stage."""
-        xs = self.run_branches(xs, rngs=rngs, attn_maps=attn_maps)
-        class_tokens = self.fuse(xs, rngs=rngs, attn_maps=attn_maps)
+        xs = self.run_branches(xs, rngs=rngs)
+        class_tokens = self.fuse(xs, rngs=rngs)
         return [jnp.concatenate([token, x[:, 1:]], axis=1) for token, x in zip(class_tokens, xs, strict=True)]
 
     def run_branches(
-        self,
-        xs: list[Float[Array, "batch _ _"]],
-        *,
-        rngs: nnx.Rngs | None = None,
-        attn_maps: list | None = None,
+        self, xs: list[Float[Array, "batch _ _"]], *, rngs: nnx.Rngs | None = None
     ) -> list[Float[Array, "batch _ _"]]:
         """Every branch through its own blocks."""
         outs = []
         for x, blocks in zip(xs, self.blocks, strict=True):
             for block in blocks:
-                x = self._run(block, x, rngs, attn_maps)
+                x = self._run(block, x, rngs)
             outs.append(x)
         return outs
 
     def fuse(
-        self,
-        xs: list[Float[Array, "batch _ _"]],
-        *,
-        rngs: nnx.Rngs | None = None,
-        attn_maps: list | None = None,
+        self, xs: list[Float[Array, "batch _ _"]], *, rngs: nnx.Rngs | None = None
     ) -> list[Float[Array, "batch 1 _"]]:
         """Both branches' new class tokens (batch, 1, dim), each after attending over the other's patch tokens."""
         outs = []
-        for x, other, proj, fusion, revert_proj in zip(
-            xs, xs[::-1], self.projs, self.fusion, self.revert_projs, strict=True
-        ):
-            x = jnp.concatenate([proj(x[:, :1]), other[:, 1:]], axis=1)
-            x = self._run(fusion, x, rngs, attn_maps)
-            outs.append(revert_proj(x))
+        for i, (fusion, revert_proj) in enumerate(zip(self.fusion, self.revert_projs, strict=True)):
+            outs.append(revert_proj(self._run(fusion, self._cross(xs, i), rngs)))
         return outs
 
-    def _run(self, block: Block | CrossAttentionBlock, x: Float[Array, "batch _ _"], rngs, attn_maps):
+    def attention_maps(self, xs: list[Float[Array, "batch _ _"]]) -> dict[str, Array]:
+        """The weights of each attention by its path in the stage, whose inputs are given."""
+        maps, outs = {}, []
+        for i, (x, blocks) in enumerate(zip(xs, self.blocks, strict=True)):
+            for j, block in enumerate(blocks):
+                maps[f"blocks.{i}.{j}.attn"] = block.attn.weights(block.norm1(x))
+                x = block(x)
+            outs.append(x)
+        for i, fusion in enumerate(self.fusion):
+            maps[f"fusion.{i}.attn"] = fusion.attn.weights(fusion.norm1(self._cross(outs, i)))
+        return maps
+
+    def _cross(self, xs: list[Float[Array, "batch _ _"]], i: int) -> Float[Array, "batch _ _"]:
+        """Branch i's class token, projected, with the patch tokens that it attends over."""
+        return jnp.concatenate([self.projs[i](xs[i][:, :1]), xs[1 - i][:, 1:]], axis=1)
+
+    def _run(self, block: Block | CrossAttentionBlock, x: Float[Array, "batch _ _"], rngs) -> Array:
         """Applies one block; under gradient checkpointing its activations are computed again in the backward pass."""
-        if not self.grad_checkpointing or attn_maps is not None:
-            return block(x, rngs=rngs, attn_maps=attn_maps)
+        if not self.grad_checkpointing:
+            return block(x, rngs=rngs)
         return nnx.remat(lambda block, x, rngs: block(x, rngs=rngs))(block, x, rngs)

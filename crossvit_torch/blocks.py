@@ -71,13 +71,8 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **kwargs)
         self.drop_path2 = DropPath(drop_path)
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch tokens dim"],
-        *,
-        attn_maps: list | None = None,
-    ) -> Float[Tensor, "batch tokens dim"]:
-        x = x + self.drop_path1(self.attn(self.norm1(x), attn_maps=attn_maps))
+    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
@@ -104,13 +99,8 @@ class CrossAttentionBlock(nn.Module):
         )
         self.drop_path = DropPath(drop_path)
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch tokens dim"],
-        *,
-        attn_maps: list | None = None,
-    ) -> Float[Tensor, "batch 1 dim"]:
-        return x[:, :1] + self.drop_path(self.attn(self.norm1(x), attn_maps=attn_maps))
+    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch 1 dim"]:
+        return x[:, :1] + self.drop_path(self.attn(self.norm1(x)))
 
 
 class MultiScaleBlock(nn.Module):
@@ -159,49 +149,46 @@ class MultiScaleBlock(nn.Module):
             Sequential(LayerNorm(other, **kwargs), GELU(), Linear(other, own, **kwargs)) for own, other in dims
         )
 
-    def forward(
-        self,
-        xs: list[Float[Tensor, "batch _ _"]],
-        *,
-        attn_maps: list | None = None,
-    ) -> list[Float[Tensor, "batch _ _"]]:
+    def forward(self, xs: list[Float[Tensor, "batch _ _"]]) -> list[Float[Tensor, "batch _ _"]]:
         """Both branches' tokens (batch, 1 + patches, dim) after the stage."""
-        xs = self.run_branches(xs, attn_maps=attn_maps)
-        class_tokens = self.fuse(xs, attn_maps=attn_maps)
+        xs = self.run_branches(xs)
+        class_tokens = self.fuse(xs)
         return [torch.cat([token, x[:, 1:]], dim=1) for token, x in zip(class_tokens, xs, strict=True)]
 
-    def run_branches(
-        self,
-        xs: list[Float[Tensor, "batch _ _"]],
-        *,
-        attn_maps: list | None = None,
-    ) -> list[Float[Tensor, "batch _ _"]]:
+    def run_branches(self, xs: list[Float[Tensor, "batch _ _"]]) -> list[Float[Tensor, "batch _ _"]]:
         """Every branch through its own blocks."""
         outs = []
         for x, blocks in zip(xs, self.blocks, strict=True):
             for block in blocks:
-                x = self._run(block, x, attn_maps)
+                x = self._run(block, x)
             outs.append(x)
         return outs
 
-    def fuse(
-        self,
-        xs: list[Float[Tensor, "batch _ _"]],
-        *,
-        attn_maps: list | None = None,
-    ) -> list[Float[Tensor, "batch 1 _"]]:
+    def fuse(self, xs: list[Float[Tensor, "batch _ _"]]) -> list[Float[Tensor, "batch 1 _"]]:
         """Both branches' new class tokens (batch, 1, dim), each after attending over the other's patch tokens."""
         outs = []
-        for x, other, proj, fusion, revert_proj in zip(
-            xs, xs[::-1], self.projs, self.fusion, self.revert_projs, strict=True
-        ):
-            x = torch.cat([proj(x[:, :1]), other[:, 1:]], dim=1)
-            x = self._run(fusion, x, attn_maps)
-            outs.append(revert_proj(x))
+        for i, (fusion, revert_proj) in enumerate(zip(self.fusion, self.revert_projs, strict=True)):
+            outs.append(revert_proj(self._run(fusion, self._cross(xs, i))))
         return outs
 
-    def _run(self, block: Block | CrossAttentionBlock, x: Float[Tensor, "batch _ _"], attn_maps):
+    def attention_maps(self, xs: list[Float[Tensor, "batch _ _"]]) -> dict[str, Tensor]:
+        """The weights of each attention by its path in the stage, whose inputs are given."""
+        maps, outs = {}, []
+        for i, (x, blocks) in enumerate(zip(xs, self.blocks, strict=True)):
+            for j, block in enumerate(blocks):
+                maps[f"blocks.{i}.{j}.attn"] = block.attn.weights(block.norm1(x))
+                x = block(x)
+            outs.append(x)
+        for i, fusion in enumerate(self.fusion):
+            maps[f"fusion.{i}.attn"] = fusion.attn.weights(fusion.norm1(self._cross(outs, i)))
+        return maps
+
+    def _cross(self, xs: list[Float[Tensor, "batch _ _"]], i: int) -> Float[Tensor, "batch _ _"]:
+        """Branch i's class token, projected, with the patch tokens that it attends over."""
+        return torch.cat([self.projs[i](xs[i][:, :1]), xs[1 - i][:, 1:]], dim=1)
+
+    def _run(self, block: Block | CrossAttentionBlock, x: Float[Tensor, "batch _ _"]) -> Tensor:
         """Applies one block; under gradient checkpointing its activations are computed again in the backward pass."""
-        if not self.grad_checkpointing or attn_maps is not None:
-            return block(x, attn_maps=attn_maps)
+        if not self.grad_checkpointing:
+            return block(x)
         return checkpoint(block, x, use_reentrant=False)

@@ -165,17 +165,13 @@ class CrossViT(nn.Module):
         tokens) for cross-attention, such as "blocks.0.fusion.1.attn". Token 0 is the class token, the others are the
         patches row by row. Call it in evaluation mode; other calls do not pay for it.
         """
-        paths, maps = [], []
-        for i, stage in enumerate(self.blocks):
-            paths += [
-                f"blocks.{i}.blocks.{b}.{j}.attn" for b, branch in enumerate(stage.blocks) for j in range(len(branch))
-            ]
-            paths += [f"blocks.{i}.fusion.{b}.attn" for b in range(len(stage.fusion))]
+        maps = {}
         with self._precision(images):
             xs = self._embed(images)
-            for stage in self.blocks:
-                xs = stage(xs, attn_maps=maps)
-        return dict(zip(paths, maps, strict=True))
+            for i, stage in enumerate(self.blocks):
+                maps |= {f"blocks.{i}.{path}": weights for path, weights in stage.attention_maps(xs).items()}
+                xs = stage(xs)
+        return maps
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new, freshly initialised head for `num_classes` (0: none), and optionally another pooling."""
