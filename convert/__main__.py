@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert.command_line import Parser, at_least_one, at_least_zero, image_size, leave, run
+from convert.command_line import Parser, at_least_one, at_least_zero, branch, image_size, leave, run
 from convert.errors import ConversionError
 from convert.report import tell_result, tell_warning, tell_weights
+from crossvit_jax.config import EXAMPLE
 
 if TYPE_CHECKING:
     from convert.export.export import Export
@@ -46,6 +47,13 @@ def _parser() -> Parser:
     parser.add_argument("--num-classes", type=at_least_zero, metavar="N", help="new head for N classes; 0: no head")
     parser.add_argument(
         "--image-size", type=image_size, metavar="N|HxW", help="resample the position embeddings to this size"
+    )
+    parser.add_argument(
+        "--branches",
+        nargs="+",
+        type=branch,
+        metavar="BRANCH",
+        help=f"of a model that is no variant, where SOURCE does not tell them: one text for each, such as {EXAMPLE}",
     )
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="default: as stored; exported: float32"
@@ -124,7 +132,7 @@ def _export(args: argparse.Namespace, how: "Export") -> int:
 def _load(args: argparse.Namespace) -> "Weights":
     from convert.models import load_weights
 
-    changes = {"num_classes": args.num_classes, "image_size": args.image_size}
+    changes = {"num_classes": args.num_classes, "image_size": args.image_size, "branches": args.branches}
     weights = load_weights(args.source, **{key: value for key, value in changes.items() if value is not None})
     return weights if args.license is None else dataclasses.replace(weights, license=args.license)
 

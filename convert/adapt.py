@@ -18,7 +18,8 @@ from convert.weights import Weights
 from crossvit_jax.config import CrossViTConfig
 
 # what the weights were trained as, and cannot become something else
-_FIXED = ("name", "embed_dim", "depth", "num_heads", "mlp_ratio", "multi_conv", "stages", "patch_size", "qkv_bias")
+_FIXED = ("name", "embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size")
+_FIXED += ("fusion_depth", "multi_conv", "stages", "qkv_bias")
 
 
 def adapt(weights: Weights, overrides: Mapping[str, Any], *, seed: int = 0) -> Weights:
@@ -29,20 +30,16 @@ def adapt(weights: Weights, overrides: Mapping[str, Any], *, seed: int = 0) -> W
     All other settings change no tensor. Each change of tensors is told in `notes`.
 
     Args:
-        overrides: fields of `CrossViTConfig`.
+        overrides: settings, see `CrossViTConfig.replace`.
         seed: of the new head.
 
     Raises:
         ConversionError: a setting has a value that makes no model, or would need other weights than these.
-        TypeError: an override is no field of `CrossViTConfig`.
+        TypeError: an override is no setting.
     """
     old = weights.config
-    fields = [field.name for field in dataclasses.fields(CrossViTConfig)]
-    unknown = [key for key in overrides if key not in fields]
-    if unknown:
-        raise TypeError(f"unknown setting {', '.join(unknown)}; accepted: {', '.join(fields)}")
     try:
-        config = dataclasses.replace(old, **overrides)
+        config = old.replace(**overrides)
     except ValueError as error:
         raise ConversionError(str(error)) from None
     fixed = [f"{key} is {getattr(old, key)}" for key in _FIXED if getattr(config, key) != getattr(old, key)]

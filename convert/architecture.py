@@ -1,9 +1,9 @@
 """Which CrossViT a set of tensors is, told from names and shapes, and whether it is complete."""
 
-import dataclasses
 import functools
 import math
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -15,7 +15,7 @@ from jax import Array
 from convert.errors import ConversionError
 from convert.tree import leaves, timm_shape
 from crossvit_jax import CrossViT
-from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
+from crossvit_jax.config import CUSTOM, TIMM_NAMES, VARIANTS, Branch, CrossViTConfig
 
 Shapes = Mapping[str, tuple[int, ...]]  # by timm's name
 
@@ -48,7 +48,9 @@ def expected_shapes(config: CrossViTConfig) -> dict[str, tuple[int, ...]]:
     return dict(timm_shape(path, leaf.shape) for path, leaf in leaves(params))
 
 
-def infer_config(shapes: Shapes, image_size: tuple[int, int] | None = None) -> CrossViTConfig:
+def infer_config(
+    shapes: Shapes, image_size: tuple[int, int] | None = None, branches: Sequence[Branch] | None = None
+) -> CrossViTConfig:
     """The settings that shapes tell: variant, image size and scale, channels, classes, qkv bias.
 
     Where tensors contradict one another, the variant that explains most of them wins, so that `check` names the rest.
@@ -56,28 +58,64 @@ def infer_config(shapes: Shapes, image_size: tuple[int, int] | None = None) -> C
     Args:
         image_size: of the images it was trained on, (height, width). It is needed for rectangular images only; the
             number of tokens of square ones tells their size.
+        branches: of a model that is no variant: shapes do not tell the number of heads. The rest they tell.
 
     Raises:
-        ConversionError: nothing in it looks like a CrossViT.
+        ConversionError: nothing in it looks like a CrossViT, or like a variant where no `branches` are given; or these
+            make no model.
     """
+    if branches is not None:
+        return _custom_config(shapes, image_size, tuple(branches))
     likeness = {name: _likeness(config, shapes) for name, config in VARIANTS.items()}
     best = max(likeness.values())
+    count = sum(f"cls_token_{branch}" in shapes for branch in range(len(shapes)))
+    if count > 2 or (count and best == 0):
+        raise ConversionError(f"it has {count} branches, of no variant: give their settings (--branches, branches)")
     if best == 0:
         some = ", ".join(list(shapes)[:3])
         raise ConversionError(f"these {len(shapes)} tensors are no CrossViT ({some}, …); it would have cls_token_0, …")
     candidates = [VARIANTS[name] for name in VARIANTS if likeness[name] == best]
-    first_weights = [shapes.get(f"patch_embed.{b}.proj{conv}.weight", ()) for b in (0, 1) for conv in ("", ".0")]
-    heads = [shapes.get(f"head.{b}.{leaf}", ()) for leaf in ("weight", "bias") for b in (0, 1)]
-    settings = {
-        "in_chans": next((shape[1] for shape in first_weights if len(shape) == 4), candidates[0].in_chans),
-        "num_classes": next((shape[0] for shape in heads if shape), 0),
-        "qkv_bias": any(name.endswith("attn.qkv.bias") for name in shapes),
-    }
+    settings = _input_and_output(candidates[0], shapes)
     for config in candidates:  # those at 240 and at 408 pixels differ only in how much smaller the second image is
         geometry = _geometry(config, shapes, image_size)
         if geometry.get("image_scale") == config.image_scale:
-            return dataclasses.replace(config, **geometry, **settings)
-    return dataclasses.replace(candidates[0], **_geometry(candidates[0], shapes, image_size), **settings)
+            return config.replace(**geometry, **settings)
+    return candidates[0].replace(**_geometry(candidates[0], shapes, image_size), **settings)
+
+
+def _input_and_output(config: CrossViTConfig, shapes: Shapes) -> dict[str, Any]:
+    """Channels, classes and qkv bias; the channels of the config where tensors do not tell them."""
+    branches = range(len(config.branches))
+    first_weights = [shapes.get(f"patch_embed.{b}.proj{conv}.weight", ()) for b in branches for conv in ("", ".0")]
+    heads = [shapes.get(f"head.{b}.{leaf}", ()) for leaf in ("weight", "bias") for b in branches]
+    return {
+        "in_chans": next((shape[1] for shape in first_weights if len(shape) == 4), config.in_chans),
+        "num_classes": next((shape[0] for shape in heads if shape), 0),
+        "qkv_bias": any(name.endswith("attn.qkv.bias") for name in shapes),
+    }
+
+
+def _custom_config(shapes: Shapes, image_size: tuple[int, int] | None, branches: tuple[Branch, ...]) -> CrossViTConfig:
+    """The settings of a model with these branches, as far as shapes tell them."""
+    sides = [(_square_side(shapes, i), branch) for i, branch in enumerate(branches)]
+    sizes = [side * branch.patch_size / branch.image_scale for side, branch in sides if side]
+    if image_size is None or len(sizes) == len(branches):  # a square, whatever size it shall get
+        size = int(sizes[0]) if sizes else 240
+        image_size = (size, size)
+    names = [name.split(".") for name in shapes if re.match(r"blocks\.\d+\.fusion\.0\.", name)]
+    stages = 1 + max((int(name[1]) for name in names), default=-1)
+    fusions = [[int(name[4]) for name in names if name[1] == str(i) and name[4].isdigit()] for i in range(stages)]
+    try:
+        config = CrossViTConfig(
+            name=CUSTOM,
+            branches=branches,
+            fusion_depth=tuple(1 + max(numbers, default=-1) for numbers in fusions) or 0,
+            multi_conv="patch_embed.0.proj.0.weight" in shapes,
+            image_size=image_size,
+        )
+        return config.replace(**_input_and_output(config, shapes))
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
 
 
 def check(shapes: Shapes, config: CrossViTConfig, what: str) -> None:
@@ -101,22 +139,25 @@ def check(shapes: Shapes, config: CrossViTConfig, what: str) -> None:
     if misshaped:
         details = {name: f" {shapes[name]} instead of {expected[name]}" for name in misshaped}
         faults.append(f"{len(misshaped)} mis-shaped ({_named(misshaped, common, details)})")
-    if any(_square_side(shapes, branch) == 0 for branch in (0, 1)):
+    if any(_square_side(shapes, branch) == 0 for branch in range(len(config.branches))):
         faults.append("no square image has that many patches: a rectangle needs image_size (--image-size HxW)")
-    near = f"{config.name} ({TIMM_NAMES[config.name]})" if config.name in TIMM_NAMES else config.name
-    raise ConversionError(f"{what} does not fit {near}, the nearest variant: {'; '.join(faults)}")
+    near = f"its settings ({config.name})"
+    if config.name in TIMM_NAMES:
+        near = f"{config.name} ({TIMM_NAMES[config.name]}), the nearest variant"
+    raise ConversionError(f"{what} does not fit {near}: {'; '.join(faults)}")
 
 
 def _landmarks(config: CrossViTConfig) -> Iterator[tuple[str, tuple[int, ...] | None]]:
     """Tensors that tell the variants apart by their shapes, or (None) by not being there."""
-    for branch, (dim, depth, ratio) in enumerate(zip(config.embed_dim, config.depth, config.mlp_ratio, strict=True)):
+    for branch, settings in enumerate(config.branches):
+        dim, hidden_dim = settings.embed_dim, int(settings.embed_dim * settings.mlp_ratio)
         yield f"cls_token_{branch}", (1, 1, dim)
         yield f"norm.{branch}.weight", (dim,)
         yield f"patch_embed.{branch}.proj.bias", None if config.multi_conv else (dim,)
         yield f"patch_embed.{branch}.proj.4.bias", (dim,) if config.multi_conv else None
-        for stage in range(config.stages):
-            yield f"blocks.{stage}.blocks.{branch}.{depth - 1}.mlp.fc1.weight", (int(dim * ratio), dim)
-            yield f"blocks.{stage}.blocks.{branch}.{depth}.mlp.fc1.weight", None
+        for stage, depths in enumerate(config.stage_depths):
+            yield f"blocks.{stage}.blocks.{branch}.{depths[branch] - 1}.mlp.fc1.weight", (hidden_dim, dim)
+            yield f"blocks.{stage}.blocks.{branch}.{depths[branch]}.mlp.fc1.weight", None
 
 
 def _likeness(config: CrossViTConfig, shapes: Shapes) -> int:
@@ -135,7 +176,7 @@ def _square_side(shapes: Shapes, branch: int) -> int | None:
 
 
 def _geometry(config: CrossViTConfig, shapes: Shapes, image_size: tuple[int, int] | None) -> dict[str, Any]:
-    """Image size and scale that explain the position embeddings; empty where they tell nothing."""
+    """Image size and scale of a variant that explain the position embeddings; empty where they tell nothing."""
     sides = [_square_side(shapes, branch) for branch in (0, 1)]
     if all(sides):
         size, other = (side * patch for side, patch in zip(sides, config.patch_size, strict=True))
@@ -146,7 +187,7 @@ def _geometry(config: CrossViTConfig, shapes: Shapes, image_size: tuple[int, int
     area = Fraction(patches[1] * config.patch_size[1] ** 2, math.prod(image_size))  # branch 1's share of the image's
     scale = Fraction(math.isqrt(area.numerator), math.isqrt(area.denominator))
     try:
-        given = dataclasses.replace(config, image_size=image_size, image_scale=(Fraction(1), scale))
+        given = config.replace(image_size=image_size, image_scale=(Fraction(1), scale))
     except ValueError:
         return {}
     fits = patches == [rows * columns for rows, columns in given.grid_size]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from convert.errors import UserError, one_line
+from crossvit_jax.config import Branch
 
 
 class Parser(argparse.ArgumentParser):
@@ -155,3 +156,11 @@ def image_size(text: str) -> tuple[int, int]:
     if not match:
         raise argparse.ArgumentTypeError(f"must be pixels such as 240, or HEIGHTxWIDTH such as 240x480; got {text!r}")
     return int(match[1]), int(match[2] or match[1])
+
+
+def branch(text: str) -> Branch:
+    """The settings of a branch, see `Branch.parse`."""
+    try:
+        return Branch.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

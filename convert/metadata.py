@@ -1,24 +1,30 @@
 """What our own files say about themselves beside the tensors: the settings, and the names of the classes.
 
-Shapes alone do not tell a rectangular image, dropout rates or the pooling; files from elsewhere have no more.
+Shapes alone do not tell heads, a rectangular image, dropout rates or the pooling; files from elsewhere have no more.
 """
 
 import dataclasses
 import importlib.metadata
 import json
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
+from typing import Any
 
 from convert.errors import ConversionError
-from crossvit_jax.config import CrossViTConfig
+from crossvit_jax.config import BRANCH_SETTINGS, Branch, CrossViTConfig
+from crossvit_jax.preprocess import MEAN, STD
 
 KEY = "crossvit"  # in the header of a safetensors file; the name of the item in an Orbax folder
-FORMAT = 1
+FORMAT = 2  # 1 knew two branches only, whose settings were pairs; it is read as well
+_FIXED = {"task": "classification", "mean": list(MEAN), "std": list(STD)}  # what all models have so far
 
 
 def describe(config: CrossViTConfig, class_names: tuple[str, ...] | None) -> dict:
     """The settings as JSON values; fractions become strings such as "14/15"."""
-    settings = dataclasses.asdict(config) | {"image_scale": [str(scale) for scale in config.image_scale]}
-    return {"format": FORMAT, "config": settings, "class_names": class_names and list(class_names)}
+    settings = dataclasses.asdict(config)
+    for branch in settings["branches"]:
+        branch["image_scale"] = str(branch["image_scale"])
+    return {"format": FORMAT, **_FIXED, "config": settings, "class_names": class_names and list(class_names)}
 
 
 def to_json(config: CrossViTConfig, class_names: tuple[str, ...] | None) -> str:
@@ -38,18 +44,44 @@ def understand(description: dict | str) -> tuple[CrossViTConfig, tuple[str, ...]
     """The settings and class names of `describe`, or of its JSON text.
 
     Raises:
-        ConversionError: it is of a newer format, or damaged.
+        ConversionError: it is of a newer format, damaged, or has a key that is not known.
     """
     try:
         if isinstance(description, str):
             description = json.loads(description)
         if description["format"] > FORMAT:
             raise ConversionError(f"it was written by a newer version (format {description['format']})")
-        settings = {key: tuple(v) if isinstance(v, list) else v for key, v in description["config"].items()}
-        settings["image_scale"] = tuple(Fraction(scale) for scale in settings["image_scale"])
+        fixed = _FIXED if description["format"] > 1 else {}
+        _refuse_unknown(description, ("format", *fixed, "config", "class_names"))
+        for key, value in fixed.items():
+            if description[key] != value:
+                raise ConversionError(f"its {key} is {description[key]}; this version knows only {value}")
+        settings = dict(description["config"])
+        if not fixed:  # the first format
+            columns = [settings.pop(name) for name in BRANCH_SETTINGS]
+            settings["branches"] = [dict(zip(BRANCH_SETTINGS, row, strict=True)) for row in zip(*columns, strict=True)]
+        _refuse_unknown(settings, [field.name for field in dataclasses.fields(CrossViTConfig)])
+        settings["branches"] = tuple(map(_branch, settings["branches"]))
         names = description["class_names"]
-        return CrossViTConfig(**settings), names and tuple(map(str, names))
+        config = CrossViTConfig(**{key: _from_json(value) for key, value in settings.items()})
+        return config, names and tuple(map(str, names))
     except ConversionError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise ConversionError(f"its {KEY!r} metadata is damaged: {type(error).__name__}: {error}") from None
+
+
+def _branch(settings: Mapping[str, Any]) -> Branch:
+    _refuse_unknown(settings, BRANCH_SETTINGS)
+    values = {key: _from_json(value) for key, value in settings.items()}
+    return Branch(**values | {"image_scale": Fraction(values["image_scale"])})
+
+
+def _from_json(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: Iterable[str]) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ConversionError(f"its {KEY!r} metadata has unknown keys: {', '.join(unknown)}")

@@ -70,11 +70,12 @@ def load_weights(source: str | Path, *, seed: int = 0, **overrides: Any) -> Weig
     Args:
         source: `hf-hub:owner/repo`, a `.safetensors`, `.pth` or `.bin` file, an Orbax folder, or a run's folder.
         seed: of a new head.
-        **overrides: fields of `CrossViTConfig`, see `convert.adapt.adapt`.
+        **overrides: settings, see `convert.adapt.adapt`. Of a model that is no variant, `branches` have to be given
+            where the source has no metadata; where it has, they may only be the same.
 
     Raises:
         ConversionError: the source cannot be read, holds no complete CrossViT, or cannot be adapted.
-        TypeError: an override is no field of `CrossViTConfig`.
+        TypeError: an override is no setting.
     """
     stored = read(source)
     shapes = shapes_of(stored.tensors)
@@ -82,7 +83,8 @@ def load_weights(source: str | Path, *, seed: int = 0, **overrides: Any) -> Weig
         if stored.description is not None:
             config, class_names = metadata.understand(stored.description)
         else:
-            config, class_names = architecture.infer_config(shapes, _pair(overrides.get("image_size"))), None
+            given = _pair(overrides.get("image_size")), overrides.get("branches")
+            config, class_names = architecture.infer_config(shapes, *given), None
     except ConversionError as error:
         raise ConversionError(f"{source}: {error}") from None
     architecture.check(shapes, config, str(source))

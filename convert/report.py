@@ -57,7 +57,7 @@ def _in_timm(config: CrossViTConfig) -> str:
         "num_classes": str(config.num_classes),
         "in_chans": str(config.in_chans),
         "img_size": str(height) if height == width else f"({height}, {width})",
-        "img_scale": f"({config.image_scale[0]}, {config.image_scale[1]})",
+        "img_scale": f"({', '.join(map(str, config.image_scale))})",
         "qkv_bias": str(config.qkv_bias),
         "global_pool": repr(config.global_pool),
         "crop_scale": str(config.crop_scale),

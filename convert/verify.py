@@ -12,14 +12,16 @@ from jaxtyping import Float
 from convert.models import flax_model, load_weights, torch_model
 from convert.weights import Weights
 from crossvit_jax import CrossViT
+from crossvit_jax.config import VARIANTS
 
 BOUND = 1e-5  # of the largest logit: the house's for float32
 
 
 def read_back(weights: Weights, path: Path) -> tuple[Weights, list[str]]:
     """The weights at `path`, and the names of the tensors that are not bit for bit those of `weights`."""
-    # a .pth file cannot tell the size of a rectangle
-    written = load_weights(path, image_size=weights.config.image_size)
+    # a .pth file cannot tell the size of a rectangle, nor the heads of a model that is no variant
+    branches = {} if weights.config.name in VARIANTS else {"branches": weights.config.branches}
+    written = load_weights(path, image_size=weights.config.image_size, **branches)
     names = [*weights.tensors, *(name for name in written.tensors if name not in weights.tensors)]
     return written, [name for name in names if not _same(weights.tensors.get(name), written.tensors.get(name))]
 

@@ -2,9 +2,9 @@
 
 import importlib
 
-from crossvit_jax.config import CrossViTConfig, get_config, list_variants
+from crossvit_jax.config import Branch, CrossViTConfig, get_config, list_variants
 
-__all__ = ["CrossViT", "CrossViTConfig", "create_model", "get_config", "list_variants", "preprocess_image"]
+__all__ = ["Branch", "CrossViT", "CrossViTConfig", "create_model", "get_config", "list_variants", "preprocess_image"]
 
 _LATE = {"CrossViT": "crossvit", "create_model": "crossvit", "preprocess_image": "preprocess"}
 

@@ -39,27 +39,30 @@ class Attention(nnx.Module):
         self.proj_drop = nnx.Dropout(proj_drop)
 
     def __call__(
-        self,
-        x: Float[Array, "batch tokens dim"],
-        *,
-        rngs: nnx.Rngs | None = None,
-        attn_maps: list | None = None,
+        self, x: Float[Array, "batch tokens dim"], *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch tokens dim"]:
-        """Each token attends over all. If `attn_maps` is given, (batch, heads, tokens, tokens) is appended to it."""
+        """Each token attends over all."""
+        q, k, v = self._per_head(x)
+        if dropout_is_active(self.attn_drop):  # weights that dropout thins have to be computed as such
+            attn = self.attn_drop(self._softmax(q, k), rngs=rngs).astype(x.dtype)
+            out = jnp.einsum("bhqk,bkhd->bqhd", attn, v)
+        else:
+            out = dot_product_attention(q, k, v, self.implementation)
+        return self.proj_drop(self.proj(out.reshape(x.shape)), rngs=rngs)
+
+    def weights(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads tokens tokens"]:
+        """How much each token (last axis but one) attends to each, in float32 or wider."""
+        q, k, _ = self._per_head(x)
+        return self._softmax(q, k)
+
+    def _per_head(self, x: Float[Array, "batch tokens dim"]) -> list[Float[Array, "batch tokens heads width"]]:
+        """Queries, keys and values."""
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = (x[:, :, 0] for x in jax.lax.split(qkv, (1, 1, 1), axis=2))  # whose gradient is a mere concatenation
-        # weights that somebody wants to see, or that dropout thins, have to be computed as such
-        if attn_maps is None and not dropout_is_active(self.attn_drop):
-            x = dot_product_attention(q, k, v, self.implementation)
-        else:
-            attn = softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * self.scale)
-            if attn_maps is not None:
-                attn_maps.append(attn)
-            attn = self.attn_drop(attn, rngs=rngs).astype(x.dtype)
-            x = jnp.einsum("bhqk,bkhd->bqhd", attn, v)
-        x = self.proj(x.reshape(batch, tokens, dim))
-        return self.proj_drop(x, rngs=rngs)
+        return [x[:, :, 0] for x in jax.lax.split(qkv, (1, 1, 1), axis=2)]  # whose gradient is a mere concatenation
+
+    def _softmax(self, q: Array, k: Array) -> Float[Array, "batch heads tokens tokens"]:
+        return softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * self.scale)
 
 
 class CrossAttention(nnx.Module):
@@ -88,35 +91,36 @@ class CrossAttention(nnx.Module):
         self.proj_drop = nnx.Dropout(proj_drop)
 
     def __call__(
-        self,
-        x: Float[Array, "batch tokens dim"],
-        *,
-        rngs: nnx.Rngs | None = None,
-        attn_maps: list | None = None,
+        self, x: Float[Array, "batch tokens dim"], *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch 1 dim"]:
-        """The first token attends over all. If `attn_maps` is given, (batch, heads, 1, tokens) is appended to it.
+        """The first token attends over all.
 
         With one query per head, the key and value projections fold into it: q·(W_k x) = (W_kᵀ q)·x and
         Σ aₙ W_v xₙ = W_v Σ aₙ xₙ, so no key or value is ever computed. The key bias adds the same number to every
         score of a head and drops out of the softmax.
         """
         batch, _, dim = x.shape
-        per_head = (dim, self.num_heads, dim // self.num_heads)
-        wk = self.wk.kernel[...].astype(x.dtype).reshape(per_head)
-        wv = self.wv.kernel[...].astype(x.dtype).reshape(per_head)
-
-        q = self.wq(x[:, :1]).reshape(batch, self.num_heads, dim // self.num_heads)
-        q = jnp.einsum("chd,bhd->bhc", wk, q) * self.scale
-        attn = softmax(jnp.einsum("bhc,bnc->bhn", q, x))
-        if attn_maps is not None:
-            attn_maps.append(attn[:, :, None])
-        attn = self.attn_drop(attn, rngs=rngs).astype(x.dtype)
-
+        attn = self.attn_drop(self._softmax(x), rngs=rngs).astype(x.dtype)
         x = jnp.einsum("bhn,bnc->bhc", attn, x)
-        x = jnp.einsum("bhc,chd->bhd", x, wv)
+        x = jnp.einsum("bhc,chd->bhd", x, self._per_head(self.wv, x.dtype))
         if self.wv.bias is not None:
-            bias = self.wv.bias[...].astype(x.dtype).reshape(per_head[1:])
+            bias = self.wv.bias[...].astype(x.dtype).reshape(x.shape[1:])
             # the weights sum to 1 unless dropout has thinned them
             x += bias * attn.sum(-1, keepdims=True) if dropout_is_active(self.attn_drop) else bias
         x = self.proj(x.reshape(batch, 1, dim))
         return self.proj_drop(x, rngs=rngs)
+
+    def weights(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads 1 tokens"]:
+        """How much the first token attends to each, in float32 or wider."""
+        return self._softmax(x)[:, :, None]
+
+    def _softmax(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads tokens"]:
+        batch, _, dim = x.shape
+        q = self.wq(x[:, :1]).reshape(batch, self.num_heads, dim // self.num_heads)
+        q = jnp.einsum("chd,bhd->bhc", self._per_head(self.wk, x.dtype), q) * self.scale
+        return softmax(jnp.einsum("bhc,bnc->bhn", q, x))
+
+    def _per_head(self, linear: Linear, dtype) -> Float[Array, "dim heads width"]:
+        """The kernel of a projection, cut into those of the heads."""
+        kernel = linear.kernel[...].astype(dtype)
+        return kernel.reshape(kernel.shape[0], self.num_heads, -1)

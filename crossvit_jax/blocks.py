@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from crossvit_jax.attention import Attention, CrossAttention
-from crossvit_jax.config import CrossViTConfig
+from crossvit_jax.config import Branch, CrossViTConfig
 from crossvit_jax.layers import GELU, LayerNorm, Linear, Sequential
 
 
@@ -81,13 +81,9 @@ class Block(nnx.Module):
         self.drop_path2 = DropPath(drop_path)
 
     def __call__(
-        self,
-        x: Float[Array, "batch tokens dim"],
-        *,
-        rngs: nnx.Rngs | None = None,
-        attn_maps: list | None = None,
+        self, x: Float[Array, "batch tokens dim"], *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch tokens dim"]:
-        x = x + self.drop_path1(self.attn(self.norm1(x), rngs=rngs, attn_maps=attn_maps), rngs=rngs)
+        x = x + self.drop_path1(self.attn(self.norm1(x), rngs=rngs), rngs=rngs)
         return x + self.drop_path2(self.mlp(self.norm2(x), rngs=rngs), rngs=rngs)
 
 
@@ -115,20 +111,21 @@ class CrossAttentionBlock(nnx.Module):
         self.drop_path = DropPath(drop_path)
 
     def __call__(
-        self,
-        x: Float[Array, "batch tokens dim"],
-        *,
-        rngs: nnx.Rngs | None = None,
-        attn_maps: list | None = None,
+        self, x: Float[Array, "batch tokens dim"], *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch 1 dim"]:
-        return x[:, :1] + self.drop_path(self.attn(self.norm1(x), rngs=rngs, attn_maps=attn_maps), rngs=rngs)
+        return x[:, :1] + self.drop_path(self.attn(self.norm1(x), rngs=rngs), rngs=rngs)
 
 
 class MultiScaleBlock(nnx.Module):
     """A stage: every branch runs its blocks, then the class tokens cross over (paper figure 3).
 
-    Branch i's class token is projected to the other branch's width (`projs`), attends over its patch tokens
-    (`fusion`), and is projected back (`revert_projs`).
+    Branch i's class token is projected to the width of the next branch in the ring (`projs`), attends over the patch
+    tokens there (`fusion`), and is projected back (`revert_projs`).
+
+    Args:
+        config: of the model.
+        drop_path: the stage's rates, see `CrossViTConfig.drop_path_rates`.
+        stage: which one this is, from 0.
     """
 
     def __init__(
@@ -136,6 +133,7 @@ class MultiScaleBlock(nnx.Module):
         config: CrossViTConfig,
         drop_path: Sequence[float],
         *,
+        stage: int = 0,
         dtype=None,
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
@@ -147,72 +145,98 @@ class MultiScaleBlock(nnx.Module):
             "proj_drop": config.proj_drop_rate,
             **kwargs,
         }
-        dims = list(zip(config.embed_dim, config.embed_dim[::-1], strict=True))  # (own width, the other branch's)
+        # each branch, and the one whose patches its class token attends over
+        ring = list(zip(config.branches, (*config.branches[1:], config.branches[0]), strict=True))
         self.grad_checkpointing = False
 
         self.blocks = nnx.List(
-            nnx.List(Block(dim, num_heads, mlp_ratio, drop_path=drop_path[i], **block_kwargs) for i in range(depth))
-            for dim, depth, num_heads, mlp_ratio in zip(
-                config.embed_dim, config.depth, config.num_heads, config.mlp_ratio, strict=True
+            nnx.List(
+                Block(branch.embed_dim, branch.num_heads, branch.mlp_ratio, drop_path=drop_path[i], **block_kwargs)
+                for i in range(depth)
             )
+            for branch, depth in zip(config.branches, config.stage_depths[stage], strict=True)
         )
         self.projs = nnx.List(
-            Sequential([LayerNorm(own, **kwargs), GELU(), Linear(own, other, **kwargs)]) for own, other in dims
+            Sequential([LayerNorm(own.embed_dim, **kwargs), GELU(), Linear(own.embed_dim, other.embed_dim, **kwargs)])
+            for own, other in ring
         )
-        self.fusion = nnx.List(
-            CrossAttentionBlock(other, num_heads, drop_path=drop_path[-1], **block_kwargs)
-            for (_, other), num_heads in zip(dims, config.num_heads[::-1], strict=True)
-        )
+
+        depth = config.fusion_depths[stage]
+
+        def fusion(other: Branch) -> nnx.List | CrossAttentionBlock:
+            dim, num_heads = other.embed_dim, other.num_heads
+            blocks = [
+                CrossAttentionBlock(dim, num_heads, drop_path=drop_path[-1], **block_kwargs)
+                for _ in range(max(1, depth))
+            ]
+            return nnx.List(blocks) if depth else blocks[0]
+
+        self.fusion = nnx.List(fusion(other) for _, other in ring)
         self.revert_projs = nnx.List(
-            Sequential([LayerNorm(other, **kwargs), GELU(), Linear(other, own, **kwargs)]) for own, other in dims
+            Sequential([LayerNorm(other.embed_dim, **kwargs), GELU(), Linear(other.embed_dim, own.embed_dim, **kwargs)])
+            for own, other in ring
         )
 
     def __call__(
-        self,
-        xs: list[Float[Array, "batch _ _"]],
-        *,
-        rngs: nnx.Rngs | None = None,
-        attn_maps: list | None = None,
+        self, xs: list[Float[Array, "batch _ _"]], *, rngs: nnx.Rngs | None = None
     ) -> list[Float[Array, "batch _ _"]]:
-        """Both branches' tokens (batch, 1 + patches, dim) after the stage."""
-        xs = self.run_branches(xs, rngs=rngs, attn_maps=attn_maps)
-        class_tokens = self.fuse(xs, rngs=rngs, attn_maps=attn_maps)
+        """Each branch's tokens (batch, 1 + patches, dim) after the stage."""
+        xs = self.run_branches(xs, rngs=rngs)
+        class_tokens = self.fuse(xs, rngs=rngs)
         return [jnp.concatenate([token, x[:, 1:]], axis=1) for token, x in zip(class_tokens, xs, strict=True)]
 
     def run_branches(
-        self,
-        xs: list[Float[Array, "batch _ _"]],
-        *,
-        rngs: nnx.Rngs | None = None,
-        attn_maps: list | None = None,
+        self, xs: list[Float[Array, "batch _ _"]], *, rngs: nnx.Rngs | None = None
     ) -> list[Float[Array, "batch _ _"]]:
         """Every branch through its own blocks."""
         outs = []
         for x, blocks in zip(xs, self.blocks, strict=True):
             for block in blocks:
-                x = self._run(block, x, rngs, attn_maps)
+                x = self._run(block, x, rngs)
             outs.append(x)
         return outs
 
     def fuse(
-        self,
-        xs: list[Float[Array, "batch _ _"]],
-        *,
-        rngs: nnx.Rngs | None = None,
-        attn_maps: list | None = None,
+        self, xs: list[Float[Array, "batch _ _"]], *, rngs: nnx.Rngs | None = None
     ) -> list[Float[Array, "batch 1 _"]]:
-        """Both branches' new class tokens (batch, 1, dim), each after attending over the other's patch tokens."""
+        """Each branch's new class token (batch, 1, dim), after attending over the patch tokens of the next branch."""
         outs = []
-        for x, other, proj, fusion, revert_proj in zip(
-            xs, xs[::-1], self.projs, self.fusion, self.revert_projs, strict=True
-        ):
-            x = jnp.concatenate([proj(x[:, :1]), other[:, 1:]], axis=1)
-            x = self._run(fusion, x, rngs, attn_maps)
+        for i, revert_proj in enumerate(self.revert_projs):
+            x = self._cross(xs, i)
+            for _, block in self._fusion_blocks(i):
+                x = self._run(block, x, rngs)
             outs.append(revert_proj(x))
         return outs
 
-    def _run(self, block: Block | CrossAttentionBlock, x: Float[Array, "batch _ _"], rngs, attn_maps):
+    def attention_maps(self, xs: list[Float[Array, "batch _ _"]]) -> dict[str, Array]:
+        """The weights of each attention by its path in the stage, whose inputs are given."""
+        maps, outs = {}, []
+        for i, (x, blocks) in enumerate(zip(xs, self.blocks, strict=True)):
+            for j, block in enumerate(blocks):
+                maps[f"blocks.{i}.{j}.attn"] = block.attn.weights(block.norm1(x))
+                x = block(x)
+            outs.append(x)
+        for i in range(len(outs)):
+            x = self._cross(outs, i)
+            for path, block in self._fusion_blocks(i):
+                maps[f"{path}.attn"] = block.attn.weights(block.norm1(x))
+                x = block(x)
+        return maps
+
+    def _fusion_blocks(self, i: int) -> list[tuple[str, CrossAttentionBlock]]:
+        """The cross-attention blocks that branch i's class token passes, with their paths in the stage."""
+        fusion = self.fusion[i]
+        if isinstance(fusion, CrossAttentionBlock):
+            return [(f"fusion.{i}", fusion)]
+        return [(f"fusion.{i}.{j}", block) for j, block in enumerate(fusion)]
+
+    def _cross(self, xs: list[Float[Array, "batch _ _"]], i: int) -> Float[Array, "batch _ _"]:
+        """Branch i's class token, projected, with the patch tokens that it attends over: those of the next branch."""
+        other = xs[(i + 1) % len(xs)]
+        return jnp.concatenate([self.projs[i](xs[i][:, :1]), other[:, 1:]], axis=1)
+
+    def _run(self, block: Block | CrossAttentionBlock, x: Float[Array, "batch _ _"], rngs) -> Array:
         """Applies one block; under gradient checkpointing its activations are computed again in the backward pass."""
-        if not self.grad_checkpointing or attn_maps is not None:
-            return block(x, rngs=rngs, attn_maps=attn_maps)
+        if not self.grad_checkpointing:
+            return block(x, rngs=rngs)
         return nnx.remat(lambda block, x, rngs: block(x, rngs=rngs))(block, x, rngs)

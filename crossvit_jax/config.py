@@ -2,30 +2,112 @@
 
 import dataclasses
 import difflib
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
+
+BRANCH_SETTINGS = ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "image_scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """One branch: a transformer over the patches of one size.
+
+    As text, which `Branch.parse` reads: "embed_dim=192,depth=1:2:1,num_heads=3,mlp_ratio=4,patch_size=16,
+    image_scale=14/15", where colons part the depths of the stages.
+
+    Raises ValueError for settings that make no branch, naming the value and what is accepted.
+    """
+
+    embed_dim: int
+    depth: int | tuple[int, ...]  # transformer blocks per stage; a tuple has one number for each stage
+    num_heads: int
+    mlp_ratio: int | float = 4.0
+    patch_size: int
+    image_scale: int | float | Fraction = 1  # share of the image size that the branch sees; becomes a Fraction
+
+    def __post_init__(self):
+        # timm writes a float (224/240), a fraction makes every size exact
+        object.__setattr__(self, "image_scale", Fraction(self.image_scale).limit_denominator(1024))
+        for field in ("embed_dim", "num_heads", "patch_size"):
+            _require_whole(field, getattr(self, field), 1)
+        for depth in self.depth if isinstance(self.depth, tuple) else (self.depth,):
+            _require_whole("depth", depth, 1)
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} cannot be cut into num_heads {self.num_heads}")
+        for field in ("mlp_ratio", "image_scale"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} must be above 0; got {getattr(self, field)}")
+
+    def __str__(self):
+        depth = ":".join(map(str, self.depth if isinstance(self.depth, tuple) else (self.depth,)))
+        values = {name: getattr(self, name) for name in BRANCH_SETTINGS}
+        values |= {"depth": depth, "mlp_ratio": repr(float(self.mlp_ratio)).removesuffix(".0")}
+        return ",".join(f"{name}={value}" for name, value in values.items())
+
+    @classmethod
+    def parse(cls, text: str) -> "Branch":
+        """The branch that a text describes; only `mlp_ratio` and `image_scale` may be left out.
+
+        Raises ValueError, naming what is wrong.
+        """
+        settings = {}
+        for part in text.split(","):
+            name, _, value = part.strip().partition("=")
+            if name not in BRANCH_SETTINGS or name in settings:
+                why = "is there twice" if name in settings else f"is none of {', '.join(BRANCH_SETTINGS)}"
+                raise ValueError(f"{name!r} {why}")
+            try:
+                settings[name] = _READERS.get(name, int)(value)
+            except (ValueError, ArithmeticError):
+                raise ValueError(f"{name} cannot be {value!r}") from None
+        missing = [name for name in ("embed_dim", "depth", "num_heads", "patch_size") if name not in settings]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} must be given, as in {EXAMPLE}")
+        return cls(**settings)
+
+
+def _depth(text: str) -> int | tuple[int, ...]:
+    depths = tuple(map(int, text.split(":")))
+    return depths if len(depths) > 1 else depths[0]
+
+
+_READERS = {"depth": _depth, "mlp_ratio": float, "image_scale": Fraction}
+EXAMPLE = "embed_dim=96,depth=1,num_heads=3,mlp_ratio=4,patch_size=12,image_scale=1"
+
+
+def _require_whole(field: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{field} must be a whole number, at least {least}; got {value!r}")
+
+
+def _of_each_branch(field: str) -> property:
+    return property(lambda config: tuple(getattr(branch, field) for branch in config.branches))
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrossViTConfig:
-    """Everything that defines a CrossViT. Pairs are (branch 0: small patches, branch 1: large patches).
+    """Everything that defines a CrossViT.
+
+    The branches form a ring: the class token of branch i attends over the patches of branch i + 1, that of the last
+    branch over those of branch 0. A single branch attends over itself.
 
     Raises ValueError for settings that make no model, naming the value and what is accepted.
     """
 
-    name: str  # the variant's short name
-    embed_dim: tuple[int, int]
-    depth: tuple[int, int]  # transformer blocks of each branch, per stage
-    num_heads: tuple[int, int]
-    mlp_ratio: tuple[float, float]
+    name: str  # the variant's short name, or CUSTOM
+    branches: tuple[Branch, ...]
+    # Cross-attention blocks that a class token passes in each fusion; a tuple has one number for each stage. 0 is one
+    # block too, without a number in its path: the published models. After the first, it sees nothing but itself.
+    fusion_depth: int | tuple[int, ...] = 0
     multi_conv: bool = False  # three convolutions embed the patches (the dagger variants) instead of one
-    stages: int = 3
-    patch_size: tuple[int, int] = (12, 16)
+    stages: int | None = None  # none: as many as there are numbers in a depth, or 3
     image_size: int | tuple[int, int] = (240, 240)  # height, width; an int is a square, and becomes a pair
-    image_scale: tuple[float | Fraction, float | Fraction] = (Fraction(1), Fraction(14, 15))  # become Fractions
     in_chans: int = 3
-    num_classes: int = 1000  # 0: no head, the model returns the pooled features of both branches
+    num_classes: int = 1000  # 0: no head, the model returns the pooled features of all branches
     global_pool: str = "token"
     crop_scale: bool = False  # a branch with a smaller image crops it instead of resizing
     crop_pct: float = 0.875  # share of the resized image that evaluation keeps
@@ -36,19 +118,25 @@ class CrossViTConfig:
     attn_drop_rate: float = 0.0  # on the attention weights
     drop_path_rate: float = 0.0  # stochastic depth of the last block; earlier blocks get linearly less
 
-    def __post_init__(self):
-        def set_field(name, value):
-            object.__setattr__(self, name, value)
+    embed_dim = _of_each_branch("embed_dim")
+    depth = _of_each_branch("depth")
+    num_heads = _of_each_branch("num_heads")
+    mlp_ratio = _of_each_branch("mlp_ratio")
+    patch_size = _of_each_branch("patch_size")
+    image_scale = _of_each_branch("image_scale")
 
+    def __post_init__(self):
         size = self.image_size
-        set_field("image_size", (size, size) if isinstance(size, int) else tuple(size))
-        # each branch sees image_size times its scale; timm writes a float (224/240), a fraction makes every size exact
-        set_field("image_scale", tuple(Fraction(scale).limit_denominator(1024) for scale in self.image_scale))
+        self._set("image_size", (size, size) if isinstance(size, int) else tuple(size))
+        self._set("branches", tuple(self.branches))
+        if not self.branches:
+            raise ValueError("branches must be at least one")
         if len(self.image_size) != 2 or any(not isinstance(side, int) or side < 1 for side in self.image_size):
             raise ValueError(f"image_size must be an int or (height, width), all positive; got {size!r}")
-        for field in ("in_chans", "stages"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1; got {getattr(self, field)}")
+        self._count_stages()
+        for field, least in (("in_chans", 1), ("stages", 1)):
+            if getattr(self, field) < least:
+                raise ValueError(f"{field} must be at least {least}; got {getattr(self, field)}")
         if self.num_classes < 0:
             raise ValueError(f"num_classes must be 0 (no head) or more; got {self.num_classes}")
         if self.global_pool not in ("token", "avg"):
@@ -56,27 +144,46 @@ class CrossViTConfig:
         for field in ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"):
             if not 0.0 <= getattr(self, field) < 1.0:
                 raise ValueError(f"{field} must be in [0, 1); got {getattr(self, field)}")
-        if self.multi_conv and self.patch_size != (12, 16):
-            raise ValueError(f"three-convolution patch embedding needs patch_size (12, 16); got {self.patch_size}")
+        if self.multi_conv and not set(self.patch_size) <= {12, 16}:
+            raise ValueError(f"three-convolution patch embedding needs patch_size 12 or 16; got {self.patch_size}")
         for axis, side in zip(("height", "width"), self.image_size, strict=True):
             if not self._side_fits(side):
                 raise ValueError(self._bad_side(axis, side))
 
+    def _set(self, field: str, value: object) -> None:
+        object.__setattr__(self, field, value)
+
+    def _count_stages(self) -> None:
+        """Finds the number of stages; a number for each stage becomes one number where all are the same."""
+        numbers = {"fusion_depth": [self.fusion_depth], "depth": list(self.depth)}
+        numbers = [(field, value) for field, values in numbers.items() for value in values if isinstance(value, tuple)]
+        if self.stages is None:
+            self._set("stages", len(numbers[0][1]) if numbers else 3)
+        for field, value in numbers:
+            if len(value) != self.stages:
+                raise ValueError(f"{field} {value} has numbers for {len(value)} stages; there are {self.stages}")
+        for depth in self.fusion_depths:
+            _require_whole("fusion_depth", depth, 0)
+        self._set("fusion_depth", _as_one(self.fusion_depth))
+        self._set(
+            "branches", tuple(dataclasses.replace(branch, depth=_as_one(branch.depth)) for branch in self.branches)
+        )
+
     def _side_fits(self, side: int) -> bool:
-        """Whether both branches cut an image side of this many pixels into whole patches."""
-        return all((side * s) % p == 0 for s, p in zip(self.image_scale, self.patch_size, strict=True))
+        """Whether all branches cut an image side of this many pixels into whole patches."""
+        return all((side * branch.image_scale) % branch.patch_size == 0 for branch in self.branches)
 
     def _bad_side(self, axis: str, side: int) -> str:
-        step = next(n for n in range(1, 1 << 20) if self._side_fits(n))  # sizes that fit are its multiples
+        # sizes that fit are the multiples of this: a branch sees a whole number of its patches
+        step = math.lcm(*((branch.patch_size / branch.image_scale).numerator for branch in self.branches))
         below = max(step, side // step * step)
         patches = " and ".join(
-            f"{float(side * s):g} pixels in patches of {p}"
-            for s, p in zip(self.image_scale, self.patch_size, strict=True)
+            f"{float(side * branch.image_scale):g} pixels in patches of {branch.patch_size}" for branch in self.branches
         )
         return (
             f"image {axis} {side} does not divide into whole patches: the branches would see {patches}; "
             f"the nearest valid sizes are {below} and {below + step} (image_scale "
-            f"{self.image_scale[0]}, {self.image_scale[1]})"
+            f"{', '.join(map(str, self.image_scale))})"
         )
 
     @property
@@ -90,17 +197,57 @@ class CrossViTConfig:
         return tuple((h // p, w // p) for (h, w), p in zip(self.branch_image_size, self.patch_size, strict=True))
 
     @property
-    def drop_path_rates(self) -> tuple[tuple[float, ...], ...]:
-        """One slice per stage: block i of either branch takes slice[i], both fusions slice[-1] (timm's rule).
+    def stage_depths(self) -> tuple[tuple[int, ...], ...]:
+        """The transformer blocks of each branch, for each stage."""
+        return tuple(zip(*(_for_stages(depth, self.stages) for depth in self.depth), strict=True))
 
-        The narrow branch is shallower, so it only ever gets the first rates of each slice.
+    @property
+    def fusion_depths(self) -> tuple[int, ...]:
+        """`fusion_depth` for each stage."""
+        return _for_stages(self.fusion_depth, self.stages)
+
+    @property
+    def drop_path_rates(self) -> tuple[tuple[float, ...], ...]:
+        """One slice per stage: block i of any branch takes slice[i], all fusions slice[-1] (timm's rule).
+
+        A stage has as many rates as its deepest branch has blocks, and `fusion_depth` more. A branch that is shallower
+        only ever gets the first rates of each slice. timm takes the last branch for the deepest when it sums them up:
+        where that is not so, it has too few rates, and fails unless there is but one stage.
         """
-        per_stage = max(self.depth)
-        steps = max(1, self.stages * per_stage - 1)
+        lengths = [max(depths) + fusion for depths, fusion in zip(self.stage_depths, self.fusion_depths, strict=True)]
+        steps = max(1, sum(lengths) - 1)
+        ends = itertools.accumulate(lengths)
         return tuple(
-            tuple(self.drop_path_rate * (stage * per_stage + block) / steps for block in range(per_stage))
-            for stage in range(self.stages)
+            tuple(self.drop_path_rate * position / steps for position in range(end - length, end))
+            for end, length in zip(ends, lengths, strict=True)
         )
+
+    def replace(self, **changes: Any) -> "CrossViTConfig":
+        """These settings with some replaced.
+
+        Args:
+            **changes: fields, or the settings of branches (`embed_dim`, `depth`, …): tuples of one value per branch.
+
+        Raises:
+            TypeError: a name is no setting; the message lists those that are.
+            ValueError: a value is refused.
+        """
+        accepted = [field.name for field in dataclasses.fields(self)] + list(BRANCH_SETTINGS)
+        unknown = [name for name in changes if name not in accepted]
+        if unknown:
+            raise TypeError(f"unknown setting {', '.join(map(repr, unknown))}; accepted: {', '.join(accepted)}")
+        if "branches" in changes:
+            changes["branches"] = tuple(changes["branches"])
+        given = {name: changes.pop(name) for name in BRANCH_SETTINGS if name in changes}
+        if given:
+            now = dataclasses.replace(self, branches=changes.get("branches", self.branches))
+            values = {name: given.get(name, getattr(now, name)) for name in BRANCH_SETTINGS}
+            for name, value in values.items():
+                if not isinstance(value, tuple | list) or len(value) != len(values["embed_dim"]):
+                    raise ValueError(f"{name} must be {len(values['embed_dim'])} values, one per branch; got {value}")
+            rows = zip(*values.values(), strict=True)
+            changes["branches"] = tuple(Branch(**dict(zip(BRANCH_SETTINGS, row, strict=True))) for row in rows)
+        return dataclasses.replace(self, **changes)
 
     @property
     def is_stochastic(self) -> bool:
@@ -124,19 +271,23 @@ class CrossViTConfig:
         return sorted({index % total for index in wanted})
 
 
-def _variant(name, embed_dim, depth, num_heads, mlp_ratio, **settings) -> CrossViTConfig:
+def _for_stages(value: int | tuple[int, ...], stages: int) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,) * stages
+
+
+def _as_one(value: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
+
+
+def _variant(name, embed_dim, depth, num_heads, mlp_ratio, scale=Fraction(14, 15), **settings) -> CrossViTConfig:
     """A row of the paper's tables 1 and 2: `depth` is that of the large-patch branch, the other has one block."""
-    return CrossViTConfig(
-        name=name,
-        embed_dim=(embed_dim, 2 * embed_dim),
-        depth=(1, depth),
-        num_heads=(num_heads, num_heads),
-        mlp_ratio=(mlp_ratio, mlp_ratio),
-        **settings,
-    )
+    both = {"num_heads": num_heads, "mlp_ratio": mlp_ratio}
+    small = Branch(embed_dim=embed_dim, depth=1, patch_size=12, **both)
+    large = Branch(embed_dim=2 * embed_dim, depth=depth, patch_size=16, image_scale=scale, **both)
+    return CrossViTConfig(name=name, branches=(small, large), **settings)
 
 
-_AT_408 = {"image_size": 408, "image_scale": (Fraction(1), Fraction(16, 17)), "crop_pct": 1.0}
+_AT_408 = {"image_size": 408, "scale": Fraction(16, 17), "crop_pct": 1.0}
 
 # timm's name -> settings. IBM's names end in _224 and _384 for timm's _240 and _408.
 _TABLE = {
@@ -152,6 +303,7 @@ _TABLE = {
     "crossvit_15_dagger_408": _variant("15-dagger-408", 192, 5, 6, 3.0, multi_conv=True, **_AT_408),
     "crossvit_18_dagger_408": _variant("18-dagger-408", 224, 6, 7, 3.0, multi_conv=True, **_AT_408),
 }
+CUSTOM = "custom"  # the name of a model with branches of one's own
 VARIANTS: dict[str, CrossViTConfig] = {config.name: config for config in _TABLE.values()}
 TIMM_NAMES: dict[str, str] = {config.name: timm_name for timm_name, config in _TABLE.items()}
 IBM_NAMES: dict[str, str] = {
@@ -171,11 +323,11 @@ def get_config(name: str, **overrides) -> CrossViTConfig:
 
     Args:
         name: short (`ti`), timm's (`crossvit_tiny_240`, `crossvit_tiny_240.in1k`) or IBM's (`crossvit_tiny_224`).
-        **overrides: fields of `CrossViTConfig`.
+        **overrides: fields of `CrossViTConfig`, or settings of its branches, see `CrossViTConfig.replace`.
 
     Raises:
         ValueError: the name is unknown (the message lists the known ones and the nearest), or a value is refused.
-        TypeError: an override is no field of `CrossViTConfig`.
+        TypeError: an override is no setting.
     """
     short = _SHORT_NAMES.get(name.split(".")[0])
     if short is None:
@@ -184,8 +336,4 @@ def get_config(name: str, **overrides) -> CrossViTConfig:
             f"unknown CrossViT variant {name!r}; did you mean {near!r}? Known: {', '.join(VARIANTS)}, "
             f"and timm's and IBM's names for them (such as {TIMM_NAMES['ti']}, {IBM_NAMES['ti']})"
         )
-    fields = [field.name for field in dataclasses.fields(CrossViTConfig) if field.name != "name"]
-    unknown = [key for key in overrides if key not in fields]
-    if unknown:
-        raise TypeError(f"unknown setting {', '.join(map(repr, unknown))}; accepted: {', '.join(fields)}")
-    return dataclasses.replace(VARIANTS[short], **overrides)
+    return VARIANTS[short].replace(**overrides)

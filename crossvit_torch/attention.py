@@ -36,27 +36,23 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim, **kwargs)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch tokens dim"],
-        *,
-        attn_maps: list | None = None,
-    ) -> Float[Tensor, "batch tokens dim"]:
-        """Each token attends over all. If `attn_maps` is given, (batch, heads, tokens, tokens) is appended to it."""
+    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        """Each token attends over all."""
+        q, k, v = self._per_head(x)
+        dropout = self.attn_drop.p if dropout_is_active(self.attn_drop) else 0.0
+        out = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
+
+    def weights(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch heads tokens tokens"]:
+        """How much each token (last axis but one) attends to each, in float32 or wider."""
+        q, k, _ = self._per_head(x)
+        return softmax(q @ k.transpose(-2, -1) * self.scale)
+
+    def _per_head(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "3 batch heads tokens width"]:
+        """Queries, keys and values."""
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        # the fused kernel shows no weights
-        if attn_maps is None:
-            dropout = self.attn_drop.p if dropout_is_active(self.attn_drop) else 0.0
-            x = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
-        else:
-            attn = softmax(q @ k.transpose(-2, -1) * self.scale)
-            attn_maps.append(attn)
-            attn = self.attn_drop(attn).to(v.dtype)
-            x = attn @ v
-        x = self.proj(x.transpose(1, 2).reshape(batch, tokens, dim))
-        return self.proj_drop(x)
+        return qkv.permute(2, 0, 3, 1, 4)
 
 
 class CrossAttention(nn.Module):
@@ -84,27 +80,23 @@ class CrossAttention(nn.Module):
         self.proj = Linear(dim, dim, **kwargs)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch tokens dim"],
-        *,
-        attn_maps: list | None = None,
-    ) -> Float[Tensor, "batch 1 dim"]:
-        """The first token attends over all. If `attn_maps` is given, (batch, heads, 1, tokens) is appended to it.
+    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch 1 dim"]:
+        """The first token attends over all.
 
         The plain order of computation; the Flax twin folds the key and value projections into the single query.
         """
         batch, _, dim = x.shape
-
-        def per_head(y: Tensor) -> Tensor:
-            return y.reshape(batch, -1, self.num_heads, dim // self.num_heads).transpose(1, 2)
-
-        q, k, v = per_head(self.wq(x[:, :1])), per_head(self.wk(x)), per_head(self.wv(x))
-        attn = softmax(q @ k.transpose(-2, -1) * self.scale)
-        if attn_maps is not None:
-            attn_maps.append(attn)
-        attn = self.attn_drop(attn).to(v.dtype)
-
+        v = self._per_head(self.wv(x))
+        attn = self.attn_drop(self.weights(x)).to(v.dtype)
         x = (attn @ v).transpose(1, 2)
         x = self.proj(x.reshape(batch, 1, dim))
         return self.proj_drop(x)
+
+    def weights(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch heads 1 tokens"]:
+        """How much the first token attends to each, in float32 or wider."""
+        q, k = self._per_head(self.wq(x[:, :1])), self._per_head(self.wk(x))
+        return softmax(q @ k.transpose(-2, -1) * self.scale)
+
+    def _per_head(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch heads tokens width"]:
+        batch, tokens, dim = x.shape
+        return x.reshape(batch, tokens, self.num_heads, dim // self.num_heads).transpose(1, 2)

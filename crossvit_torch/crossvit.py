@@ -15,7 +15,7 @@ from crossvit_torch.resize import scale_image
 
 
 class CrossViT(nn.Module):
-    """CrossViT (arXiv 2103.14899): two branches over small and large patches, joined by their class tokens.
+    """CrossViT (arXiv 2103.14899): branches over patches of several sizes, joined by their class tokens.
 
     Args:
         config: the architecture and its options, see `get_config`.
@@ -45,11 +45,13 @@ class CrossViT(nn.Module):
             setattr(self, f"pos_embed_{i}", _token(1 + rows * columns, dim, param_dtype, device))
             setattr(self, f"cls_token_{i}", _token(1, dim, param_dtype, device))
         self.patch_embed = nn.ModuleList(
-            PatchEmbed(patch_size, config.in_chans, dim, multi_conv=config.multi_conv, **kwargs)
-            for patch_size, dim in zip(config.patch_size, config.embed_dim, strict=True)
+            PatchEmbed(branch.patch_size, config.in_chans, branch.embed_dim, multi_conv=config.multi_conv, **kwargs)
+            for branch in config.branches
         )
         self.pos_drop = nn.Dropout(config.pos_drop_rate)
-        self.blocks = nn.ModuleList(MultiScaleBlock(config, rates, **kwargs) for rates in config.drop_path_rates)
+        self.blocks = nn.ModuleList(
+            MultiScaleBlock(config, rates, stage=stage, **kwargs) for stage, rates in enumerate(config.drop_path_rates)
+        )
         self.norm = nn.ModuleList(LayerNorm(dim, dtype=param_dtype, device=device) for dim in config.embed_dim)
         self.head_drop = nn.Dropout(config.drop_rate)
         self.reset_classifier(config.num_classes)
@@ -69,7 +71,7 @@ class CrossViT(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """Width of the pooled features of both branches together."""
+        """Width of the pooled features of all branches together."""
         return sum(self.config.embed_dim)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out"]:
@@ -107,7 +109,7 @@ class CrossViT(nn.Module):
     def forward_head(
         self, xs: list[Float[Tensor, "batch _ _"]], *, pre_logits: bool = False
     ) -> Float[Tensor, "batch out"]:
-        """Pools the result of `forward_features`; then the mean of both heads, or with `pre_logits` no head."""
+        """Pools the result of `forward_features`; then the mean of all heads, or with `pre_logits` no head."""
         real = torch.promote_types(self.param_dtype, torch.float32)
         pooled = [x[:, 1:].to(real).mean(1) if self.global_pool == "avg" else x[:, 0].to(real) for x in xs]
         pooled = [self.head_drop(x) for x in pooled]
@@ -125,11 +127,11 @@ class CrossViT(nn.Module):
         output_fmt: str = "NHWC",
         intermediates_only: bool = False,
     ) -> tuple[list[Tensor], list[Tensor]] | list[Tensor]:
-        """Patch features of both branches after any stage (timm `forward_intermediates`).
+        """Patch features of all branches after any stage (timm `forward_intermediates`).
 
         Args:
-            indices: with S stages, 0 to S-1 are branch 0 after each stage, S to 2S-1 branch 1; negative ones count from
-                the end, an int n takes the last n, None takes all.
+            indices: with S stages, 0 to S-1 are branch 0 after each stage, S to 2S-1 branch 1, and so on; negative ones
+                count from the end, an int n takes the last n, None takes all.
             norm: apply the branch's final norm to them.
             stop_early: leave out the stages after the last one asked for.
             output_fmt: "NHWC" or "NCHW" for maps of (rows, columns) patches, "NLC" for tokens (batch, patches, dim).
@@ -162,20 +164,17 @@ class CrossViT(nn.Module):
         """The attention weights of every attention by its path, in float32 or wider.
 
         (batch, heads, tokens, tokens) for self-attention, such as "blocks.0.blocks.1.2.attn", and (batch, heads, 1,
-        tokens) for cross-attention, such as "blocks.0.fusion.1.attn". Token 0 is the class token, the others are the
-        patches row by row. Call it in evaluation mode; other calls do not pay for it.
+        tokens) for cross-attention, such as "blocks.0.fusion.1.attn", or "blocks.0.fusion.1.0.attn" where fusions have
+        a depth. Token 0 is the class token, the others are the patches row by row. Call it in
+        evaluation mode; other calls do not pay for it.
         """
-        paths, maps = [], []
-        for i, stage in enumerate(self.blocks):
-            paths += [
-                f"blocks.{i}.blocks.{b}.{j}.attn" for b, branch in enumerate(stage.blocks) for j in range(len(branch))
-            ]
-            paths += [f"blocks.{i}.fusion.{b}.attn" for b in range(len(stage.fusion))]
+        maps = {}
         with self._precision(images):
             xs = self._embed(images)
-            for stage in self.blocks:
-                xs = stage(xs, attn_maps=maps)
-        return dict(zip(paths, maps, strict=True))
+            for i, stage in enumerate(self.blocks):
+                maps |= {f"blocks.{i}.{path}": weights for path, weights in stage.attention_maps(xs).items()}
+                xs = stage(xs)
+        return maps
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new, freshly initialised head for `num_classes` (0: none), and optionally another pooling."""
@@ -208,11 +207,13 @@ class CrossViT(nn.Module):
         Embeddings are layer 0. In each stage, block i of every branch is a layer, and the fusion with its projections
         is one more. Final norms and heads are the last layer.
         """
-        depth = max(self.config.depth)
+        depths = [max(depths) for depths in self.config.stage_depths]
         part, *path = name.split(".")
         if part == "blocks":
-            return 1 + int(path[0]) * (depth + 1) + (int(path[3]) if path[1] == "blocks" else depth)
-        return 1 + self.config.stages * (depth + 1) if part in ("norm", "head") else 0
+            stage = int(path[0])
+            below = sum(depths[:stage]) + stage
+            return 1 + below + (int(path[3]) if path[1] == "blocks" else depths[stage])
+        return 1 + sum(depths) + len(depths) if part in ("norm", "head") else 0
 
     def _embed(self, images: Tensor) -> list[Float[Tensor, "batch _ _"]]:
         """Each branch's class and patch tokens with position embeddings."""
@@ -266,7 +267,7 @@ def create_model(
     Args:
         name: a variant by its short, timm or IBM name, see `list_variants`.
         dtype, param_dtype, device: see `CrossViT`.
-        **overrides: fields of `CrossViTConfig`: num_classes, in_chans, image_size, drop_path_rate, …
+        **overrides: settings of `CrossViTConfig`: num_classes, in_chans, image_size, drop_path_rate, …
 
     Raises:
         ValueError, TypeError: see `get_config`.

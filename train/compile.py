@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     num_classes, topologies = given.pop("num_classes"), given.pop("topology")
     if num_classes < 1:
         parser.error(f"argument --num-classes: must be at least 1; got {num_classes}")
-    variants = given.pop("variant", None) or ["ti"]
+    variants = given.pop("variant", None) or ([None] if "branches" in given else ["ti"])
 
     def compile_all() -> int:
         configs = [apply_flags(recipe, given | {"variant": variant}) for variant in variants]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from convert.command_line import branch
 from convert.errors import SettingsError
 from convert.files import FOLDER_PREFIX, home_path
-from crossvit_jax.config import CrossViTConfig, get_config
+from crossvit_jax.config import CUSTOM, EXAMPLE, Branch, CrossViTConfig, get_config
 
 _COMPARE = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 _REPEAT_ROUND = 256  # with repeated augmentation, DeiT's sampler leaves out what does not fill so many places
@@ -23,6 +24,7 @@ def setting(
     *,
     choices: tuple[str, ...] = (),
     section: str = "",
+    many: bool = False,
     **bounds: float,
 ) -> Any:
     """A field of `TrainConfig`.
@@ -32,20 +34,31 @@ def setting(
         parse: what turns text into a value; none: the default's type.
         choices: the values that it may have; none: any within the bounds.
         section: title of the group of settings that begins with this one.
+        many: the value is a tuple, made of one text or more.
         bounds: `at_least`, `above`, `at_most`, `below`: of a number, or of each of a pair, which must not fall. In any
             case it is finite.
     """
     metadata = {"help": help, "parse": parse or type(default), "choices": choices, "section": section, "bounds": bounds}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata | {"many": many})
+
+
+def number_tuple(text: str) -> tuple[float, ...]:
+    """`"1,2/3"` as numbers. Raises ValueError for anything else."""
+    try:
+        return tuple(float(Fraction(part.strip())) for part in text.split(","))
+    except ZeroDivisionError as error:
+        raise ValueError(text) from error
 
 
 def number_pair(text: str) -> tuple[float, float]:
-    """`"0.08,1"` or `"1,2/3"` as two numbers. Raises ValueError for anything else."""
-    try:
-        first, second = (float(Fraction(part.strip())) for part in text.split(","))
-    except ZeroDivisionError as error:
-        raise ValueError(text) from error
+    """`"0.08,1"` as two numbers. Raises ValueError for anything else."""
+    first, second = number_tuple(text)
     return first, second
+
+
+def branch_text(text: str) -> str:
+    """The settings of a branch, in the words of `str(Branch)`."""
+    return str(branch(text))
 
 
 def data_set(text: str) -> str:
@@ -62,6 +75,12 @@ class TrainConfig:
 
     variant: str | None = setting(
         None, "CrossViT variant, by its short name, timm's or IBM's; none: --init's, or ti", str, section="data and run"
+    )
+    branches: tuple[str, ...] | None = setting(
+        None,
+        f"branches of one's own in place of a variant's, one text for each, such as {EXAMPLE}",
+        branch_text,
+        many=True,
     )
     init: str | None = setting(None, "weights to start from, any SOURCE of python -m convert; none: fresh ones", str)
     dataset: str = setting("digits", "digits, a prepared tensorflow-datasets name, or folder:PATH", data_set)
@@ -92,8 +111,8 @@ class TrainConfig:
     image_size: int | None = setting(
         None, "side of the square images in pixels; none: the variant's own", int, section="images"
     )
-    image_scale: tuple[float, float] | None = setting(
-        None, "share of the image size that each branch sees, such as 1,14/15; none: the variant's own", number_pair
+    image_scale: tuple[float, ...] | None = setting(
+        None, "share of the image size that each branch sees, such as 1,14/15; none: the branches' own", number_tuple
     )
     crop_pct: float | None = setting(
         None, "share of the resized image kept in evaluation; none: the variant's", float, above=0, at_most=1
@@ -200,6 +219,11 @@ class TrainConfig:
             raise SettingsError(f"seed must be below 2**32; got {self.seed}")
         if self.warmup_epochs >= self.epochs:
             raise SettingsError(f"warmup_epochs must be below the {self.epochs} epochs; got {self.warmup_epochs}")
+        if self.branches is not None:
+            if self.variant not in (None, CUSTOM):
+                raise SettingsError(f"branches replace those of the variant {self.variant}: leave one out")
+            if self.image_scale is not None:
+                raise SettingsError("image_scale is a setting of each of the branches: leave it out")
         if self.batch_size % self.grad_accum:
             raise SettingsError(f"batch_size {self.batch_size} cannot be cut into grad_accum {self.grad_accum} parts")
         if self.qat is not None and self.init is None:
@@ -220,8 +244,9 @@ class TrainConfig:
         return self.lr * self.batch_size / self.lr_batch_size
 
     def model_overrides(self) -> dict[str, Any]:
-        """The fields of `CrossViTConfig` that these settings decide."""
+        """The settings of `CrossViTConfig` that these decide."""
         overrides = {
+            "branches": self.branches and tuple(map(Branch.parse, self.branches)),
             "image_size": self.image_size,
             "image_scale": self.image_scale,
             "crop_pct": self.crop_pct,
@@ -232,8 +257,11 @@ class TrainConfig:
 
     def model_config(self, num_classes: int) -> CrossViTConfig:
         """The settings of a fresh model to train. Raises SettingsError if variant or sizes make none."""
+        overrides = {"num_classes": num_classes, **self.model_overrides()}
         try:
-            return get_config(self.variant or "ti", num_classes=num_classes, **self.model_overrides())
+            if self.branches is not None:
+                return CrossViTConfig(name=CUSTOM, **overrides)
+            return get_config(self.variant or "ti", **overrides)
         except ValueError as error:
             raise SettingsError(str(error)) from error
 

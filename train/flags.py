@@ -66,13 +66,21 @@ def add_settings(parser: argparse.ArgumentParser, recipe: TrainConfig) -> None:
             place.add_argument(flag, action=action, default=argparse.SUPPRESS, help=shown)
         else:
             parse, metavar = field.metadata["parse"], field.name.upper()
-            place.add_argument(flag, type=parse, default=argparse.SUPPRESS, metavar=metavar, help=shown)
+            many = {"nargs": "+", "action": _Tuple} if field.metadata["many"] else {}
+            place.add_argument(flag, type=parse, default=argparse.SUPPRESS, metavar=metavar, help=shown, **many)
+
+
+class _Tuple(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(values))
 
 
 def apply_flags(recipe: TrainConfig, given: dict) -> TrainConfig:
     """The recipe with the given settings instead of its own. Raises SettingsError for a value that will not do."""
     if "epochs" in given and "warmup_epochs" not in given:
         given = given | {"warmup_epochs": recipe.warmup_epochs * max(0, given["epochs"]) // recipe.epochs}
+    if "branches" in given:  # each of which has its own
+        given = {"image_scale": None} | given
     return dataclasses.replace(recipe, **given)
 
 

@@ -109,5 +109,5 @@ def test_what_cannot_be_changed_or_makes_no_model_is_refused(weights_file):
         load_weights(weights_file, num_heads=(6, 6))
     with pytest.raises(ConversionError, match="nearest valid sizes"):
         load_weights(weights_file, image_size=50)
-    with pytest.raises(TypeError, match="unknown setting droprate"):
+    with pytest.raises(TypeError, match="unknown setting 'droprate'"):
         load_weights(weights_file, droprate=0.1)

@@ -1,4 +1,3 @@
-import dataclasses
 import importlib.util
 import io
 import os
@@ -94,9 +93,7 @@ def small_variant(monkeypatch):
 
 
 def shrink(set_item):
-    config = dataclasses.replace(
-        VARIANTS["ti"], embed_dim=(12, 24), depth=(1, 1), num_heads=(2, 2), mlp_ratio=(2.0, 2.0), stages=1
-    )
+    config = VARIANTS["ti"].replace(embed_dim=(12, 24), depth=(1, 1), num_heads=(2, 2), mlp_ratio=(2.0, 2.0), stages=1)
     set_item(VARIANTS, "ti", config)
 
 

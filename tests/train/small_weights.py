@@ -1,6 +1,5 @@
 """A timm CrossViT so small that it compiles in seconds, and weights of it, for tests of what is done with weights."""
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ def small_config(classes: int) -> CrossViTConfig:
     """The settings of the fixture `small_variant` at 48 pixels, all of which are seen."""
     table: dict[str, CrossViTConfig] = {}
     shrink(lambda _, name, config: table.update({name: config}))
-    return dataclasses.replace(table["ti"], image_size=48, image_scale=(1.0, 2 / 3), crop_pct=1.0, num_classes=classes)
+    return table["ti"].replace(image_size=48, image_scale=(1.0, 2 / 3), crop_pct=1.0, num_classes=classes)
 
 
 def small_timm_model(classes: int) -> torch.nn.Module:

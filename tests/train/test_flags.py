@@ -1,6 +1,7 @@
 """Flags: one per setting, the recipe's defaults, and one line for a mistake."""
 
 import dataclasses
+from fractions import Fraction
 
 import pytest
 
@@ -81,6 +82,19 @@ def test_the_warm_up_shrinks_with_the_epochs_unless_it_is_given():
     assert parse_flags(["--recipe=imagenet", "--epochs=100", "--warmup-epochs=30"]).warmup_epochs == 30
 
 
+_BRANCH = "embed_dim=12,depth=1:2,num_heads=2,mlp_ratio=2,patch_size=12,image_scale=1"
+
+
+def test_branches_of_ones_own_replace_a_variants():
+    config = parse_flags(["--branches", _BRANCH, "embed_dim=8,depth=1,num_heads=2,patch_size=16,image_scale=2/3"])
+    assert config.branches == (_BRANCH, "embed_dim=8,depth=1,num_heads=2,mlp_ratio=4,patch_size=16,image_scale=2/3")
+    model = config.model_config(10)
+    assert (model.name, model.stages, model.depth) == ("custom", 2, ((1, 2), 1))
+    assert (model.image_size, model.image_scale) == ((48, 48), (1, Fraction(2, 3)))  # not the recipe's scales
+    with pytest.raises(SettingsError, match="image_scale must be 2 values, one per branch"):
+        parse_flags(["--image-scale=1"]).model_config(10)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -96,7 +110,7 @@ def test_the_warm_up_shrinks_with_the_epochs_unless_it_is_given():
         (["--seed=-1"], "seed must be 0 or more"),
         (["--seed=4294967296"], "seed must be below 2**32"),
         (["--smoothing=1"], "smoothing must be at least 0 and below 1"),
-        (["--image-scale=1"], "argument --image-scale: invalid number_pair value: '1'"),
+        (["--image-scale=x"], "argument --image-scale: invalid number_tuple value: 'x'"),
         (["--image-scale=1,2/0"], "argument --image-scale"),
         (["--crop-scale=0.5,0.1"], "crop_scale must be two rising numbers"),
         (["--warmup-epochs=20", "--epochs=20"], "warmup_epochs must be below the 20 epochs; got 20"),
@@ -116,6 +130,9 @@ def test_the_warm_up_shrinks_with_the_epochs_unless_it_is_given():
         (["--resume=~nobody-of-this-name/x"], "argument --resume: ~nobody-of-this-name/x: "),
         ([f"--data-dir={'x' * 300}"], ": File name too long"),
         ([f"--dataset=folder:{'x' * 300}"], ": File name too long"),
+        (["--branches", _BRANCH, "depth=1"], "argument --branches: embed_dim, num_heads, patch_size must be given"),
+        (["--branches", _BRANCH, "--variant=s"], "branches replace those of the variant s: leave one out"),
+        (["--branches", _BRANCH, "--image-scale=1"], "image_scale is a setting of each of the branches: leave it out"),
         (["stray"], "unrecognized arguments: stray"),
     ],
 )

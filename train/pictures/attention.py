@@ -15,7 +15,7 @@ from train.pictures.figure import drawable, save_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_BRANCHES = ("small patches", "large patches")
+_HEIGHT, _ROW = 7.9, 3.634  # inches of a picture with two branches, and of each more
 _LONGEST_STEM = 200  # bytes; file systems end names at 255
 _WIDEST_CLASS, _WIDEST_TITLE = 22, 120  # characters
 _MOST_BARS = 6
@@ -28,14 +28,16 @@ def class_token_attention(
 
     Returns:
         Per branch, `own`: in its last self-attention, over the branch's patches; `across`: in the fusion, over the
-        other branch's patches. Each (batch, 1 + patches), with sum 1.
+        next branch's patches. Each (batch, 1 + patches), with sum 1.
     """
     maps = model.attention_maps(images)
-    config, last = model.config, model.config.stages - 1
-    depths = enumerate(config.depth)
-    own = [maps[f"blocks.{last}.blocks.{branch}.{depth - 1}.attn"][:, :, 0].mean(1) for branch, depth in depths]
-    across = [maps[f"blocks.{last}.fusion.{branch}.attn"][:, :, 0].mean(1) for branch in range(len(own))]
-    return {"own": own, "across": across}
+    config, stage = model.config, f"blocks.{model.config.stages - 1}"
+    first = ".0" if config.fusion_depths[-1] else ""  # the block that sees patches
+    paths = {
+        "own": [f"{stage}.blocks.{branch}.{depth - 1}.attn" for branch, depth in enumerate(config.stage_depths[-1])],
+        "across": [f"{stage}.fusion.{branch}{first}.attn" for branch in range(len(config.branches))],
+    }
+    return {name: [maps[path][:, :, 0].mean(1) for path in some] for name, some in paths.items()}
 
 
 class PictureNames:
@@ -80,26 +82,33 @@ def draw_attention(
 
     pixels = np.clip(image * STD + MEAN, 0, 1)
     height, width = config.image_size
-    figure = Figure(figsize=(12, 7.9))
+    branches = len(config.branches)
+    figure = Figure(figsize=(12, _HEIGHT + _ROW * max(0, branches - 2)))
+    share = _HEIGHT / figure.get_figheight()
+
+    def place(left, bottom, width, height):
+        """Shares of a picture with two branches, to be kept at its top."""
+        return left, 1 - (1 - bottom) * share, width, height * share
+
     best, probability = predictions[0]
     heading = drawable(f"{title}: {best}, {100 * probability:.1f} %", _WIDEST_TITLE)
-    figure.text(0.02, 0.955, heading, fontsize=12, parse_math=False)
+    figure.text(0.02, 1 - 0.045 * share, heading, fontsize=12, parse_math=False)
     # placed by hand: to let matplotlib find the places takes longer than to draw
-    crop_axes = figure.add_axes((0.02, 0.44, 0.3, 0.45))
+    crop_axes = figure.add_axes(place(0.02, 0.44, 0.3, 0.45))
     crop_axes.imshow(pixels)
     crop_axes.set_axis_off()
     crop_axes.set_title(f"what the model saw: {height} x {width} pixels", fontsize=10)
-    _draw_predictions(figure.add_axes((0.165, 0.06, 0.155, 0.3)), predictions[:_MOST_BARS])
+    _draw_predictions(figure.add_axes(place(0.165, 0.06, 0.155, 0.3)), predictions[:_MOST_BARS])
 
-    for branch in range(len(config.patch_size)):
-        maps = {branch: attention["own"][branch], 1 - branch: attention["across"][branch]}
-        for column, (seen, values) in enumerate(maps.items()):
-            axes = figure.add_axes((0.345 + 0.33 * column, 0.53 - 0.46 * branch, 0.32, 0.36))
+    for branch in range(branches):
+        maps = [(branch, attention["own"][branch]), ((branch + 1) % branches, attention["across"][branch])]
+        for column, (seen, values) in enumerate(maps):
+            axes = figure.add_axes(place(0.345 + 0.33 * column, 0.53 - 0.46 * branch, 0.32, 0.36))
             rows, columns = config.grid_size[seen]
             _draw_map(axes, pixels, values[1:].reshape(rows, columns), region=_region(config, seen))
             whose, where = (f"branch {seen}'s", "fusion") if column else ("its own", "self-attention")
             axes.set_title(
-                f"class token of branch {branch} ({_BRANCHES[branch]}) over\n"
+                f"class token of branch {branch} over\n"
                 f"{whose} {rows} x {columns} patches of {config.patch_size[seen]} px ({where})",
                 fontsize=9.5,
             )

@@ -14,6 +14,7 @@ from typing import Any
 
 from convert.errors import SettingsError, UserError
 from convert.files import write_whole
+from crossvit_jax.config import BRANCH_SETTINGS
 from train.config import TrainConfig
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "timm", "pillow", "numpy")
@@ -70,6 +71,10 @@ def check_same_run(saved: dict[str, Any], described: dict[str, Any], output: str
     """
     differences = []
     begun = {**saved, "train": BEFORE | saved.get("train", {})}
+    models = begun.get("model", {}), described["model"]
+    if models[0] != models[1]:  # or the same in another format
+        begun["model"], model = map(_model_settings, models)
+        described = {**described, "model": model}
     for part in ("train", "model", "data"):
         # through JSON, where tuples are lists
         old, new = _flat(begun.get(part, {})), _flat(json.loads(json.dumps(described[part])))
@@ -83,9 +88,19 @@ def check_same_run(saved: dict[str, Any], described: dict[str, Any], output: str
         raise SettingsError(f"the run in {output} cannot be continued with other settings: {shown[:1000]}")
 
 
+def _model_settings(description: dict[str, Any]) -> dict[str, Any]:
+    """What a description of a model says, in whatever format it was written."""
+    from convert.metadata import understand  # late: flags read the settings of a run, too
+
+    config, class_names = understand(description)
+    names = [field.name for field in dataclasses.fields(config) if field.name != "branches"]
+    settings = {name: getattr(config, name) for name in (*names, *BRANCH_SETTINGS)} | {"class_names": class_names}
+    return json.loads(json.dumps(settings, default=str))  # as JSON has it: lists, and fractions as text
+
+
 def describe_run(config: TrainConfig, *, model: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """What `config.json` keeps: every setting as `train`, the model, the data, versions and devices."""
-    import jax  # late: flags read the settings of a run, too
+    import jax  # late, as above
 
     return {
         "train": dataclasses.asdict(config),

@@ -231,8 +231,11 @@ def starting_model(
         return weights.config, weights
     if begun is None:
         return config.model_config(num_classes=len(class_names)), None
-    name = get_config(config.variant or begun.name).name
-    return dataclasses.replace(begun, name=name, num_classes=len(class_names), **config.model_overrides()), None
+    name = begun.name if config.variant in (None, begun.name) else get_config(config.variant).name
+    try:
+        return begun.replace(name=name, num_classes=len(class_names), **config.model_overrides()), None
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
 
 
 def initial_weights(config: TrainConfig, class_names: tuple[str, ...]) -> Weights:
@@ -244,11 +247,13 @@ def initial_weights(config: TrainConfig, class_names: tuple[str, ...]) -> Weight
     Raises SettingsError if they cannot be read, are of another variant than asked for, or cannot be adapted.
     """
     try:
-        weights = load_weights(config.init)
-        if config.variant is not None and get_config(config.variant).name != weights.config.name:
-            raise SettingsError(f"--init {config.init} holds {weights.config.name}, not the variant {config.variant}")
+        overrides = config.model_overrides()
+        weights = load_weights(config.init, **({"branches": overrides["branches"]} if config.branches else {}))
+        held = weights.config.name
+        if config.variant not in (None, held) and get_config(config.variant).name != held:
+            raise SettingsError(f"--init {config.init} holds {held}, not the variant {config.variant}")
         weights, notes = _fit_classes(weights, class_names, seed=config.seed)
-        weights = adapt(weights, config.model_overrides(), seed=config.seed)
+        weights = adapt(weights, overrides, seed=config.seed)
     except (ConversionError, ValueError) as error:
         raise SettingsError(str(error)) from error
     if weights.non_finite():

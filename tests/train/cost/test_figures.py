@@ -45,7 +45,7 @@ def test_the_memory_of_a_chip_is_what_its_compiler_allows(without_tpu, topology)
 
 @pytest.mark.slow
 def test_gradients_are_summed_once_and_fsdp_divides_the_state_on_a_slice(without_tpu, monkeypatch):
-    monkeypatch.setitem(VARIANTS, "ti", dataclasses.replace(VARIANTS["ti"], depth=(1, 1), stages=1))
+    monkeypatch.setitem(VARIANTS, "ti", VARIANTS["ti"].replace(depth=(1, 1), stages=1))
     config = dataclasses.replace(RECIPES["digits"], batch_size=32)
 
     def figures(mesh):

@@ -87,7 +87,7 @@ def _multiply_adds_of_ti() -> dict[str, int]:
 
 def test_a_training_step_is_as_counted_on_paper_and_less_of_it_is_less(monkeypatch):
     # two stages of ti are traced faster than three
-    monkeypatch.setitem(VARIANTS, "ti", dataclasses.replace(VARIANTS["ti"], depth=(1, 2), stages=2))
+    monkeypatch.setitem(VARIANTS, "ti", VARIANTS["ti"].replace(depth=(1, 2), stages=2))
     parts = _multiply_adds_of_ti()
     whole = _flops_per_image()
     # the gradient of a product is two more, but the images need none; self-attention's makes the scores again

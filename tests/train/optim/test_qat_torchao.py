@@ -1,7 +1,6 @@
 """The weights of `--qat`, quantised by torchao in the PyTorch twin: the same layers and classes as with qwix in JAX."""
 
 import csv
-import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
@@ -88,7 +87,7 @@ def test_the_logits_are_those_of_qwix_but_for_the_rounding(weights, scheme, boun
 def test_one_command_quantises_a_run_which_predicts_what_it_predicted(monkeypatch, digits_dir, tmp_path, capsys):
     """The classes on the held-out digits are those of the run's own rounded evaluation."""
     small = {"embed_dim": (48, 96), "depth": (1, 1), "num_heads": (2, 2), "mlp_ratio": (2.0, 2.0), "stages": 1}
-    monkeypatch.setitem(VARIANTS, "ti", dataclasses.replace(VARIANTS["ti"], **small))
+    monkeypatch.setitem(VARIANTS, "ti", VARIANTS["ti"].replace(**small))
     torch.manual_seed(0)
     model = create_model("ti", image_size=24, image_scale=(1.0, 2 / 3), num_classes=10)
     init = save(model.state_dict(), model.config, tmp_path / "init.safetensors", class_names=_DIGITS)
