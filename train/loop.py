@@ -168,7 +168,7 @@ class _Run:
         if job.resumed:
             _say(f"continued after step {self._step} of {config.epochs * job.steps_per_epoch}")
         self._log = self._open.enter_context(
-            _open_log(job, self._folder, position=remembered.log_bytes, step=self._step)
+            closing(_open_log(job, self._folder, position=remembered.log_bytes, step=self._step))
         )
         self._shown = Progress(
             job.task.metrics,
