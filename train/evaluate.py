@@ -5,11 +5,9 @@
 import argparse
 import dataclasses
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,8 +27,6 @@ from train.inference.command import (
 
 if TYPE_CHECKING:
     from train.data.sources import Source
-    from train.inference.model import Classifier
-    from train.tasks.task import Scores
 
 _PROGRAM = "python -m train.evaluate"
 
@@ -100,6 +96,8 @@ def _parser() -> Parser:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from train.data.bad_images import BadImages
+    from train.inference.evaluation import evaluate
     from train.tasks.classification import Matched, match_classes
 
     source, data_names, split, split_note = _open_data(args)
@@ -124,12 +122,16 @@ def _evaluate(args: argparse.Namespace) -> int:
     scores = classifier.task.scores()
     batch_size = classifier.batch_size(args.batch_size, len(source))
     source = Matched(source, tuple(classes.tolist()))
-    bad_images, images_per_s = evaluate(classifier, source, scores, batch_size=batch_size, workers=workers)
+    with progress_bar(len(source)) as bar:
+        bad_images = BadImages(source, lambda line: bar.write(f"{_PROGRAM}: {line}", file=sys.stderr))
+        images_per_s = evaluate(
+            classifier, source, scores, bad_images, batch_size=batch_size, workers=workers, advance=bar.update
+        )
     values = scores.values()
     for metric in classifier.task.metrics:
         print(f"{metric.label:11} {values[metric.name]:.2f}{' %' if metric.unit == '%' else ''}")
     print(f"loss        {values['loss']:.4f}")
-    print(f"images      {values['images']} (unreadable: {bad_images})")
+    print(f"images      {values['images']} (unreadable: {bad_images.count})")
     print(f"speed       {images_per_s:.0f} images/s")
     if output:
         about = {
@@ -141,7 +143,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             "crop_pct": config.crop_pct,
             "precision": classifier.precision,
             "quantize": args.quantize,
-            "bad_images": bad_images,
+            "bad_images": bad_images.count,
             "images_per_s": images_per_s,
         }
         print(f"written     {', '.join(scores.write(output, about=about))} in {output}")
@@ -170,57 +172,6 @@ def _open_data(args: argparse.Namespace) -> "tuple[Source, tuple[str, ...], str,
     if args.split == "train":
         return sets.train, sets.class_names, f"training images; held out: {sets.held_out_split}", note
     return sets.held_out, sets.class_names, sets.held_out_split, note
-
-
-# --- the evaluation ---
-
-
-def evaluate(
-    classifier: "Classifier", source: "Source", scores: "Scores", *, batch_size: int, workers: int
-) -> tuple[int, float]:
-    """Runs a model on all images of a source. Unreadable ones are named on stderr; on a terminal there is a bar.
-
-    Args:
-        scores: to which the outputs are added.
-        batch_size: a multiple of the number of devices.
-        workers: processes that read images; 0: threads of this process.
-
-    Returns:
-        How many images could not be read, and images per second.
-
-    Raises:
-        SettingsError: no image could be read.
-        DataError: the data set cannot be read any further.
-    """
-    from train.data.bad_images import BadImages
-    from train.data.batches import eval_batches
-    from train.data.streams import device_batches
-    from train.inference.evaluation import forward
-
-    task = classifier.task
-    transform = task.transform(training=False)
-    batches = eval_batches(source, transform, batch_size=batch_size, workers=workers, rounds=1)
-    start = 0.0  # when the first images are there: the start of worker processes says nothing about speed
-    with closing(device_batches(batches, classifier.mesh)) as stream, progress_bar(len(source)) as bar:
-        bad_images = BadImages(source, lambda line: bar.write(f"{_PROGRAM}: {line}", file=sys.stderr))
-        shapes = task.batch_shapes(batch_size, training=False)
-
-        def watched() -> Iterator[dict[str, Any]]:
-            nonlocal start
-            for batch in stream:
-                start = start or time.perf_counter()
-                bad_images.add(batch["bad_indices"])
-                yield {name: batch[name] for name in shapes}
-
-        program = classifier.compile(task.evaluate, shapes)  # while the first images are read
-        for _, outputs in forward(program, watched()):
-            scores.add(outputs)
-            bar.update(min(batch_size, len(source) - bar.n))
-        seconds = time.perf_counter() - start
-    images = scores.values()["images"]
-    if not images:
-        raise SettingsError(f"none of the {len(source)} images could be read")
-    return bad_images.count, images / seconds
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import functools
 import gc
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -54,7 +55,7 @@ class Result:
         minutes, seconds = divmod(round(self.seconds), 60)
         told = [metric for metric in self.metrics if f"eval/{metric.name}" in self.final]
         held_out = [metric.shown(self.final[f"eval/{metric.name}"]) for metric in told]
-        choosing = next(metric for metric in self.metrics if metric.better)
+        choosing = choosing_metric(self.metrics)
         best = f" (best {choosing.shown(self.best.value)}, epoch {self.best.epoch})" if self.best else ""
         return (
             f"held-out {', '.join(held_out)}, loss {self.final['eval/loss']:.4f}{best}; "
@@ -97,7 +98,7 @@ def train(job: Job) -> Result:
 
         # --- the state that an earlier run left, or a new one ---
         checkpoints = stack.enter_context(closing(Checkpoints(folder, description=job.described["model"], say=_say)))
-        if is_main() and not job.resumed:
+        if is_main() and newest_step == 0:
             write_config(folder, job.described)
         run.restore_or_begin(checkpoints)
 
@@ -126,7 +127,7 @@ class _Run:
     ):
         """Begins to read the images that come after `step` steps."""
         self._job, self._folder, self._programs, self._interruption = job, folder, programs, interruption
-        self._choosing = choosing_metric(job.task)
+        self._choosing = choosing_metric(job.task.metrics)
         self._bad_train = BadImages(job.image_sets.train, _say)
         self._bad_held_out = BadImages(job.image_sets.held_out, _say)
         self._start, self._first_step_done, self._drawn = start, False, time.perf_counter()
@@ -204,7 +205,7 @@ class _Run:
             batch = next(self._train)
             self._bad_train.add(batch.pop("bad_indices"))
             if programs.augment is not None:
-                batch["image"] = programs.augment(batch["image"], self._step)
+                batch = programs.augment(batch, self._step)
             self.state, metrics = programs.train_step(self.state, batch)
             self._step += 1
             if not self._first_step_done:
@@ -232,6 +233,9 @@ class _Run:
                 images = int(values.pop("images"))
                 if not images:
                     raise TrainingFailed("none of the held-out images can be read")
+                for metric, value in values.items():
+                    if not math.isfinite(value):
+                        raise TrainingFailed(f"the held-out {metric} became {value} in epoch {epoch}")
                 self.final |= {f"eval/{name}{metric}": value for metric, value in values.items()}
         self.final["eval/bad_images"] = len(job.image_sets.held_out) - images
         _check_bad(job, self._bad_held_out, self.final["eval/bad_images"], held_out=True)

@@ -45,7 +45,7 @@ def load(task: EndToEndTask, side: str) -> Program:
         batch = next(stream)
         batch.pop("bad_indices")
         if programs.augment is not None:
-            batch["image"] = programs.augment(batch["image"], done)
+            batch = programs.augment(batch, done)
         return batch
 
     def check() -> Delivered:

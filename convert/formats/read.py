@@ -18,7 +18,7 @@ from crossvit_jax.config import TIMM_NAMES, get_config
 
 _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
-RUN_WEIGHTS = "weights.safetensors"  # what a training run leaves in its folder
+RUN_WEIGHTS, RUN_CHECKPOINTS = "weights.safetensors", "checkpoints"  # what a training run leaves in its folder
 _LONGEST_HEADER = 100_000_000  # bytes; the safetensors format sets this limit
 
 
@@ -49,6 +49,8 @@ def _read_path(path: Path) -> Stored:
     try:
         if (path / RUN_WEIGHTS).is_file():
             path = path / RUN_WEIGHTS
+        elif (path / RUN_CHECKPOINTS).is_dir():  # of a run that has not come to its end
+            path = path / RUN_CHECKPOINTS
         if path.is_dir():
             params, description, notes = read_orbax(path)
             return Stored(tensors=flatten(params), description=description, notes=notes)

@@ -20,9 +20,10 @@ from convert import load_flax
 from tests.train.small_weights import save_small
 from train.data.bad_images import BadImages
 from train.images.transforms import eval_transform
+from train.inference.classify import classify
 from train.inference.image_paths import FileSource
 from train.inference.model import load_classifier
-from train.predict import classify, main
+from train.predict import main
 
 
 @pytest.fixture
@@ -184,7 +185,9 @@ def test_results_come_long_before_the_last_image_is_read(weights, photos, monkey
     classifier = load_classifier(str(weights))
     paths = tuple(str(photos / name) for name in (*_IN_ORDER, *(40 * ["a.png"])))
     source = FileSource(paths)
-    with closing(classify(classifier, source, BadImages(source, pytest.fail), batch_size=4, top_k=1)) as batches:
+    with closing(
+        classify(classifier, source, BadImages(source, pytest.fail), batch_size=4, workers=0, top_k=1)
+    ) as batches:
         first = next(batches)
         assert tuple(result.path for result in first) == paths[:4]
         assert len(read) < len(paths)

@@ -136,7 +136,7 @@ class _ForTraining:
 
 @dataclass(frozen=True)
 class _ForEvaluation:
-    """Reads and transforms the image with an index, or gives zeros: for one that is unreadable, and beyond the last."""
+    """Reads and transforms the image with an index, or gives a blank one: if it is unreadable, and beyond the last."""
 
     source: Source
     transform: EvalTransform

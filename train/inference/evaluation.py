@@ -1,10 +1,18 @@
 """The one way through which images go that are not trained on: held-out images, and those to evaluate or to predict."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import jax
+
+from convert.errors import SettingsError
+from train.data.bad_images import BadImages
+from train.data.sources import Source
+from train.inference.model import Classifier
+from train.tasks.task import Scores
 
 BATCHES_BEHIND = 2  # results are fetched so many batches late, so that the devices never wait for the host
 
@@ -26,3 +34,51 @@ def forward(program: Callable[[Batch], Any], batches: Iterator[Batch]) -> Iterat
     while pending:
         done, outputs = pending.popleft()
         yield done, jax.device_get(outputs)
+
+
+def evaluate(
+    classifier: Classifier,
+    source: Source,
+    scores: Scores,
+    bad_images: BadImages,
+    *,
+    batch_size: int,
+    workers: int,
+    advance: Callable[[int], Any],
+) -> float:
+    """Runs a model on all images of a source; returns how many there were in a second.
+
+    Args:
+        scores: to which the outputs are added.
+        bad_images: told which images cannot be read.
+        batch_size: a multiple of the number of devices.
+        workers: processes that read images; 0: threads of this process.
+        advance: told how many more images are done.
+
+    Raises:
+        SettingsError: no image could be read.
+        DataError: the data set cannot be read any further.
+    """
+    from train.data.batches import eval_batches  # late: Grain takes long to import
+    from train.data.streams import device_batches
+
+    task, start = classifier.task, 0.0
+    transform, shapes = task.transform(training=False), task.batch_shapes(batch_size, training=False)
+    batches = eval_batches(source, transform, batch_size=batch_size, workers=workers, rounds=1)
+
+    def watched(stream: Iterator[Batch]) -> Iterator[Batch]:
+        nonlocal start
+        for batch in stream:
+            start = start or time.perf_counter()  # the start of worker processes says nothing about speed
+            bad_images.add(batch["bad_indices"])
+            yield {name: batch[name] for name in shapes}
+
+    with closing(device_batches(batches, classifier.mesh)) as stream:
+        program = classifier.compile(task.evaluate, shapes)  # while the first images are read
+        for place, (_, outputs) in enumerate(forward(program, watched(stream))):
+            scores.add(outputs)
+            advance(min(batch_size, len(source) - place * batch_size))
+    images = scores.values()["images"]
+    if not images:
+        raise SettingsError(f"none of the {len(source)} images could be read")
+    return images / (time.perf_counter() - start)

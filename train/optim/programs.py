@@ -12,11 +12,10 @@ from jax.sharding import Mesh
 from train.config import TrainConfig
 from train.devices.memory import StepMemory, step_memory
 from train.devices.mesh import state_shardings
-from train.images.augment import compile_augment
 from train.optim.optimizer import make_optimizer
 from train.optim.state import State, abstract_model, abstract_state, lower_init
 from train.optim.step import jit_eval_step, jit_train_step, make_eval_step, make_train_step
-from train.tasks.task import Task, Tree
+from train.tasks.task import Batch, Task, Tree
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,13 @@ class Programs:
         train_step = jit_train_step(make_train_step(self._model, task, self._optimizer, config), mesh, shapes)
         self.traced: jax.stages.Traced = train_step.trace(shapes, self._batch(config.batch_size, training=True))
         self._train_step = self._start(self.traced.lower().compile)
+        self._eval_step = self._augment = None
         if plan.eval_batch_size is not None:
             eval_step = jit_eval_step(make_eval_step(self._model, task), mesh, shapes["params"])
             eval_batch = self._batch(plan.eval_batch_size, training=False)
             self._eval_step = self._start(eval_step.lower(shapes["params"], eval_batch).compile)
-        self._augment = None
         if config.augment_on == "device":  # last: while qwix traces a model, it has its hands on jax itself
-            shape = self._batch(config.batch_size, training=True)["image"].shape
-            self._augment = self._start(lambda: compile_augment(shape, config, mesh))
+            self._augment = self._start(lambda: task.augment(config.batch_size, mesh))
 
     def new_state(self, params: Tree | None = None) -> State:
         """A new training state on the devices. The same seed gives the same bits.
@@ -97,13 +95,13 @@ class Programs:
         return self._eval_step.result()
 
     @property
-    def augment(self) -> Callable[[jax.Array, int], jax.Array] | None:
-        """(crops, step) -> images, see `compile_augment`; None where the host augments."""
+    def augment(self) -> Callable[[Batch, int], Batch] | None:
+        """(batch, step) -> the batch augmented, see `Task.augment`; None where the host does that."""
         return self._augment and self._augment.result()
 
     def close(self) -> None:
-        """Waits for what is still being compiled, and ends the threads."""
-        self._threads.shutdown()
+        """Waits for what is being compiled, begins with nothing else, and ends the threads."""
+        self._threads.shutdown(cancel_futures=True)
 
     def _start(self, work: Callable[[], Any]) -> Future:
         return self._threads.submit(work)

@@ -85,7 +85,7 @@ class Checkpoints:
     def restore(self, shapes: State) -> tuple[State, RunState] | None:
         """The newest whole checkpoint and what the run remembered; None if there is none.
 
-        A damaged one is told, renamed to `STEP.damaged`, and the one before is taken.
+        A damaged one is told, and the one before is taken; when that is whole, the other is renamed to `STEP.damaged`.
 
         Args:
             shapes: the state with `ShapeDtypeStruct`s that carry shardings: those of this run, not of the one before.
@@ -94,13 +94,18 @@ class Checkpoints:
             CheckpointError: there are checkpoints, and all are damaged.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        for place, step in enumerate(steps):
             try:
                 restored = self._read(step, shapes)
+            except MemoryError:
+                raise
             except Exception as error:  # Orbax and tensorstore raise whatever the damage leads to
+                if "RESOURCE_EXHAUSTED" in str(error):  # it is the device that is too small
+                    raise
                 self._say(f"checkpoint {self._folder / str(step)} is damaged ({one_line(error)[:200]})")
-                self._put_aside(step)
                 continue
+            for damaged in steps[:place]:
+                self._put_aside(damaged)
             self._last_whole = step
             return restored
         if steps:
@@ -149,6 +154,7 @@ def fingerprint(state: State) -> jax.Array:
     """
 
     def mark(leaf: jax.Array) -> jax.Array:
+        leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
         unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}.get(leaf.dtype.itemsize, jnp.uint32)
         bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32).reshape(-1)
         places = jnp.arange(bits.size, dtype=jnp.uint32) * np.uint32(2654435761) + np.uint32(1)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import fcntl
-import importlib.metadata
 import json
 import os
 import platform
@@ -19,6 +18,7 @@ from train.config import TrainConfig
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "timm", "pillow", "numpy")
 _CONFIG, _LOCK = "config.json", ".lock"
+_PARTS = "train", "model", "data"  # of config.json, what has to be the same when a run is continued
 # what may differ when a run is continued: none of it changes what is computed
 _FREE = {"output", "data_dir", "dataset", "init", "workers", "mesh", "coordinator", "num_processes", "process_id"}
 _FREE |= {"checkpoint_every", "max_bad_images", "wandb"}
@@ -43,11 +43,14 @@ def read_run(output: str | None) -> dict[str, Any] | None:
     try:
         if not os.path.lexists(folder) or (folder.is_dir() and _is_unused(folder)):
             return None
-        return json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        saved = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise SettingsError(f"--output {folder} holds something, but no run to continue: name a new folder") from None
     except (OSError, ValueError) as error:
         raise SettingsError(f"cannot read {folder / _CONFIG}: {error}") from error
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(part), dict) for part in _PARTS):
+        raise SettingsError(f"{folder / _CONFIG} was written by another program: name a new folder")
+    return saved
 
 
 def read_settings(folder: str) -> TrainConfig:
@@ -75,7 +78,7 @@ def check_same_run(saved: dict[str, Any], described: dict[str, Any], output: str
     if models[0] != models[1]:  # or the same in another format
         begun["model"], model = map(_model_settings, models)
         described = {**described, "model": model}
-    for part in ("train", "model", "data"):
+    for part in _PARTS:
         # through JSON, where tuples are lists
         old, new = _flat(begun.get(part, {})), _flat(json.loads(json.dumps(described[part])))
         differences += [
@@ -102,6 +105,8 @@ def describe_run(config: TrainConfig, *, model: dict[str, Any], data: dict[str, 
     """What `config.json` keeps: every setting as `train`, the model, the data, versions and devices."""
     import jax  # late, as above
 
+    from convert.metadata import version
+
     return {
         "train": dataclasses.asdict(config),
         "model": model,
@@ -113,7 +118,7 @@ def describe_run(config: TrainConfig, *, model: dict[str, Any], data: dict[str, 
         },
         "versions": {
             "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in _PACKAGES},
+            **{package: version(package) for package in _PACKAGES},
         },
     }
 
@@ -126,7 +131,7 @@ def write_config(folder: Path, described: dict[str, Any]) -> None:
 def newest_checkpoint(folder: Path) -> int:
     """The step of the newest checkpoint in a run's folder, whole or damaged, without opening it; 0: there is none.
 
-    Raises CheckpointError if that cannot be told.
+    Raises CheckpointError if that cannot be told, or only damaged ones that were put aside are left.
     """
     try:
         names = os.listdir(folder / CHECKPOINTS)
@@ -134,7 +139,10 @@ def newest_checkpoint(folder: Path) -> int:
         return 0
     except OSError as error:
         raise CheckpointError(f"cannot keep checkpoints in {folder / CHECKPOINTS}: {error.strerror}") from error
-    return max((int(name) for name in names if name.isdecimal()), default=0)
+    newest = max((int(name) for name in names if name.isdecimal()), default=0)
+    if not newest and any(name.endswith(".damaged") for name in names):
+        raise CheckpointError(f"all checkpoints in {folder / CHECKPOINTS} are damaged")
+    return newest
 
 
 def claim_run_folder(config: TrainConfig) -> "Claim":

@@ -65,7 +65,8 @@ class Progress:
         shown = [f"loss {values['train/loss']:.3f}", *self._shown(values, "train/")]
         held_out, averaged = f"eval/{self._choosing.name}", f"eval/ema_{self._choosing.name}"
         if held_out in values:
-            shown.append(f"held-out loss {values['eval/loss']:.3f}, {self._choosing.shown(values[held_out])}")
+            metric = f", {self._choosing.shown(values[held_out])}" * (self._choosing.name != "loss")
+            shown.append(f"held-out loss {values['eval/loss']:.3f}{metric}")
         if averaged in values:
             shown.append(f"average of the weights: {self._choosing.shown(values[averaged])}")
         shown += [f"lr {values['train/lr']:.2e}", f"{images_per_s:.0f} images/s"]

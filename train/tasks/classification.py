@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 import convert
@@ -25,6 +26,7 @@ from convert.weights import Weights
 from crossvit_jax import CrossViT, CrossViTConfig, get_config
 from train.config import TrainConfig
 from train.data.sources import Source
+from train.images.augment import compile_augment
 from train.images.mixup import draw_mix, mix_images, mix_targets
 from train.pictures.confusion import draw_confusion
 from train.tasks.task import Batch, Metric
@@ -51,7 +53,8 @@ class Classification:
 
     def headline(self) -> str:
         model = self.model_config
-        return f"CrossViT {model.name} at {model.image_size[0]} pixels, {model.num_classes} classes"
+        size = " x ".join(map(str, dict.fromkeys(model.image_size)))
+        return f"CrossViT {model.name} at {size} pixels, {model.num_classes} classes"
 
     def model(self, *, dtype: Any, rngs: nnx.Rngs) -> CrossViT:
         return CrossViT(self.model_config, dtype=dtype, rngs=rngs)
@@ -72,6 +75,11 @@ class Classification:
             "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
         }
         return batch if training else batch | {"mask": jax.ShapeDtypeStruct((batch_size,), jnp.float32)}
+
+    def augment(self, batch_size: int, mesh: Mesh) -> Callable[[Batch, int], Batch]:
+        """The labels stay as they are."""
+        compiled = compile_augment((batch_size, *self.model_config.image_size, 3), self.config, mesh)
+        return lambda batch, step: {**batch, "image": compiled(batch["image"], step)}
 
     def prepare(self, batch: Batch, key: Array) -> Batch:
         """Mixup or CutMix; the targets are smoothed distributions over the classes."""

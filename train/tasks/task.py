@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 Batch = Mapping[str, Any]  # arrays whose first axis is that of the images, or their shapes
 Tree = Any  # nested containers of arrays
@@ -35,7 +36,7 @@ class Scores(Protocol):
         """The outputs of `Task.evaluate` for the next batch, as numpy arrays."""
 
     def values(self) -> dict[str, float]:
-        """`images`, how many were counted, and unless that is 0 `loss` and the task's metrics, in their units."""
+        """`images`, how many there were that could be read; unless that is 0, `loss` and the metrics in their units."""
 
     def write(self, folder: Path, *, about: Mapping[str, Any]) -> list[str]:
         """Writes all that is known into a folder, and what was evaluated (JSON values); returns the files' names.
@@ -70,14 +71,27 @@ class Task(Protocol):
     def batch_shapes(self, batch_size: int, *, training: bool) -> Batch:
         """The shapes of a batch as the devices get it: enough to compile a step."""
 
+    def augment(self, batch_size: int, mesh: Mesh) -> Callable[[Batch, int], Batch]:
+        """The function (batch, step) -> batch that augments on the devices what `transform` left to them, compiled."""
+
     def prepare(self, batch: Batch, key: Array) -> Batch:
-        """On the devices, with the whole batch before gradient accumulation cuts it: mixing, targets, normalisers."""
+        """On the devices, with the whole batch before gradient accumulation cuts it: mixing, targets, normalisers.
+
+        The first axis of everything is that of the images. A normaliser, such as the number of boxes, is the mean over
+        the whole batch, repeated for each image: then the mean of the parts' losses is the loss of the batch.
+        """
 
     def extra(self, params: Tree) -> Tree | None:
-        """State of the task's own at the start of a run (a teacher, a centre); None adds nothing to a checkpoint."""
+        """State of the task's own at the start of a run (a teacher, a centre); None adds nothing to a checkpoint.
+
+        Arrays of numbers or truth values, no keys of jax.random.
+        """
 
     def loss(self, model: nnx.Module, batch: Batch, extra: Tree | None, *, rngs: nnx.Rngs) -> tuple[Array, Tree]:
-        """The mean loss of a prepared batch, or of a part of it, and a dict: its metrics by name, and more."""
+        """The mean loss of a prepared batch, or of a part of it, and a dict: its metrics by name, and more.
+
+        With gradient accumulation, the dict that `update` and the log get is the mean of those of the parts.
+        """
 
     def update(self, extra: Tree, aux: Tree, params: Tree, step: Array) -> Tree:
         """The task's own state after a step of the optimiser."""
@@ -89,6 +103,6 @@ class Task(Protocol):
         """A new `Scores`, to which nothing was added yet."""
 
 
-def choosing_metric(task: Task) -> Metric:
-    """The metric that chooses the best checkpoint."""
-    return next(metric for metric in task.metrics if metric.better)
+def choosing_metric(metrics: tuple[Metric, ...]) -> Metric:
+    """The metric that chooses the best checkpoint: the first that may, or the loss."""
+    return next((metric for metric in metrics if metric.better), Metric("loss", "loss", better="min"))

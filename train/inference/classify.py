@@ -1,0 +1,91 @@
+"""The most probable classes of image files."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from convert.files import shown
+from train.data.bad_images import BadImages
+from train.inference.evaluation import forward
+from train.inference.image_paths import FileSource
+from train.inference.model import Classifier
+from train.inference.predictions import Prediction
+from train.pictures.attention import PictureNames, class_token_attention, draw_attention
+
+
+class Result(NamedTuple):
+    """What is known of one image."""
+
+    path: str
+    predictions: Sequence[Prediction]  # the best first
+    picture: str | None = None  # where its attention is drawn
+
+
+def classify(
+    classifier: Classifier,
+    source: FileSource,
+    bad_images: BadImages,
+    *,
+    batch_size: int,
+    workers: int,
+    top_k: int,
+    pictures: Path | None = None,
+) -> Iterator[list[Result]]:
+    """The results of image files, in their order, batch by batch as they are ready.
+
+    Args:
+        bad_images: told which images cannot be read, and are left out.
+        batch_size: a multiple of the number of devices.
+        workers: processes that read images; 0: threads of this process.
+        top_k: predictions per image; where there are fewer classes, all of them.
+        pictures: folder in which to draw what the class tokens attend to.
+
+    Raises NotWritten if a picture cannot be written.
+    """
+    from train.data.batches import eval_batches  # late: Grain takes long to import
+    from train.data.streams import device_batches
+
+    task = classifier.task
+
+    def program(model: Any, batch: Any) -> Any:
+        attention = class_token_attention(model, batch["image"]) if pictures else {}
+        return {"probability": jax.nn.softmax(model(batch["image"])), "attention": attention}
+
+    def result(path: str, image: Any, outputs: Any) -> Result:
+        best = np.argsort(-outputs["probability"], kind="stable")[:top_k].tolist()
+        predictions = [
+            Prediction(task.class_names[index], index, float(outputs["probability"][index])) for index in best
+        ]
+        if picture_names is None:
+            return Result(path, predictions)
+        picture = picture_names.name(path)
+        draw_attention(
+            picture,
+            classifier.config,
+            title=shown(path),
+            image=image,
+            attention=outputs["attention"],
+            predictions=[(p.class_name, p.probability) for p in predictions],
+        )
+        return Result(path, predictions, str(picture))
+
+    picture_names = PictureNames(pictures) if pictures else None
+    batches = eval_batches(source, task.transform(training=False), batch_size=batch_size, workers=workers, rounds=1)
+    shapes = {"image": task.batch_shapes(batch_size, training=False)["image"]}
+    with closing(device_batches(batches, classifier.mesh)) as stream:
+        compiled = classifier.compile(program, shapes)  # while the first images are read
+        paths = iter(source.paths)
+        for batch, outputs in forward(lambda batch: compiled({"image": batch["image"]}), stream):
+            bad_images.add(batch["bad_indices"])
+            readable = np.asarray(batch["mask"]) > 0
+            images = np.asarray(batch["image"]) if pictures else [None] * batch_size
+            yield [
+                result(path, images[i], jax.tree.map(lambda array, i=i: array[i], outputs))
+                for i, path in enumerate(itertools.islice(paths, batch_size))
+                if readable[i]
+            ]
