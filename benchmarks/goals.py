@@ -17,33 +17,24 @@ DATA_TIMES_AS_FAST = 3.0  # as timm's transform, on a core
 
 def model_verdicts(benchmark: str, results: Sequence[Result]) -> list[str]:
     """Where the fastest side of Flax reaches the goals of models and training steps, and where it does not."""
-    beside_timm = [
-        (result, best(result, "flax"), best(result, "timm"))
-        for result in results
-        if counts(result) and best(result, "flax") and best(result, "timm")
-    ]
+    ratios: dict[str, list[tuple[str, float]]] = {device: [] for device in TIMES_AS_FAST}
+    shares, memory = [], []
+    for result in results:
+        name, timed = name_of(result), rounds(result)
+        ours, theirs = best(result, "flax"), best(result, "timm")
+        if counts(result) and ours and theirs:
+            ratios[result["device"]].append((name, times_as_fast(timed[ours], timed[theirs])["ratio"]))
+            if _on_gpu(result) and peak_bytes(result, ours) and peak_bytes(result, theirs):
+                memory.append((name, peak_bytes(result, ours) / peak_bytes(result, theirs)))
+        share = share_of_peak(result, ours)
+        if _on_gpu(result) and result["variant"] == "b" and not result["disturbed"] and share is not None:
+            shares.append((name, share))
     lines = []
     for device, times in TIMES_AS_FAST.items():
-        ratios = [
-            (name_of(result), times_as_fast(rounds(result)[ours], rounds(result)[theirs])["ratio"])
-            for result, ours, theirs in beside_timm
-            if result["device"] == device
-        ]
-        lines += verdict(f"{times} times timm's best", ratios, times)
-    shares = [
-        (name_of(result), share)
-        for result in results
-        if _on_gpu(result) and result["variant"] == "b" and not result["disturbed"]
-        if (share := share_of_peak(result, best(result, "flax"))) is not None
-    ]
+        lines += verdict(f"{times} times timm's best", ratios[device], times)
     least = PEAK_SHARE[benchmark]
     lines += verdict(f"{least:.0%} of the matmul peak", shares, least, as_text=".1%")
     if benchmark == "training":
-        memory = [
-            (name_of(result), peak_bytes(result, ours) / peak_bytes(result, theirs))
-            for result, ours, theirs in beside_timm
-            if _on_gpu(result) and peak_bytes(result, ours) and peak_bytes(result, theirs)
-        ]
         lines += verdict("the peak memory of timm's best at most", memory, PEAK_MEMORY, at_most=True)
     return lines
 

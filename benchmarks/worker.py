@@ -5,7 +5,6 @@ next order sleeps, and so do its thread pools.
 """
 
 import contextlib
-import dataclasses
 import functools
 import multiprocessing
 import os
@@ -153,27 +152,25 @@ def _take_turns(side: str, task: Loadable, pipe: Connection) -> None:
         program.rest()
         pipe.send("loaded")
         pipe.recv()
-        ready = _warm_up(program, Ready(check, program.facts, 1, loaded - start, first - loaded, 0.0))
-        pipe.send(dataclasses.replace(ready, flops_per_call=flops))
+        begun, call = time.perf_counter(), _time(program, 1)
+        while time.perf_counter() < begun + program.warm_up_s:
+            call = min(call, _time(program, 1))
+        ready = Ready(
+            check,
+            program.facts,
+            calls=max(1, round(ROUND_SECONDS / call)),
+            load_s=loaded - start,
+            first_s=first - loaded,
+            warm_up_s=time.perf_counter() - begun,
+            peak_bytes=program.peak_bytes(),  # before what follows takes memory
+            flops_per_call=flops,
+            peak_flops=program.peak_flops and program.peak_flops(),
+            float32=program.float32 and program.float32(),
+        )
+        program.rest()
+        pipe.send(ready)
         while pipe.recv() == "round":
             pipe.send(_round(program, ready.calls))
-
-
-def _warm_up(program: Program, ready: Ready) -> Ready:
-    start = time.perf_counter()
-    call, end = _time(program, 1), start + program.warm_up_s
-    while time.perf_counter() < end:
-        call = min(call, _time(program, 1))
-    ready = dataclasses.replace(
-        ready,
-        calls=max(1, round(ROUND_SECONDS / call)),
-        warm_up_s=time.perf_counter() - start,
-        peak_bytes=program.peak_bytes(),  # before what follows takes memory
-        peak_flops=program.peak_flops and program.peak_flops(),
-        float32=program.float32 and program.float32(),
-    )
-    program.rest()
-    return ready
 
 
 def _round(program: Program, calls: int) -> Round:
