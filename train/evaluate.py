@@ -15,15 +15,7 @@ from convert.command_line import Parser, at_least_zero, leave, run
 from convert.errors import SettingsError
 from convert.files import FOLDER_PREFIX, home_path
 from train.config import TrainConfig, data_set
-from train.inference.command import (
-    SMALLER_BATCH,
-    SOURCES,
-    add_model_flags,
-    load_model,
-    progress_bar,
-    reading_processes,
-    tell_notes,
-)
+from train.inference.command import SMALLER_BATCH, SOURCES, add_model_flags, load_model, reading_processes, tell_notes
 
 if TYPE_CHECKING:
     from train.data.sources import Source
@@ -98,6 +90,7 @@ def _parser() -> Parser:
 def _evaluate(args: argparse.Namespace) -> int:
     from train.data.bad_images import BadImages
     from train.inference.evaluation import evaluate
+    from train.run.progress import open_bar
     from train.tasks.classification import Matched, match_classes
 
     source, data_names, split, split_note = _open_data(args)
@@ -122,7 +115,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     scores = classifier.task.scores()
     batch_size = classifier.batch_size(args.batch_size, len(source))
     source = Matched(source, tuple(classes.tolist()))
-    with progress_bar(len(source)) as bar:
+    with open_bar(total=len(source), unit=" images") as bar:
         bad_images = BadImages(source, lambda line: bar.write(f"{_PROGRAM}: {line}", file=sys.stderr))
         images_per_s = evaluate(
             classifier, source, scores, bad_images, batch_size=batch_size, workers=workers, advance=bar.update

@@ -1,4 +1,4 @@
-"""What the commands `train.evaluate` and `train.predict` share: the model, a progress bar, notes."""
+"""What the commands `train.evaluate` and `train.predict` share: the model, notes."""
 
 import argparse
 import os
@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 from convert.command_line import Parser, at_least_one, image_size, share
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from train.inference.model import Classifier
 
 SOURCES = """\
@@ -76,10 +74,3 @@ def tell_notes(prog: str, notes: Iterable[str]) -> None:
 def reading_processes(images: int) -> int:
     """How many processes are worth starting to read so many images; 0: threads of this one."""
     return min(os.cpu_count() or 1, images // _IMAGES_PER_PROCESS)
-
-
-def progress_bar(images: int) -> "tqdm":
-    """A bar that counts images, gone when it is closed; none where stderr is no terminal."""
-    from train.run.progress import open_bar
-
-    return open_bar(total=images, unit=" images")
