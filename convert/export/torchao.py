@@ -20,7 +20,6 @@ from convert.formats.torch_files import load_plain
 from convert.models import torch_model
 from convert.weights import Weights
 from crossvit_jax.config import CrossViTConfig
-from crossvit_jax.preprocess import MEAN, STD
 
 if TYPE_CHECKING:
     import torch
@@ -65,24 +64,13 @@ def torchao_file(weights: Weights, scheme: Scheme) -> memoryview:
     """
     import torch
 
-    config = weights.config
-    content = {
+    content = metadata.summary(weights) | {
         "format": FORMAT,
         "quantize": scheme,
-        "variant": config.name,
-        "image_size": config.image_size,
-        "num_classes": config.num_classes,
-        "class_names": weights.class_names and list(weights.class_names),
-        "input": "normalised float32 images (batch, channels, height, width) of image_size",
-        "crop_pct": config.crop_pct,
-        "license": weights.license,
-        "library": f"crossvit-jax {metadata.version('crossvit-jax')}",
+        "num_classes": weights.config.num_classes,
         "torchao": metadata.version("torchao"),
-        metadata.KEY: metadata.to_json(config, weights.class_names),
         _WEIGHTS: quantised_twin(weights, scheme).state_dict(),
     }
-    if config.in_chans == 3:
-        content |= {"mean": MEAN, "std": STD}
     buffer = io.BytesIO()  # torch's own file writer reports a full disk as an internal assertion
     torch.save(content, buffer)
     return buffer.getbuffer()
