@@ -42,8 +42,7 @@ def home_path(text: str) -> str:
 
 def shown(path: str) -> str:
     """A path as one line of text that any terminal takes: what cannot be printed is written as `\\n` or `\\udcff`."""
-    escapes = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
-    return "".join(escapes)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
 
 
 def image_files(folder: str | Path, *, above: frozenset[str] = frozenset()) -> Iterator[str]:
