@@ -15,10 +15,15 @@ from crossvit_jax.config import Branch
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviated flags, and answers a wrong command line with one line on stderr and exit status 2."""
+    """Takes no abbreviated flags, and answers a wrong command line with one line on stderr and exit status 2.
 
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
+    A description or an epilog of several lines is shown as it is; what is one long line, argparse wraps.
+    """
+
+    def __init__(self, *, description: str = "", epilog: str = "", **kwargs):
+        as_it_is = "\n" in description + epilog
+        kwargs["formatter_class"] = argparse.RawDescriptionHelpFormatter if as_it_is else argparse.HelpFormatter
+        super().__init__(allow_abbrev=False, description=description, epilog=epilog, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {message}", file=sys.stderr)

@@ -41,43 +41,39 @@ def _parser() -> Parser:
         prog=_PROGRAM,
         description="Evaluate a CrossViT: top-1 and top-5 accuracy, loss, accuracy per class and a confusion matrix.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_flags(parser)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--dataset",
         type=data_set,
         required=True,
         metavar="DATA",
         help="digits, a prepared tensorflow-datasets name, or folder:PATH",
     )
-    parser.add_argument(
-        "--data-dir", type=home_path, metavar="DIR", help="where prepared data sets lie (default: tfds' own folder)"
-    )
-    parser.add_argument(
+    add("--data-dir", type=home_path, metavar="DIR", help="where prepared data sets lie (default: tfds' own folder)")
+    add(
         "--split",
         choices=("held-out", "train", "all"),
         default="held-out",
         help="images to evaluate, as training splits them (default: held-out); all: every image of a folder:PATH that "
         "has no train/ in it",
     )
-    parser.add_argument(
+    add(
         "--val-fraction",
         type=float,
         default=TrainConfig.val_fraction,
         metavar="F",
         help="share of each class that training held out of such a folder (default: %(default)s)",
     )
-    parser.add_argument(
-        "--seed", type=int, default=TrainConfig.seed, metavar="N", help="of that choice in training (default: 0)"
-    )
-    parser.add_argument(
+    add("--seed", type=int, default=TrainConfig.seed, metavar="N", help="of that choice in training (default: 0)")
+    add(
         "--workers",
         type=at_least_zero,
         metavar="N",
         help="processes that read images; 0: threads only (default: one per CPU core, fewer for small data sets)",
     )
-    parser.add_argument(
+    add(
         "--output",
         type=home_path,
         metavar="DIR",

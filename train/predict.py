@@ -38,7 +38,6 @@ def _parser() -> Parser:
         prog=_PROGRAM,
         description="Classify images with a CrossViT, in the order in which they are given.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("paths", metavar="PATH", nargs="+")
     add_model_flags(parser)
