@@ -56,13 +56,8 @@ def load_model(args: argparse.Namespace) -> "Classifier":
 
     keep_freed_memory()
     keep_compiled_programs()
-    return load_classifier(
-        args.weights,
-        image_size=args.image_size,
-        crop_pct=args.crop_pct,
-        precision=args.precision,
-        quantize=args.quantize,
-    )
+    settings = ("image_size", "crop_pct", "precision", "quantize")
+    return load_classifier(args.weights, **{name: getattr(args, name) for name in settings})
 
 
 def tell_notes(prog: str, notes: Iterable[str]) -> None:
