@@ -128,7 +128,6 @@ class CrossViTConfig:
     def __post_init__(self):
         size = self.image_size
         self._set("image_size", (size, size) if isinstance(size, int) else tuple(size))
-        self._set("branches", tuple(self.branches))
         if not self.branches:
             raise ValueError("branches must be at least one")
         if len(self.image_size) != 2 or any(not isinstance(side, int) or side < 1 for side in self.image_size):
@@ -230,6 +229,8 @@ class CrossViTConfig:
         unknown = [name for name in changes if name not in accepted]
         if unknown:
             raise TypeError(f"unknown setting {', '.join(map(repr, unknown))}; accepted: {', '.join(accepted)}")
+        if "branches" in changes:
+            changes["branches"] = tuple(changes["branches"])
         given = {name: changes.pop(name) for name in BRANCH_SETTINGS if name in changes}
         if given:
             now = dataclasses.replace(self, branches=changes.get("branches", self.branches))
