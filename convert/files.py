@@ -1,11 +1,14 @@
 """Paths as people type them, image files below a folder, and files that are there whole or not at all."""
 
 import contextlib
+import csv
 import errno
+import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from convert.errors import ConversionError, one_line
 
@@ -133,6 +136,13 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
     """Writes a file so that nobody ever sees half of it; what was there before is replaced. Raises NotWritten."""
     with replacing(path) as new:
         write_bytes(new, data)
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """Rows as the text of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
