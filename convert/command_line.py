@@ -130,18 +130,16 @@ def _terminate(*_: object) -> NoReturn:
 # --- the types of flags; what they raise is told with the flag's name ---
 
 
+def at_least_zero(text: str, *, least: int = 0) -> int:
+    """A whole number, 0 or more."""
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more; got {text!r}")
+    return int(text)
+
+
 def at_least_one(text: str) -> int:
     """A whole number, 1 or more."""
-    if not (text.isascii() and text.isdigit() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more; got {text!r}")
-    return int(text)
-
-
-def at_least_zero(text: str) -> int:
-    """A whole number, 0 or more."""
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more; got {text!r}")
-    return int(text)
+    return at_least_zero(text, least=1)
 
 
 def share(text: str) -> float:
