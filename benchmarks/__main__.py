@@ -79,12 +79,7 @@ def plan(device: str) -> dict[str, Entry]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the plan; returns the exit status, see `--help`."""
     start = time.monotonic()
-    parser = Parser(
-        prog=_PROGRAM,
-        description=__doc__.removeprefix(f"`{_PROGRAM}`: "),
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog=_PROGRAM, description=__doc__.removeprefix(f"`{_PROGRAM}`: "), epilog=_EPILOG)
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="for the JSON; default: a new one, benchmarks-DATE-TIME"
     )

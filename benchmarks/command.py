@@ -52,7 +52,6 @@ def _parser(benchmark: str) -> Parser:
         prog=f"python -m benchmarks.{benchmark}",
         description=f"Time CrossViT {benchmark}: Flax against timm at its best.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_flags(parser)
     parser.add_argument(

@@ -62,11 +62,7 @@ _TITLES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done; 1 a step does not fit or the compiler gives no estimate; 2 wrong flags."""
-    parser = Parser(
-        prog="python -m benchmarks.scaling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.add_argument("--variant", type=variant_name, default="ti", metavar="NAME", help="default: ti")
     parser.add_argument("--batch-size", type=at_least_one, default=64, metavar="N", help="per chip; default: 64")
     parser.add_argument(

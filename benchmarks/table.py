@@ -45,11 +45,7 @@ _OTHERS = {  # what makes the table of a file
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables, draws the picture; returns the exit status: 0 done; 2 wrong flags, or files that do not do."""
-    parser = Parser(
-        prog="python -m benchmarks.table",
-        description=__doc__.split("`: ", 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m benchmarks.table", description=__doc__.split("`: ", 1)[1])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what --json of a benchmark wrote")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw how fast Flax is beside the best of timm")
     args = parser.parse_args(argv)

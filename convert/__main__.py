@@ -40,53 +40,41 @@ def _parser() -> Parser:
         prog="python -m convert",
         description="Convert CrossViT weights between timm, torch, Flax, safetensors and Orbax, or export them.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="SOURCE")
-    parser.add_argument("destination", metavar="DESTINATION")
-    parser.add_argument("--num-classes", type=at_least_zero, metavar="N", help="new head for N classes; 0: no head")
-    parser.add_argument(
-        "--image-size", type=image_size, metavar="N|HxW", help="resample the position embeddings to this size"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("source", metavar="SOURCE")
+    add("destination", metavar="DESTINATION")
+    add("--num-classes", type=at_least_zero, metavar="N", help="new head for N classes; 0: no head")
+    add("--image-size", type=image_size, metavar="N|HxW", help="resample the position embeddings to this size")
+    add(
         "--branches",
         nargs="+",
         type=branch,
         metavar="BRANCH",
         help=f"of a model that is no variant, where SOURCE does not tell them: one text for each, such as {EXAMPLE}",
     )
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: as stored; exported: float32"
-    )
-    parser.add_argument(
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: as stored; exported: float32")
+    add(
         "--quantize",
         choices=("dynamic", "static", "int8", "int4"),
         help=".onnx in int8: activations' ranges found anew (dynamic) or fixed (static); .pt: int8 or int4 weights",
     )
-    parser.add_argument(
+    add(
         "--calibrate",
         metavar="digits|FOLDER",
         help="images for static ranges: scikit-learn's digits, or image files (folder:FOLDER means the same)",
     )
-    parser.add_argument(
-        "--calibration-images", type=at_least_one, metavar="N", help="how many of them at most; default: 128"
-    )
-    parser.add_argument("--target", choices=("cpu", "tensorrt"), help="what reads the static file; default: cpu")
-    parser.add_argument(
-        "--compare", metavar="digits|FOLDER", help="images to compare .pt with SOURCE on; default: photographs"
-    )
-    parser.add_argument(
-        "--preprocess",
-        action="store_true",
-        help=".onnx takes uint8 pictures of any size: resize and crop are in it",
-    )
-    parser.add_argument(
+    add("--calibration-images", type=at_least_one, metavar="N", help="how many of them at most; default: 128")
+    add("--target", choices=("cpu", "tensorrt"), help="what reads the static file; default: cpu")
+    add("--compare", metavar="digits|FOLDER", help="images to compare .pt with SOURCE on; default: photographs")
+    add("--preprocess", action="store_true", help=".onnx takes uint8 pictures of any size: resize and crop are in it")
+    add(
         "--license",
         metavar="TEXT",
         help="what .onnx or .pt says of its weights; default: Apache-2.0, as the published ones are",
     )
-    parser.add_argument("--verify", action="store_true", help="run both twins on what was written and compare")
-    parser.add_argument("--overwrite", action="store_true", help="replace DESTINATION if it exists")
+    add("--verify", action="store_true", help="run both twins on what was written and compare")
+    add("--overwrite", action="store_true", help="replace DESTINATION if it exists")
     return parser
 
 

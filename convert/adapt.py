@@ -65,10 +65,8 @@ def adapt(weights: Weights, overrides: Mapping[str, Any], *, seed: int = 0) -> W
         tensors = {name: array for name, array in tensors.items() if not name.startswith("head.")}
         tensors |= {name: array.astype(dtype) for name, array in _new_head(config, seed).items()}
         class_names = None
-        if config.num_classes:
-            notes.append(f"new head for {config.num_classes} classes instead of {old.num_classes}: it is untrained")
-        else:
-            notes.append(f"head for {old.num_classes} classes dropped")
+        new = f"new head for {config.num_classes} classes instead of {old.num_classes}: it is untrained"
+        notes.append(new if config.num_classes else f"head for {old.num_classes} classes dropped")
     return dataclasses.replace(weights, config=config, tensors=tensors, class_names=class_names, notes=tuple(notes))
 
 

@@ -44,8 +44,7 @@ def abstract_model(config: CrossViTConfig, dtype: Any = None, param_dtype: Any =
 
 def expected_shapes(config: CrossViTConfig) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor in timm's state dict of this model, derived from the Flax module tree."""
-    _, params = abstract_model(config)
-    return dict(timm_shape(path, leaf.shape) for path, leaf in leaves(params))
+    return dict(timm_shape(path, leaf.shape) for path, leaf in leaves(abstract_model(config)[1]))
 
 
 def infer_config(
@@ -76,11 +75,11 @@ def infer_config(
         raise ConversionError(f"these {len(shapes)} tensors are no CrossViT ({some}, …); it would have cls_token_0, …")
     candidates = [VARIANTS[name] for name in VARIANTS if likeness[name] == best]
     settings = _input_and_output(candidates[0], shapes)
-    for config in candidates:  # those at 240 and at 408 pixels differ only in how much smaller the second image is
-        geometry = _geometry(config, shapes, image_size)
-        if geometry.get("image_scale") == config.image_scale:
-            return config.replace(**geometry, **settings)
-    return candidates[0].replace(**_geometry(candidates[0], shapes, image_size), **settings)
+    # those at 240 and at 408 pixels differ only in how much smaller the second image is
+    geometries = [(config, _geometry(config, shapes, image_size)) for config in candidates]
+    fitting = [pair for pair in geometries if pair[1].get("image_scale") == pair[0].image_scale]
+    config, geometry = (fitting or geometries)[0]
+    return config.replace(**geometry, **settings)
 
 
 def _input_and_output(config: CrossViTConfig, shapes: Shapes) -> dict[str, Any]:
@@ -129,16 +128,11 @@ def check(shapes: Shapes, config: CrossViTConfig, what: str) -> None:
     unexpected = [name for name in shapes if name not in expected]
     common = [name for name in expected if name in shapes]
     misshaped = [name for name in common if shapes[name] != expected[name]]
-    if not (missing or unexpected or misshaped):
+    details = {name: f" {shapes[name]} instead of {expected[name]}" for name in misshaped}
+    kinds = (("missing", missing, expected), ("unexpected", unexpected, shapes), ("mis-shaped", misshaped, common))
+    faults = [f"{len(names)} {kind} ({_named(names, among, details)})" for kind, names, among in kinds if names]
+    if not faults:
         return
-    faults = []
-    if missing:
-        faults.append(f"{len(missing)} missing ({_named(missing, expected)})")
-    if unexpected:
-        faults.append(f"{len(unexpected)} unexpected ({_named(unexpected, shapes)})")
-    if misshaped:
-        details = {name: f" {shapes[name]} instead of {expected[name]}" for name in misshaped}
-        faults.append(f"{len(misshaped)} mis-shaped ({_named(misshaped, common, details)})")
     if any(_square_side(shapes, branch) == 0 for branch in range(len(config.branches))):
         faults.append("no square image has that many patches: a rectangle needs image_size (--image-size HxW)")
     near = f"its settings ({config.name})"
@@ -194,16 +188,15 @@ def _geometry(config: CrossViTConfig, shapes: Shapes, image_size: tuple[int, int
     return {"image_size": given.image_size, "image_scale": given.image_scale} if fits else {}
 
 
-def _named(names: list[str], among: Collection[str], details: Mapping[str, str] | None = None) -> str:
+def _named(names: list[str], among: Collection[str], details: Mapping[str, str]) -> str:
     """All the names in one line; many of them as `blocks.2.* (98)` where everything below is meant."""
-    details = details or {}
     if len(names) <= 12:
         return ", ".join(name + details.get(name, "") for name in names)
     groups = dict.fromkeys(_widest_prefix(name, set(names), among) for name in names)
     parts = []
     for group in groups:
         members = [name for name in names if name == group or name.startswith(group + ".")]
-        first = members[0] + details.get(members[0], "") if details else ""
+        first = members[0] + details[members[0]] if members[0] in details else ""
         if members == [group]:
             parts.append(first or group)
         else:

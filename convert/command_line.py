@@ -15,10 +15,15 @@ from crossvit_jax.config import Branch
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviated flags, and answers a wrong command line with one line on stderr and exit status 2."""
+    """Takes no abbreviated flags, and answers a wrong command line with one line on stderr and exit status 2.
 
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
+    A description or an epilog of several lines is shown as it is; what is one long line, argparse wraps.
+    """
+
+    def __init__(self, *, description: str = "", epilog: str = "", **kwargs):
+        as_it_is = "\n" in description + epilog
+        kwargs["formatter_class"] = argparse.RawDescriptionHelpFormatter if as_it_is else argparse.HelpFormatter
+        super().__init__(allow_abbrev=False, description=description, epilog=epilog, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {message}", file=sys.stderr)
@@ -125,18 +130,16 @@ def _terminate(*_: object) -> NoReturn:
 # --- the types of flags; what they raise is told with the flag's name ---
 
 
+def at_least_zero(text: str, *, least: int = 0) -> int:
+    """A whole number, 0 or more."""
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more; got {text!r}")
+    return int(text)
+
+
 def at_least_one(text: str) -> int:
     """A whole number, 1 or more."""
-    if not (text.isascii() and text.isdigit() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more; got {text!r}")
-    return int(text)
-
-
-def at_least_zero(text: str) -> int:
-    """A whole number, 0 or more."""
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more; got {text!r}")
-    return int(text)
+    return at_least_zero(text, least=1)
 
 
 def share(text: str) -> float:

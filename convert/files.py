@@ -1,11 +1,14 @@
 """Paths as people type them, image files below a folder, and files that are there whole or not at all."""
 
 import contextlib
+import csv
 import errno
+import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from convert.errors import ConversionError, one_line
 
@@ -42,8 +45,7 @@ def home_path(text: str) -> str:
 
 def shown(path: str) -> str:
     """A path as one line of text that any terminal takes: what cannot be printed is written as `\\n` or `\\udcff`."""
-    escapes = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
-    return "".join(escapes)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
 
 
 def image_files(folder: str | Path, *, above: frozenset[str] = frozenset()) -> Iterator[str]:
@@ -134,6 +136,13 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
     """Writes a file so that nobody ever sees half of it; what was there before is replaced. Raises NotWritten."""
     with replacing(path) as new:
         write_bytes(new, data)
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """Rows as the text of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:

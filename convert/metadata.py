@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 from convert.errors import ConversionError
+from convert.weights import Weights
 from crossvit_jax.config import BRANCH_SETTINGS, Branch, CrossViTConfig
 from crossvit_jax.preprocess import MEAN, STD
 
@@ -30,6 +31,22 @@ def describe(config: CrossViTConfig, class_names: tuple[str, ...] | None) -> dic
 def to_json(config: CrossViTConfig, class_names: tuple[str, ...] | None) -> str:
     """`describe` as text, for formats whose metadata is text."""
     return json.dumps(describe(config, class_names))
+
+
+def summary(weights: Weights) -> dict[str, Any]:
+    """What an exported file tells those who do not have this library, as plain values; and our own description."""
+    config = weights.config
+    about = {
+        "variant": config.name,
+        "class_names": weights.class_names and list(weights.class_names),
+        "input": "normalised float32 images (batch, channels, height, width) of image_size",
+        "image_size": config.image_size,
+        "crop_pct": config.crop_pct,
+        "license": weights.license,
+        "library": f"crossvit-jax {version('crossvit-jax')}",
+        KEY: to_json(config, weights.class_names),
+    }
+    return about | ({"mean": MEAN, "std": STD} if config.in_chans == 3 else {})
 
 
 def version(package: str) -> str:

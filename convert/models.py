@@ -83,8 +83,9 @@ def load_weights(source: str | Path, *, seed: int = 0, **overrides: Any) -> Weig
         if stored.description is not None:
             config, class_names = metadata.understand(stored.description)
         else:
-            given = _pair(overrides.get("image_size")), overrides.get("branches")
-            config, class_names = architecture.infer_config(shapes, *given), None
+            size = overrides.get("image_size")
+            size = (size, size) if isinstance(size, int) else size
+            config, class_names = architecture.infer_config(shapes, size, overrides.get("branches")), None
     except ConversionError as error:
         raise ConversionError(f"{source}: {error}") from None
     architecture.check(shapes, config, str(source))
@@ -195,7 +196,3 @@ def _load_aloud(source: str | Path, seed: int, overrides: Mapping[str, Any]) -> 
     for note in filter(None, (*weights.notes, weights.non_finite())):
         _log.warning("%s: %s", source, note)
     return weights
-
-
-def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    return (size, size) if isinstance(size, int) else size

@@ -53,19 +53,11 @@ def _in_timm(config: CrossViTConfig) -> str:
         return "none"
     usual = VARIANTS[config.name]
     height, width = config.image_size
-    settings = {
-        "num_classes": str(config.num_classes),
-        "in_chans": str(config.in_chans),
-        "img_size": str(height) if height == width else f"({height}, {width})",
-        "img_scale": f"({', '.join(map(str, config.image_scale))})",
-        "qkv_bias": str(config.qkv_bias),
-        "global_pool": repr(config.global_pool),
-        "crop_scale": str(config.crop_scale),
+    told = {
+        "image_size": f"img_size={height if height == width else config.image_size}",
+        "image_scale": f"img_scale=({', '.join(map(str, config.image_scale))})",
     }
-    fields = {"img_size": "image_size", "img_scale": "image_scale"}
-    changed = [
-        f", {key}={value}"
-        for key, value in settings.items()
-        if getattr(config, fields.get(key, key)) != getattr(usual, fields.get(key, key))
-    ]
-    return f"timm.create_model('{TIMM_NAMES[config.name]}'{''.join(changed)})"
+    fields = ("num_classes", "in_chans", "image_size", "image_scale", "qkv_bias", "global_pool", "crop_scale")
+    changed = [field for field in fields if getattr(config, field) != getattr(usual, field)]
+    settings = [f", {told.get(field, f'{field}={getattr(config, field)!r}')}" for field in changed]
+    return f"timm.create_model('{TIMM_NAMES[config.name]}'{''.join(settings)})"

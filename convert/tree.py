@@ -43,20 +43,12 @@ def flatten(params: Any) -> dict[str, np.ndarray]:
 
 def to_flax_paths(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """timm's names and layouts as Flax's dotted paths and layouts. Views, no copies."""
-    arrays = {}
-    for name, array in tensors.items():
-        path, axes = _rename(name, array.ndim, _TO_FLAX)
-        arrays[path] = array.transpose(axes)
-    return arrays
+    return _renamed(tensors, _TO_FLAX)
 
 
 def from_flax_paths(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Flax's dotted paths and layouts as timm's names and layouts. Views, no copies."""
-    tensors = {}
-    for path, array in arrays.items():
-        name, axes = _rename(path, array.ndim, _TO_TIMM)
-        tensors[name] = array.transpose(axes)
-    return tensors
+    return _renamed(arrays, _TO_TIMM)
 
 
 def timm_shape(path: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
@@ -94,6 +86,11 @@ def leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _renamed(arrays: Mapping[str, np.ndarray], rules: Mapping) -> dict[str, np.ndarray]:
+    paths = [_rename(path, array.ndim, rules) for path, array in arrays.items()]
+    return {path: array.transpose(axes) for (path, axes), array in zip(paths, arrays.values(), strict=True)}
 
 
 def _rename(path: str, rank: int, rules: Mapping) -> tuple[str, tuple[int, ...]]:

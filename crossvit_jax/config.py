@@ -128,7 +128,6 @@ class CrossViTConfig:
     def __post_init__(self):
         size = self.image_size
         self._set("image_size", (size, size) if isinstance(size, int) else tuple(size))
-        self._set("branches", tuple(self.branches))
         if not self.branches:
             raise ValueError("branches must be at least one")
         if len(self.image_size) != 2 or any(not isinstance(side, int) or side < 1 for side in self.image_size):
@@ -147,7 +146,7 @@ class CrossViTConfig:
         if self.multi_conv and not set(self.patch_size) <= {12, 16}:
             raise ValueError(f"three-convolution patch embedding needs patch_size 12 or 16; got {self.patch_size}")
         for axis, side in zip(("height", "width"), self.image_size, strict=True):
-            if not self._side_fits(side):
+            if any(side * branch.image_scale % branch.patch_size for branch in self.branches):
                 raise ValueError(self._bad_side(axis, side))
 
     def _set(self, field: str, value: object) -> None:
@@ -165,13 +164,7 @@ class CrossViTConfig:
         for depth in self.fusion_depths:
             _require_whole("fusion_depth", depth, 0)
         self._set("fusion_depth", _as_one(self.fusion_depth))
-        self._set(
-            "branches", tuple(dataclasses.replace(branch, depth=_as_one(branch.depth)) for branch in self.branches)
-        )
-
-    def _side_fits(self, side: int) -> bool:
-        """Whether all branches cut an image side of this many pixels into whole patches."""
-        return all((side * branch.image_scale) % branch.patch_size == 0 for branch in self.branches)
+        self._set("branches", tuple(dataclasses.replace(b, depth=_as_one(b.depth)) for b in self.branches))
 
     def _bad_side(self, axis: str, side: int) -> str:
         # sizes that fit are the multiples of this: a branch sees a whole number of its patches
@@ -241,7 +234,7 @@ class CrossViTConfig:
         given = {name: changes.pop(name) for name in BRANCH_SETTINGS if name in changes}
         if given:
             now = dataclasses.replace(self, branches=changes.get("branches", self.branches))
-            values = {name: given.get(name, getattr(now, name)) for name in BRANCH_SETTINGS}
+            values = {name: getattr(now, name) for name in BRANCH_SETTINGS} | given
             for name, value in values.items():
                 if not isinstance(value, tuple | list) or len(value) != len(values["embed_dim"]):
                     raise ValueError(f"{name} must be {len(values['embed_dim'])} values, one per branch; got {value}")

@@ -6,7 +6,6 @@ what it takes: memory, arithmetic, communication.
 
 # jax is imported when it is needed: `--help` is instant, and the environment is prepared first.
 import argparse
-import sys
 from collections.abc import Sequence
 
 from convert.command_line import Parser, leave, run
@@ -21,7 +20,6 @@ _PROGRAM = "python -m train.compile"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, 1 if a step does not fit, or 2 for a mistake in what was asked."""
-    argv = sys.argv[1:] if argv is None else argv
     early = Parser(prog=_PROGRAM, add_help=False)
     early.add_argument("--recipe", choices=RECIPES, default="imagenet")
     recipe = RECIPES[early.parse_known_args(argv)[0].recipe]

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal, get_args
 
 from convert.command_line import branch
 from convert.errors import SettingsError
@@ -14,6 +14,8 @@ from convert.files import FOLDER_PREFIX, home_path
 from crossvit_jax.config import CUSTOM, EXAMPLE, Branch, CrossViTConfig, get_config
 
 _COMPARE = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+# bounds that several settings have
+_SHARE, _PART, _RATE = {"at_least": 0, "at_most": 1}, {"above": 0, "at_most": 1}, {"at_least": 0, "below": 1}
 _REPEAT_ROUND = 256  # with repeated augmentation, DeiT's sampler leaves out what does not fill so many places
 
 
@@ -22,24 +24,23 @@ def setting(
     help: str,
     parse: Callable[[str], Any] | None = None,
     *,
-    choices: tuple[str, ...] = (),
     section: str = "",
     many: bool = False,
     **bounds: float,
 ) -> Any:
-    """A field of `TrainConfig`.
+    """A field of `TrainConfig`; where only some texts will do, its type is the `Literal` of them.
 
     Args:
         help: its meaning, for the user.
-        parse: what turns text into a value; none: the default's type.
-        choices: the values that it may have; none: any within the bounds.
+        parse: what turns text into a value; none: the default's type, or text for one that is None.
         section: title of the group of settings that begins with this one.
         many: the value is a tuple, made of one text or more.
         bounds: `at_least`, `above`, `at_most`, `below`: of a number, or of each of a pair, which must not fall. In any
             case it is finite.
     """
-    metadata = {"help": help, "parse": parse or type(default), "choices": choices, "section": section, "bounds": bounds}
-    return dataclasses.field(default=default, metadata=metadata | {"many": many})
+    parse = parse or (str if default is None else type(default))
+    metadata = {"help": help, "parse": parse, "section": section, "bounds": bounds, "many": many}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def number_tuple(text: str) -> tuple[float, ...]:
@@ -74,7 +75,7 @@ class TrainConfig:
     """
 
     variant: str | None = setting(
-        None, "CrossViT variant, by its short name, timm's or IBM's; none: --init's, or ti", str, section="data and run"
+        None, "CrossViT variant, by its short name, timm's or IBM's; none: --init's, or ti", section="data and run"
     )
     branches: tuple[str, ...] | None = setting(
         None,
@@ -82,7 +83,7 @@ class TrainConfig:
         branch_text,
         many=True,
     )
-    init: str | None = setting(None, "weights to start from, any SOURCE of python -m convert; none: fresh ones", str)
+    init: str | None = setting(None, "weights to start from, any SOURCE of python -m convert; none: fresh ones")
     dataset: str = setting("digits", "digits, a prepared tensorflow-datasets name, or folder:PATH", data_set)
     data_dir: str | None = setting(
         None, "where prepared data sets lie; none: tensorflow-datasets' own folder", home_path
@@ -90,13 +91,9 @@ class TrainConfig:
     val_fraction: float = setting(
         0.1, "share of each class held out when folder:PATH has no val/ or test/ folder", above=0, below=1
     )
-    max_bad_images: float = setting(
-        0.01, "share of the images that may be unreadable before the run stops", at_least=0, at_most=1
-    )
-    recipe: str = setting(
-        "imagenet",
-        "the set of defaults that the settings start from",
-        choices=("imagenet", "imagenet-ibm", "finetune-408", "finetune", "transfer", "digits"),
+    max_bad_images: float = setting(0.01, "share of the images that may be unreadable before the run stops", **_SHARE)
+    recipe: Literal["imagenet", "imagenet-ibm", "finetune-408", "finetune", "transfer", "digits"] = setting(
+        "imagenet", "the set of defaults that the settings start from"
     )
     output: str | None = setting(
         None, "folder of the run: a run in it is continued; none: a new one in runs/", home_path
@@ -115,20 +112,17 @@ class TrainConfig:
         None, "share of the image size that each branch sees, such as 1,14/15; none: the branches' own", number_tuple
     )
     crop_pct: float | None = setting(
-        None, "share of the resized image kept in evaluation; none: the variant's", float, above=0, at_most=1
+        None, "share of the resized image kept in evaluation; none: the variant's", float, **_PART
     )
     crop_scale: tuple[float, float] = setting(
-        (0.08, 1.0), "area of a random crop, as share of the image", number_pair, above=0, at_most=1
+        (0.08, 1.0), "area of a random crop, as share of the image", number_pair, **_PART
     )
     crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "width / height of a random crop", number_pair, above=0)
-    hflip: float = setting(0.5, "probability of a horizontal flip", at_least=0, at_most=1)
+    hflip: float = setting(0.5, "probability of a horizontal flip", **_SHARE)
     auto_augment: str = setting("rand-m9-mstd0.5-inc1", "timm's RandAugment or AutoAugment string; none: no such step")
-    erase_prob: float = setting(0.25, "probability of random erasing (a box of normal noise)", at_least=0, at_most=1)
-    augment_on: str | None = setting(
-        None,
-        "where images are flipped, augmented and erased: device or host; none: device on GPUs",
-        str,
-        choices=("device", "host"),
+    erase_prob: float = setting(0.25, "probability of random erasing (a box of normal noise)", **_SHARE)
+    augment_on: Literal["device", "host", None] = setting(
+        None, "where images are flipped, augmented and erased: device or host; none: device on GPUs"
     )
     repeated_aug: int = setting(
         1, "differently augmented copies of an image in an epoch of as many fewer images", at_least=1
@@ -136,69 +130,56 @@ class TrainConfig:
 
     mixup: float = setting(0.8, "Mixup's alpha; 0: no Mixup", at_least=0, section="mixing and regularisation")
     cutmix: float = setting(1.0, "CutMix's alpha; 0: no CutMix", at_least=0)
-    mix_prob: float = setting(1.0, "probability that a batch is mixed at all", at_least=0, at_most=1)
-    cutmix_share: float = setting(
-        0.5, "share of the mixed batches that CutMix gets, where both are on", at_least=0, at_most=1
-    )
-    smoothing: float = setting(0.1, "label smoothing", at_least=0, below=1)
-    drop_path: float = setting(0.1, "stochastic depth of the last block", at_least=0, below=1)
-    dropout: float = setting(0.0, "dropout before the heads", at_least=0, below=1)
-    loss: str = setting(
-        "softmax",
-        "softmax: soft-target cross-entropy; bce: binary cross-entropy of each class",
-        choices=("softmax", "bce"),
+    mix_prob: float = setting(1.0, "probability that a batch is mixed at all", **_SHARE)
+    cutmix_share: float = setting(0.5, "share of the mixed batches that CutMix gets, where both are on", **_SHARE)
+    smoothing: float = setting(0.1, "label smoothing", **_RATE)
+    drop_path: float = setting(0.1, "stochastic depth of the last block", **_RATE)
+    dropout: float = setting(0.0, "dropout before the heads", **_RATE)
+    loss: Literal["softmax", "bce"] = setting(
+        "softmax", "softmax: soft-target cross-entropy; bce: binary cross-entropy of each class"
     )
 
     epochs: int = setting(300, "passes over the training images", at_least=1, section="optimiser and schedule")
     batch_size: int = setting(4096, "images in a step, over all devices", at_least=1)
     grad_accum: int = setting(1, "parts that a step works through one after the other, to save memory", at_least=1)
-    optimizer: str = setting("adamw", "adamw, or sgd with Nesterov momentum", choices=("adamw", "sgd"))
-    momentum: float = setting(0.9, "momentum of sgd", at_least=0, below=1)
+    optimizer: Literal["adamw", "sgd"] = setting("adamw", "adamw, or sgd with Nesterov momentum")
+    momentum: float = setting(0.9, "momentum of sgd", **_RATE)
     lr: float = setting(
         5e-4, "peak learning rate for a batch of --lr-batch-size, scaled linearly to --batch-size", above=0
     )
     lr_batch_size: int = setting(512, "batch size that --lr is meant for", at_least=1)
-    lr_schedule: str = setting(
-        "cosine", "after the warm-up: cosine, linear or constant", choices=("cosine", "linear", "constant")
+    lr_schedule: Literal["cosine", "linear", "constant"] = setting(
+        "cosine", "after the warm-up: cosine, linear or constant"
     )
-    lr_stepping: str = setting(
-        "epoch",
-        "the learning rate changes each epoch, each step, or epoch-late (IBM's code)",
-        choices=("epoch", "step", "epoch-late"),
+    lr_stepping: Literal["epoch", "step", "epoch-late"] = setting(
+        "epoch", "the learning rate changes each epoch, each step, or epoch-late (IBM's code)"
     )
     warmup_epochs: int = setting(
         30, "epochs of linear warm-up; unless given, shrinks with --epochs in the recipe's proportion", at_least=0
     )
     warmup_lr: float = setting(1e-6, "learning rate that the warm-up starts from, not scaled", at_least=0)
     min_lr: float = setting(1e-5, "learning rate that the schedule falls to, not scaled", at_least=0)
-    layer_decay: float = setting(
-        1.0, "factor on the learning rate from each block to the one below; 1: none", above=0, at_most=1
-    )
+    layer_decay: float = setting(1.0, "factor on the learning rate from each block to the one below; 1: none", **_PART)
     weight_decay: float = setting(0.05, "weight decay; none on biases and norms", at_least=0)
     decay_tokens: bool = setting(False, "weight decay on class tokens and position embeddings too")
     clip_grad: float | None = setting(None, "largest norm of the gradient; none: no clipping", float, above=0)
     freeze_backbone: bool = setting(False, "train the heads only")
     ema_decay: float = setting(
-        0.0, "decay of the moving average of the weights, evaluated beside them; 0: none", at_least=0, below=1
+        0.0, "decay of the moving average of the weights, evaluated beside them; 0: none", **_RATE
     )
 
-    precision: str | None = setting(
+    precision: Literal["bfloat16", "float32", None] = setting(
         None,
         "bfloat16 or float32 arithmetic, parameters are float32; none: bfloat16 on accelerators",
-        str,
-        choices=("bfloat16", "float32"),
         section="arithmetic and devices",
     )
-    qat: str | None = setting(
-        None,
-        "int8 or int4: the weights learn to be rounded to it, see docs/quantisation-aware-training.md",
-        str,
-        choices=("int8", "int4"),
+    qat: Literal["int8", "int4", None] = setting(
+        None, "int8 or int4: the weights learn to be rounded to it, see docs/quantisation-aware-training.md"
     )
     grad_checkpointing: bool = setting(False, "compute each block again in the backward pass, to save memory")
-    mesh: str | None = setting(None, "devices by axis, such as data=4,fsdp=2; none: all on data", str)
+    mesh: str | None = setting(None, "devices by axis, such as data=4,fsdp=2; none: all on data")
     coordinator: str | None = setting(
-        None, "address:port of process 0, where jax does not find the other hosts by itself", str
+        None, "address:port of process 0, where jax does not find the other hosts by itself"
     )
     num_processes: int | None = setting(None, "number of processes, with --coordinator", int, at_least=1)
     process_id: int | None = setting(None, "which of them this is, from 0, with --coordinator", int, at_least=0)
@@ -210,7 +191,7 @@ class TrainConfig:
     checkpoint_every: int = setting(
         1000, "steps between two checkpoints; one more is written after every epoch", at_least=1
     )
-    wandb: str | None = setting(None, "project of Weights & Biases to log to; none: only into the run's folder", str)
+    wandb: str | None = setting(None, "project of Weights & Biases to log to; none: only into the run's folder")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -278,7 +259,7 @@ def steps_per_epoch(images: int, batch_size: int, repeats: int = 1) -> int:
 
 def _check(field: dataclasses.Field, value: Any) -> None:
     """Raises SettingsError if a value is not among the choices of its field, or not within its bounds."""
-    choices, bounds = field.metadata["choices"], field.metadata["bounds"]
+    choices, bounds = [text for text in get_args(field.type) if isinstance(text, str)], field.metadata["bounds"]
     if value is None or not (choices or bounds):
         return
     if choices:
@@ -299,6 +280,6 @@ def _in_words(bounds: dict[str, float], *, pair: bool) -> str:
         return f"two rising numbers {', '.join(words)}"
     if bounds == {"at_least": 0}:
         return "0 or more"
-    if bounds == {"at_least": 0, "at_most": 1}:
+    if bounds == _SHARE:
         return "between 0 and 1"
     return " and ".join(words)

@@ -15,15 +15,7 @@ from convert.command_line import Parser, at_least_zero, leave, run
 from convert.errors import SettingsError
 from convert.files import FOLDER_PREFIX, home_path
 from train.config import TrainConfig, data_set
-from train.inference.command import (
-    SMALLER_BATCH,
-    SOURCES,
-    add_model_flags,
-    load_model,
-    progress_bar,
-    reading_processes,
-    tell_notes,
-)
+from train.inference.command import SMALLER_BATCH, SOURCES, add_model_flags, load_model, reading_processes, tell_notes
 
 if TYPE_CHECKING:
     from train.data.sources import Source
@@ -49,43 +41,39 @@ def _parser() -> Parser:
         prog=_PROGRAM,
         description="Evaluate a CrossViT: top-1 and top-5 accuracy, loss, accuracy per class and a confusion matrix.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_flags(parser)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--dataset",
         type=data_set,
         required=True,
         metavar="DATA",
         help="digits, a prepared tensorflow-datasets name, or folder:PATH",
     )
-    parser.add_argument(
-        "--data-dir", type=home_path, metavar="DIR", help="where prepared data sets lie (default: tfds' own folder)"
-    )
-    parser.add_argument(
+    add("--data-dir", type=home_path, metavar="DIR", help="where prepared data sets lie (default: tfds' own folder)")
+    add(
         "--split",
         choices=("held-out", "train", "all"),
         default="held-out",
         help="images to evaluate, as training splits them (default: held-out); all: every image of a folder:PATH that "
         "has no train/ in it",
     )
-    parser.add_argument(
+    add(
         "--val-fraction",
         type=float,
         default=TrainConfig.val_fraction,
         metavar="F",
         help="share of each class that training held out of such a folder (default: %(default)s)",
     )
-    parser.add_argument(
-        "--seed", type=int, default=TrainConfig.seed, metavar="N", help="of that choice in training (default: 0)"
-    )
-    parser.add_argument(
+    add("--seed", type=int, default=TrainConfig.seed, metavar="N", help="of that choice in training (default: 0)")
+    add(
         "--workers",
         type=at_least_zero,
         metavar="N",
         help="processes that read images; 0: threads only (default: one per CPU core, fewer for small data sets)",
     )
-    parser.add_argument(
+    add(
         "--output",
         type=home_path,
         metavar="DIR",
@@ -98,6 +86,7 @@ def _parser() -> Parser:
 def _evaluate(args: argparse.Namespace) -> int:
     from train.data.bad_images import BadImages
     from train.inference.evaluation import evaluate
+    from train.run.progress import open_bar
     from train.tasks.classification import Matched, match_classes
 
     source, data_names, split, split_note = _open_data(args)
@@ -122,7 +111,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     scores = classifier.task.scores()
     batch_size = classifier.batch_size(args.batch_size, len(source))
     source = Matched(source, tuple(classes.tolist()))
-    with progress_bar(len(source)) as bar:
+    with open_bar(total=len(source), unit=" images") as bar:
         bad_images = BadImages(source, lambda line: bar.write(f"{_PROGRAM}: {line}", file=sys.stderr))
         images_per_s = evaluate(
             classifier, source, scores, bad_images, batch_size=batch_size, workers=workers, advance=bar.update

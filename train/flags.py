@@ -65,12 +65,11 @@ def add_settings(parser: argparse.ArgumentParser, recipe: TrainConfig) -> None:
         flag = "--" + field.name.replace("_", "-")
         shown = f"{field.metadata['help']} (default: {_shown(getattr(recipe, field.name))})".replace("%", "%%")
         if field.metadata["parse"] is bool:
-            action = argparse.BooleanOptionalAction
-            place.add_argument(flag, action=action, default=argparse.SUPPRESS, help=shown)
+            how = {"action": argparse.BooleanOptionalAction}
         else:
-            parse, metavar = field.metadata["parse"], field.name.upper()
-            many = {"nargs": "+", "action": _Tuple} if field.metadata["many"] else {}
-            place.add_argument(flag, type=parse, default=argparse.SUPPRESS, metavar=metavar, help=shown, **many)
+            how = {"type": field.metadata["parse"], "metavar": field.name.upper()}
+            how |= {"nargs": "+", "action": _Tuple} if field.metadata["many"] else {}
+        place.add_argument(flag, default=argparse.SUPPRESS, help=shown, **how)
 
 
 class _Tuple(argparse.Action):

@@ -83,11 +83,9 @@ def prepare(config: TrainConfig) -> Job:
         )
 
     begun = None if saved is None else _begun_model(saved, config)
-    if saved is not None and newest_checkpoint(Path(config.output)) == 0:  # the run starts as a new one does
+    starts_anew = saved is None or newest_checkpoint(Path(config.output)) == 0  # or --init need not be there any more
+    if saved is not None and starts_anew:
         config = dataclasses.replace(config, init=config.init or saved["train"].get("init"))
-        starts_anew = True
-    else:
-        starts_anew = saved is None  # or --init need not be there any more
     model_config, weights = starting_model(config, image_sets.class_names, begun, starts_anew=starts_anew)
     config = dataclasses.replace(
         config,

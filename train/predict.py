@@ -9,15 +9,7 @@ from pathlib import Path
 
 from convert.command_line import Parser, at_least_one, leave, run
 from convert.files import home_path
-from train.inference.command import (
-    SMALLER_BATCH,
-    SOURCES,
-    add_model_flags,
-    load_model,
-    progress_bar,
-    reading_processes,
-    tell_notes,
-)
+from train.inference.command import SMALLER_BATCH, SOURCES, add_model_flags, load_model, reading_processes, tell_notes
 from train.inference.predictions import FORMATS
 
 _PROGRAM = "python -m train.predict"
@@ -46,7 +38,6 @@ def _parser() -> Parser:
         prog=_PROGRAM,
         description="Classify images with a CrossViT, in the order in which they are given.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("paths", metavar="PATH", nargs="+")
     add_model_flags(parser)
@@ -71,6 +62,7 @@ def _predict(args: argparse.Namespace) -> int:
 
     from train.data.bad_images import BadImages
     from train.inference.classify import classify
+    from train.run.progress import open_bar
 
     classifier = load_model(args)
     tell_notes(_PROGRAM, classifier.notes)
@@ -79,7 +71,7 @@ def _predict(args: argparse.Namespace) -> int:
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
     source = FileSource(tuple(paths))
-    with progress_bar(len(paths)) as bar:
+    with open_bar(total=len(paths), unit=" images") as bar:
         bad_images = BadImages(source, lambda reason: bar.write(f"{_PROGRAM}: {reason}", file=sys.stderr))
         bar.write(text.header, end="")
         batch_size = classifier.batch_size(args.batch_size, len(paths))

@@ -37,7 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog=_PROGRAM,
         description="Compare the shipped forms of trained CrossViTs: size, speed, accuracy.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--runs", nargs="+", required=True, metavar="RUN", help="trained runs")
     parser.add_argument("--dataset", metavar="DATA", help="as of python -m train.main (default: that of each run)")

@@ -17,10 +17,11 @@ from train.config import TrainConfig
 from train.data.datasets import open_image_sets
 from train.data.sources import ImageSets, Source
 from train.images.transforms import eval_transform
-from train.inference.command import progress_bar, tell_notes
+from train.inference.command import tell_notes
 from train.inference.model import load_classifier_weights
 from train.optim.quantize import require_qwix
 from train.run.folder import read_settings
+from train.run.progress import open_bar
 from train.tasks.classification import match_classes
 
 
@@ -138,7 +139,7 @@ def read_images(
     """
     transform, labels = eval_transform(config), []
     images = np.lib.format.open_memmap(file, "w+", np.float32, (len(indices), *config.image_size, 3))
-    with progress_bar(len(indices)) as bar:
+    with open_bar(total=len(indices), unit=" images") as bar:
         for index in indices:
             try:
                 sample = transform(source[index])

@@ -66,17 +66,14 @@ class Exported(NamedTuple):
 class _Ending(NamedTuple):
     dtypes: tuple[str, ...]
     quantize: tuple[str | None, ...]
-    extra: str = ""
-    packages: tuple[str, ...] = ()  # those that are an extra
+    packages: tuple[str, ...] = ()  # those of the extra that has the name of the first
 
 
 _ENDINGS = {
     # onnxruntime has no bfloat16 on CPUs: nobody could check such a file
-    ".onnx": _Ending(
-        ("float32", "float16"), (None, "dynamic", "static"), "onnx", ("onnx", "onnxruntime", "onnxscript")
-    ),
+    ".onnx": _Ending(("float32", "float16"), (None, "dynamic", "static"), ("onnx", "onnxruntime", "onnxscript")),
     ".stablehlo": _Ending(("float32", "float16", "bfloat16"), (None,)),
-    ".pt": _Ending(("float32",), ("int8", "int4"), "torchao", ("torchao",)),
+    ".pt": _Ending(("float32",), ("int8", "int4"), ("torchao",)),
 }
 
 
@@ -103,7 +100,7 @@ def check_export(destination: str | Path, how: Export, *, overwrite: bool = Fals
         raise ConversionError(f"{path}: {path.suffix} files compute in {' or '.join(kind.dtypes)}, not in {how.dtype}")
     missing = [package for package in kind.packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise ConversionError(f"{path} needs {', '.join(missing)}: pip install 'crossvit-jax[{kind.extra}]'")
+        raise ConversionError(f"{path} needs {', '.join(missing)}: pip install 'crossvit-jax[{kind.packages[0]}]'")
     for images in (how.calibrate, how.compare):
         if images is not None:
             find_images(images)
@@ -225,20 +222,15 @@ def _add_preprocessing(path: Path, without: Run, config: CrossViTConfig, dtype: 
 def _images(config: CrossViTConfig, how: Export, warn: Callable[[str], None]) -> tuple[Images, Images, str]:
     """Those to calibrate with, those to compare on, and what these are."""
     count = _COMPARED_INTEGERS if how.quantize else _COMPARED
-    if how.calibrate is not None:
-        return _calibration(config, how.calibrate, how.calibration_images or CALIBRATED_ON, count, warn)
-    if how.compare is not None:
-        images = calibration_images(how.compare, config, count)
-        named = f"{len(images)} digits" if how.compare == DIGITS else f"{len(images)} images of {how.compare}"
-    else:
-        images, named = photographs(config, count), f"{count} photographs"
-    return images[:0], images, named
-
-
-def _calibration(
-    config: CrossViTConfig, source: str, asked: int, spare: int, warn: Callable[[str], None]
-) -> tuple[Images, Images, str]:
-    images = calibration_images(source, config, asked + spare)
+    if how.calibrate is None:
+        if how.compare is None:
+            images, named = photographs(config, count), f"{count} photographs"
+        else:
+            images = calibration_images(how.compare, config, count)
+            named = f"{len(images)} digits" if how.compare == DIGITS else f"{len(images)} images of {how.compare}"
+        return images[:0], images, named
+    asked = how.calibration_images or CALIBRATED_ON
+    images = calibration_images(how.calibrate, config, asked + count)
     too_few = shortage(min(len(images), asked), asked)
     if too_few:
         warn(too_few)

@@ -1,6 +1,5 @@
 """The Flax model as a StableHLO program, which jax runs without this library."""
 
-import contextlib
 from pathlib import Path
 
 import jax
@@ -30,11 +29,10 @@ def stablehlo_program(weights: Weights, dtype: str = "float32") -> bytes:
     """
     config = weights.config
     model = flax_model(weights, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
-    # float32 is meant: accelerators' default would round the operands of products to bfloat16 or TF32
-    precision = jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext()
 
     def crossvit(images: Float32[Array, "batch height width channels"]) -> Float[Array, "batch out"]:
-        with precision:
+        # float32 is meant: accelerators' default would round the operands of products to bfloat16 or TF32
+        with jax.default_matmul_precision("highest" if dtype == "float32" else None):
             return model(images).astype(jnp.float32)
 
     (batch,) = export.symbolic_shape("batch")

@@ -11,7 +11,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from convert import metadata
 from convert.errors import ConversionError, one_line, quiet
@@ -20,7 +20,6 @@ from convert.formats.torch_files import load_plain
 from convert.models import torch_model
 from convert.weights import Weights
 from crossvit_jax.config import CrossViTConfig
-from crossvit_jax.preprocess import MEAN, STD
 
 if TYPE_CHECKING:
     import torch
@@ -49,10 +48,18 @@ def quantised_twin(weights: Weights, scheme: Scheme) -> "crossvit_torch.CrossViT
     Args:
         weights: in float32.
     """
+    import torch
+
     with quiet("torch.utils._pytree"):  # torch tells the user that torchao registers enums
-        from torchao.quantization import quantize_
+        from torchao import quantization
+        from torchao.quantization.granularity import PerAxis
+    if scheme == "int8":  # settings of the compiler belong to the program that compiles
+        how = quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+    else:
+        kind = {"weight_dtype": torch.int4, "weight_granularity": PerAxis(0)}
+        how = quantization.Int8DynamicActivationIntxWeightConfig(**kind)
     model = torch_model(weights)
-    quantize_(model, _config(scheme), is_quantised)
+    quantization.quantize_(model, how, is_quantised)
     return model.requires_grad_(False)
 
 
@@ -65,24 +72,13 @@ def torchao_file(weights: Weights, scheme: Scheme) -> memoryview:
     """
     import torch
 
-    config = weights.config
-    content = {
+    content = metadata.summary(weights) | {
         "format": FORMAT,
         "quantize": scheme,
-        "variant": config.name,
-        "image_size": config.image_size,
-        "num_classes": config.num_classes,
-        "class_names": weights.class_names and list(weights.class_names),
-        "input": "normalised float32 images (batch, channels, height, width) of image_size",
-        "crop_pct": config.crop_pct,
-        "license": weights.license,
-        "library": f"crossvit-jax {metadata.version('crossvit-jax')}",
+        "num_classes": weights.config.num_classes,
         "torchao": metadata.version("torchao"),
-        metadata.KEY: metadata.to_json(config, weights.class_names),
         _WEIGHTS: quantised_twin(weights, scheme).state_dict(),
     }
-    if config.in_chans == 3:
-        content |= {"mean": MEAN, "std": STD}
     buffer = io.BytesIO()  # torch's own file writer reports a full disk as an internal assertion
     torch.save(content, buffer)
     return buffer.getbuffer()
@@ -144,15 +140,3 @@ def read_torchao(path: str | Path) -> TorchaoFile:
     except ConversionError as error:
         raise ConversionError(f"{path}: {error}") from None
     return TorchaoFile(config=config, class_names=class_names, scheme=stored["quantize"], tensors=stored[_WEIGHTS])
-
-
-def _config(scheme: Scheme) -> Any:
-    """How torchao calls the scheme."""
-    import torch
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8DynamicActivationIntxWeightConfig
-    from torchao.quantization.granularity import PerAxis
-
-    if scheme == "int8":
-        # settings of the compiler belong to the program that compiles
-        return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
-    return Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerAxis(0))

@@ -1,10 +1,13 @@
 """Orbax checkpoints: ours, and any other whose tree holds the parameters of a CrossViT somewhere."""
 
+import functools
 import json
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from convert import metadata
@@ -26,7 +29,7 @@ def write_orbax(folder: Path, params: Mapping, description: dict) -> None:
     """
     import orbax.checkpoint as ocp
 
-    arrays = _map(np.ascontiguousarray, params)
+    arrays = jax.tree.map(np.ascontiguousarray, params)
     items = {_ITEM: ocp.args.StandardSave(arrays), metadata.KEY: ocp.args.JsonSave(description)}
     with quiet("absl"), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(folder.absolute(), ocp.args.Composite(**items))
@@ -50,7 +53,8 @@ def read_orbax(folder: Path) -> tuple[dict[str, Any], dict | None, list[str]]:
         notes = [f"step {folder.name}, the latest of {len(steps)}, was taken"] if steps[1:] else []
     try:
         params, keys = _read_params(folder)
-        description = _read_description(folder)
+        file = folder / metadata.KEY / "metadata"  # Orbax's JSON items are one file of this name
+        description = json.loads(file.read_text()) if file.is_file() else None
     except ConversionError:
         raise
     except Exception as error:  # Orbax and tensorstore raise whatever the damage leads to
@@ -70,20 +74,15 @@ def _read_params(folder: Path) -> tuple[dict[str, Any], list[str]]:
             keys = _find(tree)
             if keys is None:
                 continue
-            wanted = _below(tree, keys)
+            wanted = functools.reduce(operator.getitem, keys, tree)
             for key in reversed(keys):
                 wanted = {key: wanted}
             # as numpy: nothing is cast, and nothing is put on a device that this machine may not have
-            how = _map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
             args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
-            restored = _below(checkpointer.restore(item.absolute(), args=args), keys)
+            restored = functools.reduce(operator.getitem, keys, checkpointer.restore(item.absolute(), args=args))
             return _without_value(restored), keys if item == folder else [item.name, *keys]
     raise ConversionError(f"{folder} is an Orbax checkpoint without a CrossViT: no cls_token_0 in it")
-
-
-def _read_description(folder: Path) -> dict | None:
-    file = folder / metadata.KEY / "metadata"  # Orbax's JSON items are one file of this name
-    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def _find(tree: Any) -> list[str] | None:
@@ -99,12 +98,6 @@ def _find(tree: Any) -> list[str] | None:
     return None
 
 
-def _below(tree: Mapping, keys: list[str]) -> Any:
-    for key in keys:
-        tree = tree[key]
-    return tree
-
-
 def _without_value(tree: Any) -> Any:
     """The tree without the level `value`, which a saved `nnx.State` has below every parameter."""
     if not isinstance(tree, Mapping):
@@ -112,9 +105,3 @@ def _without_value(tree: Any) -> Any:
     if set(tree) == {"value"}:
         return tree["value"]
     return {key: _without_value(below) for key, below in tree.items()}
-
-
-def _map(function: Any, tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {key: _map(function, below) for key, below in tree.items()}
-    return function(tree)

@@ -20,7 +20,19 @@ def read_torch(path: Path) -> tuple[Mapping[str, Any], list[str]]:
     Raises:
         ConversionError: the file is damaged, holds no state dict, or would run code if it were unpickled.
     """
-    return _state_dict(load_plain(path), path)
+    import torch
+
+    checkpoint = load_plain(path)
+    if not isinstance(checkpoint, Mapping):
+        raise ConversionError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
+    present = [key for key in _NESTED if isinstance(checkpoint.get(key), Mapping)]
+    if present:
+        taken, *others = present
+        return checkpoint[taken], [f"the weights under {taken} were taken, not {', '.join(others)}"] if others else []
+    if not any(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        keys = ", ".join(map(str, list(checkpoint)[:8])) or "nothing"
+        raise ConversionError(f"{path} holds no state dict, bare or under {', '.join(_NESTED)}; it holds {keys}")
+    return checkpoint, []
 
 
 def load_plain(path: Path) -> Any:
@@ -59,18 +71,3 @@ def _check_sums(path: Path) -> None:
         raise ConversionError(f"{path} is a truncated or damaged torch checkpoint: {one_line(error)}") from None
     if damaged:
         raise ConversionError(f"{path} is damaged: the checksum of its part {damaged} is wrong")
-
-
-def _state_dict(checkpoint: Any, path: Path) -> tuple[Mapping[str, Any], list[str]]:
-    import torch
-
-    if not isinstance(checkpoint, Mapping):
-        raise ConversionError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
-    present = [key for key in _NESTED if isinstance(checkpoint.get(key), Mapping)]
-    if present:
-        taken, *others = present
-        return checkpoint[taken], [f"the weights under {taken} were taken, not {', '.join(others)}"] if others else []
-    if not any(isinstance(value, torch.Tensor) for value in checkpoint.values()):
-        keys = ", ".join(map(str, list(checkpoint)[:8])) or "nothing"
-        raise ConversionError(f"{path} holds no state dict, bare or under {', '.join(_NESTED)}; it holds {keys}")
-    return checkpoint, []

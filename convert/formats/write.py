@@ -1,8 +1,9 @@
 """Writes weights in the format that the destination's ending names: whole, or not at all."""
 
+import functools
 import io
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -59,17 +60,10 @@ def _writer(path: Path) -> Callable[[Weights, Path], None]:
     return _write_orbax
 
 
-def _write_safetensors(weights: Weights, path: Path) -> None:
-    _save_safetensors(weights.tensors, weights, "pt", path)
-
-
-def _write_flax_safetensors(weights: Weights, path: Path) -> None:
-    _save_safetensors(to_flax_paths(weights.tensors), weights, "flax", path)
-
-
-def _save_safetensors(arrays: Mapping[str, np.ndarray], weights: Weights, layout: str, path: Path) -> None:
+def _write_safetensors(weights: Weights, path: Path, layout: str = "pt") -> None:
     from safetensors.numpy import save
 
+    arrays = to_flax_paths(weights.tensors) if layout == "flax" else weights.tensors
     description = metadata.to_json(weights.config, weights.class_names)
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     write_bytes(path, save(contiguous, metadata={"format": layout, metadata.KEY: description}))
@@ -88,7 +82,11 @@ def _write_orbax(weights: Weights, path: Path) -> None:
 
 
 # the longer ending comes first
-_WRITERS = {".flax.safetensors": _write_flax_safetensors, ".safetensors": _write_safetensors, ".pth": _write_pth}
+_WRITERS: dict[str, Callable[[Weights, Path], None]] = {
+    ".flax.safetensors": functools.partial(_write_safetensors, layout="flax"),
+    ".safetensors": _write_safetensors,
+    ".pth": _write_pth,
+}
 
 
 def require_space(weights: Weights, path: Path) -> None:

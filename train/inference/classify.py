@@ -58,20 +58,13 @@ def classify(
 
     def result(path: str, image: Any, outputs: Any) -> Result:
         best = np.argsort(-outputs["probability"], kind="stable")[:top_k].tolist()
-        predictions = [
-            Prediction(task.class_names[index], index, float(outputs["probability"][index])) for index in best
-        ]
+        predictions = [Prediction(task.class_names[i], i, float(outputs["probability"][i])) for i in best]
         if picture_names is None:
             return Result(path, predictions)
         picture = picture_names.name(path)
-        draw_attention(
-            picture,
-            classifier.config,
-            title=shown(path),
-            image=image,
-            attention=outputs["attention"],
-            predictions=[(p.class_name, p.probability) for p in predictions],
-        )
+        told = [(p.class_name, p.probability) for p in predictions]
+        maps = outputs["attention"]
+        draw_attention(picture, classifier.config, title=shown(path), image=image, attention=maps, predictions=told)
         return Result(path, predictions, str(picture))
 
     picture_names = PictureNames(pictures) if pictures else None

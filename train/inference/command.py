@@ -1,4 +1,4 @@
-"""What the commands `train.evaluate` and `train.predict` share: the model, a progress bar, notes."""
+"""What the commands `train.evaluate` and `train.predict` share: the model, notes."""
 
 import argparse
 import os
@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 from convert.command_line import Parser, at_least_one, image_size, share
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from train.inference.model import Classifier
 
 SOURCES = """\
@@ -58,13 +56,8 @@ def load_model(args: argparse.Namespace) -> "Classifier":
 
     keep_freed_memory()
     keep_compiled_programs()
-    return load_classifier(
-        args.weights,
-        image_size=args.image_size,
-        crop_pct=args.crop_pct,
-        precision=args.precision,
-        quantize=args.quantize,
-    )
+    settings = ("image_size", "crop_pct", "precision", "quantize")
+    return load_classifier(args.weights, **{name: getattr(args, name) for name in settings})
 
 
 def tell_notes(prog: str, notes: Iterable[str]) -> None:
@@ -76,10 +69,3 @@ def tell_notes(prog: str, notes: Iterable[str]) -> None:
 def reading_processes(images: int) -> int:
     """How many processes are worth starting to read so many images; 0: threads of this one."""
     return min(os.cpu_count() or 1, images // _IMAGES_PER_PROCESS)
-
-
-def progress_bar(images: int) -> "tqdm":
-    """A bar that counts images, gone when it is closed; none where stderr is no terminal."""
-    from train.run.progress import open_bar
-
-    return open_bar(total=images, unit=" images")

@@ -1,12 +1,10 @@
 """Predictions as text: a table to read, CSV, or lines of JSON. Each comes in pieces, image by image."""
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from convert.files import shown
+from convert.files import csv_text, shown
 
 _WIDEST_PATH, _WIDEST_CLASS = 100, 40  # characters; longer ones stand out of their column
 
@@ -42,10 +40,10 @@ class Csv:
     """A line for each prediction, its rank counted from 1."""
 
     def __init__(self, paths: Sequence[str], class_names: Sequence[str]):
-        self.header = _csv([["path", "rank", "class", "index", "probability"]])
+        self.header = csv_text([["path", "rank", "class", "index", "probability"]])
 
     def entry(self, path: str, predictions: Sequence[Prediction], picture: str | None) -> str:
-        return _csv(
+        return csv_text(
             [path, rank, p.class_name, p.index, _rounded(p.probability)] for rank, p in enumerate(predictions, start=1)
         )
 
@@ -65,12 +63,6 @@ class JsonLines:
 
 
 FORMATS: dict[str, type[Table | Csv | JsonLines]] = {"table": Table, "csv": Csv, "jsonl": JsonLines}
-
-
-def _csv(rows) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
 
 
 def _rounded(probability: float) -> float:

@@ -1,9 +1,8 @@
 """The programs that the devices run for a task, compiled at the same time in threads."""
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,19 +55,22 @@ class Programs:
             layer_of=self._model.layer_of,
         )
         shapes = abstract_state(self._model, self._optimizer, config, task)
-        self.state: State = jax.tree.map(_with_sharding, shapes, state_shardings(shapes, mesh))
+        self.state: State = jax.tree.map(
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, state_shardings(shapes, mesh)
+        )
         self._threads = ThreadPoolExecutor()
-        self._new_state = self._start(self._lower_init(params)) if new_state else None
+        start = self._threads.submit
+        self._new_state = start(self._lower_init(params)) if new_state else None
         train_step = jit_train_step(make_train_step(self._model, task, self._optimizer, config), mesh, shapes)
         self.traced: jax.stages.Traced = train_step.trace(shapes, self._batch(config.batch_size, training=True))
-        self._train_step = self._start(self.traced.lower().compile)
+        self._train_step = start(self.traced.lower().compile)
         self._eval_step = self._augment = None
         if plan.eval_batch_size is not None:
             eval_step = jit_eval_step(make_eval_step(self._model, task), mesh, shapes["params"])
             eval_batch = self._batch(plan.eval_batch_size, training=False)
-            self._eval_step = self._start(eval_step.lower(shapes["params"], eval_batch).compile)
+            self._eval_step = start(eval_step.lower(shapes["params"], eval_batch).compile)
         if config.augment_on == "device":  # last: while qwix traces a model, it has its hands on jax itself
-            self._augment = self._start(lambda: task.augment(config.batch_size, mesh))
+            self._augment = start(lambda: task.augment(config.batch_size, mesh))
 
     def new_state(self, params: Tree | None = None) -> State:
         """A new training state on the devices. The same seed gives the same bits.
@@ -103,9 +105,6 @@ class Programs:
         """Waits for what is being compiled, begins with nothing else, and ends the threads."""
         self._threads.shutdown(cancel_futures=True)
 
-    def _start(self, work: Callable[[], Any]) -> Future:
-        return self._threads.submit(work)
-
     def _lower_init(self, params: Tree | None) -> Callable[[], State]:
         plan = self.plan
         return lower_init(plan.task, self._model, self._optimizer, plan.config, plan.mesh, params)
@@ -113,7 +112,3 @@ class Programs:
     def _batch(self, batch_size: int, *, training: bool) -> dict[str, jax.ShapeDtypeStruct]:
         shapes = self.plan.task.batch_shapes(batch_size, training=training)
         return {**shapes, "bad": jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
-
-
-def _with_sharding(shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

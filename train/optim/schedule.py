@@ -22,14 +22,12 @@ def schedule_value(t: Any, config: TrainConfig, *, updates_per_epoch: int = 1) -
     warmup, total = config.warmup_epochs * updates_per_epoch, config.epochs * updates_per_epoch
     rising = start + t * ((base - start) / max(1, warmup))
     if config.lr_schedule == "constant":
-        falling = xp.full_like(rising, base)
-    elif config.lr_schedule == "linear":
+        return xp.where(t < warmup, rising, base)
+    if config.lr_schedule == "linear":
         falling = minimum + (base - minimum) * (1 - t / total)
     else:
         falling = minimum + 0.5 * (base - minimum) * (1 + xp.cos(np.pi * t / total))
-    if config.lr_schedule != "constant":
-        falling = xp.where(t < total, falling, minimum)
-    return xp.where(t < warmup, rising, falling)
+    return xp.where(t < warmup, rising, xp.where(t < total, falling, minimum))
 
 
 def learning_rates(config: TrainConfig) -> Float64[np.ndarray, " epochs"]:

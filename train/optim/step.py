@@ -124,7 +124,5 @@ def jit_eval_step(eval_step: Callable[[Tree, Batch], Tree], mesh: Mesh, params: 
         params: the parameters, or their shapes.
     """
     return jax.jit(
-        eval_step,
-        in_shardings=(state_shardings(params, mesh), batch_sharding(mesh)),
-        out_shardings=replicated(mesh),
+        eval_step, in_shardings=(state_shardings(params, mesh), batch_sharding(mesh)), out_shardings=replicated(mesh)
     )

@@ -1,8 +1,6 @@
 """Image classification: labels, mixed and smoothed targets, accuracies, the confusion matrix."""
 
-import csv
 import dataclasses
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ import convert
 from convert import load_weights
 from convert.adapt import adapt
 from convert.errors import ConversionError, SettingsError, listed
-from convert.files import write_whole
+from convert.files import csv_text, write_whole
 from convert.weights import Weights
 from crossvit_jax import CrossViT, CrossViTConfig, get_config
 from train.config import TrainConfig
@@ -145,27 +143,18 @@ class ClassificationScores:
         names, totals, right = self._class_names, self.confusion.sum(1), np.diag(self.confusion)
         shares = [f"{100 * r / total:.2f}" if total else "" for r, total in zip(right, totals, strict=True)]
         per_class = [("class", "images", "top1"), *zip(names, totals, shares, strict=True)]
-        table = [
-            ("true \\ predicted", *names),
-            *((name, *row) for name, row in zip(names, self.confusion, strict=True)),
-        ]
+        rows = [(name, *row) for name, row in zip(names, self.confusion, strict=True)]
         values = {"top1": None, "top5": None} | self.values()
         texts = {
             "evaluation.json": json.dumps({**about, **values}, indent=2) + "\n",
-            "per_class.csv": _csv(per_class),
-            "confusion.csv": _csv(table),
+            "per_class.csv": csv_text(per_class),
+            "confusion.csv": csv_text([("true \\ predicted", *names), *rows]),
         }
         for name, text in texts.items():
             write_whole(folder / name, text.encode("utf-8", "surrogateescape"))  # folders may be named in any bytes
         title = f"{Path(about['weights']).name} on {about['dataset']} ({about['split']}): top-1 {values['top1']:.2f} %"
         draw_confusion(self.confusion, names, folder / "confusion.png", title=title)
         return [*texts, "confusion.png"]
-
-
-def _csv(rows: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
 
 
 # --- labels of a data set and outputs of a model ---

@@ -294,7 +294,7 @@ def test_a_library_that_is_not_installed_has_no_version(weights, monkeypatch):
         raise importlib.metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(importlib.metadata, "version", fail)
-    assert convert.export.onnx_graph._description(weights, "float32")["library"] == "crossvit-jax unknown"
+    assert convert.metadata.summary(weights)["library"] == "crossvit-jax unknown"
 
 
 def test_without_the_extra_its_name_is_told(capsys, tmp_path, monkeypatch):
