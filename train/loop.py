@@ -168,9 +168,8 @@ class _Run:
             self._train = self._open_train()
         if job.resumed:
             _say(f"continued after step {self._step} of {config.epochs * job.steps_per_epoch}")
-        self._log = self._open.enter_context(
-            closing(_open_log(job, self._folder, position=remembered.log_bytes, step=self._step))
-        )
+        log = _open_log(job, self._folder, position=remembered.log_bytes, step=self._step)
+        self._log = self._open.enter_context(closing(log))
         self._shown = Progress(
             job.task.metrics,
             self._choosing,
@@ -273,12 +272,9 @@ class _Run:
             self._drawn = time.perf_counter()
 
     def _save(self) -> None:
-        from train.run.checkpoints import RunState
-
         meter = self._meter.catch_up()
-        self._checkpoints.save(
-            self.state, RunState(self._step, self._log.position, meter, self.best), self._job.described
-        )
+        remembered = RunState(self._step, self._log.position, meter, self.best)
+        self._checkpoints.save(self.state, remembered, self._job.described)
 
     def _stop_if_wanted(self) -> None:
         if self._interruption.wanted(self._step):
