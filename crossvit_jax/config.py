@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+_RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 BRANCH_SETTINGS = ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "image_scale")
 
 
@@ -140,7 +141,7 @@ class CrossViTConfig:
             raise ValueError(f"num_classes must be 0 (no head) or more; got {self.num_classes}")
         if self.global_pool not in ("token", "avg"):
             raise ValueError(f"global_pool must be 'token' or 'avg'; got {self.global_pool!r}")
-        for field in ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"):
+        for field in _RATES:
             if not 0.0 <= getattr(self, field) < 1.0:
                 raise ValueError(f"{field} must be in [0, 1); got {getattr(self, field)}")
         if self.multi_conv and not set(self.patch_size) <= {12, 16}:
@@ -245,8 +246,7 @@ class CrossViTConfig:
     @property
     def is_stochastic(self) -> bool:
         """Whether training mode draws random numbers."""
-        rates = (self.drop_rate, self.pos_drop_rate, self.proj_drop_rate, self.attn_drop_rate, self.drop_path_rate)
-        return any(rate > 0.0 for rate in rates)
+        return any(getattr(self, rate) > 0.0 for rate in _RATES)
 
     def feature_indices(self, indices: int | Sequence[int] | None = None) -> list[int]:
         """Intermediate features as indices from 0, branch by branch and stage by stage (timm's order, ascending).

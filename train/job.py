@@ -15,7 +15,6 @@ from convert import ConversionError
 from convert.errors import SettingsError
 from convert.metadata import describe, understand
 from convert.weights import Weights
-from crossvit_jax import CrossViTConfig
 from train.config import TrainConfig, steps_per_epoch
 from train.data.datasets import open_image_sets
 from train.data.sources import ImageSets
@@ -82,7 +81,10 @@ def prepare(config: TrainConfig) -> Job:
             "choose a smaller --batch-size"
         )
 
-    begun = None if saved is None else _begun_model(saved, config)
+    try:
+        begun = None if saved is None else understand(saved["model"])[0]
+    except (KeyError, TypeError, ConversionError) as error:
+        raise SettingsError(f"the run in {config.output} was begun by another version: {error}") from error
     starts_anew = saved is None or newest_checkpoint(Path(config.output)) == 0  # or --init need not be there any more
     if saved is not None and starts_anew:
         config = dataclasses.replace(config, init=config.init or saved["train"].get("init"))
@@ -94,7 +96,10 @@ def prepare(config: TrainConfig) -> Job:
         precision=config.precision or default_precision(mesh),
     )
     if config.augment_on == "host" and config.auto_augment not in {recipe.auto_augment for recipe in RECIPES.values()}:
-        _check_auto_augment(config, model_config)
+        try:
+            _ = train_transform(config, model_config).timm_transform
+        except (AssertionError, ValueError, KeyError, IndexError) as error:
+            raise SettingsError(f"timm does not understand auto_augment {config.auto_augment!r}") from error
     described = describe_run(
         config, model=describe(model_config, image_sets.class_names), data=_describe_data(config, image_sets)
     )
@@ -118,13 +123,6 @@ def augment_on(config: TrainConfig, saved: dict[str, Any] | None) -> str:
     return "device" if jax.default_backend() == "gpu" and device_can_augment(config.auto_augment) else "host"
 
 
-def _begun_model(saved: dict[str, Any], config: TrainConfig) -> CrossViTConfig:
-    try:
-        return understand(saved["model"])[0]
-    except (KeyError, TypeError, ConversionError) as error:
-        raise SettingsError(f"the run in {config.output} was begun by another version: {error}") from error
-
-
 def _describe_data(config: TrainConfig, image_sets: ImageSets) -> dict[str, Any]:
     return {
         "train_images": len(image_sets.train),
@@ -133,10 +131,3 @@ def _describe_data(config: TrainConfig, image_sets: ImageSets) -> dict[str, Any]
         "steps_per_epoch": steps_per_epoch(len(image_sets.train), config.batch_size, config.repeated_aug),
         "fingerprint": image_sets.fingerprint,
     }
-
-
-def _check_auto_augment(config: TrainConfig, model_config: CrossViTConfig) -> None:
-    try:
-        _ = train_transform(config, model_config).timm_transform
-    except (AssertionError, ValueError, KeyError, IndexError) as error:
-        raise SettingsError(f"timm does not understand auto_augment {config.auto_augment!r}") from error
