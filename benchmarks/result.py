@@ -266,11 +266,7 @@ def times_as_fast(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, f
     round, whose calls were slowed by the same other programs; it always holds the ratio of the medians.
     """
     by_round = [b / a for a, b in zip(ours, theirs, strict=True)]
-    return {
-        "ratio": statistics.median(theirs) / statistics.median(ours),
-        "min": min(by_round),
-        "max": max(by_round),
-    }
+    return {"ratio": statistics.median(theirs) / statistics.median(ours), "min": min(by_round), "max": max(by_round)}
 
 
 # --- tables ---

@@ -28,11 +28,6 @@ def describe(config: CrossViTConfig, class_names: tuple[str, ...] | None) -> dic
     return {"format": FORMAT, **_FIXED, "config": settings, "class_names": class_names and list(class_names)}
 
 
-def to_json(config: CrossViTConfig, class_names: tuple[str, ...] | None) -> str:
-    """`describe` as text, for formats whose metadata is text."""
-    return json.dumps(describe(config, class_names))
-
-
 def summary(weights: Weights) -> dict[str, Any]:
     """What an exported file tells those who do not have this library, as plain values; and our own description."""
     config = weights.config
@@ -44,7 +39,7 @@ def summary(weights: Weights) -> dict[str, Any]:
         "crop_pct": config.crop_pct,
         "license": weights.license,
         "library": f"crossvit-jax {version('crossvit-jax')}",
-        KEY: to_json(config, weights.class_names),
+        KEY: json.dumps(describe(config, weights.class_names)),
     }
     return about | ({"mean": MEAN, "std": STD} if config.in_chans == 3 else {})
 

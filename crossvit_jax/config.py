@@ -299,9 +299,7 @@ _TABLE = {
 CUSTOM = "custom"  # the name of a model with branches of one's own
 VARIANTS: dict[str, CrossViTConfig] = {config.name: config for config in _TABLE.values()}
 TIMM_NAMES: dict[str, str] = {config.name: timm_name for timm_name, config in _TABLE.items()}
-IBM_NAMES: dict[str, str] = {
-    short: timm_name.replace("_240", "_224").replace("_408", "_384") for short, timm_name in TIMM_NAMES.items()
-}
+IBM_NAMES = {short: name.replace("_240", "_224").replace("_408", "_384") for short, name in TIMM_NAMES.items()}
 _SHORT_NAMES = {name: short for names in (TIMM_NAMES, IBM_NAMES) for short, name in names.items()}
 _SHORT_NAMES |= {short: short for short in VARIANTS}
 

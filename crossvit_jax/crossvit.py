@@ -29,14 +29,7 @@ class CrossViT(nnx.Module):
     if any dropout or drop-path rate is above 0, calls need `rngs=nnx.Rngs(dropout=key)`. `eval()` turns both off.
     """
 
-    def __init__(
-        self,
-        config: CrossViTConfig,
-        *,
-        dtype=None,
-        param_dtype=jnp.float32,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, config: CrossViTConfig, *, dtype=None, param_dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
         self.param_dtype = jnp.dtype(param_dtype)
@@ -260,14 +253,7 @@ def _token(tokens: int, dim: int, param_dtype, rngs: nnx.Rngs) -> nnx.Param:
     return nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, tokens, dim), param_dtype))
 
 
-def create_model(
-    name: str,
-    *,
-    dtype=None,
-    param_dtype=jnp.float32,
-    rngs: nnx.Rngs,
-    **overrides,
-) -> CrossViT:
+def create_model(name: str, *, dtype=None, param_dtype=jnp.float32, rngs: nnx.Rngs, **overrides) -> CrossViT:
     """A freshly initialised CrossViT.
 
     Args:

@@ -255,12 +255,7 @@ def _token(tokens: int, dim: int, param_dtype: torch.dtype, device) -> nn.Parame
 
 
 def create_model(
-    name: str,
-    *,
-    dtype: torch.dtype | None = None,
-    param_dtype: torch.dtype = torch.float32,
-    device=None,
-    **overrides,
+    name: str, *, dtype: torch.dtype | None = None, param_dtype: torch.dtype = torch.float32, device=None, **overrides
 ) -> CrossViT:
     """A freshly initialised CrossViT.
 

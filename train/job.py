@@ -85,7 +85,7 @@ def prepare(config: TrainConfig) -> Job:
         begun = None if saved is None else understand(saved["model"])[0]
     except (KeyError, TypeError, ConversionError) as error:
         raise SettingsError(f"the run in {config.output} was begun by another version: {error}") from error
-    starts_anew = saved is None or newest_checkpoint(Path(config.output)) == 0  # or --init need not be there any more
+    starts_anew = saved is None or newest_checkpoint(Path(config.output)) == 0  # if not, --init may be gone by now
     if saved is not None and starts_anew:
         config = dataclasses.replace(config, init=config.init or saved["train"].get("init"))
     model_config, weights = starting_model(config, image_sets.class_names, begun, starts_anew=starts_anew)

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32
 from PIL import Image
 
 from convert.errors import ConversionError
+from convert.export.compare import Images
 from convert.files import FOLDER_PREFIX, IMAGE_SUFFIXES, image_files, typed_path
 from crossvit_jax.config import CrossViTConfig
 from crossvit_jax.preprocess import UnreadableImage, preprocess_image
@@ -37,9 +37,7 @@ def find_images(source: str) -> list[Path] | None:
     return sorted({path.resolve(): path for path in paths}.values())  # each once, however many links lead to it
 
 
-def calibration_images(
-    source: str, config: CrossViTConfig, count: int
-) -> Float32[np.ndarray, "images height width channels"]:
+def calibration_images(source: str, config: CrossViTConfig, count: int) -> Images:
     """Up to `count` images as evaluation sees them, normalised.
 
     Of more, as many are taken at even steps through the sorted paths, so that each class folder has its share.
@@ -55,10 +53,8 @@ def calibration_images(
     if config.in_chans != 3:
         raise ConversionError(f"these images have 3 channels, and the model takes {config.in_chans}")
     paths = find_images(source)
-    if paths is None:
-        pictures = _digits(count)
-    else:
-        pictures = [paths[index * len(paths) // count] for index in range(count)] if len(paths) > count else paths
+    taken = min(count, len(paths or ()))
+    pictures = _digits(count) if paths is None else [paths[i * len(paths) // taken] for i in range(taken)]
     try:
         return np.stack([preprocess_image(picture, config) for picture in pictures])
     except UnreadableImage as error:

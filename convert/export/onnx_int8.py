@@ -156,11 +156,9 @@ def _check_images(model: "onnx.ModelProto", images: np.ndarray, source: Path) ->
     dims = model.graph.input[0].type.tensor_type.shape.dim
     if dims[0].HasField("dim_value"):
         raise ConversionError(f"{source} takes {dims[0].dim_value} images at a time; calibration needs any number")
-    wanted = tuple(dim.dim_value for dim in dims[1:])
-    if images.shape[1:] != wanted or images.dtype != np.float32:
-        raise ConversionError(
-            f"{source} takes float32 images of shape {wanted}; got {images.dtype} of {images.shape[1:]}"
-        )
+    wanted, given = tuple(dim.dim_value for dim in dims[1:]), images.shape[1:]
+    if given != wanted or images.dtype != np.float32:
+        raise ConversionError(f"{source} takes float32 images of shape {wanted}; got {images.dtype} of {given}")
 
 
 def _describe(path: Path, kind: str) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +65,7 @@ def _write_safetensors(weights: Weights, path: Path, layout: str = "pt") -> None
     from safetensors.numpy import save
 
     arrays = to_flax_paths(weights.tensors) if layout == "flax" else weights.tensors
-    description = metadata.to_json(weights.config, weights.class_names)
+    description = json.dumps(metadata.describe(weights.config, weights.class_names))
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     write_bytes(path, save(contiguous, metadata={"format": layout, metadata.KEY: description}))
 

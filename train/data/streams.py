@@ -73,8 +73,4 @@ def device_batches(batches: grain.IterDataset, mesh: Mesh) -> grain.DatasetItera
 
 
 def _everywhere(config: TrainConfig) -> dict[str, Any]:
-    return {
-        "workers": config.workers,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-    }
+    return {"workers": config.workers, "process_index": jax.process_index(), "process_count": jax.process_count()}

@@ -12,11 +12,9 @@ from convert.errors import SettingsError
 from train.data.bad_images import BadImages
 from train.data.sources import Source
 from train.inference.model import Classifier
-from train.tasks.task import Scores
+from train.tasks.task import Batch, Scores
 
 BATCHES_BEHIND = 2  # results are fetched so many batches late, so that the devices never wait for the host
-
-Batch = dict[str, Any]
 
 
 def forward(program: Callable[[Batch], Any], batches: Iterator[Batch]) -> Iterator[tuple[Batch, Any]]:

@@ -18,8 +18,7 @@ from train.config import TrainConfig
 from train.devices.mesh import batch_sharding, default_precision, make_mesh, replicated
 from train.optim.quantize import quantised, require_qwix
 from train.tasks.classification import Classification
-
-Batch = Mapping[str, Any]
+from train.tasks.task import Batch
 
 # images at a time on one device, where the user names no number
 _BATCH_PER_CPU = 32

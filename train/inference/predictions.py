@@ -55,10 +55,8 @@ class JsonLines:
         self.header = ""
 
     def entry(self, path: str, predictions: Sequence[Prediction], picture: str | None) -> str:
-        values = [
-            {"class": p.class_name, "index": p.index, "probability": _rounded(p.probability)} for p in predictions
-        ]
-        line = {"path": path, "predictions": values} | ({"attention": picture} if picture else {})
+        found = [{"class": p.class_name, "index": p.index, "probability": _rounded(p.probability)} for p in predictions]
+        line = {"path": path, "predictions": found} | ({"attention": picture} if picture else {})
         return json.dumps(line) + "\n"
 
 

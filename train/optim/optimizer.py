@@ -71,6 +71,4 @@ def _scale_by_layer(decay: float, layer_of: Callable[[str], int]) -> optax.Gradi
 
 def _map_with_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
     """`function` of each leaf's dotted name and the leaf."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: function(".".join(str(entry.key) for entry in path), leaf), tree
-    )
+    return jax.tree.map_with_path(lambda path, leaf: function(".".join(str(entry.key) for entry in path), leaf), tree)

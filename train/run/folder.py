@@ -116,10 +116,7 @@ def describe_run(config: TrainConfig, *, model: dict[str, Any], data: dict[str, 
             "kind": jax.devices()[0].device_kind,
             "platform": jax.default_backend(),
         },
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in _PACKAGES},
-        },
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}},
     }
 
 
