@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert import load_flax
+from convert import load_flax, load_weights
 from train.evaluate import main as evaluate
 from train.main import main as train
 
@@ -63,6 +63,12 @@ def test_a_stopped_run_on_a_folder_goes_on(written, logged_alike, small_variant,
     assert train(["--resume=folder-run"]) == 0
     assert "continued after step 6 of 12" in capsys.readouterr().out
     logged_alike("folder-run", "folder.jsonl")
+
+
+def test_the_folder_of_a_run_that_did_not_end_is_a_source(written):
+    weights = load_weights(written / "digits-run")
+    assert weights.tensors.keys() == load_weights(written / "files" / "model.safetensors").tensors.keys()
+    assert weights.class_names == tuple("0123456789")
 
 
 def _images():

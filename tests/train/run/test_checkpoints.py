@@ -1,0 +1,74 @@
+"""What is taken for damage, and what is not; and folders that hold no run to continue."""
+
+import json
+from contextlib import closing
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from convert.errors import SettingsError
+from train.run.checkpoints import Checkpoints, fingerprint
+from train.run.folder import CheckpointError, newest_checkpoint, read_run
+from train.run.run_state import RunState
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run's folder with one checkpoint, of step 1."""
+    with closing(Checkpoints(tmp_path, description={}, say=print)) as checkpoints:
+        checkpoints.save({"params": jnp.ones(3)}, RunState(step=1), {})
+        checkpoints.wait()
+    return tmp_path
+
+
+def _restore(folder):
+    shapes = {"params": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=jnp.ones(3).sharding)}
+    with closing(Checkpoints(folder, description={}, say=print)) as checkpoints:
+        return checkpoints.restore(shapes)
+
+
+def _steps(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("RESOURCE_EXHAUSTED: out of memory"), MemoryError()])
+def test_too_little_memory_is_no_damage(folder, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_read", fail)
+        with pytest.raises(type(error)):
+            _restore(folder)
+    assert _steps(folder) == ["1"]
+    assert _restore(folder)[1].step == 1
+
+
+def test_where_no_checkpoint_can_be_read_all_stay_where_they_are(folder, monkeypatch):
+    def fail(*_):
+        raise ValueError("truncated")
+
+    monkeypatch.setattr(Checkpoints, "_read", fail)
+    for _ in range(2):  # a second start finds what the first one found
+        with pytest.raises(CheckpointError, match="none of the checkpoints"):
+            _restore(folder)
+        assert newest_checkpoint(folder) == 1
+
+
+def test_a_run_of_which_only_damaged_checkpoints_are_left_does_not_start_anew(folder):
+    (folder / "checkpoints" / "1").rename(folder / "checkpoints" / "1.damaged")
+    with pytest.raises(CheckpointError, match="are damaged"):
+        newest_checkpoint(folder)
+
+
+@pytest.mark.parametrize("content", [{"model_type": "vit"}, ["a list"], {"train": {}, "model": "x", "data": {}}])
+def test_the_config_of_another_program_is_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(SettingsError, match=r"config\.json was written by another program"):
+        read_run(str(tmp_path))
+
+
+def test_truth_values_in_a_state_change_its_fingerprint():
+    one, other = (fingerprint({"seen": jnp.array([True, value])}) for value in (True, False))
+    assert one.tolist() != other.tolist()
