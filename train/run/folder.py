@@ -18,7 +18,6 @@ from train.config import TrainConfig
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "timm", "pillow", "numpy")
 _CONFIG, _LOCK = "config.json", ".lock"
-_PARTS = "train", "model", "data"  # of config.json, what has to be the same when a run is continued
 # what may differ when a run is continued: none of it changes what is computed
 _FREE = {"output", "data_dir", "dataset", "init", "workers", "mesh", "coordinator", "num_processes", "process_id"}
 _FREE |= {"checkpoint_every", "max_bad_images", "wandb"}
@@ -48,7 +47,7 @@ def read_run(output: str | None) -> dict[str, Any] | None:
         raise SettingsError(f"--output {folder} holds something, but no run to continue: name a new folder") from None
     except (OSError, ValueError) as error:
         raise SettingsError(f"cannot read {folder / _CONFIG}: {error}") from error
-    if not isinstance(saved, dict) or not all(isinstance(saved.get(part), dict) for part in _PARTS):
+    if not isinstance(saved, dict) or not isinstance(saved.get("train"), dict):
         raise SettingsError(f"{folder / _CONFIG} was written by another program: name a new folder")
     return saved
 
@@ -78,7 +77,7 @@ def check_same_run(saved: dict[str, Any], described: dict[str, Any], output: str
     if models[0] != models[1]:  # or the same in another format
         begun["model"], model = map(_model_settings, models)
         described = {**described, "model": model}
-    for part in _PARTS:
+    for part in ("train", "model", "data"):
         # through JSON, where tuples are lists
         old, new = _flat(begun.get(part, {})), _flat(json.loads(json.dumps(described[part])))
         differences += [

@@ -62,7 +62,7 @@ def test_a_run_of_which_only_damaged_checkpoints_are_left_does_not_start_anew(fo
         newest_checkpoint(folder)
 
 
-@pytest.mark.parametrize("content", [{"model_type": "vit"}, ["a list"], {"train": {}, "model": "x", "data": {}}])
+@pytest.mark.parametrize("content", [{"model_type": "vit"}, ["a list"], {"train": "fast"}])
 def test_the_config_of_another_program_is_one_line(tmp_path, content):
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(SettingsError, match=r"config\.json was written by another program"):
