@@ -14,7 +14,7 @@ from convert.weights import Weights
 from crossvit_jax import CrossViT
 from crossvit_jax.config import VARIANTS
 
-BOUND = 1e-5  # of the largest logit: the house's for float32
+BOUND = 1e-5  # of the largest logit: the project's for float32
 
 
 def read_back(weights: Weights, path: Path) -> tuple[Weights, list[str]]:
