@@ -8,8 +8,9 @@ from flax import nnx
 from crossvit_jax import CrossViT, CrossViTConfig
 from crossvit_jax.config import VARIANTS
 from train.config import TrainConfig
+from train.devices.mesh import state_shardings
 from train.optim import step
-from train.optim.state import State, abstract_model, lower_init
+from train.optim.state import State, abstract_model, abstract_state, lower_init
 from train.tasks.classification import Classification
 
 
@@ -36,7 +37,9 @@ def make_eval_step(model: nnx.Module):
 def init_state(config: TrainConfig, classes: int, optimizer: optax.GradientTransformation, mesh, params=None) -> State:
     """A new training state, made where it will live."""
     task = classification(config, classes)
-    return lower_init(task, abstract_model(task, config), optimizer, config, mesh, params)()
+    model = abstract_model(task, config)
+    shardings = state_shardings(abstract_state(model, optimizer, config, task), mesh)
+    return lower_init(task, model, optimizer, config, mesh, shardings, params)()
 
 
 def abstract_classifier(model_config: CrossViTConfig, config: TrainConfig | None = None) -> CrossViT:

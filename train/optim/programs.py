@@ -55,8 +55,9 @@ class Programs:
             layer_of=self._model.layer_of,
         )
         shapes = abstract_state(self._model, self._optimizer, config, task)
+        self._shardings = state_shardings(shapes, mesh)
         self.state: State = jax.tree.map(
-            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, state_shardings(shapes, mesh)
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, self._shardings
         )
         self._threads = ThreadPoolExecutor()
         start = self._threads.submit
@@ -107,7 +108,7 @@ class Programs:
 
     def _lower_init(self, params: Tree | None) -> Callable[[], State]:
         plan = self.plan
-        return lower_init(plan.task, self._model, self._optimizer, plan.config, plan.mesh, params)
+        return lower_init(plan.task, self._model, self._optimizer, plan.config, plan.mesh, self._shardings, params)
 
     def _batch(self, batch_size: int, *, training: bool) -> dict[str, jax.ShapeDtypeStruct]:
         shapes = self.plan.task.batch_shapes(batch_size, training=training)

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from train.config import TrainConfig
-from train.devices.mesh import put, state_shardings
+from train.devices.mesh import put
 from train.optim.quantize import fake_quantised
 from train.tasks.task import Task, Tree
 
@@ -106,6 +106,7 @@ def lower_init(
     optimizer: optax.GradientTransformation,
     config: TrainConfig,
     mesh: Mesh,
+    shardings: Tree,
     params: Tree | None = None,
 ) -> Callable[[], State]:
     """A function that compiles and runs the program that makes a new state where it will live, for another thread.
@@ -114,9 +115,9 @@ def lower_init(
     time only wait for each other.
 
     Args:
+        shardings: of the state, on the mesh.
         params: initial parameters as numpy arrays; none: newly drawn ones.
     """
-    shardings = state_shardings(abstract_state(model, optimizer, config, task), mesh)
     if params is not None:
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
         around = jax.jit(

@@ -13,7 +13,7 @@ from timm.utils import ModelEmaV3
 
 from tests.train.steps import classification, init_state, make_eval_step, make_train_step
 from train.config import TrainConfig
-from train.devices.mesh import make_mesh
+from train.devices.mesh import make_mesh, state_shardings
 from train.optim.optimizer import make_optimizer
 from train.optim.state import abstract_model, abstract_state, lower_init, make_state
 from train.optim.step import jit_train_step
@@ -278,12 +278,14 @@ def test_the_shapes_of_a_new_state_can_be_told_without_it(small_variant, changes
     task, optimizer = classification(config, _CLASSES), make_optimizer(config, steps_per_epoch=1)
     model = abstract_model(task, config)
     shapes = abstract_state(model, optimizer, config)
-    made = lower_init(task, model, optimizer, config, make_mesh())()
+    mesh = make_mesh()
+    shardings = state_shardings(shapes, mesh)
+    made = lower_init(task, model, optimizer, config, mesh, shardings)()
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), made) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), shapes
     )
     params = jax.device_get(made["params"])
-    around = lower_init(task, model, optimizer, config, make_mesh(), params)
+    around = lower_init(task, model, optimizer, config, mesh, shardings, params)
     jax.tree.map(np.testing.assert_array_equal, around(), made)
 
 
