@@ -245,7 +245,7 @@ class _Run:
     def _scores(self, params: Any) -> Scores:
         scores = self._job.task.scores()
         batches = itertools.islice(self._watched(self._held_out), self._job.eval_steps)
-        for _, outputs in forward(lambda batch: self._programs.eval_step(params, batch), batches):
+        for outputs in forward(lambda batch: self._programs.eval_step(params, batch), batches):
             scores.add(outputs)
         return scores
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.files import shown
 from train.data.bad_images import BadImages
-from train.inference.evaluation import forward
+from train.inference.evaluation import forward, without_bad
 from train.inference.image_paths import FileSource
 from train.inference.model import Classifier
 from train.inference.predictions import Prediction
@@ -53,32 +53,32 @@ def classify(
     task = classifier.task
 
     def program(model: Any, batch: Any) -> Any:
-        attention = class_token_attention(model, batch["image"]) if pictures else {}
-        return {"probability": jax.nn.softmax(model(batch["image"])), "attention": attention}
+        outputs = {"probability": jax.nn.softmax(model(batch["image"])), "mask": batch["mask"]}
+        if pictures:
+            outputs |= {"image": batch["image"], "attention": class_token_attention(model, batch["image"])}
+        return outputs
 
-    def result(path: str, image: Any, outputs: Any) -> Result:
+    def result(path: str, outputs: Any) -> Result:
         best = np.argsort(-outputs["probability"], kind="stable")[:top_k].tolist()
         predictions = [Prediction(task.class_names[i], i, float(outputs["probability"][i])) for i in best]
         if picture_names is None:
             return Result(path, predictions)
         picture = picture_names.name(path)
         told = [(p.class_name, p.probability) for p in predictions]
-        maps = outputs["attention"]
-        draw_attention(picture, classifier.config, title=shown(path), image=image, attention=maps, predictions=told)
+        seen = {name: outputs[name] for name in ("image", "attention")}
+        draw_attention(picture, classifier.config, title=shown(path), predictions=told, **seen)
         return Result(path, predictions, str(picture))
 
     picture_names = PictureNames(pictures) if pictures else None
     batches = eval_batches(source, task.transform(training=False), batch_size=batch_size, workers=workers, rounds=1)
-    shapes = {"image": task.batch_shapes(batch_size, training=False)["image"]}
+    shapes = task.batch_shapes(batch_size, training=False)
+
     with closing(device_batches(batches, classifier.mesh)) as stream:
         compiled = classifier.compile(program, shapes)  # while the first images are read
         paths = iter(source.paths)
-        for batch, outputs in forward(lambda batch: compiled({"image": batch["image"]}), stream):
-            bad_images.add(batch["bad_indices"])
-            readable = np.asarray(batch["mask"]) > 0
-            images = np.asarray(batch["image"]) if pictures else [None] * batch_size
+        for outputs in forward(compiled, without_bad(stream, bad_images, shapes)):
             yield [
-                result(path, images[i], jax.tree.map(lambda array, i=i: array[i], outputs))
+                result(path, jax.tree.map(lambda array, i=i: array[i], outputs))
                 for i, path in enumerate(itertools.islice(paths, batch_size))
-                if readable[i]
+                if outputs["mask"][i]
             ]

@@ -1,8 +1,9 @@
 """The one way through which images go that are not trained on: held-out images, and those to evaluate or to predict."""
 
+import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -17,21 +18,30 @@ from train.tasks.task import Batch, Scores
 BATCHES_BEHIND = 2  # results are fetched so many batches late, so that the devices never wait for the host
 
 
-def forward(program: Callable[[Batch], Any], batches: Iterator[Batch]) -> Iterator[tuple[Batch, Any]]:
-    """Every batch with what a program makes of it, as numpy arrays, in their order.
+def forward(program: Callable[[Batch], Any], batches: Iterator[Batch]) -> Iterator[Any]:
+    """What a program makes of each batch, as numpy arrays, in their order. Batches are not kept on the devices.
 
     Args:
         program: a compiled function of a batch.
     """
-    pending: deque[tuple[Batch, Any]] = deque()
-    for batch in batches:
-        pending.append((batch, program(batch)))
+    pending: deque[Any] = deque()
+    for outputs in map(program, batches):
+        pending.append(outputs)
         if len(pending) > BATCHES_BEHIND:
-            done, outputs = pending.popleft()
-            yield done, jax.device_get(outputs)
+            yield jax.device_get(pending.popleft())
     while pending:
-        done, outputs = pending.popleft()
-        yield done, jax.device_get(outputs)
+        yield jax.device_get(pending.popleft())
+
+
+def without_bad(stream: Iterator[Batch], bad_images: BadImages, names: Iterable[str]) -> Iterator[Batch]:
+    """The batches of a stream as a program takes them, with these names only.
+
+    Args:
+        bad_images: told which images cannot be read.
+    """
+    for batch in stream:
+        bad_images.add(batch["bad_indices"])
+        yield {name: batch[name] for name in names}
 
 
 def evaluate(
@@ -60,20 +70,16 @@ def evaluate(
     from train.data.batches import eval_batches  # late: Grain takes long to import
     from train.data.streams import device_batches
 
-    task, start = classifier.task, 0.0
+    task = classifier.task
     transform, shapes = task.transform(training=False), task.batch_shapes(batch_size, training=False)
     batches = eval_batches(source, transform, batch_size=batch_size, workers=workers, rounds=1)
 
-    def watched(stream: Iterator[Batch]) -> Iterator[Batch]:
-        nonlocal start
-        for batch in stream:
-            start = start or time.perf_counter()  # the start of worker processes says nothing about speed
-            bad_images.add(batch["bad_indices"])
-            yield {name: batch[name] for name in shapes}
-
     with closing(device_batches(batches, classifier.mesh)) as stream:
         program = classifier.compile(task.evaluate, shapes)  # while the first images are read
-        for place, (_, outputs) in enumerate(forward(program, watched(stream))):
+        batches = without_bad(stream, bad_images, shapes)
+        first = iter([next(batches)])
+        start = time.perf_counter()  # not before: the start of worker processes says nothing about speed
+        for place, outputs in enumerate(forward(program, itertools.chain(first, batches))):
             scores.add(outputs)
             advance(min(batch_size, len(source) - place * batch_size))
     images = scores.values()["images"]
