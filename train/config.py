@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
-from convert.command_line import branch
 from convert.errors import SettingsError
 from convert.files import FOLDER_PREFIX, home_path
 from crossvit_jax.config import CUSTOM, EXAMPLE, Branch, CrossViTConfig, get_config
@@ -58,8 +57,11 @@ def number_pair(text: str) -> tuple[float, float]:
 
 
 def branch_text(text: str) -> str:
-    """The settings of a branch, in the words of `str(Branch)`."""
-    return str(branch(text))
+    """The settings of a branch, in the words of `str(Branch)`. Raises SettingsError, naming what is wrong."""
+    try:
+        return str(Branch.parse(text))
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
 
 
 def data_set(text: str) -> str:
