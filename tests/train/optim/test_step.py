@@ -60,21 +60,16 @@ def _run(config, steps=4):
     return losses, state
 
 
-def test_the_loss_is_timms():
+@pytest.mark.parametrize(
+    ("loss", "reference"),
+    [(soft_target_cross_entropy, SoftTargetCrossEntropy()), (binary_cross_entropy, BinaryCrossEntropy())],
+)
+def test_the_losses_are_timms(loss, reference):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(5, 9)).astype(np.float32)
     targets = rng.dirichlet(np.ones(9), size=5).astype(np.float32)
-    expected = SoftTargetCrossEntropy()(torch.tensor(logits), torch.tensor(targets))
-    losses = soft_target_cross_entropy(jnp.asarray(logits), jnp.asarray(targets))
-    assert float(losses.mean()) == pytest.approx(float(expected), rel=1e-6)
-
-
-def test_the_binary_loss_is_timms():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(5, 9)).astype(np.float32)
-    targets = rng.dirichlet(np.ones(9), size=5).astype(np.float32)
-    expected = BinaryCrossEntropy()(torch.tensor(logits), torch.tensor(targets))
-    losses = binary_cross_entropy(jnp.asarray(logits), jnp.asarray(targets))
+    expected = reference(torch.tensor(logits), torch.tensor(targets))
+    losses = loss(jnp.asarray(logits), jnp.asarray(targets))
     assert float(losses.mean()) == pytest.approx(float(expected), rel=1e-6)
 
 
