@@ -20,7 +20,7 @@ from crossvit_jax.config import CUSTOM, TIMM_NAMES, VARIANTS, Branch, CrossViTCo
 Shapes = Mapping[str, tuple[int, ...]]  # by timm's name
 
 
-class _SameKey(nnx.Rngs):
+class SameKey(nnx.Rngs):
     """Gives every parameter the same key. Abstract parameters need no other, and counting keys under a trace is slow:
     with this, an abstract model takes a third of the time."""
 
@@ -37,7 +37,7 @@ def abstract_model(config: CrossViTConfig, dtype: Any = None, param_dtype: Any =
 
     The result is shared: do not change it.
     """
-    model = nnx.eval_shape(lambda: CrossViT(config, dtype=dtype, param_dtype=param_dtype, rngs=_SameKey()))
+    model = nnx.eval_shape(lambda: CrossViT(config, dtype=dtype, param_dtype=param_dtype, rngs=SameKey()))
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
 

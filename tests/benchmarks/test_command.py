@@ -11,12 +11,15 @@ import pytest
 
 from benchmarks import command
 from benchmarks.command import main, workers_environment
+from benchmarks.model_flops import flops_per_image
 from benchmarks.rounds import Measured, SidesDisagree, Times
 from benchmarks.worker import Ready, Round, SideFailed
 from convert.command_line import run
 from convert.errors import ConversionError
-from tests.benchmarks.brief import BriefTask
-from tests.train.runner import QUICK_COMPILATION
+from crossvit_jax.config import VARIANTS
+from tests.benchmarks.brief import CLASSES, BriefTask
+from tests.small_model import small_config
+from tests.train.small_weights import save_small
 
 
 @pytest.mark.parametrize(
@@ -155,8 +158,11 @@ def test_a_failed_side_of_timms_is_a_row_a_note_and_status_1(measured, capsys):
     ("benchmark", "batch_size"), [("inference", 2), ("training", 2), pytest.param("training", 1, id="training-unmixed")]
 )
 def test_a_small_run(benchmark, batch_size, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", QUICK_COMPILATION)
     monkeypatch.setattr("benchmarks.command.Task", BriefTask)
+    monkeypatch.setitem(VARIANTS, "ti", small_config(CLASSES))
+    monkeypatch.setattr(
+        "benchmarks.sides.timm.write_weights", lambda variant, path: save_small(path, None, classes=CLASSES)
+    )
     path = tmp_path / "result.json"
     flags = f"--variant ti --batch-size {batch_size} --repeats 1 --device cpu --sides flax timm --json"
     assert main(benchmark, [*flags.split(), str(path)]) == 0
@@ -165,7 +171,8 @@ def test_a_small_run(benchmark, batch_size, tmp_path, capsys, monkeypatch):
     assert written["benchmark"] == benchmark and written["machine"]["cores"] >= 1
     assert {"jax", "torch", "timm"} <= written["software"].keys()
     assert (result["variant"], result["batch_size"], result["dtype"]) == ("ti", batch_size, "float32")
-    assert result["flops_per_call"] > 2e9 * batch_size and result["peak_flops"] > 0
+    flops = flops_per_image("ti", training=benchmark == "training")
+    assert result["flops_per_call"] == batch_size * flops > 0 and result["peak_flops"] > 0
     for side in ("flax", "timm"):
         times = result["sides"][side]
         assert times["failure"] is None and times["difference"] < 1e-5

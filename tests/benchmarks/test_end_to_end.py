@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 
@@ -19,7 +18,6 @@ from benchmarks.table import fed_markdown
 from benchmarks.task import PHOTOGRAPH_CLASSES, EndToEndTask, Task
 from benchmarks.worker import Ready, Round
 from tests.command_line import refusal
-from tests.train.runner import QUICK_COMPILATION
 from train.data.datasets import open_image_sets
 
 
@@ -201,7 +199,6 @@ def test_a_small_run(tmp_path):
     flags = "--device cpu --batch-size 2 --images 16 --workers 1 --augment-on device --repeats 1 --json"
     done = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.small_end_to_end", *flags.split(), str(path)],
-        env=os.environ | {"XLA_FLAGS": QUICK_COMPILATION},
         capture_output=True,
         text=True,
     )

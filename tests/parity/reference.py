@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from flax import nnx
 
 import crossvit_jax
 import crossvit_torch
+from convert.architecture import SameKey
 from convert.tree import flatten, from_state_dict, nest
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, get_config
 
@@ -56,8 +58,9 @@ def timm_model(variant: str, precision: str = "float64", **settings) -> torch.nn
 
 def torch_twin(variant: str, state_dict: dict, precision: str, **settings) -> crossvit_torch.CrossViT:
     """Our torch model with the weights given, loaded strictly."""
-    model = crossvit_torch.create_model(variant, param_dtype=getattr(torch, precision), **settings)
-    model.load_state_dict(state_dict, strict=True)
+    with torch.device("meta"):  # its own initialisation takes seconds
+        model = crossvit_torch.create_model(variant, param_dtype=getattr(torch, precision), **settings)
+    model.load_state_dict(state_dict, strict=True, assign=True)
     return model.eval()
 
 
@@ -65,17 +68,22 @@ def flax_twin(variant: str, state_dict: dict, precision: str, **settings) -> cro
     """Our Flax model with the weights given. For float64, call it inside `jax.enable_x64(True)`."""
     config = get_config(variant, **settings)
     return flax_module(
-        lambda: crossvit_jax.CrossViT(config, param_dtype=jnp.dtype(precision), rngs=nnx.Rngs(0)), state_dict
+        lambda rngs: crossvit_jax.CrossViT(config, param_dtype=jnp.dtype(precision), rngs=rngs), state_dict
     )
 
 
-def flax_module(build: Callable[[], nnx.Module], state_dict: dict) -> nnx.Module:
+def flax_module(build: Callable[[nnx.Rngs], nnx.Module], state_dict: dict) -> nnx.Module:
     """Any of our Flax modules with the weights of its torch twin."""
-    module = nnx.eval_shape(build)
+    module = nnx.eval_shape(lambda: build(SameKey()))
     nnx.replace_by_pure_dict(state := nnx.state(module, nnx.Param), nest(from_state_dict(state_dict)))
     nnx.update(module, jax.tree.map(jnp.asarray, state))
     module.eval()
     return module
+
+
+def abstract(name: str, **settings) -> crossvit_jax.CrossViT:
+    """Our Flax model with shapes instead of arrays."""
+    return nnx.eval_shape(lambda: crossvit_jax.create_model(name, rngs=SameKey(), **settings))
 
 
 def random_array(seed: int, *shape: int) -> np.ndarray:
@@ -124,7 +132,9 @@ def torch_gradients(module: torch.nn.Module, inputs: list[np.ndarray], precision
     return Gradients(outs, [x.grad for x in xs], {name: p.grad for name, p in module.named_parameters()})
 
 
-def flax_gradients(module: nnx.Module, inputs: list[np.ndarray], precision: str) -> Gradients:
+def flax_gradients(
+    module: nnx.Module, inputs: list[np.ndarray], precision: str, compiler_options: dict | None = None
+) -> Gradients:
     """The same for a Flax module; images are given channels first, as to torch."""
     graphdef, params = nnx.split(module)
 
@@ -133,7 +143,7 @@ def flax_gradients(module: nnx.Module, inputs: list[np.ndarray], precision: str)
         module = nnx.merge(graphdef, params)
         return module(xs) if len(xs) > 1 else [module(*xs)]
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options)
     def run(params, xs):
         outs, vjp = jax.vjp(call, params, xs)
         return outs, *vjp([jnp.asarray(random_array(i, *out.shape), out.dtype) for i, out in enumerate(outs)])
@@ -159,7 +169,9 @@ def gradient_errors(result: dict, reference: dict[str, torch.Tensor]) -> dict[st
     return errors
 
 
-def output_errors(variant: str, precision: str, size=None, batch: int = 2, **settings) -> dict[str, dict[str, float]]:
+def output_errors(
+    variant: str, precision: str, size=None, batch: int = 2, compiler_options: dict | None = None, **settings
+) -> dict[str, dict[str, float]]:
     """The errors of both twins against timm: of the logits, and of each branch's normalised tokens.
 
     `size` is that of the images, by default the model's.
@@ -173,7 +185,8 @@ def output_errors(variant: str, precision: str, size=None, batch: int = 2, **set
         expected = timm_outputs(reference, torch.tensor(x, dtype=dtype))
         torch_result = [twin(torch.tensor(x, dtype=dtype)), *twin.forward_features(torch.tensor(x, dtype=dtype))]
     with jax.enable_x64(precision == "float64"):
-        flax_result = flax_outputs(flax_twin(variant, reference.state_dict(), precision, **settings), x, precision)
+        flax = flax_twin(variant, reference.state_dict(), precision, **settings)
+        flax_result = flax_outputs(flax, x, precision, compiler_options)
     names = ("logits", "branch 0", "branch 1")
     return {
         twin_name: {name: error(r, e) for name, r, e in zip(names, result, expected, strict=True)}
@@ -191,11 +204,13 @@ def timm_outputs(model: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
         del model.forward_features  # the instance's own; the class's is back
 
 
-def flax_outputs(model: crossvit_jax.CrossViT, x: np.ndarray, precision: str) -> list[jax.Array]:
+def flax_outputs(
+    model: crossvit_jax.CrossViT, x: np.ndarray, precision: str, compiler_options: dict | None = None
+) -> list[jax.Array]:
     """Logits and both branches' features of images given channels first, in one compiled program."""
     graphdef, params = nnx.split(model)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options)
     def run(params, x):
         model = nnx.merge(graphdef, params)
         return [model(x), *model.forward_features(x)]
@@ -203,7 +218,9 @@ def flax_outputs(model: crossvit_jax.CrossViT, x: np.ndarray, precision: str) ->
     return run(params, jnp.asarray(channels_last(x), precision))
 
 
-def whole_gradient_errors(variant: str, precision: str, **settings) -> tuple[float, dict[str, float]]:
+def whole_gradient_errors(
+    variant: str, precision: str, compiler_options: dict | None = None, **settings
+) -> tuple[float, dict[str, float]]:
     """The error of Flax's whole gradient against timm's, taken as one vector, and the errors of its parts.
 
     The parts are the parameters, see `gradient_errors`, and "images".
@@ -213,7 +230,7 @@ def whole_gradient_errors(variant: str, precision: str, **settings) -> tuple[flo
     expected = torch_gradients(reference, [x], precision)
     with jax.enable_x64(precision == "float64"):
         model = flax_twin(variant, reference.state_dict(), precision, **settings)
-        result = flax_gradients(model, [x], precision)
+        result = flax_gradients(model, [x], precision, compiler_options)
         parts = gradient_errors(result.parameters, expected.parameters)
         parts["images"] = error(result.inputs[0], expected.inputs[0])
     one_vector = [

@@ -53,13 +53,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def config_of(case: str, **settings) -> CrossViTConfig:
     return CrossViTConfig(name="test", image_size=48, num_classes=5, **(CASES[case] | settings))
 

@@ -2,6 +2,7 @@
 kept for it."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,9 @@ import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 
-from crossvit_jax import create_model
 from crossvit_jax.kernels import attention as attention
 from crossvit_jax.kernels.attention import dot_product_attention
-from tests.parity.reference import random_array
+from tests.parity.reference import abstract, random_array
 
 TOKENS = 19
 
@@ -42,14 +42,11 @@ def test_outputs_gradients_and_second_derivatives_equal_plain_attentions_in_floa
             first = jax.grad(lambda *x: attend(*x).sum())
             return jax.grad(lambda *x: (first(*x) ** 2).sum(), argnums=(0, 1, 2))
 
-        for ours, expected in (
-            (dot_product_attention(*qkv), plain(*qkv)),
-            (
-                jax.grad(weighted_sum(dot_product_attention), (0, 1, 2))(*qkv),
-                jax.grad(weighted_sum(plain), (0, 1, 2))(*qkv),
-            ),
-            (second(dot_product_attention)(*qkv), second(plain)(*qkv)),
-        ):
+        @partial(jax.jit, static_argnums=0)
+        def results(attend, *qkv):
+            return attend(*qkv), jax.grad(weighted_sum(attend), (0, 1, 2))(*qkv), second(attend)(*qkv)
+
+        for ours, expected in zip(results(dot_product_attention, *qkv), results(plain, *qkv), strict=True):
             for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12 * max(1.0, float(jnp.abs(b).max())))
 
@@ -110,7 +107,7 @@ def test_with_cudnn_every_self_attention_of_a_model_is_nvidias_kernel_forwards_a
     """For a GPU that is not here: of the program one can at least see what it would call."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     settings = {"image_size": 120, "stages": 1, "depth": (1, 2), "dtype": jnp.bfloat16}
-    model = create_model("ti", **settings, rngs=nnx.Rngs(0))
+    model = abstract("ti", **settings)
     model.eval()
     model.set_attention("cudnn")
     graphdef, params = nnx.split(model)
@@ -118,7 +115,7 @@ def test_with_cudnn_every_self_attention_of_a_model_is_nvidias_kernel_forwards_a
     def loss(params, images):
         return nnx.merge(graphdef, params)(images).sum()
 
-    images = jnp.zeros((2, 120, 120, 3))
+    images = jax.ShapeDtypeStruct((2, 120, 120, 3), jnp.float32)
     # 101 and 50 tokens: of an odd number jax takes no gradient by itself
     program = jax.jit(jax.grad(loss)).trace(params, images).lower(lowering_platforms=("cuda",)).as_text()
     assert program.count("@__cudnn$fmhaSoftmax(") == program.count("@__cudnn$fmhaSoftmaxBackward(") == 3
@@ -156,6 +153,6 @@ def test_cudnn_gives_what_plain_attention_gives_on_a_gpu(tokens, width):
 
 
 def test_an_unknown_implementation_is_refused():
-    model = create_model("ti", image_size=120, rngs=nnx.Rngs(0))
+    model = abstract("ti", image_size=120)
     with pytest.raises(ValueError, match="must be 'xla' or 'cudnn'; got 'flash'"):
         model.set_attention("flash")

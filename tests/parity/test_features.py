@@ -1,5 +1,7 @@
 """What users look at besides the logits: pooled features, intermediates, attention maps; and the ways to compute."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,9 +11,11 @@ from flax import nnx
 import crossvit_jax
 import crossvit_torch
 from crossvit_jax import attention
+from tests.compilation import AS_FOR_USERS
 from tests.parity.reference import (
     GRADIENT_BOUND,
     OUTPUT_BOUND,
+    abstract,
     channels_last,
     error,
     flax_gradients,
@@ -27,6 +31,8 @@ from tests.parity.reference import (
 
 SIZE = 120
 SETTINGS = {"image_size": SIZE, "depth": (1, 2)}  # shallow: compiling takes the time
+ONE_STAGE = SETTINGS | {"stages": 1}  # where the stages after it would show nothing new
+CHOICES = [1, 4, [0], [1, 4], [-1], [5, 0]]  # of intermediates
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +45,16 @@ def twin(reference):
     return torch_twin("9-dagger", reference.state_dict(), "float64", **SETTINGS)
 
 
-@pytest.fixture
-def flax(reference):
+@pytest.fixture(scope="module")
+def flax_model(reference):
     with jax.enable_x64(True):
-        yield flax_twin("9-dagger", reference.state_dict(), "float64", **SETTINGS)
+        return flax_twin("9-dagger", reference.state_dict(), "float64", **SETTINGS)
+
+
+@pytest.fixture
+def flax(flax_model):
+    with jax.enable_x64(True):
+        yield flax_model
 
 
 def both(twin, flax, method, *args, **kwargs):
@@ -65,12 +77,27 @@ def test_intermediates_equal_timms(reference, twin, flax, norm):
         assert max(map(error, result[1], expected)) <= OUTPUT_BOUND["float64"]
 
 
-@pytest.mark.parametrize("indices", [1, 4, [0], [1, 4], [-1], [5, 0]])
-def test_intermediates_are_chosen_as_timm_chooses(reference, twin, flax, indices):
+@pytest.fixture(scope="module")
+def chosen(twin, flax_model):
+    """Both twins' intermediates for each of `CHOICES`; of Flax in one compiled program."""
+    x, kwargs = images(SIZE), {"stop_early": True, "output_fmt": "NCHW", "intermediates_only": True}
+    graphdef, params = nnx.split(flax_model)
+
+    @jax.jit
+    def run(params, x):
+        model = nnx.merge(graphdef, params)
+        return [model.forward_intermediates(x, indices, **kwargs) for indices in CHOICES]
+
+    with torch.no_grad(), jax.enable_x64(True):
+        results = [twin.forward_intermediates(torch.tensor(x), indices, **kwargs) for indices in CHOICES]
+        return list(zip(results, run(params, jnp.asarray(channels_last(x))), strict=True))
+
+
+@pytest.mark.parametrize("choice", range(len(CHOICES)), ids=map(str, CHOICES))
+def test_intermediates_are_chosen_as_timm_chooses(reference, chosen, choice):
     with torch.no_grad():
-        expected = reference.forward_intermediates(torch.tensor(images(SIZE)), indices, intermediates_only=True)
-    kwargs = {"stop_early": True, "output_fmt": "NCHW", "intermediates_only": True}
-    for result in both(twin, flax, "forward_intermediates", indices, **kwargs):
+        expected = reference.forward_intermediates(torch.tensor(images(SIZE)), CHOICES[choice], intermediates_only=True)
+    for result in chosen[choice]:
         assert len(result) == len(expected)
         assert max(map(error, result, expected)) <= OUTPUT_BOUND["float64"]
 
@@ -90,12 +117,13 @@ def test_maps_of_rectangular_images_have_height_before_width():
 
 
 def test_rectangular_images_equal_the_torch_twins():
-    size, depth = (120, 240), (1, 2)
-    twin = perturb(crossvit_torch.create_model("9-dagger", image_size=size, depth=depth, param_dtype=torch.float64))
+    size = (120, 240)
+    settings = ONE_STAGE | {"image_size": size}
+    twin = perturb(crossvit_torch.create_model("9-dagger", param_dtype=torch.float64, **settings))
     with jax.enable_x64(True):
-        flax = flax_twin("9-dagger", twin.state_dict(), "float64", image_size=size, depth=depth)
+        flax = flax_twin("9-dagger", twin.state_dict(), "float64", **settings)
         expected = torch_gradients(twin, [images(size)], "float64")
-        result = flax_gradients(flax, [images(size)], "float64")
+        result = flax_gradients(flax, [images(size)], "float64", AS_FOR_USERS)
         assert error(result.outputs[0], expected.outputs[0]) <= OUTPUT_BOUND["float64"]
         assert error(result.inputs[0], expected.inputs[0]) <= GRADIENT_BOUND["float64"]
         errors = gradient_errors(result.parameters, expected.parameters)
@@ -142,13 +170,13 @@ def test_self_attention_goes_through_dot_product_attention(monkeypatch):
     calls = []
     kernel = attention.dot_product_attention
     monkeypatch.setattr(attention, "dot_product_attention", lambda *a: calls.append(1) or kernel(*a))
-    model = nnx.eval_shape(lambda: crossvit_jax.create_model("9", image_size=SIZE, rngs=nnx.Rngs(0)))
+    model = abstract("9", image_size=SIZE)
     nnx.eval_shape(lambda m, x: m(x), model, jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32))
     assert len(calls) == 3 * (1 + 3)
 
 
 def test_only_the_tokens_that_the_head_pools_are_normalised():
-    model = nnx.eval_shape(lambda: crossvit_jax.create_model("9", image_size=SIZE, rngs=nnx.Rngs(0)))
+    model = abstract("9", image_size=SIZE)
     seen = []
     normalise = type(model)._normalise
     try:
@@ -160,12 +188,19 @@ def test_only_the_tokens_that_the_head_pools_are_normalised():
 
 
 @pytest.mark.parametrize("framework", ["torch", "flax"])
-def test_gradient_checkpointing_leaves_the_gradients_as_they_are(twin, flax, framework):
-    model, gradients = {"torch": (twin, torch_gradients), "flax": (flax, flax_gradients)}[framework]
-    expected = gradients(model, [images(SIZE)], "float64")
-    model.set_grad_checkpointing()
-    result = gradients(model, [images(SIZE)], "float64")
-    model.set_grad_checkpointing(False)
+def test_gradient_checkpointing_leaves_the_gradients_as_they_are(framework):
+    twin = perturb(crossvit_torch.create_model("9-dagger", param_dtype=torch.float64, **ONE_STAGE))
+    with jax.enable_x64(True):
+        model, gradients = {
+            "torch": lambda: (twin, torch_gradients),
+            "flax": lambda: (
+                flax_twin("9-dagger", twin.state_dict(), "float64", **ONE_STAGE),
+                partial(flax_gradients, compiler_options=AS_FOR_USERS),
+            ),
+        }[framework]()
+        expected = gradients(model, [images(SIZE)], "float64")
+        model.set_grad_checkpointing()
+        result = gradients(model, [images(SIZE)], "float64")
     assert error(result.outputs[0], expected.outputs[0]) <= OUTPUT_BOUND["float64"]
     errors = gradient_errors(result.parameters, {n: torch.as_tensor(g) for n, g in expected.parameters.items()})
     assert max(e for n, e in errors.items() if not n.endswith("wk.bias")) <= GRADIENT_BOUND["float64"]
@@ -192,7 +227,7 @@ def test_gradient_checkpointing_keeps_one_tensor_per_block_in_torch(twin):
 
 
 def test_gradient_checkpointing_computes_every_block_again_in_flax():
-    model = nnx.eval_shape(lambda: crossvit_jax.create_model("9", image_size=SIZE, rngs=nnx.Rngs(0)))
+    model = abstract("9", image_size=SIZE)
     x = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
@@ -202,13 +237,13 @@ def test_gradient_checkpointing_computes_every_block_again_in_flax():
         assert str(jaxpr).count("remat") == (BLOCKS if enable else 0)
 
 
-def test_bfloat16_keeps_attention_weights_and_logits_in_float32(reference):
-    state_dict = {name: x.float() for name, x in reference.state_dict().items()}
+def test_bfloat16_keeps_attention_weights_and_logits_in_float32():
+    state_dict = perturb(crossvit_torch.create_model("9-dagger", **ONE_STAGE)).state_dict()
     x = jnp.asarray(channels_last(images(SIZE)), jnp.float32)
     outputs = {}
     for dtype in (jnp.float32, jnp.bfloat16):
-        config = crossvit_jax.get_config("9-dagger", **SETTINGS)
-        model = flax_module(lambda: crossvit_jax.CrossViT(config, dtype=dtype, rngs=nnx.Rngs(0)), state_dict)  # noqa: B023
+        config = crossvit_jax.get_config("9-dagger", **ONE_STAGE)
+        model = flax_module(lambda rngs: crossvit_jax.CrossViT(config, dtype=dtype, rngs=rngs), state_dict)  # noqa: B023
         assert {p.dtype for p in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
         graphdef, params = nnx.split(model)
 

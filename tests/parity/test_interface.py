@@ -14,6 +14,7 @@ from flax import nnx
 import crossvit_jax
 import crossvit_torch
 from crossvit_jax.config import IBM_NAMES, TIMM_NAMES, VARIANTS, get_config, list_variants
+from tests.parity.reference import abstract
 
 PARAMETERS = {  # measured on timm 1.0.31
     "ti": 7_014_800,
@@ -36,10 +37,6 @@ def without_type_checks():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
-
-
-def abstract(name, **settings):
-    return nnx.eval_shape(lambda: crossvit_jax.create_model(name, rngs=nnx.Rngs(0), **settings))
 
 
 def test_both_packages_list_the_eleven_variants():

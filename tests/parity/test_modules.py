@@ -119,7 +119,7 @@ def test_outputs_and_gradients_equal_timms(name, precision):
     check(torch_gradients(twin, case.inputs, precision), expected, precision)
     with jax.enable_x64(precision == "float64"):
         flax = flax_module(
-            lambda: case.flax(*case.args, param_dtype=precision, rngs=nnx.Rngs(0), **case.kwargs), twin.state_dict()
+            lambda rngs: case.flax(*case.args, param_dtype=precision, rngs=rngs, **case.kwargs), twin.state_dict()
         )
         check(flax_gradients(flax, case.inputs, precision), expected, precision)
 

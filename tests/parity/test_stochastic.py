@@ -14,7 +14,7 @@ import crossvit_torch
 from crossvit_jax.blocks import DropPath
 from crossvit_jax.config import TIMM_NAMES, get_config, list_variants
 from crossvit_torch.blocks import DropPath as TorchDropPath
-from tests.parity.reference import channels_last, images
+from tests.parity.reference import abstract, channels_last, images
 
 SAMPLES = 20_000
 SHALLOW = {"image_size": 120, "num_classes": 5, "stages": 1, "depth": (1, 2)}
@@ -50,7 +50,7 @@ def test_every_block_has_timms_drop_path_rate(variant):
     reference = drop_path_rates(timm.create_model(TIMM_NAMES[variant], drop_path_rate=0.1, device="meta"))
     config = get_config(variant, drop_path_rate=0.1)
     assert len(reference) == 3 * (2 * max(config.depth) + 2 * min(config.depth) + 2) - 4  # the first blocks have none
-    flax = nnx.eval_shape(lambda: crossvit_jax.CrossViT(config, rngs=nnx.Rngs(0)))
+    flax = abstract(variant, drop_path_rate=0.1)
     for model in (flax, crossvit_torch.CrossViT(config, device="meta")):
         assert drop_path_rates(model) == pytest.approx(reference, abs=1e-8)
 
@@ -65,7 +65,7 @@ def test_tinys_drop_path_rates_are_the_papers():
 
 def test_every_dropout_sits_where_timm_has_it():
     reference = timm.create_model(TIMM_NAMES["9"], img_size=120, device="meta", **RATES)
-    flax = nnx.eval_shape(lambda: crossvit_jax.create_model("9", image_size=120, rngs=nnx.Rngs(0), **RATES))
+    flax = abstract("9", image_size=120, **RATES)
     twin = crossvit_torch.create_model("9", image_size=120, device="meta", **RATES)
     assert set(dropout_rates(reference).values()) == {0.1, 0.15, 0.2, 0.25}
     assert dropout_rates(flax) == dropout_rates(twin) == dropout_rates(reference)
@@ -119,7 +119,7 @@ class TestWholeModel:
 
     def test_evaluation_mode_drops_nothing_and_needs_no_key(self, parts):
         _, evaluate, params, x = parts
-        plain = nnx.eval_shape(lambda: crossvit_jax.create_model("9", rngs=nnx.Rngs(0), **SHALLOW))
+        plain = abstract("9", **SHALLOW)
         expected = jax.jit(lambda: nnx.merge(nnx.graphdef(plain), params)(x))()
         np.testing.assert_array_equal(jax.jit(lambda: nnx.merge(evaluate, params)(x))(), expected)
 

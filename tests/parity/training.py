@@ -14,6 +14,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler import CosineLRScheduler
 
 from convert.tree import flatten
+from tests.compilation import AS_FOR_USERS
 from tests.parity.reference import channels_last, flax_twin, timm_model
 from tests.train.steps import make_train_step
 from train.optim.optimizer import make_optimizer
@@ -84,7 +85,7 @@ def flax_run(start: dict, precision: str) -> Run:
         model = flax_twin("ti", start, precision, **MODEL)
         optimizer = make_optimizer(CONFIG, steps_per_epoch=STEPS_PER_EPOCH, no_weight_decay=model.no_weight_decay())
         state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, CONFIG)
-        train_step = jax.jit(make_train_step(model, optimizer, CONFIG))
+        train_step = jax.jit(make_train_step(model, optimizer, CONFIG), compiler_options=AS_FOR_USERS)
         losses = []
         for step in range(STEPS):
             x, labels = batch(step)

@@ -2,46 +2,14 @@ import importlib.util
 import io
 import os
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from PIL import Image
-from sklearn.datasets import load_sample_images
+from sklearn.datasets import load_digits, load_sample_images
 
-from crossvit_jax.config import VARIANTS
+from tests.small_model import shrink
 from train.cost import slices
 from train.data.datasets import open_digits
-
-QUICK = {"xla_backend_optimization_level": 0}  # for what a fixture of a module compiles, before `compile_quickly`
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compile_once(tmp_path_factory):
-    """Runs of these tests that need the same program share one compilation, also where `pytest -n` parts them."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    settings = {
-        "jax_compilation_cache_dir": str(folder / "compiled-programs"),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    reset_cache()
-
-
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    """What these tests compile runs for moments; how fast it would be does not matter."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +18,25 @@ def digits_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tensorflow_datasets")
     open_digits(str(folder))
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def few_digits_dir(tmp_path_factory):
+    """The same with 224 digits for training and 57 held out, for runs of which only the course matters."""
+    digits = load_digits()
+    for values in ("images", "target"):
+        digits[values] = digits[values][:281]
+    folder = tmp_path_factory.mktemp("few_digits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sklearn.datasets.load_digits", lambda: digits)
+        open_digits(str(folder))
+    return str(folder)
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """The runs of this process draw no curves, which takes seconds."""
+    monkeypatch.setattr("train.loop.draw_curves", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
@@ -90,11 +77,6 @@ def image_folder(tmp_path):
 def small_variant(monkeypatch):
     """The variant `ti` shrunk until it compiles in seconds."""
     shrink(monkeypatch.setitem)
-
-
-def shrink(set_item):
-    config = VARIANTS["ti"].replace(embed_dim=(12, 24), depth=(1, 1), num_heads=(2, 2), mlp_ratio=(2.0, 2.0), stages=1)
-    set_item(VARIANTS, "ti", config)
 
 
 @pytest.fixture

@@ -7,15 +7,7 @@ import timm
 import torch
 
 import convert
-from crossvit_jax.config import CrossViTConfig
-from tests.train.conftest import shrink
-
-
-def small_config(classes: int) -> CrossViTConfig:
-    """The settings of the fixture `small_variant` at 48 pixels, all of which are seen."""
-    table: dict[str, CrossViTConfig] = {}
-    shrink(lambda _, name, config: table.update({name: config}))
-    return table["ti"].replace(image_size=48, image_scale=(1.0, 2 / 3), crop_pct=1.0, num_classes=classes)
+from tests.small_model import small_config
 
 
 def small_timm_model(classes: int) -> torch.nn.Module:

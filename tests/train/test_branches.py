@@ -19,10 +19,16 @@ from train.pictures.attention import class_token_attention
 from train.predict import main as predict
 
 
-def test_a_run_with_branches_is_kept_and_continued(digits_dir, tmp_path, capsys):
+def test_a_run_with_branches_is_kept_and_continued(few_digits_dir, no_curves, tmp_path, capsys):
     texts = [text.replace("depth=1", "depth=1:1") for text in TEXTS]
     folder, flags = tmp_path / "run", ["--branches", *texts]
-    settings = [f"--data-dir={digits_dir}", f"--output={folder}", "--epochs=1", "--batch-size=480", "--layer-decay=0.8"]
+    settings = [
+        f"--data-dir={few_digits_dir}",
+        f"--output={folder}",
+        "--epochs=1",
+        "--batch-size=75",
+        "--layer-decay=0.8",
+    ]
     assert main([*settings, *flags]) == 0
     kept = json.loads((folder / "config.json").read_text())
     assert kept["train"]["branches"] == texts

@@ -205,10 +205,12 @@ def test_a_real_allocation_that_fails_is_told_in_one_line():
         jax.block_until_ready(huge(jnp.float32(1)))
 
 
-def test_a_run_that_does_not_fit_is_refused_before_it_begins(small_variant, digits_dir, tmp_path, capsys, monkeypatch):
+def test_a_run_that_does_not_fit_is_refused_before_it_begins(
+    small_variant, few_digits_dir, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr("train.loop.available_memory", lambda mesh: 2**20)
     status = main(
-        [f"--data-dir={digits_dir}", f"--output={tmp_path / 'run'}", "--epochs=2", "--batch-size=240", "--workers=0"]
+        [f"--data-dir={few_digits_dir}", f"--output={tmp_path / 'run'}", "--epochs=2", "--batch-size=40", "--workers=0"]
     )
     assert status == 2
     (line,) = capsys.readouterr().err.splitlines()

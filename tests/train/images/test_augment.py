@@ -13,7 +13,7 @@ import scipy.stats
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from tests.train.conftest import QUICK
+from tests.compilation import AS_FOR_USERS
 from tests.train.images.timm_operations import by_timm
 from train.devices.mesh import make_mesh
 from train.images.augment import OPERATIONS, augment, compile_augment, draw_batch
@@ -37,7 +37,7 @@ def crops(photographs):
 def augmented(crops):
     """What was drawn for each crop, and what came of it."""
     draws = draw_batch(_CONFIG, 0, np.arange(len(crops)), _SIZE)
-    function = jax.jit(functools.partial(augment, increasing=True), compiler_options=QUICK)
+    function = jax.jit(functools.partial(augment, increasing=True), compiler_options=AS_FOR_USERS)
     return draws, np.asarray(function(crops, draws))
 
 
@@ -131,7 +131,7 @@ np.testing.assert_allclose(*images.values(), atol=1e-6)
 @pytest.mark.slow
 def test_every_number_of_devices_gives_the_same_without_communication(crops, tmp_path):
     np.save(tmp_path / "crops.npy", crops[::3])
-    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+    flags = "--xla_force_host_platform_device_count=8"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, "-c", _ON_DEVICES, str(tmp_path / "crops.npy")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFilter, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from tests.train.conftest import QUICK
+from tests.compilation import AS_FOR_USERS
 from tests.train.images.timm_operations import by_timm
 from train.images import pillow_ops
 from train.images.augment import FINENESS, OPERATIONS, Draws, _by_moving, augment
@@ -42,7 +42,7 @@ def augmented(request, crops):
         box=np.zeros((len(cases), 4), np.int32),
         noise=jax.random.split(jax.random.key(0), len(cases)),
     )
-    function = jax.jit(functools.partial(augment, increasing=increasing), compiler_options=QUICK)
+    function = jax.jit(functools.partial(augment, increasing=increasing), compiler_options=AS_FOR_USERS)
     pixels = function(images, jax.tree.map(jnp.asarray, draws))
     pixels = np.rint((np.asarray(pixels) * IMAGENET_DEFAULT_STD + IMAGENET_DEFAULT_MEAN) * 255).astype(int)
     return increasing, pixels.reshape(len(OPERATIONS), len(_LEVELS), 2, *np.shape(crops))
@@ -86,8 +86,7 @@ def test_photographs_are_moved_as_by_pillow_at_every_strength(level, photographs
 @pytest.fixture
 def moved():
     """The device's part of the moving operations."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    return jax.jit(_by_moving)
+    return jax.jit(_by_moving, compiler_options=AS_FOR_USERS)
 
 
 def test_contrast_is_stretched_as_pillow_does_where_its_sums_fall_short():

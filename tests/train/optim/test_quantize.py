@@ -162,10 +162,10 @@ def test_bfloat16_takes_nearly_the_step_of_float32(model, dtype, bound):
 
 
 def test_a_run_trains_and_evaluates_with_rounded_weights_and_leaves_float_ones(
-    small_variant, digits_dir, tmp_path, capsys
+    small_variant, few_digits_dir, no_curves, tmp_path, capsys
 ):
     init = save_small(tmp_path / "init.safetensors", _DIGITS)
-    flags = [f"--data-dir={digits_dir}", "--epochs=1", "--batch-size=240", f"--init={init}", "--augment-on=device"]
+    flags = [f"--data-dir={few_digits_dir}", "--epochs=1", "--batch-size=56", f"--init={init}", "--augment-on=device"]
     assert main([*flags, "--qat=int4", f"--output={tmp_path / 'run'}"]) == 0
     out = capsys.readouterr().out
     assert "weights rounded to int4" in out
@@ -176,8 +176,8 @@ def test_a_run_trains_and_evaluates_with_rounded_weights_and_leaves_float_ones(
     for quantize in (None, "int4"):
         folder = tmp_path / f"evaluation-{quantize}"
         more = [f"--quantize={quantize}"] if quantize else []
-        command = [f"--weights={tmp_path / 'run'}", "--dataset=digits", f"--data-dir={digits_dir}", *more]
-        assert evaluate([*command, f"--output={folder}", "--batch-size=240"]) == 0
+        command = [f"--weights={tmp_path / 'run'}", "--dataset=digits", f"--data-dir={few_digits_dir}", *more]
+        assert evaluate([*command, f"--output={folder}", "--batch-size=56"]) == 0
         results[quantize] = json.loads((folder / "evaluation.json").read_text())
         assert results[quantize]["quantize"] == quantize
     told, rounded, floats = (

@@ -21,7 +21,7 @@ from train.recipes import RECIPES
 from train.run.checkpoints import Checkpoints
 from train.tasks.task import Metric
 
-_STEPS_PER_EPOCH, _BATCH = 5, 240
+_STEPS_PER_EPOCH, _BATCH = 5, 40
 
 
 class Brightness(nnx.Module):
@@ -117,8 +117,8 @@ def _job(sets, folder, epochs, *, resumed):
     return Job(config, Estimation(config), sets, make_mesh(), None, {"model": {}}, resumed=resumed)
 
 
-def test_another_task_is_trained_evaluated_and_continued_with_a_state_of_its_own(digits_dir, tmp_path, capsys):
-    sets, folder = open_digits(digits_dir), tmp_path / "run"
+def test_another_task_is_trained_evaluated_and_continued_with_a_state_of_its_own(few_digits_dir, tmp_path, capsys):
+    sets, folder = open_digits(few_digits_dir), tmp_path / "run"
     first = train(_job(sets, folder, 1, resumed=False))
     job = _job(sets, folder, 2, resumed=True)
     result = train(job)
