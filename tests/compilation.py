@@ -13,6 +13,7 @@ AS_FOR_USERS = {
 }
 
 
-def flags(options: dict[str, bool | int]) -> str:
-    """The same for XLA_FLAGS."""
+def xla_flags(options: dict[str, bool | int] = QUICKLY, *, devices: int = 1) -> str:
+    """The same for XLA_FLAGS, which they replace; with that many devices on a CPU."""
+    options = options | {"xla_force_host_platform_device_count": devices}
     return " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())

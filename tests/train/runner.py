@@ -47,12 +47,13 @@ def _main(flags, log, devices, file_limit):
     import jax
 
     import train.loop
+    from tests import compilation
     from tests.small_model import shrink
     from train.main import main
 
     shrink(dict.__setitem__)
     train.loop.draw_curves = lambda *_: None  # it takes seconds
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    os.environ["XLA_FLAGS"] = compilation.xla_flags(devices=devices)
     jax.config.update("jax_platforms", "cpu")
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     if file_limit is not None:  # not for what is printed, of which Orbax's threads make much when they fail

@@ -12,6 +12,7 @@ import torch
 
 import train.predict
 from convert.errors import SettingsError
+from tests.compilation import xla_flags
 from tests.train.small_weights import save_small, small_config, small_timm_model
 from train.data.datasets import open_digits
 from train.evaluate import main
@@ -331,14 +332,13 @@ def test_eight_devices_evaluate_and_predict_as_one(evaluate, pictures, tmp_path,
     assert train.predict.main([f"--weights={weights}", "--format=csv", f"{pictures}/a"]) == 0
     predicted = capsys.readouterr().out
 
-    flags = "--xla_force_host_platform_device_count=8"
     eight = tmp_path / "eight"
     done = subprocess.run(  # images come 16 at a time, which 8 devices divide, and 24 do not fill twice
         [sys.executable, "-c", _BOTH_COMMANDS, weights, pictures, eight],
         check=True,
         capture_output=True,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices=8)},
     )
     assert "8 devices" in done.stdout
     assert (eight / "confusion.csv").read_text() == (one / "confusion.csv").read_text()

@@ -198,7 +198,7 @@ def test_a_run_without_a_checkpoint_starts_as_a_new_one_does_and_one_with_draws_
         np.testing.assert_array_equal(tensor, expected[name])
 
 
-def test_what_is_going_to_happen_is_told_before_anything_is_compiled(run, no_curves, small_variant, monkeypatch):
+def test_what_is_going_to_happen_is_told_before_anything_is_compiled(run, small_variant, monkeypatch):
     def fail(*_, **__):
         raise SettingsError("stopped here")
 
@@ -338,7 +338,7 @@ def test_the_main_job_learns_the_digits_and_timm_and_bfloat16_score_the_same_wit
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "train.main", "--variant", "ti", "--epochs", "4"]
     command += ["--data-dir", digits_dir, "--output", str(folder)]
-    environment = {**os.environ, "XLA_FLAGS": compilation.flags(compilation.AS_FOR_USERS)}
+    environment = {**os.environ, "XLA_FLAGS": compilation.xla_flags(compilation.AS_FOR_USERS)}
     out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     losses = [line["train/loss"] for line in _lines(folder) if "train/loss" in line]
     assert losses[-1] < 0.7 * losses[0]

@@ -13,7 +13,7 @@ import scipy.stats
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from tests.compilation import AS_FOR_USERS
+from tests.compilation import AS_FOR_USERS, xla_flags
 from tests.train.images.timm_operations import by_timm
 from train.devices.mesh import make_mesh
 from train.images.augment import OPERATIONS, augment, compile_augment, draw_batch
@@ -131,8 +131,7 @@ np.testing.assert_allclose(*images.values(), atol=1e-6)
 @pytest.mark.slow
 def test_every_number_of_devices_gives_the_same_without_communication(crops, tmp_path):
     np.save(tmp_path / "crops.npy", crops[::3])
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices=8)}
     command = [sys.executable, "-c", _ON_DEVICES, str(tmp_path / "crops.npy")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
