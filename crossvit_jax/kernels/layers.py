@@ -17,10 +17,11 @@ def convolve_patches(
     *args,
     **kwargs,
 ) -> Float[Array, "batch rows columns out_chans"]:
-    """`jax.lax.conv_general_dilated` with strides as long as the kernel, whose gradient on a CPU is one matrix product.
+    """`jax.lax.conv_general_dilated` with strides as long as the kernel, whose gradients on a CPU are matrix products.
 
-    There XLA's own takes longer. By its compiler's estimate, a TPU would lose 4 % of a step by the product.
+    There XLA's own take longer. By its compiler's estimate, a TPU would lose 4 % of a step by the kernel's product.
     """
+    size, _, in_chans, out_chans = kernel.shape
 
     def plain(x: Array, kernel: Array) -> Array:
         return jax.lax.conv_general_dilated(x, kernel, *args, **kwargs)
@@ -29,24 +30,35 @@ def convolve_patches(
         # images need no gradient when a model is trained
         return plain(x.value, kernel.value), (x.value, kernel.value if x.perturbed else None)
 
-    def product(x: Array, d_y: Array) -> Array:
-        size, _, in_chans, out_chans = kernel.shape
+    def kernel_by_product(x: Array, d_y: Array) -> Array:
         batch, rows, columns, _ = d_y.shape
         patches = x[:, : rows * size, : columns * size].reshape(batch, rows, size, columns, size, in_chans)
         patches = patches.swapaxes(2, 3).reshape(batch * rows * columns, size * size * in_chans)
         return (patches.T @ d_y.reshape(-1, out_chans)).reshape(kernel.shape)
 
-    def convolution(x: Array, d_y: Array) -> Array:
+    def kernel_by_convolution(x: Array, d_y: Array) -> Array:
         (d_kernel,) = jax.linear_transpose(lambda kernel: plain(x, kernel), kernel)(d_y)
         return d_kernel
 
+    def image_by_product(kernel: Array, d_y: Array) -> Array:
+        batch, rows, columns, _ = d_y.shape
+        patches = d_y.reshape(-1, out_chans) @ kernel.reshape(-1, out_chans).T
+        patches = patches.reshape(batch, rows, columns, size, size, in_chans).swapaxes(2, 3)
+        seen = patches.reshape(batch, rows * size, columns * size, in_chans)
+        unseen = [(0, whole - part) for whole, part in zip(x.shape, seen.shape, strict=True)]
+        return jnp.pad(seen, unseen)
+
+    def image_by_convolution(kernel: Array, d_y: Array) -> Array:
+        (d_x,) = jax.linear_transpose(lambda x: plain(x, kernel), x)(d_y)
+        return d_x
+
     def backward(inputs: tuple[Array, Array | None], d_y: Array) -> tuple[Array | None, Array]:
         x, kernel_for_d_x = inputs
-        d_kernel = jax.lax.platform_dependent(x, d_y, cpu=product, default=convolution)
+        by_platform = jax.lax.platform_dependent
+        d_kernel = by_platform(x, d_y, cpu=kernel_by_product, default=kernel_by_convolution)
         if kernel_for_d_x is None:
             return None, d_kernel
-        _, d_x = jax.vjp(lambda x: plain(x, kernel_for_d_x), x)
-        return d_x(d_y)[0], d_kernel
+        return by_platform(kernel_for_d_x, d_y, cpu=image_by_product, default=image_by_convolution), d_kernel
 
     convolve = jax.custom_vjp(plain)
     convolve.defvjp(forward, backward, symbolic_zeros=True)

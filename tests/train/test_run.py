@@ -336,7 +336,7 @@ def _right_in_timm(checkpoint, data_dir):
 @pytest.mark.slow
 def test_the_main_job_learns_the_digits_and_timm_and_bfloat16_score_the_same_with_its_weights(digits_dir, tmp_path):
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "train.main", "--variant", "ti", "--epochs", "4"]
+    command = [sys.executable, "-m", "train.main", "--variant", "ti", "--epochs", "6"]
     command += ["--data-dir", digits_dir, "--output", str(folder)]
     environment = {**os.environ, "XLA_FLAGS": compilation.xla_flags(compilation.AS_FOR_USERS)}
     out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
