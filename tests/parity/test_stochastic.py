@@ -103,7 +103,8 @@ def test_dropout_drops_single_values_and_keeps_the_mean(framework):
 
 class TestWholeModel:
     @pytest.fixture(scope="class")
-    def parts(self):
+    @classmethod
+    def parts(cls):
         model = crossvit_jax.create_model("9", rngs=nnx.Rngs(0), **SHALLOW, **RATES)
         x = jnp.asarray(channels_last(images(120, batch=4)), jnp.float32)
         train, params = nnx.split(model)

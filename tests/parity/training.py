@@ -85,7 +85,7 @@ def flax_run(start: dict, precision: str) -> Run:
         model = flax_twin("ti", start, precision, **MODEL)
         optimizer = make_optimizer(CONFIG, steps_per_epoch=STEPS_PER_EPOCH, no_weight_decay=model.no_weight_decay())
         state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, CONFIG)
-        train_step = jax.jit(make_train_step(model, optimizer, CONFIG), compiler_options=AS_FOR_USERS)
+        train_step = jax.jit(make_train_step(model, optimizer, CONFIG))
         losses = []
         for step in range(STEPS):
             x, labels = batch(step)

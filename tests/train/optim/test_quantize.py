@@ -94,7 +94,7 @@ def test_the_linear_layers_of_the_transformer_are_rounded_and_nothing_else(model
     graphdef, state = nnx.split(fake_quantised(model, "int4"))
     program = jax.make_jaxpr(lambda state, images: nnx.merge(graphdef, state)(images))(state, _images())
     folded = ("wk", "wv")
-    paths = [path for path, module in model.iter_modules() if isinstance(module, Linear) and path[-1] not in folded]
+    paths = [path for path, module in nnx.iter_modules(model) if isinstance(module, Linear) and path[-1] not in folded]
     expected = [path for path in paths if path[0] == "blocks"]
     assert len(expected) == len(paths) - 2  # the two heads
     assert str(program).count("preferred_element_type=int32") == len(expected)
