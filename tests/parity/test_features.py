@@ -203,7 +203,8 @@ def test_gradient_checkpointing_leaves_the_gradients_as_they_are(framework):
         model.set_grad_checkpointing()
         result = gradients(model, [images(SIZE)], "float64")
     assert error(result.outputs[0], expected.outputs[0]) <= OUTPUT_BOUND["float64"]
-    errors = gradient_errors(result.parameters, {n: torch.tensor(np.asarray(g)) for n, g in expected.parameters.items()})
+    expected = {name: torch.tensor(np.asarray(gradient)) for name, gradient in expected.parameters.items()}
+    errors = gradient_errors(result.parameters, expected)
     assert max(e for n, e in errors.items() if not n.endswith("wk.bias")) <= GRADIENT_BOUND["float64"]
 
 

@@ -14,7 +14,6 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler import CosineLRScheduler
 
 from convert.tree import flatten
-from tests.compilation import AS_FOR_USERS
 from tests.parity.reference import channels_last, flax_twin, timm_model
 from tests.train.steps import make_train_step
 from train.optim.optimizer import make_optimizer
