@@ -141,7 +141,7 @@ def test_each_label_finds_its_output(weights, expected):
     [
         ("abd", None, "only in the data set: c; only in the weights: d"),
         ("ab", None, "the data set has 3 classes, the weights have 2; only in the data set: c"),
-        ("abcdefgh", None, "the weights have 8; only in the weights: d, e, f and 2 more"),
+        ("bcdefgh", None, "the weights have 7; only in the data set: a; only in the weights: d, e, f and 2 more"),
         (None, 4, "the data set has 3 classes, the weights have 4"),
     ],
 )
