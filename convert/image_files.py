@@ -1,6 +1,7 @@
 """The image files below a folder: the one search of training, prediction and calibration."""
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -55,8 +56,9 @@ class _Folder(NamedTuple):
 
 
 class _File(NamedTuple):
-    folder: str
+    folder: list[str]  # the names on the way to it: a folder is sorted before those in it
     name: str
+    path: str
     id: tuple[int, int] | None  # of the file itself, behind a link; None: there is nothing behind it
     is_link: bool
 
@@ -106,8 +108,8 @@ def image_files(
                 found += _search(link, apart, seen, files, left_out)
         waiting = found
     files = _once(files) if any(file.is_link for file in files) else files
-    files.sort(key=_place)
-    return [os.path.join(file.folder, file.name) for file in files]
+    files.sort(key=lambda file: file[:2])
+    return [file.path for file in files]
 
 
 def _search(
@@ -120,7 +122,7 @@ def _search(
         if folder.real in seen or (folder.real in apart and folder is not start):
             continue
         seen.add(folder.real)
-        device = os.stat(folder.path).st_dev
+        names, device = folder.path.split(os.sep), os.stat(folder.path).st_dev
         with os.scandir(folder.path) as entries:
             for entry in entries:
                 if is_hidden(entry.name):
@@ -129,13 +131,13 @@ def _search(
                     if _is_folder(entry):
                         links.append(_Folder(entry.path, os.path.realpath(entry.path), (*folder.links_in, folder.real)))
                         continue
-                    found = _linked_file(folder.path, entry)
+                    found = _linked_file(names, entry)
                 elif entry.is_dir():
                     folders.append(_Folder(entry.path, os.path.join(folder.real, entry.name), folder.links_in))
                     continue
                 else:
                     is_file = entry.is_file()  # and no pipe, which would be waited for
-                    found = _File(folder.path, entry.name, (device, entry.inode()), False) if is_file else None
+                    found = _File(names, entry.name, entry.path, (device, entry.inode()), False) if is_file else None
                 if found is not None and is_image(entry.name):
                     files.append(found)
                 else:
@@ -150,13 +152,14 @@ def _is_folder(link: os.DirEntry) -> bool:
         return False
 
 
-def _linked_file(folder: str, link: os.DirEntry) -> _File | None:
+def _linked_file(folder: list[str], link: os.DirEntry) -> _File | None:
     """None for a link to what is no file. One that leads nowhere is kept: whoever reads it is told."""
     try:
         status = link.stat()
     except OSError:
-        return _File(folder, link.name, None, True)
-    return _File(folder, link.name, (status.st_dev, status.st_ino), True) if link.is_file() else None
+        return _File(folder, link.name, link.path, None, True)
+    is_file = stat.S_ISREG(status.st_mode)
+    return _File(folder, link.name, link.path, (status.st_dev, status.st_ino), True) if is_file else None
 
 
 def _leads_away(link: _Folder, start: str, apart: Collection[str]) -> bool:
@@ -166,15 +169,10 @@ def _leads_away(link: _Folder, start: str, apart: Collection[str]) -> bool:
     return any(is_within(link.real, other) or is_within(other, link.real) for other in others)
 
 
-def _place(file: _File) -> tuple[list[str], str]:
-    """By which files are sorted: a folder comes before those in it."""
-    return file.folder.split(os.sep), file.name
-
-
 def _once(files: Iterable[_File]) -> list[_File]:
     """Without the links to files that are there themselves, or by an earlier link."""
     kept, ids = [], set()
-    for file in sorted(files, key=lambda file: (file.is_link, _place(file))):
+    for file in sorted(files, key=lambda file: (file.is_link, file[:2])):
         if not (file.is_link and file.id in ids):
             kept.append(file)
         if file.id is not None:

@@ -30,7 +30,8 @@ class FolderSource:
 
     def paths(self) -> list[str]:
         """Of all files."""
-        return [os.path.join(self.root, file) for file in self.files]
+        start = os.path.join(self.root, "")
+        return [start + file for file in self.files]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Raises UnreadableImage for a file that cannot be read, DataError if they all have gone."""

@@ -60,9 +60,9 @@ def class_folders(root: Path, left_out: LeftOut) -> list[str]:
     Raises SettingsError if there is no class folder.
     """
     here, classes = os.path.realpath(root), {}
-    for name in sorted(visible_folders(root), key=lambda name: ((root / name).is_symlink(), name)):
+    for is_link, name in sorted((os.path.islink(root / name), name) for name in visible_folders(root)):
         real = os.path.realpath(root / name)
-        if is_within(here, real) or any(is_within(real, other) for other in classes.values()):
+        if is_link and (is_within(here, real) or any(is_within(real, other) for other in classes.values())):
             left_out.links.append(str(root / name))
         else:
             classes[name] = real
