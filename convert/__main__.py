@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from convert.command_line import Parser, at_least_one, at_least_zero, branch, image_size, leave, run
 from convert.errors import ConversionError
-from convert.report import tell_result, tell_warning, tell_weights
+from convert.report import tell_class_order, tell_result, tell_warning, tell_weights
 from crossvit_jax.config import EXAMPLE
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _parser() -> Parser:
 def _convert(args: argparse.Namespace) -> int:
     # imported late: --help and a mistyped command line need not wait for the frameworks
     from convert.export.export import Export
-    from convert.formats.write import EXPORTED, check_destination, write
+    from convert.formats.write import EXPORTED, check_destination, write, written_for_timm
     from convert.tensors import DTYPES
 
     how = Export(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Export)})
@@ -98,6 +98,8 @@ def _convert(args: argparse.Namespace) -> int:
     tell_weights(weights, stored)
     path = write(weights, args.destination, overwrite=args.overwrite)
     print(f"written     {path}")
+    if written_for_timm(path):
+        tell_class_order(weights)
     return _verify(weights, path) if args.verify else 0
 
 

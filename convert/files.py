@@ -1,4 +1,4 @@
-"""Paths as people type them, image files below a folder, and files that are there whole or not at all."""
+"""Paths as people type them, and files that are there whole or not at all."""
 
 import contextlib
 import csv
@@ -13,7 +13,6 @@ from typing import Any
 from convert.errors import ConversionError, one_line
 
 FOLDER_PREFIX = "folder:"  # before the path of a folder of images, where other data sets have a name
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _SHOWN = 32  # characters of a destination's name in that of its temporary folder
 
 
@@ -46,31 +45,6 @@ def home_path(text: str) -> str:
 def shown(path: str) -> str:
     """A path as one line of text that any terminal takes: what cannot be printed is written as `\\n` or `\\udcff`."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
-
-
-def image_files(folder: str | Path, *, above: frozenset[str] = frozenset()) -> Iterator[str]:
-    """The paths of the image files in a folder, sorted, then those of the folders in it, in the same way.
-
-    Files count as images by their suffix. Hidden files and folders are left out; links are followed, but for those that
-    lead back to a folder above.
-
-    Args:
-        above: the real paths of the folders that this one was found in.
-
-    Raises:
-        OSError: a folder cannot be read.
-    """
-    here = os.path.realpath(folder)
-    if here in above:
-        return
-    with os.scandir(Path(folder)) as entries:
-        found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    for entry in found:
-        if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.is_dir():
-            yield entry.path
-    for entry in found:
-        if entry.is_dir():
-            yield from image_files(entry.path, above=above | {here})
 
 
 # --- writing ---

@@ -3,6 +3,7 @@
 import sys
 from typing import TYPE_CHECKING
 
+from convert.class_names import unlike_timm
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
 
 if TYPE_CHECKING:
@@ -31,6 +32,16 @@ def tell_weights(weights: "Weights", stored: str) -> None:
     warning = weights.non_finite()
     if warning:
         tell_warning(warning)
+
+
+def tell_class_order(weights: "Weights") -> None:
+    """Prints a line where timm, given folders of these classes, would take the outputs for others."""
+    unlike = None if weights.class_names is None else unlike_timm(weights.class_names)
+    if unlike:
+        print(
+            f"note        {unlike}: timm takes the names in this file's order, one a line, by --class-map; they are "
+            "class_names in the metadata of .safetensors"
+        )
 
 
 def tell_warning(warning: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
+from convert.class_names import NATURAL, TEXT
 from convert.errors import SettingsError
 from convert.files import FOLDER_PREFIX, home_path
 from crossvit_jax.config import CUSTOM, EXAMPLE, Branch, CrossViTConfig, get_config
@@ -69,6 +70,11 @@ def data_set(text: str) -> str:
     return FOLDER_PREFIX + home_path(text.removeprefix(FOLDER_PREFIX)) if text.startswith(FOLDER_PREFIX) else text
 
 
+def class_order(text: str) -> str:
+    """`natural`, `text`, or the path of a file as `home_path` returns it."""
+    return text if text in (NATURAL, TEXT) else home_path(text)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The settings of a run; the defaults are the paper's recipe for ImageNet.
@@ -89,6 +95,12 @@ class TrainConfig:
     dataset: str = setting("digits", "digits, a prepared tensorflow-datasets name, or folder:PATH", data_set)
     data_dir: str | None = setting(
         None, "where prepared data sets lie; none: tensorflow-datasets' own folder", home_path
+    )
+    class_order: str | None = setting(
+        None,
+        "order of the classes: natural (timm's: class2 before class10, whatever the case), text, or a file with a name "
+        "a line; none: the data set's own, which of folders is text",
+        class_order,
     )
     val_fraction: float = setting(
         0.1, "share of each class held out when folder:PATH has no val/ or test/ folder", above=0, below=1

@@ -7,14 +7,13 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
+from convert.class_names import NATURAL, TEXT, in_order, read_names, unlike_timm
 from convert.command_line import Parser, at_least_zero, leave, run
 from convert.errors import SettingsError
 from convert.files import FOLDER_PREFIX, home_path
-from train.config import TrainConfig, data_set
+from train.config import TrainConfig, class_order, data_set
 from train.inference.command import SMALLER_BATCH, SOURCES, add_model_flags, load_model, reading_processes, tell_notes
 
 if TYPE_CHECKING:
@@ -54,10 +53,18 @@ def _parser() -> Parser:
     add("--data-dir", type=home_path, metavar="DIR", help="where prepared data sets lie (default: tfds' own folder)")
     add(
         "--split",
-        choices=("held-out", "train", "all"),
+        choices=("held-out", "train", "val", "test", "all"),
         default="held-out",
-        help="images to evaluate, as training splits them (default: held-out); all: every image of a folder:PATH that "
-        "has no train/ in it",
+        help="images to evaluate: held-out or train, as training splits them (default: held-out); val or test: that "
+        "folder of a folder:PATH; all: every image of one that has only class folders",
+    )
+    add(
+        "--class-order",
+        type=class_order,
+        metavar="ORDER",
+        help="which class each output of weights without class names is for: natural (timm's: class2 before class10, "
+        "whatever the case), text, or a file with a name a line (default: the data set's own order, which of folders "
+        "is text)",
     )
     add(
         "--val-fraction",
@@ -85,15 +92,19 @@ def _parser() -> Parser:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from train.data.bad_images import BadImages
+    from train.data.sources import Matched
     from train.inference.evaluation import evaluate
     from train.run.progress import open_bar
-    from train.tasks.classification import Matched, match_classes
+    from train.tasks.classification import match_classes
 
-    source, data_names, split, split_note = _open_data(args)
+    data = _open_data(args)
+    source = data.images
     classifier = load_model(args)
     config = classifier.config
-    classes, class_note = match_classes(data_names, classifier.class_names, config.num_classes)
-    tell_notes(_PROGRAM, [*split_note, *classifier.notes, *class_note])
+    known, order_notes = _names_of_outputs(args.class_order, data, classifier.class_names, config.num_classes)
+    classes, match_notes = match_classes(data.class_names, known, config.num_classes)
+    class_notes = [*order_notes, *match_notes] if known else order_notes or match_notes
+    tell_notes(_PROGRAM, [*data.notes, *classifier.notes, *class_notes])
     output = Path(args.output) if args.output else None
     if output:
         output.mkdir(parents=True, exist_ok=True)
@@ -102,11 +113,11 @@ def _evaluate(args: argparse.Namespace) -> int:
         f"CrossViT {config.name} at {height} x {width} pixels (crop {config.crop_pct:g}), "
         f"{config.num_classes} classes, {classifier.precision}"
         f"{f', weights rounded to {args.quantize}' * (args.quantize is not None)}, {classifier.device_summary}\n"
-        f"{args.dataset}: {len(source)} images ({split})",
+        f"{args.dataset}: {len(source)} images ({data.split})",
         flush=True,
     )
     workers = reading_processes(len(source)) if args.workers is None else args.workers
-    names = tuple(data_names[label] for label in np.argsort(classes))  # in the order of the weights
+    names = known or data.class_names
     classifier = dataclasses.replace(classifier, task=dataclasses.replace(classifier.task, class_names=names))
     scores = classifier.task.scores()
     batch_size = classifier.batch_size(args.batch_size, len(source))
@@ -126,7 +137,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         about = {
             "weights": args.weights,
             "dataset": args.dataset,
-            "split": split,
+            "split": data.split,
             "model": config.name,
             "image_size": config.image_size,
             "crop_pct": config.crop_pct,
@@ -142,25 +153,68 @@ def _evaluate(args: argparse.Namespace) -> int:
 # --- what is evaluated ---
 
 
-def _open_data(args: argparse.Namespace) -> "tuple[Source, tuple[str, ...], str, list[str]]":
-    """The images asked for, the names of their classes, in words which images they are, and a note on that."""
+class _Data(NamedTuple):
+    images: "Source"
+    class_names: tuple[str, ...]  # in the order of the labels
+    split: str  # which images they are, in words
+    notes: list[str]
+    sorted_by_name: bool  # see `train.data.sources.ImageSets`
+
+
+def _open_data(args: argparse.Namespace) -> _Data:
+    """The images asked for."""
     config = TrainConfig(dataset=args.dataset, data_dir=args.data_dir, val_fraction=args.val_fraction, seed=args.seed)
 
     from train.data.datasets import open_image_sets
-    from train.data.folder import folder_source, list_images
+    from train.data.folder import open_split
+    from train.data.layout import find_splits
 
     folder = Path(args.dataset.removeprefix(FOLDER_PREFIX)) if args.dataset.startswith(FOLDER_PREFIX) else None
-    is_unsplit = folder is not None and folder.is_dir() and not (folder / "train").is_dir()
-    if args.split == "all":
-        if not is_unsplit:
-            raise SettingsError("--split all is for a folder:PATH of class folders; choose held-out or train here")
-        images = list_images(folder)
-        return folder_source(folder, images), tuple(images), "all of them", []
+    splits = find_splits(folder)[0] if folder is not None and folder.is_dir() else {}
+    if args.split in ("val", "test", "all") or (args.split == "train" and splits.keys() == {"train"}):
+        if folder is None:
+            raise SettingsError(f"--split {args.split} is for a folder:PATH; choose held-out or train here")
+        images, names, notes = open_split(folder, args.split)
+        return _Data(images, names, splits.get(args.split, "all of them"), notes, True)
     sets = open_image_sets(config)
-    note = [f"{folder} has no train/ and val/: it is split as in training; --split all takes all"] if is_unsplit else []
+    notes = [*sets.notes]
+    if folder is not None and not splits:
+        notes.append(f"{folder} has no train/ and val/: it is split as in training; --split all takes all")
     if args.split == "train":
-        return sets.train, sets.class_names, f"training images; held out: {sets.held_out_split}", note
-    return sets.held_out, sets.class_names, sets.held_out_split, note
+        split = f"training images; held out: {sets.held_out_split}"
+        return _Data(sets.train, sets.class_names, split, notes, sets.sorted_by_name)
+    return _Data(sets.held_out, sets.class_names, sets.held_out_split, notes, sets.sorted_by_name)
+
+
+def _names_of_outputs(
+    order: str | None, data: _Data, weight_names: tuple[str, ...] | None, num_classes: int
+) -> tuple[tuple[str, ...] | None, list[str]]:
+    """The class that each output is for, where that is known or asked for; and what the user should know of that.
+
+    Args:
+        order: `natural`, `text`, or a file of names.
+
+    Raises SettingsError if the weights know other names than the file or have another number of classes, and
+    ConversionError if it cannot be used.
+    """
+    if order in (NATURAL, TEXT):
+        if weight_names is not None:
+            return weight_names, [f"the weights know their classes: they are matched by name, not in {order} order"]
+        return in_order(data.class_names, order), [f"output i is taken for the data set's class i in {order} order"]
+    if order is not None:
+        names = read_names(order)
+        if weight_names not in (None, names):
+            raise SettingsError(f"the weights know other class names than {order}: leave out --class-order")
+        if len(names) != num_classes:
+            raise SettingsError(f"{order} names {len(names)} classes, and the weights have {num_classes}")
+        return names, []
+    unlike = unlike_timm(data.class_names) if weight_names is None and data.sorted_by_name else None
+    if unlike is None:
+        return weight_names, []
+    return None, [
+        "the weights know no class names: output i is taken for the data set's class i as text is sorted; "
+        f"{unlike}: --class-order natural takes that"
+    ]
 
 
 if __name__ == "__main__":

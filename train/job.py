@@ -12,11 +12,12 @@ import jax
 from jax.sharding import Mesh
 
 from convert import ConversionError
+from convert.class_names import unlike_timm
 from convert.errors import SettingsError
 from convert.metadata import describe, understand
 from convert.weights import Weights
 from train.config import TrainConfig, steps_per_epoch
-from train.data.datasets import open_image_sets
+from train.data.datasets import check_trainable, open_image_sets
 from train.data.sources import ImageSets
 from train.devices.mesh import check_divides, default_precision, make_mesh
 from train.images.rand_augment import check_augment_on, device_can_augment
@@ -39,6 +40,7 @@ class Job:
     weights: Weights | None  # to start from; none: fresh ones, or those of the checkpoint that is continued
     described: dict[str, Any]  # the content of config.json
     resumed: bool  # whether the folder holds this run already
+    notes: tuple[str, ...] = ()  # what the user should know of the data and the weights
 
     @property
     def steps_per_epoch(self) -> int:
@@ -73,7 +75,12 @@ def prepare(config: TrainConfig) -> Job:
     if jax.process_count() > 1 and config.output is None:
         raise SettingsError("with several processes, --output must name the run's folder, on a disk that all share")
     check_divides(config, mesh)
-    image_sets = open_image_sets(config)
+    try:
+        begun, begun_names = (None, None) if saved is None else understand(saved["model"])
+    except (KeyError, TypeError, ConversionError) as error:
+        raise SettingsError(f"the run in {config.output} was begun by another version: {error}") from error
+    image_sets = open_image_sets(config, class_names=begun_names)
+    check_trainable(config, image_sets)
     if steps_per_epoch(len(image_sets.train), config.batch_size, config.repeated_aug) < 1:
         raise SettingsError(
             f"batch_size {config.batch_size} is more than the {len(image_sets.train)} training images"
@@ -81,10 +88,6 @@ def prepare(config: TrainConfig) -> Job:
             "choose a smaller --batch-size"
         )
 
-    try:
-        begun = None if saved is None else understand(saved["model"])[0]
-    except (KeyError, TypeError, ConversionError) as error:
-        raise SettingsError(f"the run in {config.output} was begun by another version: {error}") from error
     starts_anew = saved is None or newest_checkpoint(Path(config.output)) == 0  # if not, --init may be gone by now
     if saved is not None and starts_anew:
         config = dataclasses.replace(config, init=config.init or saved["train"].get("init"))
@@ -107,7 +110,8 @@ def prepare(config: TrainConfig) -> Job:
     if saved is not None:
         check_same_run(saved, described, config.output)
     task = Classification(config, model_config, image_sets.class_names)
-    return Job(config, task, image_sets, mesh, weights, described, resumed=saved is not None)
+    notes = (*image_sets.notes, *_order_note(config, image_sets), *(() if weights is None else weights.notes))
+    return Job(config, task, image_sets, mesh, weights, described, saved is not None, notes)
 
 
 def augment_on(config: TrainConfig, saved: dict[str, Any] | None) -> str:
@@ -121,6 +125,14 @@ def augment_on(config: TrainConfig, saved: dict[str, Any] | None) -> str:
     if saved is not None:
         return (BEFORE | saved["train"])["augment_on"]
     return "device" if jax.default_backend() == "gpu" and device_can_augment(config.auto_augment) else "host"
+
+
+def _order_note(config: TrainConfig, image_sets: ImageSets) -> list[str]:
+    """A note where nobody chose an order of the classes, and timm would have another."""
+    unlike = unlike_timm(image_sets.class_names)
+    if unlike is None or config.class_order is not None or not image_sets.sorted_by_name:
+        return []
+    return [f"the classes are sorted as text: {unlike}; --class-order natural takes that, --class-order text this"]
 
 
 def _describe_data(config: TrainConfig, image_sets: ImageSets) -> dict[str, Any]:

@@ -326,7 +326,6 @@ def _say(line: str) -> None:
 
 def _headline(job: Job, folder: Path) -> str:
     config, sets, devices = job.config, job.image_sets, job.mesh.devices
-    notes = () if job.weights is None else job.weights.notes
     start = f" from {config.init}" if job.weights is not None else ""
     mesh = ", ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items() if size > 1) or "1 device"
     return "\n".join(
@@ -334,7 +333,7 @@ def _headline(job: Job, folder: Path) -> str:
             f"{job.task.headline()}{start}, recipe {config.recipe}, batch {config.batch_size}, "
             f"peak learning rate {config.peak_lr:g}, {config.precision}"
             f"{f', weights rounded to {config.qat}' * (config.qat is not None)}",
-            *(f"note: {note}" for note in notes),
+            *(f"note: {note}" for note in job.notes),
             f"{config.dataset}: {len(sets.train)} training images, {len(sets.held_out)} held out "
             f"({sets.held_out_split}); {mesh} ({devices.flat[0].device_kind}), {config.workers} workers",
             f"run folder {folder}",

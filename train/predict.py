@@ -9,6 +9,7 @@ from pathlib import Path
 
 from convert.command_line import Parser, at_least_one, leave, run
 from convert.files import home_path
+from convert.image_files import LeftOut
 from train.inference.command import SMALLER_BATCH, SOURCES, add_model_flags, load_model, reading_processes, tell_notes
 from train.inference.predictions import FORMATS
 
@@ -55,7 +56,8 @@ def _parser() -> Parser:
 def _predict(args: argparse.Namespace) -> int:
     from train.inference.image_paths import FileSource, image_paths
 
-    paths = image_paths(args.paths)
+    left_out = LeftOut()
+    paths = image_paths(args.paths, left_out)
     pictures = Path(args.attention) if args.attention else None
     if pictures:
         pictures.mkdir(parents=True, exist_ok=True)
@@ -65,7 +67,7 @@ def _predict(args: argparse.Namespace) -> int:
     from train.run.progress import open_bar
 
     classifier = load_model(args)
-    tell_notes(_PROGRAM, classifier.notes)
+    tell_notes(_PROGRAM, [*left_out.notes(), *classifier.notes])
     text = FORMATS[args.format](paths, classifier.task.class_names)
     # a path that is no text is written as the bytes it is, so that other programs find the file
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")

@@ -108,7 +108,7 @@ def pair(runs: Sequence[Run]) -> list[tuple[Run, Run | None]]:
 
 def open_model(run: Run, qat: Run | None) -> Model:
     """The model with its images. Raises SettingsError if the data set cannot be opened, or has other classes."""
-    sets = open_image_sets(run.settings)
+    sets = open_image_sets(run.settings, class_names=run.weights.class_names)
     for other in filter(None, (qat, run)):
         weights = other.weights
         classes, notes = match_classes(sets.class_names, weights.class_names, weights.config.num_classes)

@@ -7,7 +7,8 @@ from PIL import Image
 
 from convert.errors import ConversionError
 from convert.export.compare import Images
-from convert.files import FOLDER_PREFIX, IMAGE_SUFFIXES, image_files, typed_path
+from convert.files import FOLDER_PREFIX, typed_path
+from convert.image_files import IMAGE_SUFFIXES, LeftOut, image_files
 from crossvit_jax.config import CrossViTConfig
 from crossvit_jax.preprocess import UnreadableImage, preprocess_image
 
@@ -15,10 +16,13 @@ DIGITS = "digits"
 FEW = 32  # with fewer images than this, the ranges seen are a matter of chance
 
 
-def find_images(source: str) -> list[Path] | None:
+def find_images(source: str, left_out: LeftOut | None = None) -> list[Path] | None:
     """The image files below a folder, sorted; None for `digits`, which are no files. Reads none of them.
 
-    A folder is PATH or, as for training, `folder:PATH`. Files count as images by their suffix, and hidden ones do not.
+    A folder is PATH or, as for training, `folder:PATH`, and is searched by `convert.image_files`.
+
+    Args:
+        left_out: is told what is passed over.
 
     Raises:
         ConversionError: there is no such folder, it cannot be read, or no images are in it.
@@ -29,15 +33,15 @@ def find_images(source: str) -> list[Path] | None:
     if not folder.is_dir():
         raise ConversionError(f"{folder}: images come from {DIGITS!r} or a folder, and this is neither")
     try:
-        paths = sorted(map(Path, image_files(folder)), reverse=True)
+        paths = sorted(map(Path, image_files(folder, left_out=left_out)))
     except OSError as error:
         raise ConversionError(f"{error.filename} cannot be read: {error.strerror}") from None
     if not paths:
         raise ConversionError(f"{folder}: no images in it (looked for {' '.join(IMAGE_SUFFIXES)})")
-    return sorted({path.resolve(): path for path in paths}.values())  # each once, however many links lead to it
+    return paths
 
 
-def calibration_images(source: str, config: CrossViTConfig, count: int) -> Images:
+def calibration_images(source: str, config: CrossViTConfig, count: int, left_out: LeftOut | None = None) -> Images:
     """Up to `count` images as evaluation sees them, normalised.
 
     Of more, as many are taken at even steps through the sorted paths, so that each class folder has its share.
@@ -46,13 +50,14 @@ def calibration_images(source: str, config: CrossViTConfig, count: int) -> Image
         source: `digits`, or a folder.
         config: of the model that will see them: its image size and `crop_pct`.
         count: at least 1.
+        left_out: is told what is passed over in a folder.
 
     Raises:
         ConversionError: see `find_images`; an image cannot be read, or the model takes no colour images.
     """
     if config.in_chans != 3:
         raise ConversionError(f"these images have 3 channels, and the model takes {config.in_chans}")
-    paths = find_images(source)
+    paths = find_images(source, left_out)
     taken = min(count, len(paths or ()))
     pictures = _digits(count) if paths is None else [paths[i * len(paths) // taken] for i in range(taken)]
     try:

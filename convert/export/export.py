@@ -14,6 +14,7 @@ from convert.export.calibration import DIGITS, calibration_images, find_images, 
 from convert.export.compare import Comparison, Images, Run, compare, outputs, photographs, picture_batches
 from convert.files import check_place, replacing, typed_path, write_bytes
 from convert.formats.write import require_space
+from convert.image_files import LeftOut
 from convert.tensors import DTYPES
 from convert.weights import Weights
 from crossvit_jax.config import CrossViTConfig
@@ -146,7 +147,7 @@ def export(
 
     Args:
         weights: in any dtype; in float32 for integers.
-        warn: is told of too few calibration images, before the work.
+        warn: is told of too few calibration images, and of files that are left out, before the work.
 
     Raises:
         ConversionError: see `check_export` and `check_weights`; an image cannot be read or is not what the model is
@@ -155,7 +156,10 @@ def export(
     how = how or Export()
     path = check_export(destination, how, overwrite=overwrite)
     check_weights(weights, how)
-    calibration, images, named = _images(weights.config, how, warn)
+    left_out = LeftOut()
+    calibration, images, named = _images(weights.config, how, left_out, warn)
+    for note in left_out.notes():
+        warn(note)
     require_space(weights.astype(DTYPES[how.dtype or "float32"]), path)
     with replacing(path) as new:
         run, source = _WRITERS[path.suffix](weights, how, calibration, new)
@@ -219,18 +223,20 @@ def _add_preprocessing(path: Path, without: Run, config: CrossViTConfig, dtype: 
     return compare(got, expected, dtype, images=f"{len(got)} pictures", source="those for their images")
 
 
-def _images(config: CrossViTConfig, how: Export, warn: Callable[[str], None]) -> tuple[Images, Images, str]:
+def _images(
+    config: CrossViTConfig, how: Export, left_out: LeftOut, warn: Callable[[str], None]
+) -> tuple[Images, Images, str]:
     """Those to calibrate with, those to compare on, and what these are."""
     count = _COMPARED_INTEGERS if how.quantize else _COMPARED
     if how.calibrate is None:
         if how.compare is None:
             images, named = photographs(config, count), f"{count} photographs"
         else:
-            images = calibration_images(how.compare, config, count)
+            images = calibration_images(how.compare, config, count, left_out)
             named = f"{len(images)} digits" if how.compare == DIGITS else f"{len(images)} images of {how.compare}"
         return images[:0], images, named
     asked = how.calibration_images or CALIBRATED_ON
-    images = calibration_images(how.calibrate, config, asked + count)
+    images = calibration_images(how.calibrate, config, asked + count, left_out)
     too_few = shortage(min(len(images), asked), asked)
     if too_few:
         warn(too_few)

@@ -49,6 +49,11 @@ def write(weights: Weights, destination: str | Path, *, overwrite: bool = False)
     return path
 
 
+def written_for_timm(path: Path) -> bool:
+    """Whether timm loads what is written under this name."""
+    return _writer(path) is not _write_orbax and not path.name.endswith(".flax.safetensors")
+
+
 def _writer(path: Path) -> Callable[[Weights, Path], None]:
     for ending, writer in _WRITERS.items():
         if path.name.endswith(ending):

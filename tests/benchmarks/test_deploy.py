@@ -128,7 +128,7 @@ def test_a_qat_run_for_other_integers_is_refused(tmp_path, weights, capsys):
 
 
 def test_classes_of_another_data_set_are_refused(tmp_path, pictures, capsys):
-    weights = save_small(tmp_path / "other.safetensors", "abcd")
+    weights = save_small(tmp_path / "other.safetensors", "wxyz")
     assert "3 classes, the weights have 4" in _refusal(capsys, "--runs", weights, "--dataset", pictures)
 
 

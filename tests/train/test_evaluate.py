@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -123,16 +124,113 @@ def test_classes_in_another_order_are_matched_by_name(evaluate, pictures, tmp_pa
     assert (second["top1"], per_class_too) == (first["top1"], per_class)
 
 
+@pytest.fixture
+def numbered(image_folder):
+    """A folder of three classes whose text order is not the natural one."""
+    for i in range(6):
+        image_folder(f"numbered/{('class1', 'class2', 'class10')[i % 3]}/{i}.png", seed=i)
+    return image_folder() / "numbered"
+
+
+def test_outputs_without_names_are_taken_in_the_order_that_is_asked_for(evaluate, numbered, tmp_path):
+    natural = ("class1", "class2", "class10")
+    named = save_small(tmp_path / "named.safetensors", natural)
+    nameless = save_small(tmp_path / "nameless.safetensors", None, classes=3)
+    (tmp_path / "names.txt").write_text("\n".join(natural))
+
+    def result(weights, *flags):
+        status, _, error, folder = evaluate(
+            f"--weights={weights}", f"--dataset=folder:{numbered}", "--split=all", *flags
+        )
+        assert status == 0, error
+        return _result(folder)["loss"], [row[0] for row in _rows(folder / "per_class.csv")[1:]], error
+
+    right, names, error = result(named)
+    assert (tuple(names), error.count("\n")) == (natural, 1)
+    wrong, names, error = result(nameless)
+    assert (names, wrong != right) == (["class1", "class10", "class2"], True)
+    (line,) = error.splitlines()
+    assert "output i is taken for the data set's class i as text is sorted" in line
+    assert "class 1 is 'class10', and 'class2' in timm's natural order: --class-order natural takes that" in line
+    assert result(nameless, "--class-order=text")[0] == wrong
+    for order in ("natural", tmp_path / "names.txt"):
+        loss, names, error = result(nameless, f"--class-order={order}")
+        assert (loss, tuple(names)) == (right, natural)
+        assert "timm's" not in error
+    loss, _, error = result(named, "--class-order=text")
+    assert loss == right
+    assert "the weights know their classes: they are matched by name, not in text order" in error
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "message"),
+    [
+        ("class1 class2", None, "names.txt names 2 classes, and the weights have 3"),
+        ("class1 class2 class3", None, "only in the data set: class10"),
+        ("class1 class10 class2", ("class1", "class2", "class10"), "the weights know other class names than"),
+        (None, None, "names.txt is neither natural nor text, nor a file of class names: No such file or directory"),
+    ],
+)
+def test_an_order_that_does_not_fit_is_one_line(evaluate, numbered, tmp_path, names, weights, message):
+    if names:
+        (tmp_path / "names.txt").write_text("\n".join(names.split()))
+    source = save_small(tmp_path / "w.safetensors", weights, classes=3)
+    status, out, error, folder = evaluate(
+        f"--weights={source}", f"--dataset=folder:{numbered}", "--split=all", f"--class-order={tmp_path}/names.txt"
+    )
+    assert (status, out) == (2, "")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not folder.exists()
+
+
+def test_some_of_the_weights_classes_are_evaluated_against_all_of_their_outputs(evaluate, pictures, tmp_path):
+    weights = save_small(tmp_path / "w.safetensors", "abcdef", order="fcbaed")
+    _, _, _, every = evaluate(f"--weights={weights}", f"--dataset=folder:{pictures}", "--split=all", name="every")
+    shutil.rmtree(pictures / "a")
+    shutil.rmtree(pictures / "c")
+    status, _, error, folder = evaluate(f"--weights={weights}", f"--dataset=folder:{pictures}", "--split=all")
+    assert status == 0, error
+    assert "the data set has 1 of the 6 classes of the weights" in error
+    rows = {row[0]: row[1:] for row in _rows(folder / "confusion.csv")}
+    assert list(rows)[1:] == list("fcbaed")
+    assert rows["b"] == next(row[1:] for row in _rows(every / "confusion.csv") if row[0] == "b")
+    assert [sum(map(int, rows[name])) for name in "fcbaed"] == [0, 0, 8, 0, 0, 0]
+    assert (_result(folder)["images"], _result(folder)["top5"] is not None) == (8, True)
+
+
+def test_split_folders_are_evaluated_by_name(evaluate, image_folder, tmp_path):
+    for seed, name in enumerate(
+        ["Training/a", "Training/b", "VALID/a", "VALID/b", "VALID/b2", "Testing/b", "Testing/b2", "Testing/b3"]
+    ):
+        image_folder(f"data/{name[: name.index('/') + 2]}/{seed}.png", seed=seed)
+    weights = save_small(tmp_path / "w.safetensors", "ab")
+    flags = f"--weights={weights}", f"--dataset=folder:{image_folder()}/data"
+    for split, images in (("held-out", 3), ("train", 2), ("val", 3), ("test", 3)):
+        status, _, error, folder = evaluate(*flags, f"--split={split}")
+        assert status == 0, error
+        assert _result(folder)["images"] == images
+        assert ("Testing has no images of 1 of the 2 classes: a" in error) == (split == "test")
+    shutil.rmtree(image_folder() / "data" / "Training")
+    status, _, error, _ = evaluate(*flags)
+    assert status == 2
+    assert "has VALID/ and Testing/ and no train/: it can only be evaluated, by --split val or test" in error
+    status, _, error, folder = evaluate(*flags, "--split=test")
+    assert (status, _result(folder)["images"]) == (0, 3)
+    assert "the data set has 1 of the 2 classes of the weights" in error
+
+
 @pytest.mark.parametrize(
     ("weights", "expected"),
     [
         ("abc", [0, 1, 2]),
         ("cab", [1, 2, 0]),
+        ("xcab", [2, 3, 1]),
         (None, [0, 1, 2]),
     ],
 )
 def test_each_label_finds_its_output(weights, expected):
-    classes, _ = match_classes("abc", weights, 3)
+    classes, _ = match_classes("abc", weights, len(weights or "abc"))
     assert classes.tolist() == expected
 
 
@@ -141,7 +239,7 @@ def test_each_label_finds_its_output(weights, expected):
     [
         ("abd", None, "only in the data set: c; only in the weights: d"),
         ("ab", None, "the data set has 3 classes, the weights have 2; only in the data set: c"),
-        ("abcdefgh", None, "the weights have 8; only in the weights: d, e, f and 2 more"),
+        ("bcdefgh", None, "the weights have 7; only in the data set: a; only in the weights: d, e, f and 2 more"),
         (None, 4, "the data set has 3 classes, the weights have 4"),
     ],
 )

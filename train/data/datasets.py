@@ -5,20 +5,48 @@ import io
 from pathlib import Path
 from typing import Any
 
-from convert.errors import SettingsError, quiet
+from convert.class_names import NATURAL, TEXT, in_order
+from convert.errors import ConversionError, SettingsError, quiet
 from convert.files import FOLDER_PREFIX
 from train.config import TrainConfig
-from train.data.folder import open_folder
+from train.data.folder import one_class_error, open_folder
 from train.data.sources import ImageSets
 from train.data.tfds import open_tfds
 
 
-def open_image_sets(config: TrainConfig) -> ImageSets:
-    """Open the data set that a run asks for.
+def open_image_sets(config: TrainConfig, *, class_names: tuple[str, ...] | None = None) -> ImageSets:
+    """Open the data set that a run asks for, its classes in the order that it asks for.
+
+    Args:
+        class_names: in place of a file that tells the order: as a run has them that was begun with it.
 
     Raises SettingsError, saying what is wrong and what would work, if it is unknown, not prepared, cannot be read at
-    random, has no images, a class without images in a folder, or labels that are missing or stand for no class.
+    random, has no images, a class without images in a folder, labels that are missing or stand for no class, or other
+    classes than the file that tells their order.
     """
+    sets = _open(config)
+    if config.class_order is None:
+        return sets
+    is_file = config.class_order not in (NATURAL, TEXT)
+    if is_file and class_names is not None and sorted(class_names) == sorted(sets.class_names):
+        return sets.in_order(class_names)
+    try:
+        return sets.in_order(in_order(sets.class_names, config.class_order))
+    except ConversionError as error:
+        raise SettingsError(f"--class-order: {error}") from None
+
+
+def check_trainable(config: TrainConfig, sets: ImageSets) -> None:
+    """Raises SettingsError if there are no two classes to tell apart."""
+    if len(sets.class_names) > 1:
+        return
+    (name,) = sets.class_names
+    if config.dataset.startswith(FOLDER_PREFIX):
+        raise one_class_error(Path(config.dataset.removeprefix(FOLDER_PREFIX)), name)
+    raise SettingsError(f"data set {config.dataset} has one class, {name}: training needs two or more")
+
+
+def _open(config: TrainConfig) -> ImageSets:
     if config.dataset.startswith(FOLDER_PREFIX):
         root = Path(config.dataset.removeprefix(FOLDER_PREFIX))
         return open_folder(root, val_fraction=config.val_fraction, seed=config.seed)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from convert.errors import SettingsError, listed
-from convert.files import IMAGE_SUFFIXES, image_files
+from convert.image_files import IMAGE_SUFFIXES, LeftOut
 from crossvit_jax.preprocess import UnreadableImage
-from train.data.sources import HELD_OUT_SPLITS, TRAIN_SPLIT, DataError, ImageSets
-
-Images = dict[str, list[str]]  # image files by class
+from train.data.layout import Images, class_folders, find_splits, layout_notes, list_images, visible_folders
+from train.data.shared import shared_images, shared_note
+from train.data.sources import DataError, ImageSets
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class FolderSource:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def paths(self) -> list[str]:
+        """Of all files."""
+        start = os.path.join(self.root, "")
+        return [start + file for file in self.files]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Raises UnreadableImage for a file that cannot be read, DataError if they all have gone."""
@@ -52,41 +57,86 @@ def _is_gone(root: str) -> bool:
 
 
 def open_folder(root: Path, *, val_fraction: float, seed: int) -> ImageSets:
-    """A folder with `train/` and `val/` (or `validation/`, `test/`) of class folders, or of class folders itself.
+    """A folder with a folder of class folders for each split, such as `train/` and `val/`, or of class folders itself.
 
-    The latter is split: of each class the share `val_fraction` is held out, at least one image, chosen by `seed`.
-    Classes are the folders' names in alphabetical order. Images may lie deeper inside a class folder.
+    Split folders are known in any case and many spellings, see `train.data.layout`. Held out is `val/`, or `test/`
+    where there is none; it may lack classes. Class folders alone are split: of each class the share `val_fraction` is
+    held out, at least one image, chosen by `seed`. Classes are the folders' names sorted as text. Images may lie deeper
+    inside a class folder.
 
-    Raises SettingsError if there is no such folder, no class, or a class without images on either side.
+    Raises SettingsError if there is no such folder, no class, nothing to train on or to hold out, a class that has only
+    held-out images, or none at all.
     """
+    splits, others = _splits_of(root)
+    left_out = LeftOut()
+    if not splits:
+        images = _with_images(root, list_images(root, left_out))
+        train, held_out = _split(root, images, val_fraction=val_fraction, seed=seed)
+        notes = [*layout_notes(root, images), *left_out.notes()]
+        return _image_sets(root, train, root, held_out, f"{val_fraction:.0%} of each class", notes)
+    train_split, held_out_split = splits.get("train"), splits.get("val", splits.get("test"))
+    if train_split is None:
+        there = " and ".join(f"{name}/" for name in splits.values())
+        raise SettingsError(
+            f"{root} has {there} and no train/: it can only be evaluated, by --split {' or '.join(splits)} of "
+            "train.evaluate"
+        )
+    if held_out_split is None:
+        raise SettingsError(f"{root} has a folder {train_split}/ but none of validation/, val/, test/")
+    train_root, held_out_root = root / train_split, root / held_out_split
+    train = _with_images(train_root, list_images(train_root, left_out, beside=(held_out_root,)))
+    held_out = list_images(held_out_root, left_out, beside=(train_root,))
+    held_out, notes = _in_classes(held_out_root, held_out, tuple(train), train_split)
+    notes += [*layout_notes(train_root, train), *layout_notes(held_out_root, held_out), *left_out.notes()]
+    if others:
+        notes.append(f"beside {train_split}/ and {held_out_split}/, these folders are left out: {listed(others)}")
+    if "val" not in splits:
+        notes.append(f"there is no val/ in {root}: in training, {held_out_split}/ chooses the best checkpoint")
+    return _image_sets(train_root, train, held_out_root, held_out, held_out_split, notes)
+
+
+def open_split(root: Path, split: str) -> tuple[FolderSource, tuple[str, ...], list[str]]:
+    """The images of one split folder, `train`, `val` or `test`; of a folder that has none: `all`.
+
+    The classes are those of the folder for training, where there is one.
+
+    Returns:
+        The images, the names of the classes in the order of the labels, and what the user should know.
+
+    Raises SettingsError if there is no such folder or split, no images, or classes that training does not have.
+    """
+    splits, _ = _splits_of(root)
+    if split not in (splits or ("all",)):
+        there = " or ".join(("held-out", "train", "all")) if not splits else " or ".join(splits)
+        raise SettingsError(f"{root} has no split {split}: choose --split {there}")
+    folder, left_out = root / splits.get(split, ""), LeftOut()
+    images = list_images(folder, left_out)
+    if "train" in splits:
+        classes = class_folders(root / splits["train"], LeftOut())
+        images, notes = _in_classes(folder, images, tuple(classes), splits["train"])
+    else:
+        images, notes = _with_images(folder, images), []
+    notes += [*layout_notes(folder, images), *left_out.notes()]
+    return _source(folder, images), tuple(images), notes
+
+
+def one_class_error(root: Path, name: str) -> SettingsError:
+    """The error for a folder that has one class, which nothing can be learned from."""
+    splits, _ = _splits_of(root)
+    inside = visible_folders(root / splits.get("train", "") / name)
+    deeper = f"; did you mean folder:{root / name}?" if inside and not splits else ""
+    holds = f", a folder that holds the folders {listed(inside)}" if inside else ""
+    return SettingsError(f"{root} has one class, {name}{holds}: training needs two or more{deeper}")
+
+
+def _splits_of(root: Path) -> tuple[dict[str, str], list[str]]:
     if not root.is_dir():
         raise SettingsError(f"there is no folder {root}")
-    if not (root / TRAIN_SPLIT).is_dir():
-        train, held_out = _split(root, list_images(root), val_fraction=val_fraction, seed=seed)
-        return _image_sets(root, train, root, held_out, f"{val_fraction:.0%} of each class")
-    held_out_split = next((split for split in HELD_OUT_SPLITS if (root / split).is_dir()), None)
-    if held_out_split is None:
-        raise SettingsError(f"{root} has a folder train/ but none of {', '.join(s + '/' for s in HELD_OUT_SPLITS)}")
-    train, held_out = list_images(root / TRAIN_SPLIT), list_images(root / held_out_split)
-    for here, files, there, other in (
-        (TRAIN_SPLIT, train, held_out_split, held_out),
-        (held_out_split, held_out, TRAIN_SPLIT, train),
-    ):
-        missing = sorted(set(other) - set(files))
-        if missing:
-            raise SettingsError(f"{root} has classes in {there}/ that are missing in {here}/: {listed(missing)}")
-    return _image_sets(root / TRAIN_SPLIT, train, root / held_out_split, held_out, held_out_split)
+    return find_splits(root)
 
 
-def list_images(root: Path) -> Images:
-    """Class names in alphabetical order, and each one's image files relative to `root`, sorted.
-
-    Raises SettingsError if there is no class folder, or one without images.
-    """
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
-        raise SettingsError(f"{root} has no class folders: it should hold one folder of images per class")
-    images = {name: sorted(os.path.relpath(file, root) for file in image_files(root / name)) for name in classes}
+def _with_images(root: Path, images: Images) -> Images:
+    """The images of a folder. Raises SettingsError if a class has none."""
     empty = [name for name, files in images.items() if not files]
     looked_for = f"(looked for {' '.join(IMAGE_SUFFIXES)})"
     if len(empty) == len(images):
@@ -94,6 +144,26 @@ def list_images(root: Path) -> Images:
     if empty:
         raise SettingsError(f"no images in {listed(str(root / name) for name in empty)} {looked_for}")
     return images
+
+
+def _in_classes(root: Path, images: Images, classes: tuple[str, ...], train: str) -> tuple[Images, list[str]]:
+    """The images of a split folder under the classes of that for training. A note tells which of them have none.
+
+    Args:
+        train: the name of the folder for training.
+
+    Raises SettingsError if there are images of other classes, or none.
+    """
+    unknown = [name for name, files in images.items() if files and name not in set(classes)]
+    if unknown:
+        where = f"{root.parent} has classes in {root.name}/ that are missing in {train}/"
+        raise SettingsError(f"{where}: {listed(unknown)}")
+    images = {name: images.get(name, []) for name in classes}
+    lacking = [name for name, files in images.items() if not files]
+    if len(lacking) == len(images):
+        _with_images(root, images)
+    told = f"{root} has no images of {len(lacking)} of the {len(images)} classes: {listed(lacking)}"
+    return images, [told] if lacking else []
 
 
 def _split(root: Path, images: Images, *, val_fraction: float, seed: int) -> tuple[Images, Images]:
@@ -111,13 +181,22 @@ def _split(root: Path, images: Images, *, val_fraction: float, seed: int) -> tup
     return train, held_out
 
 
-def _image_sets(train_root: Path, train: Images, held_out_root: Path, held_out: Images, split: str) -> ImageSets:
-    sources = folder_source(train_root, train), folder_source(held_out_root, held_out)
-    return ImageSets(*sources, tuple(train), split, _fingerprint(train, held_out))
+def _image_sets(
+    train_root: Path, train: Images, held_out_root: Path, held_out: Images, split: str, notes: list[str]
+) -> ImageSets:
+    sources = _source(train_root, train), _source(held_out_root, held_out)
+    shared = shared_images(*(source.paths() for source in sources))
+    return ImageSets(
+        *sources,
+        tuple(train),
+        split,
+        _fingerprint(train, {name: files for name, files in held_out.items() if files}),
+        notes=(*notes, *shared_note(shared, len(sources[1]))),
+        sorted_by_name=True,
+    )
 
 
-def folder_source(root: Path, images: Images) -> FolderSource:
-    """The images that `list_images` found in a folder, class by class."""
+def _source(root: Path, images: Images) -> FolderSource:
     labels = np.repeat(np.arange(len(images)), [len(files) for files in images.values()])
     return FolderSource(str(root), tuple(file for files in images.values() for file in files), labels)
 

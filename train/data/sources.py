@@ -5,6 +5,10 @@ picklable, so that worker processes read for themselves. Where one image cannot 
 DataError where there is no point in going on.
 """
 
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,8 +34,26 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
+class Matched:
+    """A source of images whose labels are other numbers: `classes[label]` in place of each label."""
+
+    source: Source
+    classes: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.source[index]
+        return {**sample, "label": self.classes[sample["label"]]}
+
+
+@dataclass(frozen=True)
 class ImageSets:
     """A data set: training and held-out images, and the names of the classes in the order of the labels.
+
+    `notes` are lines for the user on what was found. `sorted_by_name`: the order of the classes is not that of the data
+    set itself, but was made by sorting their names.
 
     `fingerprint` tells whether a run goes on with the images that it began with: it changes with their number, names,
     labels and sides, not with the place where they are kept. Their pixels are not looked at.
@@ -42,3 +64,18 @@ class ImageSets:
     class_names: tuple[str, ...]
     held_out_split: str  # where the held-out images come from, to be told to the user
     fingerprint: str
+    notes: tuple[str, ...] = ()
+    sorted_by_name: bool = False
+
+    def in_order(self, class_names: Sequence[str]) -> "ImageSets":
+        """The same images with the classes in another order of the same names, each of which stands for one class."""
+        if tuple(class_names) == self.class_names:
+            return self
+        places = tuple(class_names.index(name) for name in self.class_names)
+        return dataclasses.replace(
+            self,
+            train=Matched(self.train, places),
+            held_out=Matched(self.held_out, places),
+            class_names=tuple(class_names),
+            fingerprint=hashlib.sha256(json.dumps([self.fingerprint, *class_names]).encode()).hexdigest(),
+        )

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import SettingsError
-from convert.files import IMAGE_SUFFIXES, image_files, shown
+from convert.files import shown
+from convert.image_files import IMAGE_SUFFIXES, LeftOut, image_files
 from crossvit_jax.preprocess import UnreadableImage
 
 STDIN = "-"
@@ -33,11 +34,14 @@ class FileSource:
         return {"image": encoded, "label": 0, "name": shown(path)}
 
 
-def image_paths(given: Sequence[str]) -> list[str]:
+def image_paths(given: Sequence[str], left_out: LeftOut) -> list[str]:
     """The files meant, in the order given; those of a folder sorted, from all folders below it too.
 
-    In folders, files count as images by their suffix, and hidden ones do not; a file that is named itself is taken as
-    it is. A name on standard input that does not exist is kept: it fails when it is read, as an image that went away.
+    Folders are searched by `convert.image_files`; a file that is named itself is taken as it is. A name on standard
+    input that does not exist is kept: it fails when it is read, as an image that went away.
+
+    Args:
+        left_out: is told what is passed over in folders.
 
     Raises SettingsError if a PATH does not exist or is no file or folder, or if there are no images at all; OSError if
     a folder cannot be read.
@@ -46,9 +50,9 @@ def image_paths(given: Sequence[str]) -> list[str]:
     for path in given:
         if path == STDIN:
             for line in _lines_of_stdin():
-                paths += image_files(line) if os.path.isdir(line) else [line]
+                paths += image_files(line, left_out=left_out) if os.path.isdir(line) else [line]
         elif os.path.isdir(path):
-            paths += image_files(path)
+            paths += image_files(path, left_out=left_out)
         elif os.path.isfile(path):
             paths.append(path)
         elif os.path.lexists(path):

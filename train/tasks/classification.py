@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,6 @@ from convert.files import csv_text, write_whole
 from convert.weights import Weights
 from crossvit_jax import CrossViT, CrossViTConfig, get_config
 from train.config import TrainConfig
-from train.data.sources import Source
 from train.images.augment import compile_augment
 from train.images.mixup import draw_mix, mix_images, mix_targets
 from train.pictures.confusion import draw_confusion
@@ -160,21 +160,6 @@ class ClassificationScores:
 # --- labels of a data set and outputs of a model ---
 
 
-@dataclass(frozen=True)
-class Matched:
-    """A source of images whose labels are the outputs of a model, see `match_classes`."""
-
-    source: Source
-    classes: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = self.source[index]
-        return {**sample, "label": self.classes[sample["label"]]}
-
-
 def match_classes(
     data_names: Sequence[str], weight_names: Sequence[str] | None, num_classes: int
 ) -> tuple[Int[np.ndarray, " classes"], list[str]]:
@@ -185,13 +170,13 @@ def match_classes(
         weight_names: of the model's classes, in the order of the outputs; none: not known.
         num_classes: outputs of the model.
 
-    Raises SettingsError if the data set has other classes than the model.
+    Raises SettingsError if the data set has classes that the model does not have.
     """
     counts = f"the data set has {len(data_names)} classes, the weights have {num_classes}"
     same = np.arange(len(data_names))
+    if len(weight_names or data_names) != num_classes:
+        raise SettingsError(counts)
     if weight_names is None:
-        if len(data_names) != num_classes:
-            raise SettingsError(counts)
         return same, ["the weights know no class names: output i is taken for the data set's class i"]
     if tuple(data_names) == tuple(weight_names):
         return same, []
@@ -200,13 +185,20 @@ def match_classes(
         "the data set": [name for name in data_names if name not in in_weights],
         "the weights": [name for name in weight_names if name not in in_data],
     }
+    counted = Counter(weight_names)
     # a name that stands for two classes tells neither
-    if any(only.values()) or not len(in_data) == len(in_weights) == len(data_names) == num_classes:
+    if only["the data set"] or len(in_data) < len(data_names) or any(counted[name] > 1 for name in data_names):
         differences = [f"only in {place}: {listed(names[:3], len(names))}" for place, names in only.items() if names]
         raise SettingsError("; ".join([counts, *(differences or ["some have the same name"])]))
     place = {name: index for index, name in enumerate(weight_names)}
-    note = "the data set has the weights' classes in another order: they are matched by name"
-    return np.array([place[name] for name in data_names]), [note]
+    classes = np.array([place[name] for name in data_names])
+    notes = []
+    if len(classes) < num_classes:
+        count = f"{len(classes)} of the {num_classes} classes of the weights"
+        notes.append(f"the data set has {count}: to predict one of the others is wrong")
+    if (np.diff(classes) < 0).any():
+        notes.append("the data set has the weights' classes in another order: they are matched by name")
+    return classes, notes
 
 
 # --- the weights that a run starts from ---
@@ -266,6 +258,13 @@ def _fit_classes(weights: Weights, class_names: tuple[str, ...], *, seed: int) -
         return weights, [f"the head is kept: it has {count} classes too, and their names are not known"]
     if weights.class_names == class_names:
         return weights, ["the head is kept: it is for these classes"]
+    if sorted(weights.class_names) == sorted(class_names) and len(set(class_names)) == count:
+        places = [weights.class_names.index(name) for name in class_names]
+        tensors = {
+            name: array[places] if name.startswith("head.") else array for name, array in weights.tensors.items()
+        }
+        weights = dataclasses.replace(weights, tensors=tensors, class_names=class_names)
+        return weights, ["the head is kept: it is for these classes, and its outputs are put into their order"]
     # by way of no head at all: the number alone would not tell that it must go
     fresh = adapt(adapt(weights, {"num_classes": 0}), {"num_classes": count}, seed=seed)
     note = f"new head: the {count} classes are others than those of the weights"

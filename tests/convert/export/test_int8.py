@@ -106,15 +106,17 @@ def test_too_few_images_are_told(capsys, small, pictures, tmp_path):
     assert "on the 12 calibration images themselves" in out
 
 
-def test_too_few_images_are_told_before_the_work(capsys, small, pictures, tmp_path, monkeypatch):
+def test_too_few_images_and_files_left_out_are_told_before_the_work(capsys, small, pictures, tmp_path, monkeypatch):
     def fail(weights, dtype):
         raise RuntimeError("the work")
 
     monkeypatch.setattr("convert.export.onnx_graph.onnx_graph", fail)
+    (pictures / "phone.heic").touch()
     args = ("--quantize", "static", "--calibrate", f"folder:{pictures}")
     _, _, err = run(capsys, small, tmp_path / "int8.onnx", *args)
-    warning, error = err.splitlines()
+    warning, left_out, error = err.splitlines()
     assert warning.startswith("warning: calibrating on 12 images, 128 were asked for")
+    assert left_out == "warning: left out, as their suffix is none of an image: 1 .heic"
     assert "the work" in error
 
 

@@ -52,13 +52,21 @@ def test_one_folder_is_split_by_class_and_seed(image_folder):
         ([], "no class folders"),
         (["train/cat/1.png"], "none of validation/, val/, test/"),
         (["train/cat/1.png", "val/dog/1.png"], "classes in val/ that are missing in train/: dog"),
-        (["train/cat/1.png", "train/dog/1.png", "val/dog/1.png"], "classes in train/ that are missing in val/: cat"),
+        (["train/cat/1.png", "train/dog/1.png", "val/dog/1.txt.png/x"], "no images in any of the 2 class folders"),
+        (["train/cat/1.png", "Training/cat/1.png"], "more than one folder for train: Training/, train/"),
+        (["train/cat/1.png", "val/cat/1.png", "valid/cat/1.png"], "more than one folder for val: val/, valid/"),
+        (["train/1.png", "test/2.png"], "train has no class folders"),
+        (["Test/cat/1.png", "VALID/cat/1.png"], "VALID/ and Test/ and no train/: .*--split val or test of train"),
+        (["test/cat/1.png", "cat/1.png"], "has test/ and no train/"),
         (["cat/1.png", "dog/1.png", "dog/2.png"], "two images or more, unlike cat"),
     ],
 )
 def test_a_folder_that_will_not_do_is_a_clear_error(image_folder, files, message):
     for file in files:
-        image_folder(file)
+        if file.endswith("x"):
+            (image_folder() / file).mkdir(parents=True)
+        else:
+            image_folder(file)
     with pytest.raises(SettingsError, match=message):
         open_folder(image_folder(), val_fraction=0.1, seed=0)
 
