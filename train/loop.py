@@ -25,6 +25,7 @@ from train.job import Job
 from train.optim.programs import Plan, Programs
 from train.optim.schedule import learning_rate
 from train.pictures.curves import draw_curves
+from train.run.best_effort import BestEffort
 from train.run.folder import claim_run_folder, newest_checkpoint, read_run, write_config
 from train.run.interruption import Interrupted, Interruption
 from train.run.meter import Meter, TrainingFailed
@@ -109,13 +110,14 @@ def train(job: Job) -> Result:
                 values |= run.evaluate(epoch)
             run.tell(epoch, values, images_per_s)
 
-        # --- the weights ---
+        # --- the weights, before anything that is only looked at ---
         checkpoints.wait()
         for name, file in (("params", WEIGHTS_FILE), ("ema", EMA_FILE)):
             if name in run.state:
                 params = fetch(run.state[name], mesh)
                 if is_main():
                     job.task.save(params, folder / file)
+        run.draw()
     return Result(folder, job.task.metrics, run.final, run.best, time.perf_counter() - start)
 
 
@@ -131,6 +133,7 @@ class _Run:
         self._bad_train = BadImages(job.image_sets.train, _say)
         self._bad_held_out = BadImages(job.image_sets.held_out, _say)
         self._start, self._first_step_done, self._drawn = start, False, time.perf_counter()
+        self._curves = BestEffort(CURVES_FILE, _say)
         self._step = step
         self._open = ExitStack()
         self._train = self._open_train()
@@ -266,10 +269,18 @@ class _Run:
     def tell(self, epoch: int, values: dict[str, float], images_per_s: float) -> None:
         """A line about an epoch, and from time to time the curves."""
         self._shown.epoch(epoch=epoch, step=self._step, values=values, images_per_s=images_per_s)
-        last = epoch == self._job.config.epochs
-        if is_main() and (last or time.perf_counter() - self._drawn > _CURVES_EVERY_S):
-            draw_curves(read_metrics(self._folder), self._job.task.metrics, self._folder / CURVES_FILE)
+        last = epoch == self._job.config.epochs  # after which weights are written first
+        if not last and time.perf_counter() - self._drawn > _CURVES_EVERY_S:
+            self.draw()
+
+    def draw(self) -> None:
+        """The curves so far."""
+        if is_main():
+            self._curves(self._draw_curves)
             self._drawn = time.perf_counter()
+
+    def _draw_curves(self) -> None:
+        draw_curves(read_metrics(self._folder), self._job.task.metrics, self._folder / CURVES_FILE)
 
     def _save(self) -> None:
         meter = self._meter.catch_up()
@@ -310,13 +321,17 @@ def _claim_folder(job: Job, stack: ExitStack) -> Path:
 def _open_log(job: Job, folder: Path, *, position: int, step: int) -> MetricsLog | NoLog:
     if not is_main():
         return NoLog()
-    run = None
+    wandb_run = None
     if job.config.wandb is not None:
-        import wandb
+        wandb_run = BestEffort("Weights & Biases", _say)(_begin_wandb, job, folder)
+    return MetricsLog(folder, position=position, step=step, wandb_run=wandb_run, say=_say)
 
-        settings = {"config": job.described, "dir": str(folder), "name": folder.name}
-        run = wandb.init(project=job.config.wandb, id=job.described["id"], resume="allow", **settings)
-    return MetricsLog(folder, position=position, step=step, wandb_run=run)
+
+def _begin_wandb(job: Job, folder: Path) -> Any:
+    import wandb
+
+    settings = {"config": job.described, "dir": str(folder), "name": folder.name}
+    return wandb.init(project=job.config.wandb, id=job.described["id"], resume="allow", **settings)
 
 
 def _say(line: str) -> None:

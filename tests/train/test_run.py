@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -299,6 +300,28 @@ def test_weights_and_biases_gets_the_metrics_and_a_continued_run_the_same_name(
     logged = [call for call in wandb.calls if isinstance(call, tuple)]
     assert {"train/loss", "train/images_per_s", "eval/top1"} <= {name for _, values in logged for name in values}
     assert wandb.calls[-1] == "finished"
+
+
+def test_drawing_and_logging_never_end_a_run_and_come_after_the_weights(run, small_variant, tmp_path, monkeypatch):
+    def no_key(**_):
+        raise RuntimeError("no API key")
+
+    def cannot_draw(*_):
+        assert (tmp_path / "run" / "weights.safetensors").exists()
+        raise ImportError("no fonts")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=no_key, __spec__=True))
+    monkeypatch.setattr("train.loop.draw_curves", cannot_draw)
+    monkeypatch.setitem(sys.modules, "tensorboardX.event_file_writer", None)
+    status, out, error, folder = run(*_SHORT, "--wandb=digits")
+    assert (status, error) == (0, "")
+    notes = [line for line in out.splitlines() if line.startswith("note: ")]
+    assert [(note.split(": ")[1], note.split("; ")[-1]) for note in notes] == [
+        (name, "left out from now on") for name in ("Weights & Biases", "TensorBoard", "curves.png")
+    ]
+    assert "no API key" in notes[0] and "no fonts" in notes[2]
+    assert len(_lines(folder)) == 7
+    assert f"weights {folder / 'weights.safetensors'}" in out
 
 
 def test_a_folder_that_holds_something_is_refused(run, tmp_path):
