@@ -96,6 +96,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     tell_notes(_PROGRAM, [*split_note, *classifier.notes, *class_note])
     output = Path(args.output) if args.output else None
     if output:
+        classifier.task.scores().check_place(output)
         output.mkdir(parents=True, exist_ok=True)
     height, width = config.image_size
     print(
@@ -135,7 +136,8 @@ def _evaluate(args: argparse.Namespace) -> int:
             "bad_images": bad_images.count,
             "images_per_s": images_per_s,
         }
-        print(f"written     {', '.join(scores.write(output, about=about))} in {output}")
+        written = scores.write(output, about=about, say=lambda line: print(f"{_PROGRAM}: {line}", file=sys.stderr))
+        print(f"written     {', '.join(written)} in {output}")
     return 0
 
 
