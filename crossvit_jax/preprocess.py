@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Float64, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from crossvit_jax.config import CrossViTConfig
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's: what every published CrossViT was trained with
+_LARGEST = 2**24  # pixels that an image may be resized to as a whole
 
 # Every worker would print them, in every epoch. What cannot be used is an error; the rest (odd metadata, many pixels)
 # does no harm. Not `catch_warnings`: reader threads would undo each other's.
@@ -146,7 +147,9 @@ def evaluation_crop(
         crop_pct: share of the resized image that is kept; above 1, black is put around it.
         resize: as `resize` of this module, or faster with the same pixels.
     """
-    resized = resize(pixels, _resized(pixels.shape[:2], image_size, crop_pct))
+    size = _resized(pixels.shape[:2], image_size, crop_pct)
+    large = math.prod(size) > _LARGEST
+    resized = _middle_resized(pixels, size, image_size) if large else resize(pixels, size)
     missing = [max(0, wanted - size) for wanted, size in zip(image_size, resized.shape, strict=False)]
     if any(missing):
         resized = np.pad(resized, [(size // 2, (size + 1) // 2) for size in missing] + [(0, 0)])
@@ -164,6 +167,44 @@ def _resized(size: tuple[int, int], image_size: tuple[int, int], crop_pct: float
         ratio = min(side / goal for side, goal in zip(size, wanted, strict=True))
         height, width = (round(side / ratio) for side in size)
     return height, width
+
+
+def _middle_resized(
+    pixels: UInt8[np.ndarray, "height width 3"], size: tuple[int, int], image_size: tuple[int, int]
+) -> UInt8[np.ndarray, "rows columns 3"]:
+    """The middle of what `resize` makes of an image, at most of the model's size (height, width); the rest of it, which
+    may be gigabytes of a picture far longer than wide, is not computed."""
+    height, width = pixels.shape[:2]
+    (top, bottom, rows), (left, right, columns) = (
+        _middle_weights(old, new, min(new, wanted))
+        for old, new, wanted in zip((height, width), size, image_size, strict=True)
+    )
+    part = pixels[top:bottom, left:right].astype(np.float64)  # in which the sums, of whole numbers, are exact
+    if height > 100 * width and size[0] < height:  # Pillow's order for them
+        part = np.matmul(columns, _levels(np.tensordot(rows, part, 1)))
+    else:
+        part = np.tensordot(rows, _levels(np.matmul(columns, part)), 1)
+    return _levels(part).astype(np.uint8)
+
+
+def _middle_weights(size: int, resized: int, kept: int) -> tuple[int, int, Float64[np.ndarray, "kept pixels"]]:
+    """Of an axis that is resized: the first pixel that the places in its middle are made of, the one after the last,
+    and Pillow's weights of the pixels for each place, in units of 2^-22."""
+    scale = size / resized
+    stretch = max(scale, 1.0)
+    reach = 2.0 * stretch
+    centres = (np.arange(kept) + round((resized - kept) / 2) + 0.5) * scale
+    first, after = max(int(centres[0] - reach + 0.5), 0), min(int(centres[-1] + reach + 0.5), size)
+    x = np.abs((np.arange(first, after) - centres[:, None] + 0.5) * (1.0 / stretch))
+    near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5  # the cubic with a = -0.5
+    exact = np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
+    weights = exact / np.cumsum(exact, 1)[:, -1:] * 2**22  # one after the other, as Pillow adds them up
+    return first, after, np.trunc(weights + np.copysign(0.5, weights))
+
+
+def _levels(sums: Float64[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
+    """Sums in units of 2^-22, rounded to whole levels from 0 to 255."""
+    return np.clip(np.floor((sums + 2**21) / 2**22), 0, 255)
 
 
 def normalised(pixels: UInt8[np.ndarray, "*batch height width 3"]) -> Float32[np.ndarray, "*batch height width 3"]:
