@@ -15,7 +15,15 @@ from convert.command_line import Parser, at_least_zero, leave, run
 from convert.errors import SettingsError
 from convert.files import FOLDER_PREFIX, home_path
 from train.config import TrainConfig, data_set
-from train.inference.command import SMALLER_BATCH, SOURCES, add_model_flags, load_model, reading_processes, tell_notes
+from train.inference.command import (
+    SMALLER_BATCH,
+    SOURCES,
+    add_model_flags,
+    exif_notes,
+    load_model,
+    reading_processes,
+    tell_notes,
+)
 
 if TYPE_CHECKING:
     from train.data.sources import Source
@@ -85,6 +93,7 @@ def _parser() -> Parser:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from train.data.bad_images import BadImages
+    from train.data.tagged_images import TaggedImages
     from train.inference.evaluation import evaluate
     from train.run.progress import open_bar
     from train.tasks.classification import Matched, match_classes
@@ -114,9 +123,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     source = Matched(source, tuple(classes.tolist()))
     with open_bar(total=len(source), unit=" images") as bar:
         bad_images = BadImages(source, lambda line: bar.write(f"{_PROGRAM}: {line}", file=sys.stderr))
-        images_per_s = evaluate(
-            classifier, source, scores, bad_images, batch_size=batch_size, workers=workers, advance=bar.update
-        )
+        tagged = TaggedImages()
+        how = {"batch_size": batch_size, "workers": workers, "advance": bar.update, "tagged": tagged}
+        images_per_s = evaluate(classifier, source, scores, bad_images, **how)
+    tell_notes(_PROGRAM, exif_notes(args, classifier, tagged))
     values = scores.values()
     for metric in classifier.task.metrics:
         print(f"{metric.label:11} {values[metric.name]:.2f}{' %' if metric.unit == '%' else ''}")
@@ -131,6 +141,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             "model": config.name,
             "image_size": config.image_size,
             "crop_pct": config.crop_pct,
+            "exif": classifier.task.config.exif,
             "precision": classifier.precision,
             "quantize": args.quantize,
             "bad_images": bad_images.count,

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from convert.errors import SettingsError
 from convert.tree import nest
 from train.data.bad_images import BadImages, too_many_error
+from train.data.tagged_images import TaggedImages
 from train.devices.hosts import is_main
 from train.devices.memory import available_memory, check_fits, memory_errors_explained
 from train.devices.mesh import fetch
@@ -132,6 +134,7 @@ class _Run:
         self._choosing = choosing_metric(job.task.metrics)
         self._bad_train = BadImages(job.image_sets.train, _say)
         self._bad_held_out = BadImages(job.image_sets.held_out, _say)
+        self._tagged = {"training": TaggedImages(), "held-out": TaggedImages()}  # until they are told
         self._start, self._first_step_done, self._drawn = start, False, time.perf_counter()
         self._curves = BestEffort(CURVES_FILE, _say)
         self._step = step
@@ -206,6 +209,7 @@ class _Run:
         while self._step < epoch * job.steps_per_epoch:
             batch = next(self._train)
             self._bad_train.add(batch.pop("bad_indices"))
+            self._count_tagged("training", batch.pop("tagged"))
             if programs.augment is not None:
                 batch = programs.augment(batch, self._step)
             self.state, metrics = programs.train_step(self.state, batch)
@@ -217,6 +221,7 @@ class _Run:
             if due or self._interruption.wanted(self._step):
                 self._save()
                 self._stop_if_wanted()
+        self._tell_tagged("training")
         return self._meter.finish()
 
     def _after_the_first_step(self, metrics: Any) -> None:
@@ -250,6 +255,7 @@ class _Run:
         batches = itertools.islice(self._watched(self._held_out), self._job.eval_steps)
         for outputs in forward(lambda batch: self._programs.eval_step(params, batch), batches):
             scores.add(outputs)
+        self._tell_tagged("held-out")
         return scores
 
     def _watched(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -257,7 +263,19 @@ class _Run:
         for batch in batches:
             self._stop_if_wanted()
             self._bad_held_out.add(batch.pop("bad_indices"))
+            self._count_tagged("held-out", batch.pop("tagged"))
             yield batch
+
+    def _count_tagged(self, kind: str, tagged: np.ndarray) -> None:
+        if kind in self._tagged:
+            self._tagged[kind].add(tagged)
+
+    def _tell_tagged(self, kind: str) -> None:
+        """After the first pass over the images of a kind."""
+        counted = self._tagged.pop(kind, None)
+        note = counted and counted.told(self._job.config.exif, kind, why="as timm does; --exif apply turns them")
+        if note:
+            _say(f"note: {note}")
 
     def _keep_if_best(self, epoch: int) -> None:
         name, larger = self._choosing.name, self._choosing.better == "max"

@@ -9,7 +9,15 @@ from pathlib import Path
 
 from convert.command_line import Parser, at_least_one, leave, run
 from convert.files import check_replaceable, home_path
-from train.inference.command import SMALLER_BATCH, SOURCES, add_model_flags, load_model, reading_processes, tell_notes
+from train.inference.command import (
+    SMALLER_BATCH,
+    SOURCES,
+    add_model_flags,
+    exif_notes,
+    load_model,
+    reading_processes,
+    tell_notes,
+)
 from train.inference.predictions import FORMATS
 
 _PROGRAM = "python -m train.predict"
@@ -60,6 +68,7 @@ def _predict(args: argparse.Namespace) -> int:
     pictures = _place_pictures(Path(args.attention), paths) if args.attention else None
 
     from train.data.bad_images import BadImages
+    from train.data.tagged_images import TaggedImages
     from train.inference.classify import classify
     from train.run.progress import open_bar
 
@@ -75,18 +84,19 @@ def _predict(args: argparse.Namespace) -> int:
         def say(line: str) -> None:
             bar.write(f"{_PROGRAM}: {line}", file=sys.stderr)
 
-        bad_images = BadImages(source, say)
+        bad_images, tagged = BadImages(source, say), TaggedImages()
         bar.write(text.header, end="")
         batch_size = classifier.batch_size(args.batch_size, len(paths))
         workers = reading_processes(len(paths))
         how = {"batch_size": batch_size, "workers": workers, "top_k": args.top_k, "pictures": pictures}
-        batches = classify(classifier, source, bad_images, **how, say=say)
+        batches = classify(classifier, source, bad_images, **how, say=say, tagged=tagged)
         with closing(batches):
             for results in batches:
                 entries = (text.entry(*result) for result in results)
                 bar.write("".join(entries), end="")
                 sys.stdout.flush()
                 bar.update(min(batch_size, len(paths) - bar.n))
+    tell_notes(_PROGRAM, exif_notes(args, classifier, tagged))
     if bad_images.count:
         print(f"{_PROGRAM}: {bad_images.count} of {len(paths)} images could not be read", file=sys.stderr)
     return 1 if bad_images.count else 0

@@ -9,7 +9,7 @@ from convert.errors import ConversionError
 from convert.export.compare import Images
 from convert.files import FOLDER_PREFIX, IMAGE_SUFFIXES, image_files, typed_path
 from crossvit_jax.config import CrossViTConfig
-from crossvit_jax.preprocess import UnreadableImage, preprocess_image
+from crossvit_jax.preprocess import Exif, UnreadableImage, preprocess_image
 
 DIGITS = "digits"
 FEW = 32  # with fewer images than this, the ranges seen are a matter of chance
@@ -37,7 +37,7 @@ def find_images(source: str) -> list[Path] | None:
     return sorted({path.resolve(): path for path in paths}.values())  # each once, however many links lead to it
 
 
-def calibration_images(source: str, config: CrossViTConfig, count: int) -> Images:
+def calibration_images(source: str, config: CrossViTConfig, count: int, exif: Exif = "keep") -> Images:
     """Up to `count` images as evaluation sees them, normalised.
 
     Of more, as many are taken at even steps through the sorted paths, so that each class folder has its share.
@@ -46,6 +46,7 @@ def calibration_images(source: str, config: CrossViTConfig, count: int) -> Image
         source: `digits`, or a folder.
         config: of the model that will see them: its image size and `crop_pct`.
         count: at least 1.
+        exif: as in training, see `crossvit_jax.preprocess.decode_image`.
 
     Raises:
         ConversionError: see `find_images`; an image cannot be read, or the model takes no colour images.
@@ -56,7 +57,7 @@ def calibration_images(source: str, config: CrossViTConfig, count: int) -> Image
     taken = min(count, len(paths or ()))
     pictures = _digits(count) if paths is None else [paths[i * len(paths) // taken] for i in range(taken)]
     try:
-        return np.stack([preprocess_image(picture, config) for picture in pictures])
+        return np.stack([preprocess_image(picture, config, exif=exif) for picture in pictures])
     except UnreadableImage as error:
         raise ConversionError(f"{error.name} cannot be read as an image: {error.reason}") from None
 

@@ -155,7 +155,7 @@ def export(
     how = how or Export()
     path = check_export(destination, how, overwrite=overwrite)
     check_weights(weights, how)
-    calibration, images, named = _images(weights.config, how, warn)
+    calibration, images, named = _images(weights, how, warn)
     require_space(weights.astype(DTYPES[how.dtype or "float32"]), path)
     with replacing(path) as new:
         run, source = _WRITERS[path.suffix](weights, how, calibration, new)
@@ -219,18 +219,19 @@ def _add_preprocessing(path: Path, without: Run, config: CrossViTConfig, dtype: 
     return compare(got, expected, dtype, images=f"{len(got)} pictures", source="those for their images")
 
 
-def _images(config: CrossViTConfig, how: Export, warn: Callable[[str], None]) -> tuple[Images, Images, str]:
+def _images(weights: Weights, how: Export, warn: Callable[[str], None]) -> tuple[Images, Images, str]:
     """Those to calibrate with, those to compare on, and what these are."""
+    config, exif = weights.config, weights.exif or "keep"
     count = _COMPARED_INTEGERS if how.quantize else _COMPARED
     if how.calibrate is None:
         if how.compare is None:
             images, named = photographs(config, count), f"{count} photographs"
         else:
-            images = calibration_images(how.compare, config, count)
+            images = calibration_images(how.compare, config, count, exif)
             named = f"{len(images)} digits" if how.compare == DIGITS else f"{len(images)} images of {how.compare}"
         return images[:0], images, named
     asked = how.calibration_images or CALIBRATED_ON
-    images = calibration_images(how.calibrate, config, asked + count)
+    images = calibration_images(how.calibrate, config, asked + count, exif)
     too_few = shortage(min(len(images), asked), asked)
     if too_few:
         warn(too_few)

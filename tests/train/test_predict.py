@@ -17,7 +17,7 @@ from PIL import Image
 
 import train.images.transforms
 import train.inference.image_paths
-from convert import load_flax
+from convert import load_flax, load_weights, save
 from convert.files import shown
 from crossvit_jax.preprocess import UnreadableImage
 from tests.train.small_weights import save_small
@@ -233,7 +233,7 @@ def test_results_come_long_before_the_last_image_is_read(weights, photos, monkey
     read = []
     decode = train.images.transforms.decode_pixels
     monkeypatch.setattr(
-        train.images.transforms, "decode_pixels", lambda encoded, name: (read.append(name), decode(encoded, name))[1]
+        train.images.transforms, "decode_pixels", lambda *given: (read.append(given[1]), decode(*given))[1]
     )
     classifier = load_classifier(str(weights))
     paths = tuple(str(photos / name) for name in (*_IN_ORDER, *(40 * ["a.png"])))
@@ -269,6 +269,39 @@ def test_pictures_of_attention_are_one_per_image_even_of_the_same_name(predict, 
     for path in pictures.iterdir():
         with Image.open(path) as image:
             assert image.format == "PNG"
+
+
+@pytest.mark.parametrize("recorded", [None, "keep", "apply"])
+def test_images_with_an_orientation_are_taken_as_in_training_and_told(predict, weights, image_folder, recorded):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    folder = image_folder()
+    with Image.open(image_folder("upright.png", size=(40, 56))) as upright:
+        stored = upright.transpose(Image.Transpose.ROTATE_90)
+    stored.save(folder / "stored.png")
+    stored.save(folder / "tagged.png", exif=exif)
+    known = load_weights(weights)
+    file = folder / "known.safetensors"
+    save(known.tensors, known.config, file, class_names=known.class_names, exif=recorded)
+
+    def told(*flags):
+        names = ("tagged.png", "stored.png", "upright.png")
+        _, out, error = predict(f"--weights={file}", "--format=jsonl", *flags, *(folder / name for name in names))
+        tagged, stored, upright = (line["predictions"] for line in _lines(out))
+        assert stored != upright
+        return [name for name, seen in (("stored", stored), ("upright", upright)) if tagged == seen], error
+
+    note = "python -m train.predict: note: 1 of 3 images carry an EXIF orientation and were "
+    turned, kept = f"{note}turned by it\n", f"{note}taken as they are stored, "
+    unknown = "as timm does; the weights do not tell what training did, and --exif apply turns them\n"
+    expected = {
+        None: (["stored"], kept + unknown),
+        "keep": (["stored"], f"{kept}as in training\n"),
+        "apply": (["upright"], turned),
+    }
+    assert told() == expected[recorded]
+    assert told("--exif=apply") == (["upright"], turned)
+    assert told("--exif=keep") == (["stored"], f"{kept}as asked for\n")
 
 
 def _contents(folder):

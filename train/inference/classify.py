@@ -10,6 +10,7 @@ import numpy as np
 
 from convert.files import shown
 from train.data.bad_images import BadImages
+from train.data.tagged_images import TaggedImages
 from train.inference.evaluation import forward, without_bad
 from train.inference.image_paths import FileSource
 from train.inference.model import Classifier
@@ -36,6 +37,7 @@ def classify(
     top_k: int,
     pictures: Sequence[Path] | None = None,
     say: Callable[[str], None] = print,
+    tagged: TaggedImages | None = None,
 ) -> Iterator[list[Result]]:
     """The results of image files, in their order, batch by batch as they are ready.
 
@@ -46,6 +48,7 @@ def classify(
         top_k: predictions per image; where there are fewer classes, all of them.
         pictures: for each image, the PNG in which to draw what the class tokens attend to.
         say: told one line if that fails; there are no pictures from then on.
+        tagged: told which images have an EXIF orientation.
     """
     from train.data.batches import eval_batches  # late: Grain takes long to import
     from train.data.streams import device_batches
@@ -78,7 +81,7 @@ def classify(
 
     with closing(device_batches(batches, classifier.mesh)) as stream:
         compiled = classifier.compile(program, shapes)  # while the first images are read
-        for number, outputs in enumerate(forward(compiled, without_bad(stream, bad_images, shapes))):
+        for number, outputs in enumerate(forward(compiled, without_bad(stream, bad_images, shapes, tagged))):
             yield [
                 result(number * batch_size + i, jax.tree.map(lambda array, i=i: array[i], outputs))
                 for i in np.flatnonzero(outputs["mask"]).tolist()

@@ -62,13 +62,16 @@ class Classification:
         return CrossViT(self.model_config, dtype=dtype, rngs=rngs)
 
     def save(self, params: Any, path: Path) -> None:
-        convert.save(params, self.model_config, path, class_names=self.class_names, overwrite=True)
+        names, exif = self.class_names, self.config.exif
+        convert.save(params, self.model_config, path, class_names=names, exif=exif, overwrite=True)
 
     def transform(self, *, training: bool) -> Callable[..., dict[str, Any]]:
         # late: a machine that only computes may lack the packages that read images
         from train.images.transforms import eval_transform, train_transform
 
-        return train_transform(self.config, self.model_config) if training else eval_transform(self.model_config)
+        if training:
+            return train_transform(self.config, self.model_config)
+        return eval_transform(self.model_config, self.config.exif)
 
     def batch_shapes(self, batch_size: int, *, training: bool) -> dict[str, jax.ShapeDtypeStruct]:
         image = (*self.model_config.image_size, self.model_config.in_chans)
