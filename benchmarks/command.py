@@ -10,12 +10,13 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.result import Content, as_json, write_json
+from benchmarks.result import Content, as_json, is_result, write_json
 from benchmarks.rounds import Measured, largest_common_batch, measure, say
 from benchmarks.table import notes, table_lines
 from benchmarks.task import SIDES, Task, default_sides
 from convert.command_line import Parser, at_least_one, run
 from convert.errors import ConversionError
+from convert.files import check_replaceable
 from crossvit_jax.config import get_config
 
 _EPILOG = """\
@@ -208,7 +209,7 @@ def require_packages(who: str, *more: str) -> None:
 
 
 def writable_json(parser: Parser, file: Path | None) -> None:
-    """Ends the program if nothing can be written there: before anything is measured, not after it."""
+    """Ends the program if nothing can be written there, or something else is there: before anything is measured."""
     if file is None:
         return
     try:
@@ -216,9 +217,12 @@ def writable_json(parser: Parser, file: Path | None) -> None:
             os.lstat(file)  # a name may be too long
         if file.is_dir() or not file.absolute().parent.is_dir():
             parser.error(f"--json {file}: not a file in an existing folder")
+        check_replaceable([file], is_result)
         tempfile.TemporaryFile(dir=file.absolute().parent).close()
     except OSError as error:
         parser.error(f"--json {file}: {error.strerror}")
+    except ConversionError as error:
+        parser.error(f"--json {error}")
 
 
 def variant_name(text: str) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.goals import TIMES_AS_FAST
 from benchmarks.result import Content, Result, best, counts, device_name, rounds, times_as_fast
-from train.pictures.figure import save_figure
+from train.pictures.figure import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,8 +27,6 @@ def draw_ratios(contents: Sequence[Content], path: Path) -> None:
         ValueError: no result has both Flax and timm.
         NotWritten: the picture cannot be written.
     """
-    from matplotlib.figure import Figure
-
     panels: dict[tuple[str, str], list[Result]] = {}
     for content in contents:
         for result in content["results"]:
@@ -38,7 +36,7 @@ def draw_ratios(contents: Sequence[Content], path: Path) -> None:
     if not panels:
         raise ValueError("no result has both Flax and timm")
     widths = [max(3, len(results)) for results in panels.values()]
-    figure = Figure(figsize=(max(6, 1 + 0.95 * sum(widths)), 4.5), layout="constrained")
+    figure = new_figure(figsize=(max(6, 1 + 0.95 * sum(widths)), 4.5), layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharey=True, width_ratios=widths, squeeze=False)[0]
     for axes, (title, results) in zip(all_axes, panels.items(), strict=True):
         axes.set_title("\n".join(title), fontsize=10)

@@ -32,6 +32,16 @@ def write_json(path: Path | None, content: Content) -> None:
         write_whole(path, f"{json.dumps(content, indent=2)}\n".encode())
 
 
+def is_result(file: Path) -> bool:
+    """Whether a benchmark wrote it; or nobody did: it is empty, as `mktemp` makes it."""
+    try:
+        text = file.read_bytes()
+        content = json.loads(text or '{"benchmark": null}')
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "benchmark" in content
+
+
 def as_json(benchmark: str, results: Sequence[Measured]) -> dict[str, Any]:
     """Everything measured of models and training steps, with every round, in plain types."""
     facts = told_facts(times for measured in results for times in measured.sides.values())

@@ -32,6 +32,7 @@ from benchmarks.result import (
 from benchmarks.rounds import ACCEPTED_OTHERS
 from benchmarks.task import TIMM_FED
 from convert.command_line import Parser, leave, run
+from convert.files import check_replaceable
 
 MODELS = ("inference", "training")  # the benchmarks whose files share tables
 _OTHERS = {  # what makes the table of a file
@@ -60,8 +61,10 @@ def _tell(parser: Parser, args: argparse.Namespace) -> int:
         parser.error(f"a file is not as a benchmark wrote it ({type(error).__name__}: {error})")
     if args.plot:
         from benchmarks.plot import draw_ratios
+        from train.pictures.figure import is_own_picture
 
         try:
+            check_replaceable([args.plot], is_own_picture, inputs=args.files)
             draw_ratios([content for content in contents if content["benchmark"] in MODELS], args.plot)
         except (OSError, ValueError) as error:
             parser.error(f"--plot {args.plot}: {getattr(error, 'strerror', None) or error}")

@@ -88,6 +88,39 @@ def check_place(path: Path, *, overwrite: bool = False, may_be_replaced: Callabl
     return path
 
 
+def check_replaceable(
+    targets: Iterable[Path], is_own: Callable[[Path], bool], *, inputs: Iterable[str | Path] = ()
+) -> None:
+    """Whether files may be written whose names nobody typed: called before the first of them is.
+
+    Args:
+        targets: the files to be written.
+        is_own: whether a file that is there was written by the same command before, and may be replaced.
+        inputs: files that are read: they are never replaced, under whatever name and through whatever link.
+
+    Raises:
+        ConversionError: one of the targets may not be replaced.
+    """
+    there = [path for path in targets if os.path.lexists(path)]
+    if not there:
+        return
+    read = set(map(_identity, inputs)) - {None}
+    for path in there:
+        if _identity(path) in read:
+            raise ConversionError(f"{path} is one of the files to be read, and is not replaced: name another place")
+        if not is_own(path):
+            raise ConversionError(f"{path} exists and was not written by this command: name another place")
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    """The same for all names of a file; None where there is none."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # no name of any file
+        return None
+    return found.st_dev, found.st_ino
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to. What is there at the end is moved to `path`, if anything is.

@@ -8,24 +8,30 @@ import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, get_args
 
 from convert.errors import ConversionError
 from convert.weights import Weights
 from crossvit_jax.config import BRANCH_SETTINGS, Branch, CrossViTConfig
-from crossvit_jax.preprocess import MEAN, STD
+from crossvit_jax.preprocess import MEAN, STD, Exif
 
 KEY = "crossvit"  # in the header of a safetensors file; the name of the item in an Orbax folder
 FORMAT = 2  # 1 knew two branches only, whose settings were pairs; it is read as well
+_EXIF = "exif"
 _FIXED = {"task": "classification", "mean": list(MEAN), "std": list(STD)}  # what all models have so far
 
 
-def describe(config: CrossViTConfig, class_names: tuple[str, ...] | None) -> dict:
-    """The settings as JSON values; fractions become strings such as "14/15"."""
+def describe(config: CrossViTConfig, class_names: tuple[str, ...] | None, exif: Exif | None = None) -> dict:
+    """The settings as JSON values; fractions become strings such as "14/15".
+
+    Args:
+        exif: what training did with EXIF orientations; None is not written.
+    """
     settings = dataclasses.asdict(config)
     for branch in settings["branches"]:
         branch["image_scale"] = str(branch["image_scale"])
-    return {"format": FORMAT, **_FIXED, "config": settings, "class_names": class_names and list(class_names)}
+    known = {"config": settings, "class_names": class_names and list(class_names)}
+    return {"format": FORMAT, **_FIXED, **known, **({} if exif is None else {_EXIF: exif})}
 
 
 def summary(weights: Weights) -> dict[str, Any]:
@@ -39,9 +45,10 @@ def summary(weights: Weights) -> dict[str, Any]:
         "crop_pct": config.crop_pct,
         "license": weights.license,
         "library": f"crossvit-jax {version('crossvit-jax')}",
-        KEY: json.dumps(describe(config, weights.class_names)),
+        KEY: json.dumps(describe(config, weights.class_names, weights.exif)),
     }
-    return about | ({"mean": MEAN, "std": STD} if config.in_chans == 3 else {})
+    about |= {"mean": MEAN, "std": STD} if config.in_chans == 3 else {}
+    return about | ({} if weights.exif is None else {_EXIF: weights.exif})
 
 
 def version(package: str) -> str:
@@ -64,10 +71,13 @@ def understand(description: dict | str) -> tuple[CrossViTConfig, tuple[str, ...]
         if description["format"] > FORMAT:
             raise ConversionError(f"it was written by a newer version (format {description['format']})")
         fixed = _FIXED if description["format"] > 1 else {}
-        _refuse_unknown(description, ("format", *fixed, "config", "class_names"))
+        _refuse_unknown(description, ("format", *fixed, "config", "class_names", _EXIF))
         for key, value in fixed.items():
             if description[key] != value:
                 raise ConversionError(f"its {key} is {description[key]}; this version knows only {value}")
+        if description.get(_EXIF) not in (None, *get_args(Exif)):
+            known = " and ".join(get_args(Exif))
+            raise ConversionError(f"its {_EXIF} is {description[_EXIF]!r}; this version knows only {known}")
         settings = dict(description["config"])
         if not fixed:  # the first format
             columns = [settings.pop(name) for name in BRANCH_SETTINGS]
@@ -81,6 +91,11 @@ def understand(description: dict | str) -> tuple[CrossViTConfig, tuple[str, ...]
         raise
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise ConversionError(f"its {KEY!r} metadata is damaged: {type(error).__name__}: {error}") from None
+
+
+def recorded_exif(description: dict | str) -> Exif | None:
+    """What training did with EXIF orientations, in what `understand` understood; None: it does not tell."""
+    return (json.loads(description) if isinstance(description, str) else description).get(_EXIF)
 
 
 def _branch(settings: Mapping[str, Any]) -> Branch:

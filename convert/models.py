@@ -19,6 +19,7 @@ from convert.tree import flatten, from_state_dict, nest, shapes_of
 from convert.weights import Weights
 from crossvit_jax import CrossViT
 from crossvit_jax.config import CrossViTConfig
+from crossvit_jax.preprocess import Exif
 
 if TYPE_CHECKING:
     import torch
@@ -82,14 +83,17 @@ def load_weights(source: str | Path, *, seed: int = 0, **overrides: Any) -> Weig
     try:
         if stored.description is not None:
             config, class_names = metadata.understand(stored.description)
+            exif = metadata.recorded_exif(stored.description)
         else:
             size = overrides.get("image_size")
             size = (size, size) if isinstance(size, int) else size
             config, class_names = architecture.infer_config(shapes, size, overrides.get("branches")), None
+            exif = None
     except ConversionError as error:
         raise ConversionError(f"{source}: {error}") from None
     architecture.check(shapes, config, str(source))
-    weights = Weights(config=config, tensors=stored.tensors, class_names=class_names, notes=tuple(stored.notes))
+    known = {"config": config, "class_names": class_names, "exif": exif}
+    weights = Weights(tensors=stored.tensors, notes=tuple(stored.notes), **known)
     return adapt(weights, overrides, seed=seed)
 
 
@@ -166,6 +170,7 @@ def save(
     destination: str | Path,
     *,
     class_names: Sequence[str] | None = None,
+    exif: Exif | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes parameters in the format that the destination's ending names, see `convert.formats.write.write`.
@@ -174,6 +179,7 @@ def save(
         params: nested Flax parameters, an `nnx.State` or a model, or a flat state dict.
         config: of the model; it travels as metadata.
         class_names: in the order of the logits; they travel as metadata.
+        exif: whether training turned images as EXIF says (`crossvit_jax.preprocess.decode_image`); metadata as well.
         overwrite: replace what is there.
 
     Returns:
@@ -188,7 +194,8 @@ def save(
     names = None if class_names is None else tuple(class_names)
     if names is not None and len(names) != config.num_classes:
         raise ConversionError(f"{len(names)} class names for {config.num_classes} classes")
-    return write(Weights(config=config, tensors=tensors, class_names=names), destination, overwrite=overwrite)
+    weights = Weights(config=config, tensors=tensors, class_names=names, exif=exif)
+    return write(weights, destination, overwrite=overwrite)
 
 
 def _load_aloud(source: str | Path, seed: int, overrides: Mapping[str, Any]) -> Weights:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from crossvit_jax.config import CrossViTConfig
+from crossvit_jax.preprocess import Exif
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,7 @@ class Weights:
     config: CrossViTConfig
     tensors: Mapping[str, np.ndarray]  # timm's names and layouts, each in its stored dtype
     class_names: tuple[str, ...] | None = None
+    exif: Exif | None = None  # whether training turned images as EXIF says, where the source tells
     license: str = "Apache-2.0"  # that of the published weights; exported files tell it
     notes: tuple[str, ...] = ()  # what was chosen and changed on the way, for the user to read
 

@@ -10,14 +10,30 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Float32, UInt8
-from PIL import Image, UnidentifiedImageError
+from jaxtyping import Float32, Float64, UInt8
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from crossvit_jax.config import CrossViTConfig
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's: what every published CrossViT was trained with
+Exif = Literal["keep", "apply"]  # images as they are stored, as timm takes them; or turned as EXIF says
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation; 1 is upright
+# some of it is in every file whose EXIF or XMP data, or whose format (AVIF), tells an orientation
+_ORIENTATION_MARKS = (b"Exif", b"EXIF", b"eXIf", b"tiff:Orientation", b"Raw profile type", b"adobe.xmp")
+_ORIENTATION_MARKS += (b"irot", b"imir")
+_LARGEST = 2**24  # pixels that an image may be resized to as a whole
 
 # Every worker would print them, in every epoch. What cannot be used is an error; the rest (odd metadata, many pixels)
 # does no harm. Not `catch_warnings`: reader threads would undo each other's.
@@ -36,7 +52,7 @@ class UnreadableImage(ValueError):
 
 
 def preprocess_image(
-    image: str | os.PathLike | Image.Image | np.ndarray, config: CrossViTConfig
+    image: str | os.PathLike | Image.Image | np.ndarray, config: CrossViTConfig, *, exif: Exif = "keep"
 ) -> Float32[np.ndarray, "height width 3"]:
     """The model's input for an image: timm's evaluation transform.
 
@@ -46,6 +62,7 @@ def preprocess_image(
         image: the path of an image file of any kind, an image that Pillow has opened, or uint8 RGB pixels (height,
             width, 3). Transparency is dropped, of an animation the first picture is taken.
         config: of the model, for its image size and `crop_pct`.
+        exif: what `decode_image` takes.
 
     Raises:
         ValueError: the model takes no colour images, or the array is none. UnreadableImage, a ValueError, where the
@@ -60,35 +77,58 @@ def preprocess_image(
     elif isinstance(image, Image.Image):
         name = getattr(image, "filename", "") or f"of mode {image.mode}"
         with _failures_named(str(name)):
-            pixels = np.asarray(_to_rgb(image))
+            pixels = np.asarray(_to_rgb(image, exif))
     else:
-        pixels = np.asarray(read_image(image))
+        pixels = np.asarray(read_image(image, exif=exif))
     return normalised(evaluation_crop(pixels, config.image_size, config.crop_pct))
 
 
 # --- decoding ---
 
 
-def read_image(path: str | os.PathLike) -> Image.Image:
+def read_image(path: str | os.PathLike, *, exif: Exif = "keep") -> Image.Image:
     """An image file as an RGB image. Raises UnreadableImage as `decode_image` does, and if there is no such file."""
     try:
         encoded = Path(path).read_bytes()
     except OSError as error:
         raise UnreadableImage(os.fspath(path), error.strerror or str(error)) from error
-    return decode_image(encoded, os.fspath(path))
+    return decode_image(encoded, os.fspath(path), exif=exif)
 
 
-def decode_image(encoded: bytes, name: str) -> Image.Image:
+def decode_image(encoded: bytes, name: str, *, exif: Exif = "keep") -> Image.Image:
     """An image file's bytes as an RGB image. Transparency is dropped, of an animation the first picture is taken.
 
     Read as torchvision's and timm's loaders do, but for 16-bit grey.
+
+    Args:
+        exif: "apply" turns an image as its EXIF orientation says, as `PIL.ImageOps.exif_transpose` does; "keep" takes
+            it as it is stored. (TIFF files Pillow turns by itself.)
 
     Raises UnreadableImage if they are no whole image, or one whose values do not tell how bright they are.
     """
     if not encoded:
         raise UnreadableImage(name, "it is empty")
     with _failures_named(name):
-        return _to_rgb(Image.open(io.BytesIO(encoded)))
+        return _to_rgb(Image.open(io.BytesIO(encoded)), exif)
+
+
+def orientation(encoded: bytes) -> int:
+    """The EXIF orientation of an image file, from 2 to 8 where "apply" turns it; 1 for all others, also unreadable
+    ones. Quick where there is none: the file is not decoded."""
+    if not any(mark in encoded for mark in _ORIENTATION_MARKS):
+        return 1
+    try:
+        image = Image.open(io.BytesIO(encoded))
+        return 1 if image.format == "TIFF" else _orientation(image)
+    except MemoryError:
+        raise
+    except Exception:  # as in `_failures_named`
+        return 1
+
+
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """An image whose EXIF orientation is this, upright."""
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 @contextlib.contextmanager
@@ -104,7 +144,18 @@ def _failures_named(name: str) -> Iterator[None]:
         raise UnreadableImage(name, " ".join(str(error).split()) or type(error).__name__) from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged metadata do no harm to the pixels
+        return 1
+    return found if isinstance(found, int) and found in _TURNS else 1
+
+
+def _to_rgb(image: Image.Image, exif: Exif) -> Image.Image:
+    if exif == "apply":
+        image.load()  # some formats tell only then, and TIFF files are upright then
+        image = turned(image, _orientation(image))
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     if image.mode.startswith("I"):
@@ -146,7 +197,9 @@ def evaluation_crop(
         crop_pct: share of the resized image that is kept; above 1, black is put around it.
         resize: as `resize` of this module, or faster with the same pixels.
     """
-    resized = resize(pixels, _resized(pixels.shape[:2], image_size, crop_pct))
+    size = _resized(pixels.shape[:2], image_size, crop_pct)
+    large = math.prod(size) > _LARGEST
+    resized = _middle_resized(pixels, size, image_size) if large else resize(pixels, size)
     missing = [max(0, wanted - size) for wanted, size in zip(image_size, resized.shape, strict=False)]
     if any(missing):
         resized = np.pad(resized, [(size // 2, (size + 1) // 2) for size in missing] + [(0, 0)])
@@ -164,6 +217,44 @@ def _resized(size: tuple[int, int], image_size: tuple[int, int], crop_pct: float
         ratio = min(side / goal for side, goal in zip(size, wanted, strict=True))
         height, width = (round(side / ratio) for side in size)
     return height, width
+
+
+def _middle_resized(
+    pixels: UInt8[np.ndarray, "height width 3"], size: tuple[int, int], image_size: tuple[int, int]
+) -> UInt8[np.ndarray, "rows columns 3"]:
+    """The middle of what `resize` makes of an image, at most of the model's size (height, width); the rest of it, which
+    may be gigabytes of a picture far longer than wide, is not computed."""
+    height, width = pixels.shape[:2]
+    (top, bottom, rows), (left, right, columns) = (
+        _middle_weights(old, new, min(new, wanted))
+        for old, new, wanted in zip((height, width), size, image_size, strict=True)
+    )
+    part = pixels[top:bottom, left:right].astype(np.float64)  # in which the sums, of whole numbers, are exact
+    if height > 100 * width and size[0] < height:  # Pillow's order for them
+        part = np.matmul(columns, _levels(np.tensordot(rows, part, 1)))
+    else:
+        part = np.tensordot(rows, _levels(np.matmul(columns, part)), 1)
+    return _levels(part).astype(np.uint8)
+
+
+def _middle_weights(size: int, resized: int, kept: int) -> tuple[int, int, Float64[np.ndarray, "kept pixels"]]:
+    """Of an axis that is resized: the first pixel that the places in its middle are made of, the one after the last,
+    and Pillow's weights of the pixels for each place, in units of 2^-22."""
+    scale = size / resized
+    stretch = max(scale, 1.0)
+    reach = 2.0 * stretch
+    centres = (np.arange(kept) + round((resized - kept) / 2) + 0.5) * scale
+    first, after = max(int(centres[0] - reach + 0.5), 0), min(int(centres[-1] + reach + 0.5), size)
+    x = np.abs((np.arange(first, after) - centres[:, None] + 0.5) * (1.0 / stretch))
+    near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5  # the cubic with a = -0.5
+    exact = np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
+    weights = exact / np.cumsum(exact, 1)[:, -1:] * 2**22  # one after the other, as Pillow adds them up
+    return first, after, np.trunc(weights + np.copysign(0.5, weights))
+
+
+def _levels(sums: Float64[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
+    """Sums in units of 2^-22, rounded to whole levels from 0 to 255."""
+    return np.clip(np.floor((sums + 2**21) / 2**22), 0, 255)
 
 
 def normalised(pixels: UInt8[np.ndarray, "*batch height width 3"]) -> Float32[np.ndarray, "*batch height width 3"]:

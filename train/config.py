@@ -128,6 +128,9 @@ class TrainConfig:
     crop_pct: float | None = setting(
         None, "share of the resized image kept in evaluation; none: the variant's", float, **_PART
     )
+    exif: Literal["keep", "apply"] = setting(
+        "keep", "images as they are stored, as timm takes them (keep), or turned as their EXIF orientation says (apply)"
+    )
     crop_scale: tuple[float, float] = setting(
         (0.08, 1.0), "area of a random crop, as share of the image", number_pair, **_PART
     )

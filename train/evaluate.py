@@ -14,7 +14,15 @@ from convert.command_line import Parser, at_least_zero, leave, run
 from convert.errors import SettingsError
 from convert.files import FOLDER_PREFIX, home_path
 from train.config import TrainConfig, class_order, data_set
-from train.inference.command import SMALLER_BATCH, SOURCES, add_model_flags, load_model, reading_processes, tell_notes
+from train.inference.command import (
+    SMALLER_BATCH,
+    SOURCES,
+    add_model_flags,
+    exif_notes,
+    load_model,
+    reading_processes,
+    tell_notes,
+)
 
 if TYPE_CHECKING:
     from train.data.sources import Source
@@ -93,6 +101,7 @@ def _parser() -> Parser:
 def _evaluate(args: argparse.Namespace) -> int:
     from train.data.bad_images import BadImages
     from train.data.sources import Matched
+    from train.data.tagged_images import TaggedImages
     from train.inference.evaluation import evaluate
     from train.run.progress import open_bar
     from train.tasks.classification import match_classes
@@ -107,6 +116,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     tell_notes(_PROGRAM, [*data.notes, *classifier.notes, *class_notes])
     output = Path(args.output) if args.output else None
     if output:
+        classifier.task.scores().check_place(output)
         output.mkdir(parents=True, exist_ok=True)
     height, width = config.image_size
     print(
@@ -124,9 +134,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     source = Matched(source, tuple(classes.tolist()))
     with open_bar(total=len(source), unit=" images") as bar:
         bad_images = BadImages(source, lambda line: bar.write(f"{_PROGRAM}: {line}", file=sys.stderr))
-        images_per_s = evaluate(
-            classifier, source, scores, bad_images, batch_size=batch_size, workers=workers, advance=bar.update
-        )
+        tagged = TaggedImages()
+        how = {"batch_size": batch_size, "workers": workers, "advance": bar.update, "tagged": tagged}
+        images_per_s = evaluate(classifier, source, scores, bad_images, **how)
+    tell_notes(_PROGRAM, exif_notes(args, classifier, tagged))
     values = scores.values()
     for metric in classifier.task.metrics:
         print(f"{metric.label:11} {values[metric.name]:.2f}{' %' if metric.unit == '%' else ''}")
@@ -141,12 +152,14 @@ def _evaluate(args: argparse.Namespace) -> int:
             "model": config.name,
             "image_size": config.image_size,
             "crop_pct": config.crop_pct,
+            "exif": classifier.task.config.exif,
             "precision": classifier.precision,
             "quantize": args.quantize,
             "bad_images": bad_images.count,
             "images_per_s": images_per_s,
         }
-        print(f"written     {', '.join(scores.write(output, about=about))} in {output}")
+        written = scores.write(output, about=about, say=lambda line: print(f"{_PROGRAM}: {line}", file=sys.stderr))
+        print(f"written     {', '.join(written)} in {output}")
     return 0
 
 

@@ -104,7 +104,9 @@ def prepare(config: TrainConfig) -> Job:
         except (AssertionError, ValueError, KeyError, IndexError) as error:
             raise SettingsError(f"timm does not understand auto_augment {config.auto_augment!r}") from error
     described = describe_run(
-        config, model=describe(model_config, image_sets.class_names), data=_describe_data(config, image_sets)
+        config,
+        model=describe(model_config, image_sets.class_names, config.exif),
+        data=_describe_data(config, image_sets),
     )
     described["id"] = uuid.uuid4().hex[:8] if saved is None else saved.get("id")
     if saved is not None:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from convert.errors import SettingsError
 from convert.tree import nest
 from train.data.bad_images import BadImages, too_many_error
+from train.data.tagged_images import TaggedImages
 from train.devices.hosts import is_main
 from train.devices.memory import available_memory, check_fits, memory_errors_explained
 from train.devices.mesh import fetch
@@ -25,6 +27,7 @@ from train.job import Job
 from train.optim.programs import Plan, Programs
 from train.optim.schedule import learning_rate
 from train.pictures.curves import draw_curves
+from train.run.best_effort import BestEffort
 from train.run.folder import claim_run_folder, newest_checkpoint, read_run, write_config
 from train.run.interruption import Interrupted, Interruption
 from train.run.meter import Meter, TrainingFailed
@@ -109,13 +112,14 @@ def train(job: Job) -> Result:
                 values |= run.evaluate(epoch)
             run.tell(epoch, values, images_per_s)
 
-        # --- the weights ---
+        # --- the weights, before anything that is only looked at ---
         checkpoints.wait()
         for name, file in (("params", WEIGHTS_FILE), ("ema", EMA_FILE)):
             if name in run.state:
                 params = fetch(run.state[name], mesh)
                 if is_main():
                     job.task.save(params, folder / file)
+        run.draw()
     return Result(folder, job.task.metrics, run.final, run.best, time.perf_counter() - start)
 
 
@@ -130,7 +134,9 @@ class _Run:
         self._choosing = choosing_metric(job.task.metrics)
         self._bad_train = BadImages(job.image_sets.train, _say)
         self._bad_held_out = BadImages(job.image_sets.held_out, _say)
+        self._tagged = {"training": TaggedImages(), "held-out": TaggedImages()}  # until they are told
         self._start, self._first_step_done, self._drawn = start, False, time.perf_counter()
+        self._curves = BestEffort(CURVES_FILE, _say)
         self._step = step
         self._open = ExitStack()
         self._train = self._open_train()
@@ -203,6 +209,7 @@ class _Run:
         while self._step < epoch * job.steps_per_epoch:
             batch = next(self._train)
             self._bad_train.add(batch.pop("bad_indices"))
+            self._count_tagged("training", batch.pop("tagged"))
             if programs.augment is not None:
                 batch = programs.augment(batch, self._step)
             self.state, metrics = programs.train_step(self.state, batch)
@@ -214,6 +221,7 @@ class _Run:
             if due or self._interruption.wanted(self._step):
                 self._save()
                 self._stop_if_wanted()
+        self._tell_tagged("training")
         return self._meter.finish()
 
     def _after_the_first_step(self, metrics: Any) -> None:
@@ -247,6 +255,7 @@ class _Run:
         batches = itertools.islice(self._watched(self._held_out), self._job.eval_steps)
         for outputs in forward(lambda batch: self._programs.eval_step(params, batch), batches):
             scores.add(outputs)
+        self._tell_tagged("held-out")
         return scores
 
     def _watched(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -254,7 +263,19 @@ class _Run:
         for batch in batches:
             self._stop_if_wanted()
             self._bad_held_out.add(batch.pop("bad_indices"))
+            self._count_tagged("held-out", batch.pop("tagged"))
             yield batch
+
+    def _count_tagged(self, kind: str, tagged: np.ndarray) -> None:
+        if kind in self._tagged:
+            self._tagged[kind].add(tagged)
+
+    def _tell_tagged(self, kind: str) -> None:
+        """After the first pass over the images of a kind."""
+        counted = self._tagged.pop(kind, None)
+        note = counted and counted.told(self._job.config.exif, kind, why="as timm does; --exif apply turns them")
+        if note:
+            _say(f"note: {note}")
 
     def _keep_if_best(self, epoch: int) -> None:
         name, larger = self._choosing.name, self._choosing.better == "max"
@@ -266,10 +287,18 @@ class _Run:
     def tell(self, epoch: int, values: dict[str, float], images_per_s: float) -> None:
         """A line about an epoch, and from time to time the curves."""
         self._shown.epoch(epoch=epoch, step=self._step, values=values, images_per_s=images_per_s)
-        last = epoch == self._job.config.epochs
-        if is_main() and (last or time.perf_counter() - self._drawn > _CURVES_EVERY_S):
-            draw_curves(read_metrics(self._folder), self._job.task.metrics, self._folder / CURVES_FILE)
+        last = epoch == self._job.config.epochs  # after which weights are written first
+        if not last and time.perf_counter() - self._drawn > _CURVES_EVERY_S:
+            self.draw()
+
+    def draw(self) -> None:
+        """The curves so far."""
+        if is_main():
+            self._curves(self._draw_curves)
             self._drawn = time.perf_counter()
+
+    def _draw_curves(self) -> None:
+        draw_curves(read_metrics(self._folder), self._job.task.metrics, self._folder / CURVES_FILE)
 
     def _save(self) -> None:
         meter = self._meter.catch_up()
@@ -310,13 +339,17 @@ def _claim_folder(job: Job, stack: ExitStack) -> Path:
 def _open_log(job: Job, folder: Path, *, position: int, step: int) -> MetricsLog | NoLog:
     if not is_main():
         return NoLog()
-    run = None
+    wandb_run = None
     if job.config.wandb is not None:
-        import wandb
+        wandb_run = BestEffort("Weights & Biases", _say)(_begin_wandb, job, folder)
+    return MetricsLog(folder, position=position, step=step, wandb_run=wandb_run, say=_say)
 
-        settings = {"config": job.described, "dir": str(folder), "name": folder.name}
-        run = wandb.init(project=job.config.wandb, id=job.described["id"], resume="allow", **settings)
-    return MetricsLog(folder, position=position, step=step, wandb_run=run)
+
+def _begin_wandb(job: Job, folder: Path) -> Any:
+    import wandb
+
+    settings = {"config": job.described, "dir": str(folder), "name": folder.name}
+    return wandb.init(project=job.config.wandb, id=job.described["id"], resume="allow", **settings)
 
 
 def _say(line: str) -> None:

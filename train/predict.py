@@ -8,9 +8,17 @@ from contextlib import closing
 from pathlib import Path
 
 from convert.command_line import Parser, at_least_one, leave, run
-from convert.files import home_path
+from convert.files import check_replaceable, home_path
 from convert.image_files import LeftOut
-from train.inference.command import SMALLER_BATCH, SOURCES, add_model_flags, load_model, reading_processes, tell_notes
+from train.inference.command import (
+    SMALLER_BATCH,
+    SOURCES,
+    add_model_flags,
+    exif_notes,
+    load_model,
+    reading_processes,
+    tell_notes,
+)
 from train.inference.predictions import FORMATS
 
 _PROGRAM = "python -m train.predict"
@@ -48,7 +56,8 @@ def _parser() -> Parser:
         "--attention",
         type=home_path,
         metavar="OUT",
-        help="folder for pictures of what the class tokens attend to, one per image; not with --quantize",
+        help="folder for pictures of what the class tokens attend to, one per image; those of an earlier prediction "
+        "are replaced, no other file is; not with --quantize",
     )
     return parser
 
@@ -58,11 +67,10 @@ def _predict(args: argparse.Namespace) -> int:
 
     left_out = LeftOut()
     paths = image_paths(args.paths, left_out)
-    pictures = Path(args.attention) if args.attention else None
-    if pictures:
-        pictures.mkdir(parents=True, exist_ok=True)
+    pictures = _place_pictures(Path(args.attention), paths) if args.attention else None
 
     from train.data.bad_images import BadImages
+    from train.data.tagged_images import TaggedImages
     from train.inference.classify import classify
     from train.run.progress import open_bar
 
@@ -74,22 +82,38 @@ def _predict(args: argparse.Namespace) -> int:
 
     source = FileSource(tuple(paths))
     with open_bar(total=len(paths), unit=" images") as bar:
-        bad_images = BadImages(source, lambda reason: bar.write(f"{_PROGRAM}: {reason}", file=sys.stderr))
+
+        def say(line: str) -> None:
+            bar.write(f"{_PROGRAM}: {line}", file=sys.stderr)
+
+        bad_images, tagged = BadImages(source, say), TaggedImages()
         bar.write(text.header, end="")
         batch_size = classifier.batch_size(args.batch_size, len(paths))
         workers = reading_processes(len(paths))
-        batches = classify(
-            classifier, source, bad_images, batch_size=batch_size, workers=workers, top_k=args.top_k, pictures=pictures
-        )
+        how = {"batch_size": batch_size, "workers": workers, "top_k": args.top_k, "pictures": pictures}
+        batches = classify(classifier, source, bad_images, **how, say=say, tagged=tagged)
         with closing(batches):
             for results in batches:
                 entries = (text.entry(*result) for result in results)
                 bar.write("".join(entries), end="")
                 sys.stdout.flush()
                 bar.update(min(batch_size, len(paths) - bar.n))
+    tell_notes(_PROGRAM, exif_notes(args, classifier, tagged))
     if bad_images.count:
         print(f"{_PROGRAM}: {bad_images.count} of {len(paths)} images could not be read", file=sys.stderr)
     return 1 if bad_images.count else 0
+
+
+def _place_pictures(folder: Path, images: Sequence[str]) -> list[Path]:
+    """Where the pictures of images go, in a folder that is made. Raises ConversionError rather than replace a file that
+    is not a picture of ours, or that is one of the images."""
+    from train.pictures.attention import picture_paths
+    from train.pictures.figure import is_own_picture
+
+    pictures = picture_paths(folder, images)
+    check_replaceable(pictures, is_own_picture, inputs=images)
+    folder.mkdir(parents=True, exist_ok=True)
+    return pictures
 
 
 if __name__ == "__main__":

@@ -83,9 +83,9 @@ def _deploy(model: "Model", folder: Path, args: argparse.Namespace) -> "Deployed
     sets = model.sets
     say("reading images")
     indices = evenly(sets.train, args.calibration_images)
-    calibration, _ = read_images(sets.train, indices, model.config, folder / "calibration.npy")
+    calibration, _ = read_images(sets.train, indices, model.run.weights, folder / "calibration.npy")
     indices = evenly(sets.held_out, args.images)
-    images, labels = read_images(sets.held_out, indices, model.config, folder / "images.npy")
+    images, labels = read_images(sets.held_out, indices, model.run.weights, folder / "images.npy")
 
     channels_first = calibration.transpose(0, 3, 1, 2)
     forms = float_forms(model.run.weights, folder, channels_first)

@@ -124,7 +124,7 @@ def evenly(source: Source, count: int) -> list[int]:
 
 
 def read_images(
-    source: Source, indices: Sequence[int], config: CrossViTConfig, file: Path
+    source: Source, indices: Sequence[int], weights: Weights, file: Path
 ) -> tuple[Float32[np.ndarray, "images height width 3"], Int[np.ndarray, " images"]]:
     """The images as evaluation sees them, and their labels.
 
@@ -137,7 +137,8 @@ def read_images(
         SettingsError: none of them could be read.
         DataError: the data set cannot be read any further.
     """
-    transform, labels = eval_transform(config), []
+    config = weights.config
+    transform, labels = eval_transform(config, weights.exif or "keep"), []
     images = np.lib.format.open_memmap(file, "w+", np.float32, (len(indices), *config.image_size, 3))
     with open_bar(total=len(indices), unit=" images") as bar:
         for index in indices:

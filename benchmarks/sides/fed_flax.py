@@ -43,7 +43,7 @@ def load(task: EndToEndTask, side: str) -> Program:
 
     def next_batch() -> dict[str, jax.Array]:
         batch = next(stream)
-        batch.pop("bad_indices")
+        del batch["bad_indices"], batch["tagged"]
         if programs.augment is not None:
             batch = programs.augment(batch, done)
         return batch

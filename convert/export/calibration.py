@@ -10,7 +10,7 @@ from convert.export.compare import Images
 from convert.files import FOLDER_PREFIX, typed_path
 from convert.image_files import IMAGE_SUFFIXES, LeftOut, image_files
 from crossvit_jax.config import CrossViTConfig
-from crossvit_jax.preprocess import UnreadableImage, preprocess_image
+from crossvit_jax.preprocess import Exif, UnreadableImage, preprocess_image
 
 DIGITS = "digits"
 FEW = 32  # with fewer images than this, the ranges seen are a matter of chance
@@ -41,7 +41,9 @@ def find_images(source: str, left_out: LeftOut | None = None) -> list[Path] | No
     return paths
 
 
-def calibration_images(source: str, config: CrossViTConfig, count: int, left_out: LeftOut | None = None) -> Images:
+def calibration_images(
+    source: str, config: CrossViTConfig, count: int, exif: Exif = "keep", left_out: LeftOut | None = None
+) -> Images:
     """Up to `count` images as evaluation sees them, normalised.
 
     Of more, as many are taken at even steps through the sorted paths, so that each class folder has its share.
@@ -50,6 +52,7 @@ def calibration_images(source: str, config: CrossViTConfig, count: int, left_out
         source: `digits`, or a folder.
         config: of the model that will see them: its image size and `crop_pct`.
         count: at least 1.
+        exif: as in training, see `crossvit_jax.preprocess.decode_image`.
         left_out: is told what is passed over in a folder.
 
     Raises:
@@ -61,7 +64,7 @@ def calibration_images(source: str, config: CrossViTConfig, count: int, left_out
     taken = min(count, len(paths or ()))
     pictures = _digits(count) if paths is None else [paths[i * len(paths) // taken] for i in range(taken)]
     try:
-        return np.stack([preprocess_image(picture, config) for picture in pictures])
+        return np.stack([preprocess_image(picture, config, exif=exif) for picture in pictures])
     except UnreadableImage as error:
         raise ConversionError(f"{error.name} cannot be read as an image: {error.reason}") from None
 

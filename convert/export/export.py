@@ -157,7 +157,7 @@ def export(
     path = check_export(destination, how, overwrite=overwrite)
     check_weights(weights, how)
     left_out = LeftOut()
-    calibration, images, named = _images(weights.config, how, left_out, warn)
+    calibration, images, named = _images(weights, how, left_out, warn)
     for note in left_out.notes():
         warn(note)
     require_space(weights.astype(DTYPES[how.dtype or "float32"]), path)
@@ -224,19 +224,20 @@ def _add_preprocessing(path: Path, without: Run, config: CrossViTConfig, dtype: 
 
 
 def _images(
-    config: CrossViTConfig, how: Export, left_out: LeftOut, warn: Callable[[str], None]
+    weights: Weights, how: Export, left_out: LeftOut, warn: Callable[[str], None]
 ) -> tuple[Images, Images, str]:
     """Those to calibrate with, those to compare on, and what these are."""
+    config, exif = weights.config, weights.exif or "keep"
     count = _COMPARED_INTEGERS if how.quantize else _COMPARED
     if how.calibrate is None:
         if how.compare is None:
             images, named = photographs(config, count), f"{count} photographs"
         else:
-            images = calibration_images(how.compare, config, count, left_out)
+            images = calibration_images(how.compare, config, count, exif, left_out)
             named = f"{len(images)} digits" if how.compare == DIGITS else f"{len(images)} images of {how.compare}"
         return images[:0], images, named
     asked = how.calibration_images or CALIBRATED_ON
-    images = calibration_images(how.calibrate, config, asked + count, left_out)
+    images = calibration_images(how.calibrate, config, asked + count, exif, left_out)
     too_few = shortage(min(len(images), asked), asked)
     if too_few:
         warn(too_few)

@@ -70,7 +70,7 @@ def _write_safetensors(weights: Weights, path: Path, layout: str = "pt") -> None
     from safetensors.numpy import save
 
     arrays = to_flax_paths(weights.tensors) if layout == "flax" else weights.tensors
-    description = json.dumps(metadata.describe(weights.config, weights.class_names))
+    description = json.dumps(metadata.describe(weights.config, weights.class_names, weights.exif))
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     write_bytes(path, save(contiguous, metadata={"format": layout, metadata.KEY: description}))
 
@@ -84,7 +84,8 @@ def _write_pth(weights: Weights, path: Path) -> None:
 
 
 def _write_orbax(weights: Weights, path: Path) -> None:
-    write_orbax(path, nest(weights.tensors), metadata.describe(weights.config, weights.class_names))
+    description = metadata.describe(weights.config, weights.class_names, weights.exif)
+    write_orbax(path, nest(weights.tensors), description)
 
 
 # the longer ending comes first

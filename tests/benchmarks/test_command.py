@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from benchmarks import command
-from benchmarks.command import main, workers_environment
+from benchmarks.command import main, workers_environment, writable_json
 from benchmarks.model_flops import flops_per_image
 from benchmarks.rounds import Measured, SidesDisagree, Times
 from benchmarks.worker import Ready, Round, SideFailed
-from convert.command_line import run
+from convert.command_line import Parser, run
 from convert.errors import ConversionError
 from crossvit_jax.config import VARIANTS
 from tests.benchmarks.brief import CLASSES, BriefTask
@@ -44,7 +44,7 @@ def test_what_stops_a_benchmark_is_one_line_and_a_status(error, status, line, ca
 def test_sigterm_ends_a_benchmark_with_a_line_and_without_its_folder(tmp_path):
     program = """
 import sys, tempfile, time
-from convert.command_line import run
+from convert.command_line import Parser, run
 def command():
     with tempfile.TemporaryDirectory():
         print("running", flush=True)
@@ -92,6 +92,24 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(fi
         main("inference", ["--device", "cpu", "--json", file])
     error = capsys.readouterr().err
     assert f"--json {file}: " in error and says in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG", b"[1]", b'{"mean": 1}'])
+def test_a_file_that_no_benchmark_wrote_is_not_replaced(content, tmp_path, capsys):
+    file = tmp_path / "x"
+    file.write_bytes(content)
+    with pytest.raises(SystemExit, match="2"):
+        main("inference", ["--device", "cpu", "--json", str(file)])
+    error = capsys.readouterr().err
+    assert f"--json {file} exists and was not written by this command" in error and error.count("\n") == 1
+    assert file.read_bytes() == content
+
+
+def test_results_may_be_replaced_and_empty_files_filled(tmp_path):
+    parser, file = Parser(prog="x"), tmp_path / "x.json"
+    for content in ("", '{"benchmark": "training"}'):
+        file.write_text(content)
+        writable_json(parser, file)  # else it would end the program
 
 
 def test_cudnns_attention_needs_a_gpu(capsys):

@@ -301,3 +301,14 @@ def test_without_ratios_there_is_no_picture(tmp_path, capsys):
         main([file, "--plot", str(tmp_path / "x.png")])
     assert "no result has both Flax and timm" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
+
+
+def test_the_picture_replaces_none_of_the_files_and_no_other(tmp_path, capsys):
+    file = _write(tmp_path / "x.json", _content(_measured(flax=_times(1.0), timm=_times(2.0))))
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG")
+    for place, says in ((file, "one of the files to be read"), (tmp_path / "photo.png", "was not written by this")):
+        before = (tmp_path / place).read_bytes()
+        with pytest.raises(SystemExit, match="2"):
+            main([file, "--plot", str(place)])
+        assert says in capsys.readouterr().err
+        assert (tmp_path / place).read_bytes() == before

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 
 from convert.errors import ConversionError
-from convert.metadata import describe, understand
+from convert.metadata import describe, recorded_exif, understand
 from crossvit_jax.config import Branch, CrossViTConfig, get_config
 
 THREE = CrossViTConfig(
@@ -41,6 +41,14 @@ def test_a_description_tells_the_task_and_what_images_are_normalised_with():
     assert [branch["image_scale"] for branch in description["config"]["branches"]] == ["1", "2/3", "1/2"]
 
 
+@pytest.mark.parametrize("exif", [None, "keep", "apply"])
+def test_what_training_did_with_orientations_comes_back(exif):
+    description = json.loads(json.dumps(describe(THREE, None, exif)))
+    assert description.get("exif", "not written") == (exif or "not written")
+    assert understand(description) == (THREE, None)
+    assert recorded_exif(description) == recorded_exif(json.dumps(description)) == exif
+
+
 def test_the_first_format_is_read():
     config = get_config("9", image_size=48, image_scale=(1, 2 / 3), stages=2, depth=(1, 2), drop_rate=0.5)
     fields = [field.name for field in dataclasses.fields(config) if field.name not in ("branches", "fusion_depth")]
@@ -64,7 +72,7 @@ def test_keys_that_are_not_known_are_named(place):
         understand(description)
 
 
-@pytest.mark.parametrize(("key", "value"), [("task", "detection"), ("mean", [0.5, 0.5, 0.5])])
+@pytest.mark.parametrize(("key", "value"), [("task", "detection"), ("mean", [0.5, 0.5, 0.5]), ("exif", ["flip"])])
 def test_what_this_version_cannot_do_is_refused(key, value):
     with pytest.raises(ConversionError, match=f"its {key} is .*; this version knows only"):
         understand(through_json(THREE) | {key: value})

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from crossvit_jax import get_config, preprocess_image
-from crossvit_jax.preprocess import UnreadableImage
+from crossvit_jax.preprocess import UnreadableImage, evaluation_crop
 from train.images.transforms import eval_transform
 
 _SIZES = [(90, 130), (90, 61), (90, 90), (8, 7), (1, 3), (55, 110), (130, 37)]
@@ -35,6 +36,35 @@ def test_it_has_the_pixels_of_timm_and_of_the_evaluation_of_a_run(tmp_path, imag
         np.testing.assert_array_equal(given, ours({"image": path.read_bytes(), "label": 0, "name": ""})["image"])
         for same in (str(path), image, np.asarray(image)):
             np.testing.assert_array_equal(preprocess_image(same, config), given)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "crop_pct"), [((240, 240), 0.875), ((48, 48), 1.3), ((48, 96), 1.0), ((48, 48), 0.1)]
+)
+def test_of_a_large_resized_image_only_the_middle_is_made_with_the_same_pixels(image_size, crop_pct, monkeypatch):
+    rng = np.random.default_rng(0)
+    for size in (*_SIZES, (3, 150), (150, 2), (900, 8), (700, 600)):
+        pixels = rng.choice([0, 60, 255], (*size, 3)).astype(np.uint8)
+        expected = evaluation_crop(pixels, image_size, crop_pct)
+        with monkeypatch.context() as patch:
+            patch.setattr("crossvit_jax.preprocess._LARGEST", 0)
+            given = evaluation_crop(pixels, image_size, crop_pct, resize=lambda *_: pytest.fail("all of it was made"))
+        np.testing.assert_array_equal(given, expected)
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (2, 89_000_000)])
+def test_a_picture_far_longer_than_wide_takes_little_memory(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*(min(side, 20_000) for side in size), 3), np.uint8)
+    pixels = np.broadcast_to(pixels[:, :1], (*size, 3)) if size[1] > 20_000 else pixels
+    tracemalloc.start()
+    crop = evaluation_crop(pixels, (240, 240), 0.875)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert crop.shape == (240, 240, 3)
+    assert most < 2**25
+    # a few pixels from its middle fill all of it
+    middle = pixels[max(0, size[0] // 2 - 20) :][:40, max(0, size[1] // 2 - 20) :][:, :40]
+    np.testing.assert_array_equal(crop, evaluation_crop(middle, (240, 240), 0.875))
 
 
 def test_an_image_that_pillow_has_opened_is_made_rgb_as_a_file_is(tmp_path):

@@ -46,6 +46,30 @@ def pictures(image_folder):
     return image_folder() / "pictures"
 
 
+def test_an_evaluation_replaces_an_earlier_one_and_no_other_file(evaluate, pictures, tmp_path, monkeypatch):
+    weights = save_small(tmp_path / "w.safetensors", "abc")
+    flags = [f"--weights={weights}", f"--dataset=folder:{pictures}", "--split=all"]
+    (pictures / "a" / "confusion.png").write_bytes((pictures / "a" / "00.png").read_bytes())
+    before = {path: path.read_bytes() for path in pictures.rglob("*.png")}
+    status, out, error, folder = evaluate(*flags, name="pictures/a")
+    assert (status, out) == (2, "")
+    assert f"error: {folder / 'confusion.png'} exists and was not written by this command" in error.splitlines()[-1]
+    assert {path: path.read_bytes() for path in pictures.rglob("*") if path.is_file()} == before
+
+    assert evaluate(*flags)[0] == 0
+
+    def fail(*_, **__):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("train.tasks.classification.draw_confusion", fail)
+    status, out, error, folder = evaluate(*flags)
+    assert status == 0
+    picture = folder / "confusion.png"
+    assert error.endswith(f"python -m train.evaluate: note: {picture}: no fonts; left out from now on\n")
+    assert f"written     evaluation.json, per_class.csv, confusion.csv in {folder}\n" in out
+    assert not picture.exists()  # that of the earlier evaluation
+
+
 def _result(folder):
     return json.loads((folder / "evaluation.json").read_text())
 

@@ -16,12 +16,15 @@ from flax import nnx
 from PIL import Image
 
 import train.images.transforms
-from convert import load_flax
+import train.inference.image_paths
+from convert import load_flax, load_weights, save
+from convert.files import shown
+from crossvit_jax.preprocess import UnreadableImage
 from tests.train.small_weights import save_small
 from train.data.bad_images import BadImages
 from train.images.transforms import eval_transform
 from train.inference.classify import classify
-from train.inference.image_paths import FileSource
+from train.inference.image_paths import FileSource, image_paths
 from train.inference.model import load_classifier
 from train.predict import main
 
@@ -134,6 +137,56 @@ def test_paths_come_from_standard_input_too(predict, photos, monkeypatch):
     assert f"cannot read image {photos / 'gone.png'}: No such file or directory" in error
 
 
+@pytest.mark.parametrize(
+    ("written", "other"),
+    [
+        (lambda names: "".join(f"{name}\0" for name in names).encode(), "no\npath"),
+        (lambda names: "\0".join(names).encode(), "no path"),
+        (lambda names: "".join(f"{name}\r\n" for name in names).encode("utf-16"), "no path"),
+        (lambda names: "".join(f"{name}\r\n" for name in names).encode("utf-16-le"), "no path"),
+        (lambda names: b"\xfe\xff" + "\n".join(names).encode("utf-16-be"), "no path"),
+        (lambda names: "".join(f"{name}\r\n" for name in names).encode("utf-8-sig"), "no\0path"),
+        (lambda names: "".join(f"{name}\n" for name in names).encode(), "x" * 5000),
+    ],
+    ids=["NULs behind", "NULs between", "UTF-16", "UTF-16 without a mark", "UTF-16-BE", "UTF-8 with a mark", "lines"],
+)
+def test_lists_on_standard_input_may_be_written_in_many_ways(photos, monkeypatch, written, other):
+    good = [str(photos / "ä.png"), str(photos / "a.png")]
+    (photos / "e.webp").rename(good[0])
+    _stdin(monkeypatch, written([good[0], other, good[1]]))
+    paths = image_paths(["-"])
+    assert paths == [good[0], other, good[1]]
+    source = FileSource(tuple(paths))
+    assert len(source[0]["image"]) and len(source[2]["image"])
+    with pytest.raises(UnreadableImage):
+        source[1]
+
+
+def test_names_on_standard_input_that_cannot_be_read_are_told_and_the_others_answered(predict, photos, monkeypatch):
+    os.mkfifo(photos / "pipe.png")
+    locked = photos / "locked"
+    locked.mkdir()
+    listed = train.inference.image_paths.image_files
+
+    def fails_there(folder, **how):
+        if str(folder) == str(locked):
+            raise PermissionError(13, "Permission denied", str(locked))
+        return listed(folder, **how)
+
+    monkeypatch.setattr(train.inference.image_paths, "image_files", fails_there)  # root may read all folders
+    wrong = ["a\0b", "x" * 5000, photos / "pipe.png", "/dev/null", locked]
+    names = [photos / "b.png", *wrong, photos / "a.png"]
+    _stdin(monkeypatch, "".join(f"{name}\n" for name in names).encode())
+    status, out, error = predict("--format=jsonl", "-")
+    assert status == 1
+    assert [os.path.relpath(line["path"], photos) for line in _lines(out)] == ["b.png", "a.png"]
+    told = error.splitlines()
+    reasons = ["it is no path: embedded null byte", "File name too long", *3 * ["it is no file, or a folder"]]
+    for line, name, reason in zip(told, wrong, reasons, strict=False):
+        assert f"cannot read image {shown(str(name))}: {reason}" in line
+    assert told[5:] == ["python -m train.predict: 5 of 7 images could not be read"]
+
+
 def test_unreadable_images_are_told_and_skipped(predict, photos):
     (photos / "b.png").write_bytes(b"")
     (photos / "deep" / "c.jpg").write_bytes(b"no image")
@@ -181,7 +234,7 @@ def test_results_come_long_before_the_last_image_is_read(weights, photos, monkey
     read = []
     decode = train.images.transforms.decode_pixels
     monkeypatch.setattr(
-        train.images.transforms, "decode_pixels", lambda encoded, name: (read.append(name), decode(encoded, name))[1]
+        train.images.transforms, "decode_pixels", lambda *given: (read.append(given[1]), decode(*given))[1]
     )
     classifier = load_classifier(str(weights))
     paths = tuple(str(photos / name) for name in (*_IN_ORDER, *(40 * ["a.png"])))
@@ -217,6 +270,93 @@ def test_pictures_of_attention_are_one_per_image_even_of_the_same_name(predict, 
     for path in pictures.iterdir():
         with Image.open(path) as image:
             assert image.format == "PNG"
+
+
+@pytest.mark.parametrize("recorded", [None, "keep", "apply"])
+def test_images_with_an_orientation_are_taken_as_in_training_and_told(predict, weights, image_folder, recorded):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    folder = image_folder()
+    with Image.open(image_folder("upright.png", size=(40, 56))) as upright:
+        stored = upright.transpose(Image.Transpose.ROTATE_90)
+    stored.save(folder / "stored.png")
+    stored.save(folder / "tagged.png", exif=exif)
+    known = load_weights(weights)
+    file = folder / "known.safetensors"
+    save(known.tensors, known.config, file, class_names=known.class_names, exif=recorded)
+
+    def told(*flags):
+        names = ("tagged.png", "stored.png", "upright.png")
+        _, out, error = predict(f"--weights={file}", "--format=jsonl", *flags, *(folder / name for name in names))
+        tagged, stored, upright = (line["predictions"] for line in _lines(out))
+        assert stored != upright
+        return [name for name, seen in (("stored", stored), ("upright", upright)) if tagged == seen], error
+
+    note = "python -m train.predict: note: 1 of 3 images carry an EXIF orientation and were "
+    turned, kept = f"{note}turned by it\n", f"{note}taken as they are stored, "
+    unknown = "as timm does; the weights do not tell what training did, and --exif apply turns them\n"
+    expected = {
+        None: (["stored"], kept + unknown),
+        "keep": (["stored"], f"{kept}as in training\n"),
+        "apply": (["upright"], turned),
+    }
+    assert told() == expected[recorded]
+    assert told("--exif=apply") == (["upright"], turned)
+    assert told("--exif=keep") == (["stored"], f"{kept}as asked for\n")
+
+
+def _contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("linked", [None, "folder", "file", "hard"])
+def test_no_picture_of_attention_replaces_an_image(predict, photos, tmp_path, linked):
+    out, target = photos, photos / "a.png"
+    if linked:
+        out = tmp_path / "out"
+        target = out / "a.png"
+    if linked == "folder":
+        out.symlink_to(photos)
+    elif linked:
+        out.mkdir()
+        target.symlink_to(photos / "a.png") if linked == "file" else target.hardlink_to(photos / "a.png")
+    before = _contents(photos)
+    status, told, error = predict(f"--attention={out}", photos / "e.webp", photos)
+    assert (status, told) == (2, "")
+    assert f"error: {target} is one of the files to be read, and is not replaced" in error
+    assert error.count("\n") == 1
+    assert _contents(photos) == before
+
+
+def test_pictures_of_attention_replace_their_like_and_no_other_file(predict, photos, tmp_path):
+    out = tmp_path / "out"
+    assert predict(f"--attention={out}", photos / "a.png", photos / "b.png")[0] == 0
+    assert predict(f"--attention={out}", photos / "z" / "a.png")[0] == 0
+    for content in ((photos / "e.webp").read_bytes(), b""):
+        (out / "a.png").write_bytes(content)
+        before = _contents(out)
+        status, told, error = predict(f"--attention={out}", photos / "b.png", photos / "a.png")
+        assert (status, told) == (2, "")
+        assert f"error: {out / 'a.png'} exists and was not written by this command" in error
+        assert _contents(out) == before
+    (out / "a.png").unlink()
+    (out / "a.png").symlink_to(tmp_path / "nowhere")
+    assert predict(f"--attention={out}", photos / "a.png")[0] == 2
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_attention_that_cannot_be_drawn_is_one_note_and_all_images_are_answered(predict, photos, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no fonts\nat all")
+
+    monkeypatch.setattr("train.inference.classify.draw_attention", fail)
+    status, out, error = predict("--format=jsonl", f"--attention={tmp_path / 'out'}", photos)
+    assert (status, error) == (
+        0,
+        "python -m train.predict: note: pictures of attention: no fonts; left out from now on\n",
+    )
+    assert len(_lines(out)) == len(_IN_ORDER)
+    assert not any("attention" in line for line in _lines(out))
 
 
 @pytest.mark.parametrize(

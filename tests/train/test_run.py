@@ -3,23 +3,27 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from convert import load_flax
+from convert import load_flax, load_weights
 from convert.__main__ import main as convert_main
 from convert.errors import SettingsError
 from convert.metadata import understand
 from tests import compilation
 from train.data.datasets import open_digits
+from train.evaluate import main as evaluate
 from train.images.transforms import eval_transform
 from train.main import main
 from train.recipes import RECIPES
@@ -104,6 +108,44 @@ def test_a_folder_of_images_is_trained_on(run, no_curves, small_variant, image_f
     assert "eval/top1" in evaluation
     assert "eval/top5" not in evaluation  # of three classes it would tell nothing
     assert json.loads((folder / "config.json").read_text())["model"]["class_names"] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("exif", ["keep", "apply"])
+def test_what_is_done_with_orientations_is_kept_with_the_run_and_done_again(
+    run, no_curves, small_variant, image_folder, capsys, exif
+):
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    for i in range(24):
+        file = image_folder(f"pictures/{'ab'[i % 2]}/{i}.png", seed=i, size=(16, 20))
+        if i < 8:
+            with Image.open(file) as image:
+                image.save(file, exif=tag)
+    dataset = f"--dataset=folder:{image_folder() / 'pictures'}"
+    flags = [dataset, "--recipe=digits", "--epochs=2", "--batch-size=9", "--val-fraction=0.25"]
+    status, out, error, folder = run(*flags, f"--exif={exif}")
+    assert (status, error) == (0, "")
+    notes = [line for line in out.splitlines() if line.startswith("note: ")]
+    done = "turned by it" if exif == "apply" else "taken as they are stored, as timm does; --exif apply turns them"
+    told = rf"note: (\d+) of (\d+) (\S+) images carry .* and were {done}"
+    training, held_out = (re.fullmatch(told, note) for note in notes)
+    assert (training[3], training[2]) == ("training", "18")
+    assert (held_out[3], held_out[2]) == ("held-out", "6")
+    assert int(training[1]) + int(held_out[1]) == 8
+    config = json.loads((folder / "config.json").read_text())
+    assert config["train"]["exif"] == config["model"]["exif"] == exif
+    assert load_weights(folder).exif == load_weights(folder / "checkpoints").exif == exif
+
+    scores = folder / "scores"
+    assert evaluate([f"--weights={folder}", dataset, "--val-fraction=0.25", f"--output={scores}"]) == 0
+    result = json.loads((scores / "evaluation.json").read_text())
+    assert (result["exif"], result["loss"]) == (exif, pytest.approx(_lines(folder)[-1]["eval/loss"], rel=1e-5))
+    why = done if exif == "apply" else "taken as they are stored, as in training"
+    assert f"note: {held_out[1]} of 6 images carry an EXIF orientation and were {why}\n" in capsys.readouterr().err
+
+    status, _, error, _ = run(*flags, f"--exif={'keep' if exif == 'apply' else 'apply'}")
+    assert status == 2
+    assert f"exif was '{exif}' and is " in error
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(run, no_curves, small_variant):
@@ -299,6 +341,28 @@ def test_weights_and_biases_gets_the_metrics_and_a_continued_run_the_same_name(
     logged = [call for call in wandb.calls if isinstance(call, tuple)]
     assert {"train/loss", "train/images_per_s", "eval/top1"} <= {name for _, values in logged for name in values}
     assert wandb.calls[-1] == "finished"
+
+
+def test_drawing_and_logging_never_end_a_run_and_come_after_the_weights(run, small_variant, tmp_path, monkeypatch):
+    def no_key(**_):
+        raise RuntimeError("no API key")
+
+    def cannot_draw(*_):
+        assert (tmp_path / "run" / "weights.safetensors").exists()
+        raise ImportError("no fonts")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=no_key, __spec__=True))
+    monkeypatch.setattr("train.loop.draw_curves", cannot_draw)
+    monkeypatch.setitem(sys.modules, "tensorboardX.event_file_writer", None)
+    status, out, error, folder = run(*_SHORT, "--wandb=digits")
+    assert (status, error) == (0, "")
+    notes = [line for line in out.splitlines() if line.startswith("note: ")]
+    assert [(note.split(": ")[1], note.split("; ")[-1]) for note in notes] == [
+        (name, "left out from now on") for name in ("Weights & Biases", "TensorBoard", "curves.png")
+    ]
+    assert "no API key" in notes[0] and "no fonts" in notes[2]
+    assert len(_lines(folder)) == 7
+    assert f"weights {folder / 'weights.safetensors'}" in out
 
 
 def test_a_folder_that_holds_something_is_refused(run, tmp_path):

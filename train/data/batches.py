@@ -12,7 +12,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from crossvit_jax.preprocess import UnreadableImage
+from crossvit_jax.preprocess import UnreadableImage, orientation
 from train.config import steps_per_epoch
 from train.data.sources import DataError, Source
 from train.data.workers import in_workers
@@ -39,13 +39,17 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.IterDataset:
-    """Endless batches of `image` (batch, height, width, channels) as transformed, `label` (batch,) int32 and `bad`.
+    """Endless batches of `image` (batch, height, width, channels) as transformed, `label` (batch,) int32, `bad` and
+    `tagged`.
 
     Every `steps_per_epoch` batches (see `train.config`) hold each image at most `repeats` times, in an order of
     that epoch's own.
 
     `bad` (batch,) int32 is -1, or the index in the source of an image that could not be read. In its place is the next
     one that could, with its own label. DataError is raised, here or in a worker, if 64 in a row could not.
+
+    `tagged` (batch,) int8 is 1 for an image with an EXIF orientation that would turn it, 0 for any other, and -1 where
+    there is no image.
 
     Args:
         transform: a picklable function of a sample and its own generator, see `train.images.transforms`. It raises
@@ -126,11 +130,12 @@ class _ForTraining:
         tries = min(_NEIGHBOURS, len(self.source))
         for neighbour in range(index, index + tries):
             try:
-                sample = self.transform(self.source[neighbour % len(self.source)], rng)
+                read = self.source[neighbour % len(self.source)]
+                sample = self.transform(read, rng)
             except UnreadableImage as error:
                 bad, last = np.int32(index), error
             else:
-                return {**sample, "bad": bad}
+                return {**sample, "bad": bad, "tagged": _tagged(read)}
         raise DataError(f"{tries} images in a row cannot be read; the last of them: {last}")
 
 
@@ -145,10 +150,15 @@ class _ForEvaluation:
         bad = _NOT_BAD
         if index < len(self.source):
             try:
-                return {**self.transform(self.source[index]), "mask": np.float32(1), "bad": bad}
+                read = self.source[index]
+                return {**self.transform(read), "mask": np.float32(1), "bad": bad, "tagged": _tagged(read)}
             except UnreadableImage:
                 bad = np.int32(index)
-        return {**self.transform.blank(), "mask": np.float32(0), "bad": bad}
+        return {**self.transform.blank(), "mask": np.float32(0), "bad": bad, "tagged": np.int8(-1)}
+
+
+def _tagged(sample: Sample) -> np.int8:
+    return np.int8(orientation(sample["image"]) != 1)
 
 
 def _stack(samples: Sequence[Sample]) -> Batch:

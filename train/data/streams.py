@@ -15,6 +15,7 @@ from train.devices.mesh import batch_sharding
 from train.images.transforms import EvalTransform
 
 BATCHES_AHEAD = 2  # already on the devices while a step runs
+_ON_HOST = ("tagged",)  # what the devices do not get
 
 
 def open_train_stream(
@@ -57,14 +58,15 @@ def open_eval_stream(
 def device_batches(batches: grain.IterDataset, mesh: Mesh) -> grain.DatasetIterator:
     """An iterator over batches of numpy arrays that brings them to the devices ahead of time, in a thread.
 
-    `bad`, the places of images that could not be read, also stays on the host as `bad_indices`. It starts at once.
-    Close it after use: that ends its thread and the worker processes behind it.
+    `bad`, the places of images that could not be read, also stays on the host as `bad_indices`, and `tagged` there
+    only. It starts at once. Close it after use: that ends its thread and the worker processes behind it.
     """
     sharding = batch_sharding(mesh)
 
     def put_batch(batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        arrays = {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
-        return {**arrays, "bad_indices": batch["bad"]}
+        on_host = {"bad_indices": batch["bad"], **{name: batch[name] for name in _ON_HOST if name in batch}}
+        arrays = {name: array for name, array in batch.items() if name not in _ON_HOST}
+        return on_host | {name: jax.make_array_from_process_local_data(sharding, a) for name, a in arrays.items()}
 
     buffer = BATCHES_AHEAD - 1  # the thread itself holds another one until there is room
     iterator = iter(grain.experimental.ThreadPrefetchIterDataset(batches.map(put_batch), prefetch_buffer_size=buffer))

@@ -3,14 +3,15 @@
 import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
+from PIL import Image
 
-from crossvit_jax.preprocess import decode_image
+from crossvit_jax.preprocess import Exif, decode_image, orientation, turned
 
 _JPEG = b"\xff\xd8\xff"
 _ORDINARY = 2**26  # pixels; larger images are Pillow's, which warns of them or refuses them
 
 
-def decode_pixels(encoded: bytes, name: str) -> UInt8[np.ndarray, "height width 3"]:
+def decode_pixels(encoded: bytes, name: str, exif: Exif = "keep") -> UInt8[np.ndarray, "height width 3"]:
     """The pixels of `crossvit_jax.preprocess.decode_image`. Those of an ordinary JPEG file cost a third less, by the
     same library as Pillow's.
 
@@ -20,7 +21,9 @@ def decode_pixels(encoded: bytes, name: str) -> UInt8[np.ndarray, "height width 
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
             if colours in ("YCbCr", "Gray") and height * width <= _ORDINARY:
-                return simplejpeg.decode_jpeg(encoded)
+                pixels = simplejpeg.decode_jpeg(encoded)
+                lying = orientation(encoded) if exif == "apply" else 1
+                return pixels if lying == 1 else np.array(turned(Image.fromarray(pixels), lying))
         except ValueError:
             pass  # Pillow may be able to use it, or says what is wrong
-    return np.array(decode_image(encoded, name))
+    return np.array(decode_image(encoded, name, exif=exif))

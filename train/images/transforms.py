@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from crossvit_jax.config import CrossViTConfig
-from crossvit_jax.preprocess import evaluation_crop, normalised
+from crossvit_jax.preprocess import Exif, evaluation_crop, normalised
 from train.config import TrainConfig
 from train.images.decode import decode_pixels
 from train.images.resize import resize
@@ -114,7 +114,7 @@ class TrainTransform:
         return steps[:end], steps[end + 2 :]  # after normalisation
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        pixels = decode_pixels(sample["image"], sample["name"])
+        pixels = decode_pixels(sample["image"], sample["name"], self.config.exif)
         python_seed, *seeds = (int(seed) for seed in rng.integers(0, 2**32, size=3))
         draws = random.Random(python_seed)
         top, left, height, width = draw_crop(draws, pixels.shape[:2], self.config.crop_scale, self.config.crop_ratio)
@@ -144,9 +144,10 @@ class EvalTransform:
 
     image_size: tuple[int, int]
     crop_pct: float
+    exif: Exif = "keep"
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        pixels = decode_pixels(sample["image"], sample["name"])
+        pixels = decode_pixels(sample["image"], sample["name"], self.exif)
         crop = evaluation_crop(pixels, self.image_size, self.crop_pct, resize=resize)
         return {"image": normalised(crop), "label": np.int32(sample["label"])}
 
@@ -166,9 +167,10 @@ class CropTransform:
     image_size: tuple[int, int]
     scale: tuple[float, float]
     ratio: tuple[float, float]
+    exif: Exif = "keep"
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        pixels = decode_pixels(sample["image"], sample["name"])
+        pixels = decode_pixels(sample["image"], sample["name"], self.exif)
         top, left, height, width = draw_crop(rng, pixels.shape[:2], self.scale, self.ratio)
         crop = resize(pixels[top : top + height, left : left + width], self.image_size)
         return {"image": crop, "label": np.int32(sample["label"])}
@@ -207,10 +209,10 @@ def draw_crop(
 def train_transform(config: TrainConfig, model_config: CrossViTConfig) -> TrainTransform | CropTransform:
     """What the workers of a run do to its training images: all of it, or what `train.images.augment` leaves to them."""
     if config.augment_on == "device":
-        return CropTransform(model_config.image_size, config.crop_scale, config.crop_ratio)
+        return CropTransform(model_config.image_size, config.crop_scale, config.crop_ratio, config.exif)
     return TrainTransform(config, model_config.image_size)
 
 
-def eval_transform(model_config: CrossViTConfig) -> EvalTransform:
+def eval_transform(model_config: CrossViTConfig, exif: Exif = "keep") -> EvalTransform:
     """The transform of the held-out images for a model."""
-    return EvalTransform(model_config.image_size, model_config.crop_pct)
+    return EvalTransform(model_config.image_size, model_config.crop_pct, exif)

@@ -1,7 +1,6 @@
 """The most probable classes of image files."""
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,11 +10,13 @@ import numpy as np
 
 from convert.files import shown
 from train.data.bad_images import BadImages
+from train.data.tagged_images import TaggedImages
 from train.inference.evaluation import forward, without_bad
 from train.inference.image_paths import FileSource
 from train.inference.model import Classifier
 from train.inference.predictions import Prediction
-from train.pictures.attention import PictureNames, class_token_attention, draw_attention
+from train.pictures.attention import class_token_attention, draw_attention
+from train.run.best_effort import BestEffort
 
 
 class Result(NamedTuple):
@@ -23,7 +24,7 @@ class Result(NamedTuple):
 
     path: str
     predictions: Sequence[Prediction]  # the best first
-    picture: str | None = None  # where its attention is drawn
+    picture: str | None = None  # where its attention is drawn, if it is
 
 
 def classify(
@@ -34,7 +35,9 @@ def classify(
     batch_size: int,
     workers: int,
     top_k: int,
-    pictures: Path | None = None,
+    pictures: Sequence[Path] | None = None,
+    say: Callable[[str], None] = print,
+    tagged: TaggedImages | None = None,
 ) -> Iterator[list[Result]]:
     """The results of image files, in their order, batch by batch as they are ready.
 
@@ -43,9 +46,9 @@ def classify(
         batch_size: a multiple of the number of devices.
         workers: processes that read images; 0: threads of this process.
         top_k: predictions per image; where there are fewer classes, all of them.
-        pictures: folder in which to draw what the class tokens attend to.
-
-    Raises NotWritten if a picture cannot be written.
+        pictures: for each image, the PNG in which to draw what the class tokens attend to.
+        say: told one line if that fails; there are no pictures from then on.
+        tagged: told which images have an EXIF orientation.
     """
     from train.data.batches import eval_batches  # late: Grain takes long to import
     from train.data.streams import device_batches
@@ -58,27 +61,28 @@ def classify(
             outputs |= {"image": batch["image"], "attention": class_token_attention(model, batch["image"])}
         return outputs
 
-    def result(path: str, outputs: Any) -> Result:
+    def result(place: int, outputs: Any) -> Result:
+        path = source.paths[place]
         best = np.argsort(-outputs["probability"], kind="stable")[:top_k].tolist()
         predictions = [Prediction(task.class_names[i], i, float(outputs["probability"][i])) for i in best]
-        if picture_names is None:
-            return Result(path, predictions)
-        picture = picture_names.name(path)
+        picture = draw(draw_picture, place, predictions, outputs) if pictures else None
+        return Result(path, predictions, picture)
+
+    def draw_picture(place: int, predictions: list[Prediction], outputs: Any) -> str:
         told = [(p.class_name, p.probability) for p in predictions]
         seen = {name: outputs[name] for name in ("image", "attention")}
-        draw_attention(picture, classifier.config, title=shown(path), predictions=told, **seen)
-        return Result(path, predictions, str(picture))
+        title = shown(source.paths[place])
+        draw_attention(pictures[place], classifier.config, title=title, predictions=told, **seen)
+        return str(pictures[place])
 
-    picture_names = PictureNames(pictures) if pictures else None
+    draw = BestEffort("pictures of attention", say)
     batches = eval_batches(source, task.transform(training=False), batch_size=batch_size, workers=workers, rounds=1)
     shapes = task.batch_shapes(batch_size, training=False)
 
     with closing(device_batches(batches, classifier.mesh)) as stream:
         compiled = classifier.compile(program, shapes)  # while the first images are read
-        paths = iter(source.paths)
-        for outputs in forward(compiled, without_bad(stream, bad_images, shapes)):
+        for number, outputs in enumerate(forward(compiled, without_bad(stream, bad_images, shapes, tagged))):
             yield [
-                result(path, jax.tree.map(lambda array, i=i: array[i], outputs))
-                for i, path in enumerate(itertools.islice(paths, batch_size))
-                if outputs["mask"][i]
+                result(number * batch_size + i, jax.tree.map(lambda array, i=i: array[i], outputs))
+                for i in np.flatnonzero(outputs["mask"]).tolist()
             ]

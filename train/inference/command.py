@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from convert.command_line import Parser, at_least_one, image_size, share
 
 if TYPE_CHECKING:
+    from train.data.tagged_images import TaggedImages
     from train.inference.model import Classifier
 
 SOURCES = """\
@@ -20,7 +21,7 @@ _IMAGES_PER_PROCESS = 1000  # a process takes seconds to start, which fewer imag
 
 
 def add_model_flags(parser: Parser) -> None:
-    """--weights, --image-size, --crop-pct, --precision, --quantize and --batch-size."""
+    """--weights, --image-size, --crop-pct, --exif, --precision, --quantize and --batch-size."""
     parser.add_argument("--weights", required=True, metavar="SOURCE", help="the weights to use")
     parser.add_argument(
         "--image-size",
@@ -30,6 +31,11 @@ def add_model_flags(parser: Parser) -> None:
     )
     parser.add_argument(
         "--crop-pct", type=share, metavar="F", help="share of the resized image that is kept (default: the weights')"
+    )
+    parser.add_argument(
+        "--exif",
+        choices=("keep", "apply"),
+        help="take images as they are stored, or turn them as their EXIF orientation says (default: as training did)",
     )
     parser.add_argument(
         "--precision",
@@ -56,8 +62,19 @@ def load_model(args: argparse.Namespace) -> "Classifier":
 
     keep_freed_memory()
     keep_compiled_programs()
-    settings = ("image_size", "crop_pct", "precision", "quantize")
+    settings = ("image_size", "crop_pct", "precision", "quantize", "exif")
     return load_classifier(args.weights, **{name: getattr(args, name) for name in settings})
+
+
+def exif_notes(args: argparse.Namespace, classifier: "Classifier", tagged: "TaggedImages") -> list[str]:
+    """What was done with the images that have an EXIF orientation, if there were any."""
+    why = "as in training"
+    if args.exif is not None:
+        why = "as asked for"
+    elif classifier.trained_exif is None:
+        why = "as timm does; the weights do not tell what training did, and --exif apply turns them"
+    note = tagged.told(classifier.task.config.exif, why=why)
+    return [note] if note else []
 
 
 def tell_notes(prog: str, notes: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ import jax
 from convert.errors import SettingsError
 from train.data.bad_images import BadImages
 from train.data.sources import Source
+from train.data.tagged_images import TaggedImages
 from train.inference.model import Classifier
 from train.tasks.task import Batch, Scores
 
@@ -33,14 +34,19 @@ def forward(program: Callable[[Batch], Any], batches: Iterator[Batch]) -> Iterat
         yield jax.device_get(pending.popleft())
 
 
-def without_bad(stream: Iterator[Batch], bad_images: BadImages, names: Iterable[str]) -> Iterator[Batch]:
+def without_bad(
+    stream: Iterator[Batch], bad_images: BadImages, names: Iterable[str], tagged: TaggedImages | None = None
+) -> Iterator[Batch]:
     """The batches of a stream as a program takes them, with these names only.
 
     Args:
         bad_images: told which images cannot be read.
+        tagged: told which have an EXIF orientation.
     """
     for batch in stream:
         bad_images.add(batch["bad_indices"])
+        if tagged is not None:
+            tagged.add(batch["tagged"])
         yield {name: batch[name] for name in names}
 
 
@@ -53,6 +59,7 @@ def evaluate(
     batch_size: int,
     workers: int,
     advance: Callable[[int], Any],
+    tagged: TaggedImages | None = None,
 ) -> float:
     """Runs a model on all images of a source; returns how many there were in a second.
 
@@ -62,6 +69,7 @@ def evaluate(
         batch_size: a multiple of the number of devices.
         workers: processes that read images; 0: threads of this process.
         advance: told how many more images are done.
+        tagged: told which images have an EXIF orientation.
 
     Raises:
         SettingsError: no image could be read.
@@ -76,7 +84,7 @@ def evaluate(
 
     with closing(device_batches(batches, classifier.mesh)) as stream:
         program = classifier.compile(task.evaluate, shapes)  # while the first images are read
-        batches = without_bad(stream, bad_images, shapes)
+        batches = without_bad(stream, bad_images, shapes, tagged)
         first = iter([next(batches)])
         start = time.perf_counter()  # not before: the start of worker processes says nothing about speed
         for place, outputs in enumerate(forward(program, itertools.chain(first, batches))):

@@ -1,8 +1,11 @@
 """The image files that a command line means by its PATHs: files, folders, and `-` for a list on standard input."""
 
+import codecs
+import contextlib
 import os
+import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +31,13 @@ class FileSource:
         """Raises UnreadableImage for a file that cannot be read."""
         path = self.paths[index]
         try:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # to read a pipe or a device might never end
+                raise OSError("it is no file, or a folder whose files cannot be listed")
             encoded = Path(path).read_bytes()
         except OSError as error:
             raise UnreadableImage(shown(path), error.strerror or str(error)) from error
+        except ValueError as error:  # no file can have such a name
+            raise UnreadableImage(shown(path), f"it is no path: {error}") from error
         return {"image": encoded, "label": 0, "name": shown(path)}
 
 
@@ -38,7 +45,7 @@ def image_paths(given: Sequence[str], left_out: LeftOut) -> list[str]:
     """The files meant, in the order given; those of a folder sorted, from all folders below it too.
 
     Folders are searched by `convert.image_files`; a file that is named itself is taken as it is. A name on standard
-    input that does not exist is kept: it fails when it is read, as an image that went away.
+    input that cannot be used is kept: it fails when it is read, as an image that went away.
 
     Args:
         left_out: is told what is passed over in folders.
@@ -49,8 +56,8 @@ def image_paths(given: Sequence[str], left_out: LeftOut) -> list[str]:
     paths: list[str] = []
     for path in given:
         if path == STDIN:
-            for line in _lines_of_stdin():
-                paths += image_files(line, left_out=left_out) if os.path.isdir(line) else [line]
+            for name in _listed_on_stdin():
+                paths += _images_of(name, left_out)
         elif os.path.isdir(path):
             paths += image_files(path, left_out=left_out)
         elif os.path.isfile(path):
@@ -64,8 +71,35 @@ def image_paths(given: Sequence[str], left_out: LeftOut) -> list[str]:
     return paths
 
 
-def _lines_of_stdin() -> Iterator[str]:
-    for line in sys.stdin.buffer:
-        name = line.rstrip(b"\r\n")
-        if name:
-            yield os.fsdecode(name)  # in file names any bytes are allowed
+def _images_of(name: str, left_out: LeftOut) -> list[str]:
+    """The images of a folder; any other name itself, and also that of a folder that cannot be read."""
+    with contextlib.suppress(OSError):
+        if os.path.isdir(name):
+            return list(image_files(name, left_out=left_out))
+    return [name]
+
+
+def _listed_on_stdin() -> list[str]:
+    """The paths of a list on standard input: one per line, or each with a NUL behind it, as `find -print0` has them.
+
+    Text in UTF-16 and byte order marks are known, as Windows writes them; otherwise any bytes are a file's name.
+    """
+    content = sys.stdin.buffer.read()
+    text = _utf16(content)
+    if text is None:
+        text = os.fsdecode(content.removeprefix(codecs.BOM_UTF8))
+    if text.rstrip("\r\n").endswith("\0") or ("\0" in text and "\n" not in text):
+        return [name for name in text.split("\0") if name.strip("\r\n")]
+    return [name for line in text.split("\n") if (name := line.rstrip("\r"))]
+
+
+def _utf16(content: bytes) -> str | None:
+    """What bytes are in UTF-16: with a byte order mark, or with lines that would hold NULs otherwise."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16", errors="replace")
+    for encoding in ("utf-16-le", "utf-16-be"):
+        with contextlib.suppress(UnicodeDecodeError):
+            text = content.decode(encoding)
+            if "\n" in text and "\0" not in text:
+                return text
+    return None

@@ -14,6 +14,7 @@ from convert.errors import SettingsError
 from convert.models import flax_model
 from convert.weights import Weights
 from crossvit_jax import CrossViT, CrossViTConfig
+from crossvit_jax.preprocess import Exif
 from train.config import TrainConfig
 from train.devices.mesh import batch_sharding, default_precision, make_mesh, replicated
 from train.optim.quantize import quantised, require_qwix
@@ -32,6 +33,7 @@ class Classifier:
     task: Classification
     class_names: tuple[str, ...] | None  # in the order of the logits, where the weights know them
     notes: tuple[str, ...]  # what the user should know about the weights
+    trained_exif: Exif | None  # what training did with EXIF orientations, where the weights tell
     precision: str  # of the arithmetic: float32 or bfloat16
     graphdef: nnx.GraphDef
     params: Any
@@ -87,6 +89,7 @@ def load_classifier(
     crop_pct: float | None = None,
     precision: str | None = None,
     quantize: str | None = None,
+    exif: Exif | None = None,
 ) -> Classifier:
     """The classifier in any source that `convert.load_weights` reads.
 
@@ -95,6 +98,8 @@ def load_classifier(
         crop_pct: share of the resized image that the evaluation crop keeps; none: as stored.
         precision: float32 or bfloat16; none: bfloat16 on accelerators, float32 otherwise.
         quantize: int8 or int4 to round the linear layers' weights to, see `train.optim.quantize`; none: as stored.
+        exif: what to do with EXIF orientations, see `crossvit_jax.preprocess.decode_image`; none: what training did,
+            or keep where that is not known.
 
     Raises:
         ConversionError, SettingsError: see `load_classifier_weights`; or jax finds no device; or qwix is needed and not
@@ -112,8 +117,8 @@ def load_classifier(
         graphdef, state = nnx.split(quantised(nnx.merge(graphdef, params), quantize))
         params = nnx.to_pure_dict(state)
     names = weights.class_names or tuple(map(str, range(weights.config.num_classes)))
-    task = Classification(TrainConfig(), weights.config, names)
-    return Classifier(task, weights.class_names, weights.notes, precision, graphdef, params, mesh)
+    task = Classification(TrainConfig(exif=exif or weights.exif or "keep"), weights.config, names)
+    return Classifier(task, weights.class_names, weights.notes, weights.exif, precision, graphdef, params, mesh)
 
 
 def load_classifier_weights(source: str, **overrides: Any) -> Weights:

@@ -1,7 +1,8 @@
 """Pictures of what the class tokens attend to: in the last stage, within their branch and across to the other."""
 
 import os
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float
 
 from crossvit_jax import CrossViT, CrossViTConfig
 from crossvit_jax.preprocess import MEAN, STD
-from train.pictures.figure import drawable, save_figure
+from train.pictures.figure import drawable, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,22 +41,25 @@ def class_token_attention(
     return {name: [maps[path][:, :, 0].mean(1) for path in some] for name, some in paths.items()}
 
 
-class PictureNames:
-    """File names for pictures of images: the image's own stem, with a number where another image has it already."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._taken: set[str] = set()
-
-    def name(self, image_path: str) -> Path:
-        """A path in the folder that was given to no image before."""
-        stem = os.fsdecode(os.fsencode(Path(image_path).stem)[:_LONGEST_STEM])
+def picture_paths(folder: Path, images: Iterable[str]) -> list[Path]:
+    """A file in the folder for the picture of each image, no two the same: the image's own stem, with a number where
+    another image has it already."""
+    taken: set[str] = set()
+    paths = []
+    for image in images:
+        stem = os.fsdecode(os.fsencode(Path(image).stem)[:_LONGEST_STEM])
         name, number = stem, 1
-        while name.casefold() in self._taken:  # some file systems do not tell cases apart
+        while (same := _alike(name)) in taken:
             number += 1
             name = f"{stem}-{number}"
-        self._taken.add(name.casefold())
-        return self._folder / f"{name}.png"
+        taken.add(same)
+        paths.append(folder / f"{name}.png")
+    return paths
+
+
+def _alike(name: str) -> str:
+    """The same for names that some file systems do not tell apart: by case, or by how accents are put together."""
+    return unicodedata.normalize("NFC", name.casefold())
 
 
 def draw_attention(
@@ -78,12 +82,10 @@ def draw_attention(
 
     Raises NotWritten if it cannot be written.
     """
-    from matplotlib.figure import Figure
-
     pixels = np.clip(image * STD + MEAN, 0, 1)
     height, width = config.image_size
     branches = len(config.branches)
-    figure = Figure(figsize=(12, _HEIGHT + _ROW * max(0, branches - 2)))
+    figure = new_figure(figsize=(12, _HEIGHT + _ROW * max(0, branches - 2)))
     share = _HEIGHT / figure.get_figheight()
 
     def place(left, bottom, width, height):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, Int
 
-from train.pictures.figure import drawable, save_figure
+from train.pictures.figure import drawable, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,10 +33,10 @@ def draw_confusion(
 
     Raises NotWritten if it cannot be written.
     """
-    from matplotlib.ticker import PercentFormatter
-
     draw = _draw_small if len(confusion) <= _MOST_NUMBERED else _draw_large
     image = draw(confusion, [drawable(name, _LONGEST_NAME) for name in class_names])
+    from matplotlib.ticker import PercentFormatter  # late, see `new_figure`
+
     axes, figure = image.axes, image.figure
     axes.set_title(drawable(title, _LONGEST_TITLE), parse_math=False)
     axes.set_xlabel("predicted class")
@@ -47,11 +47,9 @@ def draw_confusion(
 
 
 def _draw_small(confusion: Int[np.ndarray, "classes classes"], class_names: Sequence[str]) -> "AxesImage":
-    from matplotlib.figure import Figure
-
     classes = len(confusion)
     side = 3.2 + 0.42 * classes
-    figure = Figure(figsize=(side + 0.9, side), layout="constrained")
+    figure = new_figure(figsize=(side + 0.9, side), layout="constrained")
     axes = figure.subplots()
     shares = _shares(confusion)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -65,12 +63,11 @@ def _draw_small(confusion: Int[np.ndarray, "classes classes"], class_names: Sequ
 
 
 def _draw_large(confusion: Int[np.ndarray, "classes classes"], class_names: Sequence[str]) -> "AxesImage":
-    from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
-
     classes = len(confusion)
     shares = _by_blocks(_shares(confusion))
-    figure = Figure(figsize=(17, 10.5), layout="constrained")
+    figure = new_figure(figsize=(17, 10.5), layout="constrained")
+    from matplotlib.colors import LogNorm  # late, see `new_figure`
+
     axes, list_axes = figure.subplots(1, 2, width_ratios=(11, 5))
     # on a linear scale, single confusions would not be seen
     smallest = shares[shares > 0].min(initial=1) / 10  # itself not too pale

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.pictures.figure import save_figure
+from train.pictures.figure import new_figure, save_figure
 
 if TYPE_CHECKING:
     from train.tasks.task import Metric
@@ -52,11 +52,10 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], metrics: "Sequence[Metric]",
 
     Raises NotWritten if it cannot be written.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     panels = _panels(metrics)
-    figure = Figure(figsize=(10, 2 + 3 * (len(panels) - 1)), layout="constrained")
+    figure = new_figure(figsize=(10, 2 + 3 * (len(panels) - 1)), layout="constrained")
+    from matplotlib.ticker import MaxNLocator  # late, see `new_figure`
+
     all_axes = figure.subplots(len(panels), sharex=True, height_ratios=(3,) * (len(panels) - 1) + (1.5,))
     for axes, (label, curves) in zip(all_axes, panels.items(), strict=True):
         for name, colour, style, meaning in curves:

@@ -3,10 +3,15 @@
 matplotlib is imported when something is drawn: it takes half a second, and most of the time nothing is.
 """
 
+import contextlib
 import io
+import os
+import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from convert.files import write_whole
 
@@ -14,6 +19,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DPI = 120
+_SOFTWARE = "crossvit-jax"  # in the metadata of every picture
+
+
+def new_figure(**settings: Any) -> "Figure":
+    """matplotlib's `Figure` with these settings, whatever backend the environment names."""
+    if "matplotlib" not in sys.modules:
+        _import_matplotlib()
+    from matplotlib.figure import Figure
+
+    return Figure(**settings)
+
+
+def _import_matplotlib() -> None:
+    """A notebook's MPLBACKEND is inherited by what is started from it, and may name a package that is not installed
+    here: the import fails then. Nothing here needs a backend, but the rest of the program may."""
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
@@ -22,8 +51,18 @@ def save_figure(figure: "Figure", path: Path) -> None:
     with warnings.catch_warnings():
         # a name in a script that the font lacks is drawn as boxes; the files beside the picture have it in full
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(png, format="png", dpi=_DPI, pil_kwargs={"compress_level": 3})
+        metadata, compression = {"Software": _SOFTWARE}, {"compress_level": 3}
+        figure.savefig(png, format="png", backend="agg", dpi=_DPI, metadata=metadata, pil_kwargs=compression)
     write_whole(path, png.getvalue())
+
+
+def is_own_picture(path: Path) -> bool:
+    """Whether a file was written by `save_figure`."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == _SOFTWARE
+    except Exception:  # whatever Pillow's parsers raise
+        return False
 
 
 def drawable(text: str, longest: int) -> str:

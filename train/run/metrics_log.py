@@ -2,9 +2,13 @@
 
 import json
 import os
+import time
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from train.run.best_effort import BestEffort
 
 FILE = "metrics.jsonl"
 
@@ -21,20 +25,30 @@ class MetricsLog:
     its settings, so that an interrupted and resumed run has the very file of an uninterrupted one.
     """
 
-    def __init__(self, folder: Path, *, position: int = 0, step: int = 0, wandb_run: Any = None):
-        """Go on after `position` bytes and `step` training steps; what was written later is dropped."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        position: int = 0,
+        step: int = 0,
+        wandb_run: Any = None,
+        say: Callable[[str], None] = print,
+    ):
+        """Go on after `position` bytes and `step` training steps; what was written later is dropped.
+
+        Args:
+            say: told one line if TensorBoard's events or Weights & Biases fail; the lines are written all the same.
+        """
         self._lines = open(folder / FILE, "ab")  # noqa: SIM115 (closed by close)
         self._lines.truncate(min(position, self._lines.tell()))
         self._lines.seek(0, os.SEEK_END)
         self._folder, self._step = folder, step
         self._wandb = wandb_run
+        self._to_tensorboard, self._to_wandb = BestEffort("TensorBoard", say), BestEffort("Weights & Biases", say)
 
     @cached_property
-    def _events(self):
-        """TensorBoard's file. Its package imports torch, which takes a second: not before anything is written."""
-        from tensorboardX import SummaryWriter
-
-        return SummaryWriter(str(self._folder), purge_step=self._step + 1 if self._step else None)
+    def _events(self) -> "_Events":
+        return _Events(self._folder, step=self._step)
 
     @property
     def position(self) -> int:
@@ -54,18 +68,48 @@ class MetricsLog:
         self._lines.write((json.dumps(line, allow_nan=False) + "\n").encode())
         self._lines.flush()
         told = values if speed is None else {**values, "train/images_per_s": speed}
-        for name, value in told.items():
-            self._events.add_scalar(name, value, step)
-        self._events.flush()
+        self._to_tensorboard(lambda: self._events.write(told, step))
         if self._wandb is not None:
-            self._wandb.log({"epoch": epoch, **told}, step=step)
+            self._to_wandb(self._wandb.log, {"epoch": epoch, **told}, step=step)
 
     def close(self) -> None:
         self._lines.close()
         if "_events" in self.__dict__:
-            self._events.close()
+            self._to_tensorboard(self._events.close)
         if self._wandb is not None:
-            self._wandb.finish()
+            self._to_wandb(self._wandb.finish)
+
+
+class _Events:
+    """A file of TensorBoard's, written by the thread that calls.
+
+    tensorboardX has a thread of its own for it: when that dies of a full disk, whoever writes more waits for ever.
+    """
+
+    def __init__(self, folder: Path, *, step: int):
+        """Events of later steps than `step`, if it is not 0, that lie in the folder from before count no more."""
+        # its package imports torch, which takes a second: not before anything is written
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        self._file = EventsWriter(str(folder / "events"))
+        if step:
+            self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        from tensorboardX.summary import scalar
+
+        for name, value in values.items():
+            self._add(step, summary=scalar(name, value))
+        self._file.flush()
+
+    def _add(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._file.write_event(Event(step=step, wall_time=time.time(), **content))
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class NoLog:

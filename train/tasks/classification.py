@@ -20,16 +20,20 @@ import convert
 from convert import load_weights
 from convert.adapt import adapt
 from convert.errors import ConversionError, SettingsError, listed
-from convert.files import csv_text, write_whole
+from convert.files import check_replaceable, csv_text, write_whole
 from convert.weights import Weights
 from crossvit_jax import CrossViT, CrossViTConfig, get_config
 from train.config import TrainConfig
 from train.images.augment import compile_augment
 from train.images.mixup import draw_mix, mix_images, mix_targets
 from train.pictures.confusion import draw_confusion
+from train.run.best_effort import BestEffort
 from train.tasks.task import Batch, Metric
 
 TOP5_CLASSES = 6  # with fewer, top-5 accuracy says nothing
+# what an evaluation leaves
+_NUMBERS, _PER_CLASS, _CONFUSION, _PICTURE = "evaluation.json", "per_class.csv", "confusion.csv", "confusion.png"
+_FILES = (_NUMBERS, _PER_CLASS, _CONFUSION, _PICTURE)
 _TOP1, _TOP5 = Metric("top1", "top-1", "%", "max"), Metric("top5", "top-5", "%")
 
 
@@ -58,13 +62,16 @@ class Classification:
         return CrossViT(self.model_config, dtype=dtype, rngs=rngs)
 
     def save(self, params: Any, path: Path) -> None:
-        convert.save(params, self.model_config, path, class_names=self.class_names, overwrite=True)
+        names, exif = self.class_names, self.config.exif
+        convert.save(params, self.model_config, path, class_names=names, exif=exif, overwrite=True)
 
     def transform(self, *, training: bool) -> Callable[..., dict[str, Any]]:
         # late: a machine that only computes may lack the packages that read images
         from train.images.transforms import eval_transform, train_transform
 
-        return train_transform(self.config, self.model_config) if training else eval_transform(self.model_config)
+        if training:
+            return train_transform(self.config, self.model_config)
+        return eval_transform(self.model_config, self.config.exif)
 
     def batch_shapes(self, batch_size: int, *, training: bool) -> dict[str, jax.ShapeDtypeStruct]:
         image = (*self.model_config.image_size, self.model_config.in_chans)
@@ -137,7 +144,11 @@ class ClassificationScores:
         percent = {metric.name: 100 * self._sums[metric.name] / images for metric in self._metrics}
         return {"images": images, "loss": self._sums["loss"] / images, **percent}
 
-    def write(self, folder: Path, *, about: Mapping[str, Any]) -> list[str]:
+    def check_place(self, folder: Path) -> None:
+        """See `train.tasks.task.Scores`: an earlier evaluation in the folder is replaced."""
+        check_replaceable([folder / name for name in _FILES], lambda _: _is_evaluation(folder / _NUMBERS))
+
+    def write(self, folder: Path, *, about: Mapping[str, Any], say: Callable[[str], None]) -> list[str]:
         """Numbers, accuracy per class, and the confusion matrix as CSV and PNG; its title has `weights`, `dataset` and
         `split` from `about`."""
         names, totals, right = self._class_names, self.confusion.sum(1), np.diag(self.confusion)
@@ -146,15 +157,26 @@ class ClassificationScores:
         rows = [(name, *row) for name, row in zip(names, self.confusion, strict=True)]
         values = {"top1": None, "top5": None} | self.values()
         texts = {
-            "evaluation.json": json.dumps({**about, **values}, indent=2) + "\n",
-            "per_class.csv": csv_text(per_class),
-            "confusion.csv": csv_text([("true \\ predicted", *names), *rows]),
+            _NUMBERS: json.dumps({**about, **values}, indent=2) + "\n",
+            _PER_CLASS: csv_text(per_class),
+            _CONFUSION: csv_text([("true \\ predicted", *names), *rows]),
         }
         for name, text in texts.items():
             write_whole(folder / name, text.encode("utf-8", "surrogateescape"))  # folders may be named in any bytes
         title = f"{Path(about['weights']).name} on {about['dataset']} ({about['split']}): top-1 {values['top1']:.2f} %"
-        draw_confusion(self.confusion, names, folder / "confusion.png", title=title)
-        return [*texts, "confusion.png"]
+        picture = folder / _PICTURE
+        picture.unlink(missing_ok=True)  # it would stay where this one cannot be drawn
+        BestEffort(str(picture), say)(draw_confusion, self.confusion, names, picture, title=title)
+        return [name for name in _FILES if (folder / name).exists()]
+
+
+def _is_evaluation(file: Path) -> bool:
+    """Whether it has the numbers of an evaluation."""
+    try:
+        numbers = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(numbers, dict) and {"weights", "dataset", "images", "top1"} <= numbers.keys()
 
 
 # --- labels of a data set and outputs of a model ---

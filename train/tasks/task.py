@@ -38,10 +38,16 @@ class Scores(Protocol):
     def values(self) -> dict[str, float]:
         """`images`, how many there were that could be read; unless that is 0, `loss` and the metrics in their units."""
 
-    def write(self, folder: Path, *, about: Mapping[str, Any]) -> list[str]:
+    def check_place(self, folder: Path) -> None:
+        """Raises ConversionError if `write` would replace a file there that it did not write."""
+
+    def write(self, folder: Path, *, about: Mapping[str, Any], say: Callable[[str], None]) -> list[str]:
         """Writes all that is known into a folder, and what was evaluated (JSON values); returns the files' names.
 
-        Raises OSError.
+        Args:
+            say: told one line if something cannot be drawn, which is left out then.
+
+        Raises NotWritten.
         """
 
 

@@ -87,6 +87,23 @@ def test_grey_and_transparent_images_become_colour(tmp_path):
     assert np.array_equal(images[0], images[2])
 
 
+def test_images_are_turned_as_in_training(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 8  # what is stored has to be turned by a quarter, counter-clockwise
+    upright = _picture(0, (64, 80))
+    stored = upright.transpose(Image.Transpose.ROTATE_270)
+    for name, image, how in (("upright", upright, {}), ("stored", stored, {}), ("tagged", stored, {"exif": exif})):
+        (tmp_path / name).mkdir()
+        image.save(tmp_path / name / "0.png", **how)
+
+    def seen(name, exif="keep"):
+        return calibration_images(str(tmp_path / name), SQUARE, 1, exif)
+
+    assert np.array_equal(seen("tagged"), seen("stored"))
+    assert np.array_equal(seen("tagged", "apply"), seen("upright"))
+    assert not np.array_equal(seen("tagged"), seen("upright"))
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [(b"", "it is empty"), (b"text", "no image format that Pillow knows"), (None, "Truncated")],

@@ -1,5 +1,6 @@
 """What is written: timm loads it strictly, our own formats keep everything, and failures leave nothing."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -91,6 +92,12 @@ def test_parameters_of_a_model_are_saved_in_any_form(folder, weights_file, weigh
     with pytest.raises(ConversionError, match="2 class names for 10 classes"):
         save(model, model.config, folder / "no.safetensors", class_names=["a", "b"])
     assert os.listdir(folder) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(("ending", "exif"), [*((ending, "apply") for ending in ENDINGS), (".safetensors", None)])
+def test_what_training_did_with_orientations_travels(folder, weights, ending, exif):
+    path = write(dataclasses.replace(weights, exif=exif), folder / f"out{ending}")
+    assert load_weights(path, num_classes=3).exif == (None if ending == ".pth" else exif)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

@@ -9,6 +9,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from crossvit_jax.preprocess import UnreadableImage, decode_image
 from train.config import steps_per_epoch
@@ -16,7 +17,9 @@ from train.data.batches import eval_batches, train_batches
 from train.data.datasets import open_digits
 from train.data.folder import open_folder
 from train.data.sources import DataError
+from train.data.tagged_images import TaggedImages
 from train.images.transforms import eval_transform, train_transform
+from train.inference.image_paths import FileSource
 from train.recipes import RECIPES
 
 # the digits' sizes, with every random step of the ImageNet recipe
@@ -253,6 +256,24 @@ def test_an_unreadable_image_is_told_and_the_next_one_takes_its_place(pictures, 
             np.testing.assert_allclose(image - pixel, old - np.floor(old), atol=1e-4)
         told.update(after["bad"][bad].tolist())
     assert told == dict.fromkeys(instead, 2)  # once in each of two epochs
+
+
+def test_images_with_an_orientation_are_marked(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for i in range(6):
+        tagged = {"exif": exif} if i % 3 == 1 else {}
+        Image.new("RGB", (9, 9), (i, 0, 0)).save(tmp_path / f"{i}.png", **tagged)
+    (tmp_path / "2.png").write_bytes(b"no image")
+    source = FileSource(tuple(str(tmp_path / f"{i}.png") for i in range(6)))
+    (batch,) = _take(eval_batches(source, eval_transform(_MODEL), batch_size=8, workers=0), 1)
+    assert batch["tagged"].tolist() == [0, 1, -1, 0, 1, 0, -1, -1]
+    counted = TaggedImages()
+    counted.add(batch["tagged"])
+    assert counted.told("keep", "held-out").startswith("2 of 5 held-out images carry an EXIF orientation and were t")
+    (batch,) = _training(source, _noisy_pixel, batches=1, batch_size=6)
+    reds = np.floor(batch["image"][:, 0])
+    assert batch["tagged"].tolist() == [int(red in (1, 4)) for red in reds]
 
 
 def test_an_unreadable_image_is_left_out_of_evaluation(pictures):

@@ -9,9 +9,9 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from crossvit_jax.preprocess import UnreadableImage, decode_image
+from crossvit_jax.preprocess import UnreadableImage, decode_image, orientation
 from train.images.decode import decode_pixels
 
 _RNG = np.random.default_rng(0)
@@ -119,6 +119,65 @@ def test_jpeg_files_of_all_kinds_have_pillows_pixels(photographs, size, subsampl
         encoded = _file(image, "JPEG", quality=85, **kind, **options)
         assert _pixels(encoded).shape == (*size, 3)
         np.testing.assert_array_equal(_pixels(encoded + b"more"), _pixels(encoded))
+
+
+# --- EXIF orientations ---
+
+
+def _tagged(value):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return {"exif": exif}
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF"])
+@pytest.mark.parametrize("value", range(1, 9))
+def test_apply_turns_images_as_pillow_does_and_keep_leaves_them(photographs, value, format):
+    for mode in ("RGB", "L", "CMYK") if format == "JPEG" else ("RGB",):
+        encoded = _file(photographs[0].resize((45, 30)).convert(mode), format, **_tagged(value))
+        with Image.open(io.BytesIO(encoded)) as opened:
+            expected = ImageOps.exif_transpose(opened).convert("RGB")
+        assert expected.size == ((45, 30) if value < 5 else (30, 45))
+        np.testing.assert_array_equal(decode_image(encoded, "", exif="apply"), expected)
+        np.testing.assert_array_equal(decode_pixels(encoded, "", "apply"), expected)
+        with Image.open(io.BytesIO(encoded)) as opened:
+            np.testing.assert_array_equal(_pixels(encoded), opened.convert("RGB"))
+        # TIFF files are turned by Pillow in any case
+        assert orientation(encoded) == (1 if format == "TIFF" else value)
+
+
+@pytest.mark.parametrize("value", [2, 3, 4, 5, 6, 7, 8])
+def test_a_turned_image_is_the_upright_one(value):
+    """Row 0 and column 0 of what is stored are at these sides of what is seen, by the EXIF standard."""
+    row, column = {
+        2: ("top", "right"),
+        3: ("bottom", "right"),
+        4: ("bottom", "left"),
+        5: ("left", "top"),
+        6: ("right", "top"),
+        7: ("right", "bottom"),
+        8: ("left", "bottom"),
+    }[value]
+    turned = np.asarray(decode_image(_file(Image.fromarray(_COLOUR), **_tagged(value)), "", exif="apply"))
+    sides = {"top": turned[0], "bottom": turned[-1], "left": turned[:, 0], "right": turned[:, -1]}
+    for side, stored in ((row, _COLOUR[0]), (column, _COLOUR[:, 0])):
+        assert sorted(map(tuple, sides[side])) == sorted(map(tuple, stored))
+
+
+def test_orientations_in_xmp_data_count_and_damaged_ones_do_not():
+    plain = Image.fromarray(_COLOUR)
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="8"/></x:xmpmeta>'
+    encoded = _file(plain, "JPEG", xmp=xmp)
+    assert orientation(encoded) == 8
+    with Image.open(io.BytesIO(encoded)) as opened:
+        expected = ImageOps.exif_transpose(opened)
+    np.testing.assert_array_equal(decode_pixels(encoded, "", "apply"), expected)
+    for exif in (_tagged(9), _tagged(0), {"exif": b"Exif\0\0MM\0*\0\0\0\x08\xff"}, {"exif": b"Exif\0\0nonsense"}):
+        for format in ("JPEG", "PNG"):
+            encoded = _file(plain, format, **exif)
+            assert orientation(encoded) == 1
+            np.testing.assert_array_equal(decode_pixels(encoded, "", "apply"), _pixels(encoded))
+    assert orientation(b"") == orientation(b"Exif") == 1
 
 
 _DEEP = np.array([[0, 255, 256, 1000], [0x7FFF, 0x8000, 0xFF00, 0xFFFF]], np.uint16)

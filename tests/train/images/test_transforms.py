@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, transforms
 from torchvision.transforms import functional
 
-from crossvit_jax.preprocess import UnreadableImage, decode_image
-from train.images.transforms import CropTransform, EvalTransform, draw_crop, train_transform
+from crossvit_jax.preprocess import UnreadableImage, decode_image, preprocess_image
+from train.images.transforms import CropTransform, EvalTransform, draw_crop, eval_transform, train_transform
 from train.recipes import RECIPES
 
 _IMAGENET = RECIPES["imagenet"]
@@ -229,6 +229,32 @@ def test_a_crop_has_the_pixels_of_timms(photographs):
         bicubic = functional.InterpolationMode.BICUBIC
         np.testing.assert_array_equal(ours["image"], functional.resized_crop(image, *box, (240, 224), bicubic))
         assert (ours["image"].dtype, ours["label"], ours["label"].dtype) == (np.uint8, 3, np.int32)
+
+
+@pytest.mark.parametrize("augment_on", ["host", "device"])
+def test_images_are_turned_before_anything_else_is_done_to_them(photographs, augment_on):
+    upright = photographs[0].resize((64, 43))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # what is stored has to be turned by a quarter, clockwise
+    file = io.BytesIO()
+    upright.transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
+    lying = {"image": file.getvalue(), "label": 0, "name": ""}
+    sample = {**lying, "image": _encoded(np.asarray(upright))}
+    kept = dataclasses.replace(RECIPES["digits"], augment_on=augment_on)
+    applied = dataclasses.replace(kept, exif="apply")
+    model = kept.model_config(10)
+
+    def made(config, sample):
+        trained = train_transform(config, model)(sample, np.random.default_rng(0))["image"]
+        return trained, eval_transform(model, config.exif)(sample)["image"]
+
+    for turned, expected, stored in zip(made(applied, lying), made(kept, sample), made(kept, lying), strict=True):
+        np.testing.assert_array_equal(turned, expected)
+        assert not np.array_equal(stored, expected)
+    assert isinstance(train_transform(applied, model), CropTransform) == (augment_on == "device")
+    np.testing.assert_array_equal(
+        preprocess_image(Image.open(io.BytesIO(lying["image"])), model, exif="apply"), made(kept, sample)[1]
+    )
 
 
 def test_an_unreadable_image_is_told_before_anything_is_drawn():

@@ -1,6 +1,7 @@
 """The curves of a run: there whole, with what they should show, and never in the way of the run."""
 
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -75,3 +76,18 @@ def test_drawing_leaves_pyplot_alone(tmp_path):
     before = set(sys.modules)
     draw_curves(_AFTER, _METRICS, tmp_path / "curves.png")
     assert "matplotlib.pyplot" not in set(sys.modules) - before
+
+
+def test_a_notebooks_backend_that_is_not_installed_here_does_not_matter(tmp_path):
+    script = """if True:
+        import os, sys
+        from pathlib import Path
+        from train.pictures.figure import new_figure, save_figure
+        save_figure(new_figure(), Path(sys.argv[1]))
+        assert os.environ["MPLBACKEND"] == "module://of_a_notebook"
+    """
+    environment = os.environ | {"MPLBACKEND": "module://of_a_notebook"}
+    command = [sys.executable, "-c", script, str(tmp_path / "x.png")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert pixels_of(tmp_path / "x.png").size

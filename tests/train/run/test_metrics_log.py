@@ -4,20 +4,23 @@ import json
 from contextlib import closing
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from train.run.metrics_log import MetricsLog, read_metrics
 
 
 def _events(file):
-    """(step, name, value) of every scalar in a TensorBoard file: records of length, checksum, event, checksum."""
-    content, at, scalars = file.read_bytes(), 0, []
+    """Every event in a TensorBoard file: records of length, checksum, event, checksum."""
+    content, at = file.read_bytes(), 0
     while at < len(content):
         length = int.from_bytes(content[at : at + 8], "little")
-        event = Event.FromString(content[at + 12 : at + 12 + length])
-        scalars += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        yield Event.FromString(content[at + 12 : at + 12 + length])
         at += 12 + length + 4
-    return scalars
+
+
+def _scalars(file):
+    """(step, name, value) of every scalar."""
+    return [(event.step, value.tag, value.simple_value) for event in _events(file) for value in event.summary.value]
 
 
 def test_each_line_is_on_disk_at_once_as_json_and_as_tensorboard_event(tmp_path):
@@ -28,7 +31,7 @@ def test_each_line_is_on_disk_at_once_as_json_and_as_tensorboard_event(tmp_path)
         log.write(step=6, epoch=2, values={"eval/top1": 50.0})
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     (file,) = tmp_path.glob("events.*")
-    assert _events(file) == [(3, "train/loss", 2.5), (3, "train/lr", 0.25), (6, "eval/top1", 50.0)]
+    assert _scalars(file) == [(3, "train/loss", 2.5), (3, "train/lr", 0.25), (6, "eval/top1", 50.0)]
 
 
 def test_nan_is_refused(tmp_path):
@@ -51,7 +54,7 @@ def test_speed_is_told_beside_the_lines(tmp_path):
         log.write(step=1, epoch=1, values={"train/loss": 3.0}, speed=120.0)
     assert read_metrics(tmp_path) == [{"step": 1, "epoch": 1, "train/loss": 3.0}]
     (file,) = tmp_path.glob("events.*")
-    assert _events(file) == [(1, "train/loss", 3.0), (1, "train/images_per_s", 120.0)]
+    assert _scalars(file) == [(1, "train/loss", 3.0), (1, "train/images_per_s", 120.0)]
 
 
 def test_weights_and_biases_gets_the_same(tmp_path):
@@ -69,3 +72,42 @@ def test_weights_and_biases_gets_the_same(tmp_path):
         log.write(step=4, epoch=2, values={"eval/top1": 50.0})
     assert run.told == [(4, {"epoch": 2, "eval/top1": 50.0})]
     assert run.finished
+
+
+class _Broken:
+    def __init__(self, *_):
+        self.calls = 0
+
+    def log(self, *_, **__):
+        self.calls += 1
+        raise RuntimeError("no network\nreally")
+
+    def finish(self):
+        raise AssertionError("it was to be left alone")
+
+
+def test_what_fails_beside_the_lines_is_one_note_each_and_they_are_whole(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tensorboardX.record_writer.RecordWriter.write", full)
+    told, run = [], _Broken()
+    with closing(MetricsLog(tmp_path, wandb_run=run, say=told.append)) as log:
+        for step in range(1, 30):
+            log.write(step=step, epoch=1, values={"train/loss": 3.0})
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 30))
+    assert told == [
+        "note: TensorBoard: [Errno 28] No space left on device; left out from now on",
+        "note: Weights & Biases: no network; left out from now on",
+    ]
+    assert run.calls == 1
+
+
+def test_a_resumed_log_tells_tensorboard_which_events_count_no_more(tmp_path):
+    with closing(MetricsLog(tmp_path, step=7)) as log:
+        log.write(step=8, epoch=1, values={"train/loss": 3.0})
+    (file,) = tmp_path.glob("events.*")
+    events = list(_events(file))
+    assert events[0].file_version == "brain.Event:2"
+    assert [(event.step, event.session_log.status) for event in events[1:]] == [(8, SessionLog.START), (8, 0)]
+    assert all(event.wall_time > 0 for event in events)
