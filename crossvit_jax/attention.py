@@ -33,17 +33,23 @@ class Attention(nnx.Module):
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         self.implementation = "xla"
+        self.set_forward_mode(False)
         self.qkv = Linear(dim, 3 * dim, use_bias=qkv_bias, **kwargs)
         self.attn_drop = nnx.Dropout(attn_drop)
         self.proj = Linear(dim, dim, **kwargs)
         self.proj_drop = nnx.Dropout(proj_drop)
+
+    def set_forward_mode(self, enable: bool) -> None:
+        """See `CrossViT.set_forward_mode`."""
+        self.forward_mode = enable
 
     def __call__(
         self, x: Float[Array, "batch tokens dim"], *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch tokens dim"]:
         """Each token attends over all."""
         q, k, v = self._per_head(x)
-        if dropout_is_active(self.attn_drop):  # weights that dropout thins have to be computed as such
+        # weights that dropout thins have to be computed as such
+        if dropout_is_active(self.attn_drop) or self.forward_mode:
             attn = self.attn_drop(self._softmax(q, k), rngs=rngs).astype(x.dtype)
             out = jnp.einsum("bhqk,bkhd->bqhd", attn, v)
         else:
@@ -107,7 +113,7 @@ class CrossAttention(nnx.Module):
             bias = self.wv.bias[...].astype(x.dtype).reshape(1, *x.shape[1:])
             # the weights sum to 1 unless dropout has thinned them
             x += bias * attn.sum(-1, keepdims=True) if dropout_is_active(self.attn_drop) else bias
-        x = self.proj(x.reshape(batch, 1, dim))
+        x = self.proj(x.reshape(batch, dim))[:, None]
         return self.proj_drop(x, rngs=rngs)
 
     def weights(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads 1 tokens"]:
@@ -116,7 +122,7 @@ class CrossAttention(nnx.Module):
 
     def _softmax(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads tokens"]:
         batch, _, dim = x.shape
-        q = self.wq(x[:, :1]).reshape(batch, self.num_heads, dim // self.num_heads)
+        q = self.wq(x[:, 0]).reshape(batch, self.num_heads, dim // self.num_heads)
         q = jnp.einsum("chd,bhd->bhc", self._per_head(self.wk, x.dtype), q) * self.scale
         return softmax(jnp.einsum("bhc,bnc->bhn", q, x))
 

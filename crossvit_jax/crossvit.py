@@ -5,13 +5,15 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from crossvit_jax.attention import Attention
 from crossvit_jax.blocks import MultiScaleBlock
 from crossvit_jax.config import CrossViTConfig, get_config
-from crossvit_jax.layers import Identity, LayerNorm, Linear
+from crossvit_jax.layers import GELU, Conv, Identity, LayerNorm, Linear
 from crossvit_jax.patch_embed import PatchEmbed
 from crossvit_jax.resize import scale_image
 
@@ -208,6 +210,17 @@ class CrossViT(nnx.Module):
             for block in itertools.chain.from_iterable(stage.blocks):
                 block.attn.implementation = implementation
 
+    def set_forward_mode(self, enable: bool = True) -> None:
+        """Lets `jax.jvp`, `jax.linearize` and `jax.jacfwd` through, which gradients written by hand keep out.
+
+        jax derives all gradients then: the outputs are the same up to rounding, and training takes more memory.
+        Derivatives of gradients, such as `jax.jvp(jax.grad(loss), …)` or `jax.hessian`'s `jax.jacfwd(jax.jacrev(…))`,
+        need no such thing, unless `set_attention("cudnn")` was called, whose kernel has no forward mode.
+        """
+        for _, module in nnx.iter_modules(self):
+            if isinstance(module, (Attention, Conv, GELU, LayerNorm)):
+                module.set_forward_mode(enable)
+
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves out, besides biases and norms (timm `no_weight_decay`)."""
         return {f"{name}_{i}" for name in ("cls_token", "pos_embed") for i in range(len(self.patch_embed))}
@@ -247,7 +260,8 @@ class CrossViT(nnx.Module):
         for i, (patch_embed, size) in enumerate(zip(self.patch_embed, self.config.branch_image_size, strict=True)):
             x = patch_embed(scale_image(images, size, self.config.crop_scale))
             cls_token = getattr(self, f"cls_token_{i}")[...].astype(x.dtype)
-            x = jnp.concatenate([jnp.broadcast_to(cls_token, (x.shape[0], 1, x.shape[2])), x], axis=1)
+            cls_token = jnp.broadcast_to(cls_token, (x.shape[0], 1, x.shape[2]), out_sharding=jax.typeof(x).sharding)
+            x = jnp.concatenate([cls_token, x], axis=1)
             x = x + getattr(self, f"pos_embed_{i}")[...].astype(x.dtype)
             xs.append(self.pos_drop(x, rngs=rngs))
         return xs

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from crossvit_jax.kernels.layers import convolve_patches, gelu, layer_norm
+from crossvit_jax.kernels.layers import convolve_patches, gelu, layer_norm, plain_gelu, plain_layer_norm
 
 
 def dropout_is_active(dropout: nnx.Dropout) -> bool:
@@ -44,7 +44,6 @@ class Conv(nnx.Conv):
         def uniform(key, shape, dtype):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        without_overlap = stride == kernel_size and padding == 0
         super().__init__(
             in_chans,
             out_chans,
@@ -53,9 +52,15 @@ class Conv(nnx.Conv):
             padding=[(padding, padding)] * 2,
             kernel_init=uniform,
             bias_init=uniform,
-            conv_general_dilated=convolve_patches if without_overlap else jax.lax.conv_general_dilated,
             **kwargs,
         )
+        self.cuts_patches = stride == kernel_size and padding == 0
+        self.set_forward_mode(False)
+
+    def set_forward_mode(self, enable: bool) -> None:
+        """See `CrossViT.set_forward_mode`."""
+        by_hand = self.cuts_patches and not enable
+        self.conv_general_dilated = convolve_patches if by_hand else jax.lax.conv_general_dilated
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -63,17 +68,29 @@ class LayerNorm(nnx.LayerNorm):
 
     def __init__(self, dim: int, *, dtype, param_dtype, rngs):
         super().__init__(dim, epsilon=1e-6, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.set_forward_mode(False)
+
+    def set_forward_mode(self, enable: bool) -> None:
+        """See `CrossViT.set_forward_mode`."""
+        self.layer_norm = plain_layer_norm if enable else layer_norm
 
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        y = layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
+        y = self.layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
         return y.astype(jnp.result_type(x, self.param_dtype) if self.dtype is None else self.dtype)
 
 
 class GELU(nnx.Module):
     """The exact (erf) GELU; jax's default is the tanh approximation."""
 
+    def __init__(self):
+        self.set_forward_mode(False)
+
+    def set_forward_mode(self, enable: bool) -> None:
+        """See `CrossViT.set_forward_mode`."""
+        self.gelu = plain_gelu if enable else gelu
+
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        return gelu(x)
+        return self.gelu(x)
 
 
 class ReLU(nnx.Module):

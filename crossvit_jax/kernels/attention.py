@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from crossvit_jax.kernels.sharding import is_cut, vary_alike
+
 
 def dot_product_attention(
     q: Float[Array, "batch tokens heads width"],
@@ -20,7 +22,7 @@ def dot_product_attention(
 ) -> Float[Array, "batch tokens heads width"]:
     """softmax(q kᵀ / √width) v for every head, in the inputs' dtype; the softmax is in float32 or wider.
 
-    Its gradient can be taken in reverse mode only; with "xla" to any order.
+    Its gradient can be taken in reverse mode only; with "xla" to any order, the last of them in forward mode too.
 
     Args:
         implementation: "xla" for any device and dtype; "cudnn" for NVIDIA's fused kernel: a GPU, half precision.
@@ -28,6 +30,7 @@ def dot_product_attention(
     Raises:
         ValueError, RuntimeError, NotImplementedError: "cudnn" for inputs or a device that it is not for, as jax says.
     """
+    q, k, v = vary_alike(q, k, v)
     if implementation == "cudnn":
         return _cudnn(q, k, v)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
@@ -64,7 +67,8 @@ Weights = Float[Array, "*heads queries keys"]
 
 
 def _attend(q: Heads, k: Heads, v: Heads) -> Heads:
-    if not isinstance(q.shape[0], int):  # a symbolic batch, under jax.export, cannot be cut into pieces
+    # neither a symbolic batch, under jax.export, nor one that explicit axes of a mesh cut can be cut into pieces
+    if not isinstance(q.shape[0], int) or is_cut(q):
         return _attend_and_recompute(q, k, v)
     return jax.lax.platform_dependent(q, k, v, cpu=_attend_in_pieces, default=_attend_and_recompute)
 

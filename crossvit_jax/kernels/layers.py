@@ -1,12 +1,14 @@
 """Layers with gradients written by hand: less work, or fewer arrays kept, than those that jax would derive."""
 
-import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float
+
+from crossvit_jax.kernels.sharding import is_cut, vary_alike
 
 _SQRT_HALF = math.sqrt(0.5)
 
@@ -21,6 +23,7 @@ def convolve_patches(
 
     There XLA's own take longer. By its compiler's estimate, a TPU would lose 4 % of a step by the kernel's product.
     """
+    x, kernel = vary_alike(x, kernel)
     size, _, in_chans, out_chans = kernel.shape
 
     def plain(x: Array, kernel: Array) -> Array:
@@ -54,7 +57,8 @@ def convolve_patches(
 
     def backward(inputs: tuple[Array, Array | None], d_y: Array) -> tuple[Array | None, Array]:
         x, kernel_for_d_x = inputs
-        by_platform = jax.lax.platform_dependent
+        # how the patches of a batch lie that explicit axes of a mesh cut, jax cannot tell
+        by_platform = _default_only if is_cut(d_y) else jax.lax.platform_dependent
         d_kernel = by_platform(x, d_y, cpu=kernel_by_product, default=kernel_by_convolution)
         if kernel_for_d_x is None:
             return None, d_kernel
@@ -65,10 +69,22 @@ def convolve_patches(
     return convolve(x, kernel)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _default_only(*args: Array, cpu: Callable[..., Array], default: Callable[..., Array]) -> Array:
+    """In place of `jax.lax.platform_dependent`: on a CPU too, the default."""
+    return default(*args)
+
+
 def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
     """Layer norm over the last axis with the two-pass variance, in float32 or wider; keeps two numbers per row."""
+    return _layer_norm(*vary_alike(x, scale, bias), epsilon)
+
+
+def plain_layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+    """The same with the gradient that jax derives, in forward mode too."""
     return _layer_norm_forward(x, scale, bias, epsilon)[0]
+
+
+_layer_norm = jax.custom_vjp(plain_layer_norm, nondiff_argnums=(3,))
 
 
 def _layer_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, tuple[Array, ...]]:
@@ -90,7 +106,7 @@ def _layer_norm_backward(epsilon: float, residuals: tuple[Array, ...], d_y: Arra
     return d_x.astype(x.dtype), (d_y * normalised).sum(rows).astype(scale.dtype), d_y.sum(rows).astype(bias.dtype)
 
 
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 def _as_row(parameter: Float[Array, " dim"], x: Float[Array, "*batch dim"]) -> Float[Array, "*ones dim"]:
@@ -98,9 +114,11 @@ def _as_row(parameter: Float[Array, " dim"], x: Float[Array, "*batch dim"]) -> F
     return jnp.expand_dims(parameter, range(x.ndim - 1))
 
 
-@jax.custom_vjp
-def gelu(x: Array) -> Array:
-    """x/2 (1 + erf(x/√2)) in float32 or wider, as torch computes it: erfc, which jax takes, is three times the work."""
+def plain_gelu(x: Array) -> Array:
+    """x/2 (1 + erf(x/√2)) in float32 or wider, as torch computes it: erfc, which jax takes, is three times the work.
+
+    Its gradient is the one that jax derives, in forward mode too.
+    """
     wide = _wide(x)
     return (0.5 * wide * (1 + jax.lax.erf(wide * _SQRT_HALF))).astype(x.dtype)
 
@@ -113,7 +131,8 @@ def _gelu_backward(x: Array, d_y: Array) -> tuple[Array]:
 
 
 # by itself jax would keep three arrays of x's size for the backward pass, and write and read them all
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+gelu = jax.custom_vjp(plain_gelu)
+gelu.defvjp(lambda x: (plain_gelu(x), x), _gelu_backward)
 
 
 def _wide(x: Array) -> Array:
