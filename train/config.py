@@ -149,6 +149,12 @@ class TrainConfig:
     cutmix: float = setting(1.0, "CutMix's alpha; 0: no CutMix", at_least=0)
     mix_prob: float = setting(1.0, "probability that a batch is mixed at all", **_SHARE)
     cutmix_share: float = setting(0.5, "share of the mixed batches that CutMix gets, where both are on", **_SHARE)
+    mix_group: int | None = setting(
+        None,
+        "images that are mixed among themselves, all in one way; none: those that a device gets at a time",
+        int,
+        at_least=1,
+    )
     smoothing: float = setting(0.1, "label smoothing", **_RATE)
     drop_path: float = setting(0.1, "stochastic depth of the last block", **_RATE)
     dropout: float = setting(0.0, "dropout before the heads", **_RATE)
@@ -224,6 +230,10 @@ class TrainConfig:
                 raise SettingsError("image_scale is a setting of each of the branches: leave it out")
         if self.batch_size % self.grad_accum:
             raise SettingsError(f"batch_size {self.batch_size} cannot be cut into grad_accum {self.grad_accum} parts")
+        if self.batch_size % min(self.mix_group or 1, self.batch_size):
+            raise SettingsError(
+                f"batch_size {self.batch_size} cannot be cut into groups of mix_group {self.mix_group} images"
+            )
         if self.qat is not None and self.init is None:
             raise SettingsError(f"qat {self.qat} is for weights that are trained already: name them with --init")
         if self.qat is not None and self.freeze_backbone:

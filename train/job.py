@@ -19,12 +19,12 @@ from convert.weights import Weights
 from train.config import TrainConfig, steps_per_epoch
 from train.data.datasets import check_trainable, open_image_sets
 from train.data.sources import ImageSets
-from train.devices.mesh import check_divides, default_precision, make_mesh
+from train.devices.mesh import check_divides, default_mix_group, default_precision, make_mesh
 from train.images.rand_augment import check_augment_on, device_can_augment
 from train.images.transforms import train_transform
 from train.optim.quantize import require_qwix
 from train.recipes import RECIPES
-from train.run.folder import BEFORE, check_same_run, describe_run, newest_checkpoint, read_run
+from train.run.folder import begun_settings, check_same_run, describe_run, newest_checkpoint, read_run
 from train.tasks.classification import Classification, starting_model
 from train.tasks.task import Task
 
@@ -75,6 +75,7 @@ def prepare(config: TrainConfig) -> Job:
     if jax.process_count() > 1 and config.output is None:
         raise SettingsError("with several processes, --output must name the run's folder, on a disk that all share")
     check_divides(config, mesh)
+    config = dataclasses.replace(config, mix_group=mix_group(config, saved, mesh))
     try:
         begun, begun_names = (None, None) if saved is None else understand(saved["model"])
     except (KeyError, TypeError, ConversionError) as error:
@@ -112,7 +113,8 @@ def prepare(config: TrainConfig) -> Job:
     if saved is not None:
         check_same_run(saved, described, config.output)
     task = Classification(config, model_config, image_sets.class_names)
-    notes = (*image_sets.notes, *_order_note(config, image_sets), *(() if weights is None else weights.notes))
+    notes = (*image_sets.notes, *_order_note(config, image_sets), *_mix_note(config, mesh))
+    notes += () if weights is None else weights.notes
     return Job(config, task, image_sets, mesh, weights, described, saved is not None, notes)
 
 
@@ -125,8 +127,23 @@ def augment_on(config: TrainConfig, saved: dict[str, Any] | None) -> str:
     if config.augment_on is not None:
         return config.augment_on
     if saved is not None:
-        return (BEFORE | saved["train"])["augment_on"]
+        return begun_settings(saved)["augment_on"]
     return "device" if jax.default_backend() == "gpu" and device_can_augment(config.auto_augment) else "host"
+
+
+def mix_group(config: TrainConfig, saved: dict[str, Any] | None, mesh: Mesh) -> int:
+    """The images that are mixed among themselves: as asked for, as in the run that is continued, or by the devices."""
+    if saved is not None and config.mix_group in (None, RECIPES[config.recipe].mix_group):
+        return begun_settings(saved)["mix_group"]
+    return config.mix_group or default_mix_group(config, mesh)
+
+
+def _mix_note(config: TrainConfig, mesh: Mesh) -> list[str]:
+    """A note where images are sent from device to device to be mixed."""
+    share = config.batch_size // mesh.size
+    if config.mixup == config.cutmix == 0 or share % min(config.mix_group, config.batch_size) == 0:
+        return []
+    return [f"mix_group {config.mix_group} is no part of a device's {share} images: they are sent between devices"]
 
 
 def _order_note(config: TrainConfig, image_sets: ImageSets) -> list[str]:

@@ -6,13 +6,14 @@ RECIPES: dict[str, TrainConfig] = {
     # arXiv 2103.14899 §4.1 and IBM's main.py: batch 4,096 at learning rate 0.004
     "imagenet": TrainConfig(recipe="imagenet"),
     # What IBM's main.py does when no flag is given, on 8 GPUs of 64 images each: 5 epochs of warm-up, repeated
-    # augmentation, epochs that lag behind the schedule, decay on tokens and position embeddings.
+    # augmentation, epochs that lag behind the schedule, decay on tokens and position embeddings, Mixup on each GPU.
     "imagenet-ibm": TrainConfig(
         recipe="imagenet-ibm",
         batch_size=512,
         warmup_epochs=5,
         repeated_aug=3,
         lr_stepping="epoch-late",
+        mix_group=64,
         decay_tokens=True,
     ),
     # Paper §4.1: 30 epochs at 408 pixels. It gives no learning rate; these are the ones DeiT published for 384 pixels.

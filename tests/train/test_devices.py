@@ -12,7 +12,7 @@ from train.run.metrics_log import read_metrics
 
 # 20 steps, with all that is random in them
 _FLAGS = ["--recipe=digits", "--epochs=4", "--batch-size=40", "--log-every=1", "--checkpoint-every=7"]
-_FLAGS += ["--mixup=0.8", "--cutmix=1", "--drop-path=0.1", "--dropout=0.1", "--ema-decay=0.9"]
+_FLAGS += ["--mixup=0.8", "--cutmix=1", "--drop-path=0.1", "--dropout=0.1", "--ema-decay=0.9", "--mix-group=5"]
 
 
 def _start(folder, few_digits_dir, *flags, devices, process=0):

@@ -49,14 +49,19 @@ def compile_step(config: TrainConfig, num_classes: int, topology: str | None = N
     from train.cost.hlo import communication, estimated_cycles
     from train.cost.slices import slice_devices
     from train.devices.memory import DoesNotFit, available_memory, check_fits, memory_errors_explained
-    from train.devices.mesh import check_divides, default_precision, make_mesh
+    from train.devices.mesh import check_divides, default_mix_group, default_precision, make_mesh
     from train.optim.programs import Plan, Programs
     from train.tasks.classification import Classification
 
     mesh = make_mesh(config.mesh, None if topology is None else slice_devices(topology))
     check_divides(config, mesh)
     # on the device, augmentation is a program beside the step
-    config = dataclasses.replace(config, precision=config.precision or default_precision(mesh), augment_on="host")
+    config = dataclasses.replace(
+        config,
+        precision=config.precision or default_precision(mesh),
+        augment_on="host",
+        mix_group=config.mix_group or default_mix_group(config, mesh),
+    )
     model_config = config.model_config(num_classes)
     task = Classification(config, model_config, tuple(map(str, range(num_classes))))
 

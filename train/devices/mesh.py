@@ -62,6 +62,11 @@ def default_precision(mesh: Mesh) -> str:
     return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
 
 
+def default_mix_group(config: TrainConfig, mesh: Mesh) -> int:
+    """The images that a device gets at a time: its share of a part of a batch."""
+    return config.batch_size // (mesh.size * config.grad_accum)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

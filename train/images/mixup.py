@@ -2,8 +2,11 @@
 
 What is drawn (`draw_mix`) is apart from what is done with it (`mix_images`, `mix_targets`): with the same draws the
 pixels and targets are timm's. Each image is mixed with its partner, the image at the same place of the reversed batch.
+A batch of timm's is here a group (`mix_in_groups`): each process of it draws for itself, and so does each of its
+accumulated batches.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -77,3 +80,25 @@ def mix_targets(
     off = smoothing / num_classes
     targets = jax.nn.one_hot(labels, num_classes, dtype=lam.dtype) * (1.0 - smoothing) + off
     return targets * lam + targets[::-1] * (1 - lam)
+
+
+def mix_in_groups(
+    mix: Callable[[Array, Array, Key[Array, ""]], tuple[Array, Array]],
+    images: Float[Array, "batch height width channels"],
+    labels: Int[Array, " batch"],
+    key: Key[Array, ""],
+    *,
+    group: int | None,
+) -> tuple[Float[Array, "batch height width channels"], Float[Array, "batch classes"]]:
+    """Images and targets of a batch, `group` neighbours after the other by `mix(images, labels, key)`.
+
+    A device that has whole groups needs no image of another one. With None, or in a batch of no more images, all are
+    one group, whose key is that of the batch.
+    """
+    batch = len(images)
+    if group is None or group >= batch:
+        return mix(images, labels, key)
+    groups = batch // group
+    cut = (x.reshape(groups, group, *x.shape[1:]) for x in (images, labels))
+    mixed = jax.vmap(mix)(*cut, jax.random.split(key, groups))
+    return tuple(x.reshape(batch, *x.shape[2:]) for x in mixed)

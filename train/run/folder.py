@@ -21,7 +21,6 @@ _CONFIG, _LOCK = "config.json", ".lock"
 # what may differ when a run is continued: none of it changes what is computed
 _FREE = {"output", "data_dir", "dataset", "init", "workers", "mesh", "coordinator", "num_processes", "process_id"}
 _FREE |= {"checkpoint_every", "max_bad_images", "wandb"}
-BEFORE = {"augment_on": "host", "exif": "keep"}  # what runs did that were begun before there were these settings
 CHECKPOINTS = "checkpoints"
 
 
@@ -64,6 +63,16 @@ def read_settings(folder: str) -> TrainConfig:
         raise SettingsError(f"the run in {folder} was started by another version: {error}") from error
 
 
+def begun_settings(saved: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a run was begun with, and what it did if there were not all of today's.
+
+    Args:
+        saved: what `read_run` returned.
+    """
+    settings = saved.get("train", {})
+    return {"augment_on": "host", "exif": "keep", "mix_group": settings.get("batch_size")} | settings
+
+
 def check_same_run(saved: dict[str, Any], described: dict[str, Any], output: str | None) -> None:
     """Raises SettingsError, showing each difference, if a run that was begun otherwise would be continued.
 
@@ -72,7 +81,7 @@ def check_same_run(saved: dict[str, Any], described: dict[str, Any], output: str
         described: what `describe_run` says of the run that shall continue it.
     """
     differences = []
-    begun = {**saved, "train": BEFORE | saved.get("train", {})}
+    begun = {**saved, "train": begun_settings(saved)}
     models = begun.get("model", {}), described["model"]
     if models[0] != models[1]:  # or the same in another format
         begun["model"], model = map(_model_settings, models)

@@ -25,7 +25,7 @@ from convert.weights import Weights
 from crossvit_jax import CrossViT, CrossViTConfig, get_config
 from train.config import TrainConfig
 from train.images.augment import compile_augment
-from train.images.mixup import draw_mix, mix_images, mix_targets
+from train.images.mixup import draw_mix, mix_images, mix_in_groups, mix_targets
 from train.pictures.confusion import draw_confusion
 from train.run.best_effort import BestEffort
 from train.tasks.task import Batch, Metric
@@ -88,10 +88,15 @@ class Classification:
 
     def prepare(self, batch: Batch, key: Array) -> Batch:
         """Mixup or CutMix; the targets are smoothed distributions over the classes."""
-        images, num_classes = batch["image"], self.model_config.num_classes
-        mix = draw_mix(key, self.config, height=images.shape[1], width=images.shape[2])
-        targets = mix_targets(batch["label"], mix.lam, num_classes=num_classes, smoothing=self.config.smoothing)
-        return {"image": mix_images(images, mix), "targets": targets}
+        config, num_classes = self.config, self.model_config.num_classes
+
+        def mix(images: Array, labels: Array, key: Array) -> tuple[Array, Array]:
+            drawn = draw_mix(key, config, height=images.shape[1], width=images.shape[2])
+            targets = mix_targets(labels, drawn.lam, num_classes=num_classes, smoothing=config.smoothing)
+            return mix_images(images, drawn), targets
+
+        images, targets = mix_in_groups(mix, batch["image"], batch["label"], key, group=config.mix_group)
+        return {"image": images, "targets": targets}
 
     def extra(self, params: Any) -> None:
         return None

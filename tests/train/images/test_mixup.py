@@ -1,6 +1,9 @@
 """Mixup and CutMix: with the same draws timm's pixels and targets; and draws of timm's distribution."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +13,13 @@ import torch
 from scipy import stats
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
 
+from convert.errors import SettingsError
+from tests.compilation import xla_flags
+from tests.train.steps import classification
 from train.config import TrainConfig
-from train.images.mixup import Mix, cutmix_box, draw_mix, mix_images, mix_targets
+from train.devices.mesh import make_mesh
+from train.images.mixup import Mix, cutmix_box, draw_mix, mix_images, mix_in_groups, mix_targets
+from train.job import mix_group
 from train.recipes import RECIPES
 
 _HEIGHT, _WIDTH = 30, 42
@@ -126,3 +134,110 @@ def test_settings_choose_how_many_batches_are_mixed_and_how(settings, cut_share,
     assert draws.cut.mean() == pytest.approx(cut_share, abs=0.03)
     # a box of CutMix can be empty, so that lambda is 1 again
     assert (draws.cut | (draws.lam < 1)).mean() == pytest.approx(mixed_share, abs=0.03)
+
+
+# --- groups ---
+
+_KEY = jax.random.key(3)
+
+
+def _prepared(images, key=_KEY, **settings):
+    """Images and targets as a training step takes them; the labels are the places."""
+    config = dataclasses.replace(RECIPES["imagenet"], batch_size=len(images), **settings)
+    batch = {"image": jnp.asarray(images), "label": jnp.arange(len(images))}
+    return classification(config, 10).prepare(batch, key)
+
+
+def test_each_group_is_mixed_in_itself_as_a_batch_of_its_own():
+    images = _batch(6)
+    whole = _prepared(images, mix_group=2)
+    for place, key in enumerate(jax.random.split(_KEY, 3)):
+        part = slice(2 * place, 2 * place + 2)
+        alone = _prepared(images[part], key)
+        np.testing.assert_allclose(whole["image"][part], alone["image"], atol=1e-6)
+    # an image has a share in its own label and in that of its partner in the group, and lambda is each group's own
+    shares = np.asarray(whole["targets"]) - 0.01
+    lams = [shares[place, place] for place in (0, 2, 4)]
+    assert len(set(lams)) == 3
+    for place, lam in enumerate(np.repeat(lams, 2)):
+        expected = np.zeros(10)
+        expected[place], expected[place ^ 1] = lam, 0.9 - lam
+        np.testing.assert_allclose(shares[place], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("group", [6, 64])
+def test_a_group_of_the_whole_batch_is_the_batch_bit_for_bit(group):
+    images = _batch(6)
+    for name, expected in _prepared(images).items():
+        np.testing.assert_array_equal(_prepared(images, mix_group=group)[name], expected)
+
+
+def test_groups_have_chances_of_their_own():
+    mixup = dataclasses.replace(RECIPES["imagenet"], cutmix=0.0)  # whose shares, other than those of boxes, all differ
+
+    def lam(images, labels, key):
+        return images, jnp.broadcast_to(draw_mix(key, mixup, height=30, width=42).lam, (len(images), 1))
+
+    _, lams = mix_in_groups(lam, jnp.zeros((2000, 1, 1, 1)), jnp.zeros(2000, jnp.int32), _KEY, group=2)
+    lams = np.asarray(lams).reshape(1000, 2)
+    np.testing.assert_array_equal(lams[:, 0], lams[:, 1])
+    assert len(np.unique(lams)) > 990
+    assert np.abs(np.corrcoef(lams[:-1, 0], lams[1:, 0])[0, 1]) < 0.1
+
+
+def test_a_batch_that_groups_do_not_fill_is_one_line():
+    with pytest.raises(SettingsError, match="batch_size 96 cannot be cut into groups of mix_group 64 images"):
+        dataclasses.replace(RECIPES["imagenet-ibm"], batch_size=96)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "saved", "expected"),
+    [
+        ("imagenet", {}, None, 4096),
+        ("imagenet", {"grad_accum": 4}, None, 1024),
+        ("imagenet", {"mix_group": 128}, None, 128),
+        ("imagenet-ibm", {}, None, 64),
+        ("imagenet", {"batch_size": 512}, {"batch_size": 512, "mix_group": 32}, 32),
+        ("imagenet", {"grad_accum": 4}, {"batch_size": 4096}, 4096),  # begun before there was the setting
+        ("imagenet-ibm", {}, {"batch_size": 512}, 512),
+    ],
+)
+def test_new_runs_mix_what_a_device_gets_at_a_time_and_begun_ones_what_they_did(recipe, settings, saved, expected):
+    config = dataclasses.replace(RECIPES[recipe], **settings)
+    assert mix_group(config, saved and {"train": saved}, make_mesh(devices=jax.devices()[:1])) == expected
+
+
+_ON_DEVICES = """
+import dataclasses
+import jax, numpy as np
+from train.cost.hlo import communication
+from train.devices.mesh import batch_sharding, default_mix_group, make_mesh
+from train.recipes import RECIPES
+from tests.train.steps import classification
+
+config = dataclasses.replace(RECIPES["imagenet"], batch_size=32)
+rng = np.random.default_rng(0)
+batch = {"image": rng.normal(size=(32, 20, 30, 3)).astype(np.float32), "label": np.arange(32) % 10}
+prepared = []
+for shape, devices in (("data=1", 1), ("data=8", 8), ("data=2,fsdp=4", 8)):
+    mesh = make_mesh(shape, jax.devices()[:devices])
+    if devices == 8:
+        config = dataclasses.replace(config, mix_group=default_mix_group(config, mesh))
+    else:
+        config = dataclasses.replace(config, mix_group=4)
+    cut = batch_sharding(mesh)
+    prepare = jax.jit(classification(config, 10).prepare, in_shardings=(cut, None), out_shardings=cut)
+    compiled = prepare.lower(batch, jax.random.key(1)).compile()
+    sent = sum(traffic.sent for traffic in communication(compiled.as_text()).values())
+    assert sent < 1000, communication(compiled.as_text())  # an image has 7,200 bytes
+    prepared.append(compiled(jax.device_put(batch, cut), jax.random.key(1)))
+for other in prepared[1:]:
+    for name, value in prepared[0].items():
+        np.testing.assert_allclose(other[name], value, atol=1e-6)
+"""
+
+
+def test_every_number_of_devices_mixes_the_same_and_sends_no_image():
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices=8)}
+    done = subprocess.run([sys.executable, "-c", _ON_DEVICES], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
