@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from convert.command_line import Parser, at_least_zero, leave, run
+from convert.command_line import Parser, at_least_zero, data_set, leave, run
 from convert.errors import SettingsError
 from convert.files import FOLDER_PREFIX, home_path
-from train.config import TrainConfig, data_set
+from train.config import TrainConfig
 from train.inference.command import SMALLER_BATCH, SOURCES, add_model_flags, load_model, reading_processes, tell_notes
 
 if TYPE_CHECKING:

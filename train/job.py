@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from convert import ConversionError
+from convert.command_line import leave_if_run_anew
 from convert.errors import SettingsError
 from convert.metadata import describe, understand
 from convert.weights import Weights
@@ -60,6 +61,7 @@ def prepare(config: TrainConfig) -> Job:
 
     Raises SettingsError for the first mistake. The digits are prepared here if they never were.
     """
+    leave_if_run_anew()
     saved = read_run(config.output)
     if saved is None and config.init is None:
         config.model_config(num_classes=1)  # the variant and the image size; the classes are not known yet
@@ -73,7 +75,7 @@ def prepare(config: TrainConfig) -> Job:
     if jax.process_count() > 1 and config.output is None:
         raise SettingsError("with several processes, --output must name the run's folder, on a disk that all share")
     check_divides(config, mesh)
-    image_sets = open_image_sets(config)
+    image_sets = _open_image_sets(config, begun=saved is not None)
     if steps_per_epoch(len(image_sets.train), config.batch_size, config.repeated_aug) < 1:
         raise SettingsError(
             f"batch_size {config.batch_size} is more than the {len(image_sets.train)} training images"
@@ -108,6 +110,19 @@ def prepare(config: TrainConfig) -> Job:
         check_same_run(saved, described, config.output)
     task = Classification(config, model_config, image_sets.class_names)
     return Job(config, task, image_sets, mesh, weights, described, resumed=saved is not None)
+
+
+def _open_image_sets(config: TrainConfig, *, begun: bool) -> ImageSets:
+    """The data; for a run that was begun, an error says how to go on with data that have another place now."""
+    try:
+        return open_image_sets(config)
+    except SettingsError as error:
+        if not begun:
+            raise
+        raise SettingsError(
+            f"{error}; if the data of the run in {config.output} were moved, give their place anew with --dataset or "
+            "--data-dir"
+        ) from error
 
 
 def augment_on(config: TrainConfig, saved: dict[str, Any] | None) -> str:

@@ -8,7 +8,8 @@ from contextlib import closing
 from pathlib import Path
 
 from convert.command_line import Parser, at_least_one, leave, run
-from convert.files import home_path
+from convert.files import home_path, local_path
+from convert.streams import reconfigure_stdout, tell_error
 from train.inference.command import SMALLER_BATCH, SOURCES, add_model_flags, load_model, reading_processes, tell_notes
 from train.inference.predictions import FORMATS
 
@@ -39,7 +40,7 @@ def _parser() -> Parser:
         description="Classify images with a CrossViT, in the order in which they are given.",
         epilog=_EPILOG,
     )
-    parser.add_argument("paths", metavar="PATH", nargs="+")
+    parser.add_argument("paths", type=local_path, metavar="PATH", nargs="+")
     add_model_flags(parser)
     parser.add_argument("--top-k", type=at_least_one, default=5, metavar="K", help="classes per image (default: 5)")
     parser.add_argument("--format", choices=FORMATS, default="table", help="default: table")
@@ -68,7 +69,7 @@ def _predict(args: argparse.Namespace) -> int:
     tell_notes(_PROGRAM, classifier.notes)
     text = FORMATS[args.format](paths, classifier.task.class_names)
     # a path that is no text is written as the bytes it is, so that other programs find the file
-    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    reconfigure_stdout(encoding="utf-8", errors="surrogateescape")
 
     source = FileSource(tuple(paths))
     with open_bar(total=len(paths), unit=" images") as bar:
@@ -86,7 +87,7 @@ def _predict(args: argparse.Namespace) -> int:
                 sys.stdout.flush()
                 bar.update(min(batch_size, len(paths) - bar.n))
     if bad_images.count:
-        print(f"{_PROGRAM}: {bad_images.count} of {len(paths)} images could not be read", file=sys.stderr)
+        tell_error(f"{_PROGRAM}: {bad_images.count} of {len(paths)} images could not be read")
     return 1 if bad_images.count else 0
 
 
