@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import multiprocessing
+import multiprocessing.util
 import os
 import re
 import signal
@@ -125,8 +126,8 @@ def leave(status: int) -> NoReturn:
     jax = sys.modules.get("jax")
     # the other processes of a run would miss one that leaves without a word
     if status > 128 and not (jax and jax.distributed.is_initialized()):
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
+        let_go_of_output()
+        multiprocessing.util._run_finalizers(0)  # or Python tells of semaphores that were left behind
         os._exit(status)
     sys.exit(status)
 

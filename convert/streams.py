@@ -15,27 +15,28 @@ def open_streams() -> None:
     - A closed descriptor (`>&-`, a daemon) gets the null device. Otherwise the next file that is opened has its number,
       and what libraries print goes into that file.
     - A stream that is None or closed (pythonw, a daemon) reads and writes nothing.
-    - A character that standard output's encoding does not have is written with a backslash. Bytes of a file name that
-      are no text stay as they are.
+    - A character that the encoding does not have is written with a backslash. Bytes of a file name that are no text
+      stay as they are.
 
     Streams that are no files, such as a notebook's, are left as they are.
     """
-    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+    for number in range(3):  # all of them before a file is opened
         try:
             os.fstat(number)
         except OSError:
             _to_null_device(number)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None or getattr(stream, "closed", False):
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (for the rest of the process)
-    if getattr(sys.stdout, "errors", None) in ("strict", "surrogateescape"):
-        reconfigure_stdout(errors=_ERRORS)
+        elif mode == "w" and getattr(stream, "errors", None) in ("strict", "surrogateescape"):
+            reconfigure(stream, errors=_ERRORS)
 
 
-def reconfigure_stdout(**settings: Any) -> None:
-    """Changes encoding or error handler of standard output, where that is possible."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(**settings)
+def reconfigure(stream: Any, **settings: str) -> None:
+    """Changes encoding or error handler of a stream, where that is possible."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(**settings)
 
 
 def tell(line: str) -> None:

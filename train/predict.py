@@ -9,7 +9,7 @@ from pathlib import Path
 
 from convert.command_line import Parser, at_least_one, leave, run
 from convert.files import home_path, local_path
-from convert.streams import reconfigure_stdout, tell_error
+from convert.streams import reconfigure, tell_error
 from train.inference.command import SMALLER_BATCH, SOURCES, add_model_flags, load_model, reading_processes, tell_notes
 from train.inference.predictions import FORMATS
 
@@ -69,7 +69,7 @@ def _predict(args: argparse.Namespace) -> int:
     tell_notes(_PROGRAM, classifier.notes)
     text = FORMATS[args.format](paths, classifier.task.class_names)
     # a path that is no text is written as the bytes it is, so that other programs find the file
-    reconfigure_stdout(encoding="utf-8", errors="surrogateescape")
+    reconfigure(sys.stdout, encoding="utf-8", errors="surrogateescape")
 
     source = FileSource(tuple(paths))
     with open_bar(total=len(paths), unit=" images") as bar:

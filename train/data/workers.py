@@ -55,8 +55,9 @@ class _Started(grain.IterDataset):
     def __iter__(self) -> grain.DatasetIterator:
         iterator = self._parent.__iter__()
         try:
-            with _signals_held():
-                iterator.get_state()  # this makes the iterators, one for each worker, that the next line starts
+            with _signals_held():  # from Python's process that watches over shared memory, which this starts
+                iterator.get_state()  # this makes the iterators, one for each worker, that are started next
+            with _signals_held():  # anew: as it started that one, Python let two signals through
                 iterator.start_prefetch()
         except (ImportError, OSError) as error:  # the former where Python finds no semaphores
             raise _failure(error) from error
