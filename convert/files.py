@@ -16,7 +16,7 @@ from convert.errors import ConversionError, one_line
 FOLDER_PREFIX = "folder:"  # before the path of a folder of images, where other data sets have a name
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://+(.*)", re.DOTALL)
-_COPIED_BY = {"gs": "gcloud storage cp -r", "s3": "aws s3 cp --recursive", "http": "curl -LO", "https": "curl -LO"}
+_COPIED_BY = {"gs": " with gcloud storage cp -r", "s3": " with aws s3 cp --recursive"}
 _SHOWN = 32  # characters of a destination's name in that of its temporary folder
 
 
@@ -38,10 +38,10 @@ def local_path(text: str) -> str:
         what_to_do = f"name the path itself: /{rest.lstrip('/')}"
     elif repository:
         what_to_do = f"weights on the Hugging Face hub are hf-hub:{repository[1]}"
-    elif scheme in _COPIED_BY:
-        what_to_do = f"use a path here, and copy with {_COPIED_BY[scheme]}"
+    elif scheme in ("http", "https"):
+        what_to_do = "download it with curl -LO, and name the file"
     else:
-        what_to_do = "use a path here, and copy"
+        what_to_do = f"use a path here, and copy{_COPIED_BY.get(scheme, '')}"
     raise ConversionError(f"{shown(text)} is an address, not a path on this machine: {what_to_do}")
 
 

@@ -60,7 +60,7 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
     [
         ("gs://bucket/run", "use a path here, and copy with gcloud storage cp -r"),
         ("S3://bucket/run", "use a path here, and copy with aws s3 cp --recursive"),
-        ("https://example.org/w.pth", "use a path here, and copy with curl -LO"),
+        ("https://example.org/w.pth", "download it with curl -LO, and name the file"),
         (
             "https://huggingface.co/timm/crossvit_tiny_240.in1k/blob/main/model.safetensors",
             "weights on the Hugging Face hub are hf-hub:timm/crossvit_tiny_240.in1k",
