@@ -9,8 +9,9 @@ from fractions import Fraction
 from typing import Any, Literal, get_args
 
 from convert.class_names import NATURAL, TEXT
+from convert.command_line import data_set, weights_source
 from convert.errors import SettingsError
-from convert.files import FOLDER_PREFIX, home_path
+from convert.files import home_path
 from crossvit_jax.config import CUSTOM, EXAMPLE, Branch, CrossViTConfig, get_config
 
 _COMPARE = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
@@ -65,11 +66,6 @@ def branch_text(text: str) -> str:
         raise SettingsError(str(error)) from None
 
 
-def data_set(text: str) -> str:
-    """The name of a data set, or `folder:` and a path as `home_path` returns it."""
-    return FOLDER_PREFIX + home_path(text.removeprefix(FOLDER_PREFIX)) if text.startswith(FOLDER_PREFIX) else text
-
-
 def class_order(text: str) -> str:
     """`natural`, `text`, or the path of a file as `home_path` returns it."""
     return text if text in (NATURAL, TEXT) else home_path(text)
@@ -91,7 +87,9 @@ class TrainConfig:
         branch_text,
         many=True,
     )
-    init: str | None = setting(None, "weights to start from, any SOURCE of python -m convert; none: fresh ones")
+    init: str | None = setting(
+        None, "weights to start from, any SOURCE of python -m convert; none: fresh ones", weights_source
+    )
     dataset: str = setting("digits", "digits, a prepared tensorflow-datasets name, or folder:PATH", data_set)
     data_dir: str | None = setting(
         None, "where prepared data sets lie; none: tensorflow-datasets' own folder", home_path

@@ -36,7 +36,8 @@ def download(name: str) -> Path:
         except errors.HFValidationError as error:
             raise ConversionError(f"hf-hub:{name}: {one_line(error)}") from None
         except Exception as error:  # the HTTP client's own errors, a full disk in the cache, …
-            raise ConversionError(f"hf-hub:{name} could not be downloaded: {one_line(error)}") from None
+            where = " (HF_HOME names another place)" if "home directory" in str(error) else ""
+            raise ConversionError(f"hf-hub:{name} could not be downloaded: {one_line(error)}{where}") from None
     if unreachable:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise ConversionError(f"hf-hub:{name} is not in the cache, and {why}")
