@@ -47,9 +47,8 @@ def test_more_epochs_are_a_new_run_from_the_weights_of_the_old_one():
 
 def test_a_run_whose_data_have_gone_says_how_to_name_their_new_place(tmp_path):
     old = tmp_path / "old"
-    (tmp_path / "config.json").write_text(
-        json.dumps({"train": {"variant": "ti"}, "model": describe(get_config("ti", num_classes=2))})
-    )
+    begun = {"train": {"variant": "ti"}, "model": describe(get_config("ti", num_classes=2), ("a", "b"))}
+    (tmp_path / "config.json").write_text(json.dumps(begun))
     with pytest.raises(SettingsError) as told:
         prepare(TrainConfig(dataset=f"folder:{old}", output=str(tmp_path), batch_size=8))
     assert str(told.value) == (
