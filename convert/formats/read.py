@@ -1,15 +1,17 @@
 """Reads weights in every form in which people hold them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from convert import metadata
 from convert.errors import ConversionError, one_line
 from convert.files import typed_path
-from convert.formats import hub
+from convert.formats import hub, timm_config
+from convert.formats.find import find_weights
 from convert.formats.orbax_folder import read_orbax
 from convert.formats.torch_files import read_torch
 from convert.tensors import DTYPES
@@ -18,7 +20,8 @@ from crossvit_jax.config import TIMM_NAMES, get_config
 
 _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
-RUN_WEIGHTS, RUN_CHECKPOINTS = "weights.safetensors", "checkpoints"  # what a training run leaves in its folder
+# what a training run leaves in its folder
+RUN_WEIGHTS, RUN_AVERAGE, RUN_CHECKPOINTS = "weights.safetensors", "weights-ema.safetensors", "checkpoints"
 _LONGEST_HEADER = 100_000_000  # bytes; the safetensors format sets this limit
 
 
@@ -28,6 +31,7 @@ class Stored:
 
     tensors: Mapping[str, np.ndarray]
     description: dict | str | None = None
+    said: dict | None = None  # by timm's config.json beside it, see `timm_config`
     notes: list[str] = field(default_factory=list)
 
 
@@ -41,26 +45,35 @@ def read(source: str | Path) -> Stored:
         ConversionError: there is no such source, it cannot be read, or it is damaged.
     """
     if str(source).startswith(hub.PREFIXES):
-        return _read_path(hub.download(str(source)[len(hub.PREFIXES[0]) :]))
+        path, notes = hub.download(str(source)[len(hub.PREFIXES[0]) :])
+        stored = _read_path(path)
+        return replace(stored, notes=[*stored.notes, *notes])
     return _read_path(typed_path(source))
 
 
 def _read_path(path: Path) -> Stored:
     try:
         if (path / RUN_WEIGHTS).is_file():
-            path = path / RUN_WEIGHTS
-        elif (path / RUN_CHECKPOINTS).is_dir():  # of a run that has not come to its end
+            stored = _read_file(path / RUN_WEIGHTS)
+            has_average = (path / RUN_AVERAGE).is_file()
+            note = f"{RUN_WEIGHTS} was taken, not the moving average of the weights in {RUN_AVERAGE}"
+            return replace(stored, notes=[*stored.notes, note]) if has_average else stored
+        if (path / RUN_CHECKPOINTS).is_dir():  # of a run that has not come to its end
             path = path / RUN_CHECKPOINTS
         if path.is_dir():
             params, description, notes = read_orbax(path)
             return Stored(tensors=flatten(params), description=description, notes=notes)
-        with path.open("rb") as file:
-            head = file.read(512)
-        return _reader(path, head)(path)
+        return replace(_read_file(path), said=timm_config.read_beside(path))
     except FileNotFoundError:
         raise ConversionError(f"{path} does not exist{_hint(path)}") from None
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error.strerror or one_line(error)}") from None
+
+
+def _read_file(path: Path) -> Stored:
+    with path.open("rb") as file:
+        head = file.read(512)
+    return _reader(path, head)(path)
 
 
 def _reader(path: Path, head: bytes) -> Callable[[Path], Stored]:
@@ -88,16 +101,23 @@ def _read_safetensors(path: Path) -> Stored:
 
     try:
         with safe_open(path, "numpy") as file:
-            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            taken, notes = find_weights(entries, _is_weight, str(path)) or (entries, [])
+            dtypes = {name: entry.get_dtype() for name, entry in taken.items()}
             wrong = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _SAFETENSORS_DTYPES]
             if wrong:
                 raise ConversionError(f"{path}: weights can have {', '.join(DTYPES)}; not so {', '.join(wrong)}")
-            tensors = {name: file.get_tensor(name) for name in dtypes}
+            tensors = {name: entry[...] for name, entry in taken.items()}
             description = (file.metadata() or {}).get(metadata.KEY)
     except SafetensorError as error:
         raise ConversionError(f"{path} is a truncated or damaged safetensors file: {one_line(error)}") from None
     is_flax = any(name.endswith((".kernel", ".scale")) for name in tensors)
-    return Stored(tensors=from_flax_paths(tensors) if is_flax else from_state_dict(tensors), description=description)
+    tensors = from_flax_paths(tensors) if is_flax else from_state_dict(tensors)
+    return Stored(tensors=tensors, description=description, notes=notes)
+
+
+def _is_weight(entry: Any) -> bool:
+    return entry.get_dtype() in _SAFETENSORS_DTYPES and len(entry.get_shape()) > 0
 
 
 def _hint(path: Path) -> str:
