@@ -104,7 +104,7 @@ class CrossAttention(nnx.Module):
         x = jnp.einsum("bhn,bnc->bhc", attn, x)
         x = jnp.einsum("bhc,chd->bhd", x, self._per_head(self.wv, x.dtype))
         if self.wv.bias is not None:
-            bias = self.wv.bias[...].astype(x.dtype).reshape(x.shape[1:])
+            bias = self.wv.bias[...].astype(x.dtype).reshape(1, *x.shape[1:])
             # the weights sum to 1 unless dropout has thinned them
             x += bias * attn.sum(-1, keepdims=True) if dropout_is_active(self.attn_drop) else bias
         x = self.proj(x.reshape(batch, 1, dim))

@@ -248,6 +248,19 @@ class CrossViTConfig:
         """Whether training mode draws random numbers."""
         return any(getattr(self, rate) > 0.0 for rate in _RATES)
 
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Of each intermediate feature: channels, the side of its patches in pixels of the image, and timm's module."""
+        return [
+            {
+                "num_chs": branch.embed_dim,
+                "reduction": round(branch.patch_size / branch.image_scale),
+                "module": f"blocks.{stage}",
+            }
+            for branch in self.branches
+            for stage in range(self.stages)
+        ]
+
     def feature_indices(self, indices: int | Sequence[int] | None = None) -> list[int]:
         """Intermediate features as indices from 0, branch by branch and stage by stage (timm's order, ascending).
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -62,6 +63,16 @@ class CrossViT(nnx.Module):
     def num_features(self) -> int:
         """Width of the pooled features of all branches together."""
         return sum(self.config.embed_dim)
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of what the head would get, see `forward_head(pre_logits=True)`: `num_features`."""
+        return self.num_features
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """What `forward_intermediates` returns, see `CrossViTConfig.feature_info`."""
+        return self.config.feature_info
 
     def __call__(
         self, images: Float[Array, "batch height width channels"], *, rngs: nnx.Rngs | None = None
@@ -163,6 +174,10 @@ class CrossViT(nnx.Module):
             maps |= {f"blocks.{i}.{path}": weights for path, weights in stage.attention_maps(xs).items()}
             xs = stage(xs)
         return maps
+
+    def get_classifier(self) -> nnx.List:
+        """The heads, one per branch."""
+        return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, *, rngs: nnx.Rngs) -> None:
         """A new, freshly initialised head for `num_classes` (0: none), and optionally another pooling."""

@@ -42,4 +42,5 @@ class PatchEmbed(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch patches dim"]:
         x = self.proj(x)
-        return x.reshape(x.shape[0], -1, x.shape[-1])
+        batch, rows, columns, dim = x.shape
+        return x.reshape(batch, rows * columns, dim)

@@ -45,6 +45,9 @@ class DropPath(nn.Module):
         mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
         return x * (mask / keep)
 
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.rate:0.3f}"  # timm's text
+
 
 class Block(nn.Module):
     """Pre-norm transformer block: self-attention, then MLP (timm `Block`)."""

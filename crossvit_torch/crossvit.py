@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -73,6 +74,16 @@ class CrossViT(nn.Module):
     def num_features(self) -> int:
         """Width of the pooled features of all branches together."""
         return sum(self.config.embed_dim)
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of what the head would get, see `forward_head(pre_logits=True)`: `num_features`."""
+        return self.num_features
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """What `forward_intermediates` returns, see `CrossViTConfig.feature_info`."""
+        return self.config.feature_info
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out"]:
         """Logits (batch, classes), or without classes the pooled features (batch, widths), in float32 or wider.
@@ -175,6 +186,10 @@ class CrossViT(nn.Module):
                 maps |= {f"blocks.{i}.{path}": weights for path, weights in stage.attention_maps(xs).items()}
                 xs = stage(xs)
         return maps
+
+    def get_classifier(self) -> nn.ModuleList:
+        """The heads, one per branch."""
+        return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new, freshly initialised head for `num_classes` (0: none), and optionally another pooling."""

@@ -165,9 +165,11 @@ def _cut(x: Float[Array, "batch heads _ _"]) -> list[Float[Array, "piece _ _"]]:
     batch, heads, tokens, _ = x.shape
     scores = 4 * batch * heads * tokens**2
     pieces = max(min(_PIECES, scores // _SMALLEST_PIECE), min(_MAX_PIECES, scores // _LARGEST_PIECE), 1)
-    size = -(-batch * heads // pieces)
+    size = -(-batch * heads // pieces) or 1
     flat = x.reshape(batch * heads, *x.shape[2:])
-    return [flat[start : start + size] for start in range(0, batch * heads, size)]
+    return [
+        flat[start : start + size] for start in range(0, batch * heads or 1, size)
+    ]  # of an empty batch, one empty piece
 
 
 def _joined(parts: tuple[Float[Array, "_ tokens width"], ...], shape: tuple[int, ...]) -> Heads:

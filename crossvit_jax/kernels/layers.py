@@ -75,12 +75,12 @@ def _layer_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> 
     wide = _wide(x)
     mean = wide.mean(-1, keepdims=True)
     rstd = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + epsilon)
-    return (wide - mean) * rstd * scale + bias, (x, scale, bias, mean, rstd)
+    return (wide - mean) * rstd * _as_row(scale, x) + _as_row(bias, x), (x, scale, bias, mean, rstd)
 
 
 def _layer_norm_backward(epsilon: float, residuals: tuple[Array, ...], d_y: Array) -> tuple[Array, Array, Array]:
     x, scale, bias, mean, rstd = residuals
-    normalised, d_normalised = (_wide(x) - mean) * rstd, d_y * scale
+    normalised, d_normalised = (_wide(x) - mean) * rstd, d_y * _as_row(scale, x)
     d_x = rstd * (
         d_normalised
         - d_normalised.mean(-1, keepdims=True)
@@ -91,6 +91,11 @@ def _layer_norm_backward(epsilon: float, residuals: tuple[Array, ...], d_y: Arra
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+def _as_row(parameter: Float[Array, " dim"], x: Float[Array, "*batch dim"]) -> Float[Array, "*ones dim"]:
+    """With as many axes as x: under `jax_numpy_rank_promotion="raise"` jax adds none by itself."""
+    return jnp.expand_dims(parameter, range(x.ndim - 1))
 
 
 @jax.custom_vjp

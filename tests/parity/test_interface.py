@@ -10,11 +10,14 @@ import pytest
 import timm
 import torch
 from flax import nnx
+from timm.models._features import FeatureGetterNet
 
 import crossvit_jax
 import crossvit_torch
 from crossvit_jax.config import IBM_NAMES, TIMM_NAMES, VARIANTS, get_config, list_variants
-from tests.parity.reference import abstract
+from tests.parity.reference import OUTPUT_BOUND, abstract, error, images
+from tests.small_model import small_config
+from tests.train.small_weights import small_timm_model
 
 PARAMETERS = {  # measured on timm 1.0.31
     "ti": 7_014_800,
@@ -53,7 +56,27 @@ def test_every_variant_has_timms_parameters_and_settings(variant):
     assert list(get_config(variant).branch_image_size) == reference.img_size_scaled
     assert get_config(variant).crop_pct == reference.default_cfg["crop_pct"]
     assert twin.num_features == reference.num_features
+    assert twin.head_hidden_size == reference.head_hidden_size
+    assert twin.feature_info == reference.feature_info
     assert twin.no_weight_decay() == reference.no_weight_decay()
+
+
+def test_timms_feature_extractor_takes_the_torch_twin():
+    reference = small_timm_model(5)
+    twin = crossvit_torch.CrossViT(small_config(5)).eval()
+    twin.load_state_dict(reference.state_dict())
+    x = torch.tensor(images(48), dtype=torch.float32)
+    assert twin.get_classifier() is twin.head
+    pooled = twin.forward_head(twin.forward_features(x), pre_logits=True)
+    assert pooled.shape == (2, twin.head_hidden_size)
+    timms, ours = (FeatureGetterNet(model, out_indices=(0, 1)) for model in (reference, twin))
+    assert ours.feature_info.channels() == timms.feature_info.channels() == [12, 24]
+    assert ours.feature_info.reduction() == timms.feature_info.reduction() == [12, 24]
+    for result, expected in zip(ours(x), timms(x), strict=True):
+        assert error(result, expected) <= OUTPUT_BOUND["float32"]
+    twin.reset_classifier(0)
+    torch.testing.assert_close(twin(x), pooled)
+    assert twin.num_features == pooled.shape[1]
 
 
 def test_the_flax_tree_has_timms_paths():

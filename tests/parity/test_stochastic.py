@@ -71,6 +71,11 @@ def test_every_dropout_sits_where_timm_has_it():
     assert dropout_rates(flax) == dropout_rates(twin) == dropout_rates(reference)
 
 
+def test_drop_path_shows_its_rate_as_timms_does():
+    assert repr(TorchDropPath(0.125)) == repr(timm.layers.DropPath(0.125)) == "DropPath(drop_prob=0.125)"
+    assert "rate=0.125" in repr(DropPath(0.125))
+
+
 def drop(framework: str, flax_layer, torch_layer, x: np.ndarray) -> np.ndarray:
     """The layer in training mode on x."""
     if framework == "flax":

@@ -12,15 +12,21 @@ from flax import nnx
 from timm.data.mixup import mixup_target
 from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3, dispatch_clip_grad
 
+import crossvit_jax
 from convert.tree import flatten
-from tests.parity.reference import channels_last, flax_twin, timm_model
+from tests.compilation import AS_FOR_USERS
+from tests.parity.reference import channels_last, flax_module, flax_twin, timm_model
+from tests.small_model import small_config
+from tests.train.small_weights import small_timm_model
 from tests.train.steps import make_train_step
+from train.config import TrainConfig
 from train.optim.optimizer import make_optimizer
 from train.optim.state import make_state
 from train.recipes import RECIPES
 
-STEPS, STEPS_PER_EPOCH, BATCH, CLASSES = 20, 5, 8, 10
+STEPS, FEW_STEPS, STEPS_PER_EPOCH, BATCH, CLASSES = 20, 7, 5, 8, 10
 MODEL = {"image_size": 48, "image_scale": (1.0, 2 / 3), "num_classes": CLASSES}
 # the recipe's optimiser, schedule and loss; what draws random numbers is off
 CONFIG = dataclasses.replace(
@@ -36,10 +42,15 @@ CONFIG = dataclasses.replace(
 )
 
 
+CLIPPED_AND_AVERAGED = dataclasses.replace(CONFIG, clip_grad=1.0, ema_decay=0.8)
+
+
 @dataclass
 class Run:
     losses: np.ndarray
     weights: dict[str, np.ndarray]
+    averaged: dict[str, np.ndarray]  # the weights' moving average; the weights themselves where there is none
+    norms: list[float] = dataclasses.field(default_factory=list)  # of the gradients before they are clipped
 
 
 def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -47,62 +58,92 @@ def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.standard_normal((BATCH, 3, 48, 48)), rng.integers(CLASSES, size=BATCH)
 
 
-def timm_run(precision: str) -> tuple[dict, Run]:
-    """timm's initial weights, and what timm and torch.optim make of them."""
+def timm_run(model: torch.nn.Module, precision: str, config: TrainConfig, steps: int = STEPS) -> Run:
+    """What timm and torch.optim make of a timm model, as timm's train.py does it."""
     dtype = getattr(torch, precision)
-    model = timm_model("ti", precision, **MODEL).train()
-    start = {name: x.clone() for name, x in model.state_dict().items()}
     groups = timm.optim.param_groups_weight_decay(
-        model, CONFIG.weight_decay, no_weight_decay_list=model.no_weight_decay()
+        model, config.weight_decay, no_weight_decay_list=model.no_weight_decay()
     )
-    optimizer = torch.optim.AdamW(groups, lr=CONFIG.peak_lr, betas=(0.9, 0.999), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.999), eps=1e-8)
     schedule = CosineLRScheduler(
         optimizer,
-        t_initial=CONFIG.epochs,
-        lr_min=CONFIG.min_lr,
-        warmup_t=CONFIG.warmup_epochs,
-        warmup_lr_init=CONFIG.warmup_lr,
+        t_initial=config.epochs,
+        lr_min=config.min_lr,
+        warmup_t=config.warmup_epochs,
+        warmup_lr_init=config.warmup_lr,
     )
+    averaged = ModelEmaV3(model, decay=config.ema_decay)
     torch.set_default_dtype(dtype)  # timm makes the targets in it; undone below
-    losses = []
-    for step in range(STEPS):
+    losses, norms = [], []
+    for step in range(steps):
         schedule.step(step // STEPS_PER_EPOCH)
         x, labels = batch(step)
-        targets = mixup_target(torch.tensor(labels), CLASSES, smoothing=CONFIG.smoothing)
+        targets = mixup_target(torch.tensor(labels), CLASSES, smoothing=config.smoothing)
         loss = SoftTargetCrossEntropy()(model(torch.tensor(x, dtype=dtype)), targets)
         optimizer.zero_grad()
         loss.backward()
+        norms.append(float(torch.nn.utils.get_total_norm([x.grad for x in model.parameters()])))
+        if config.clip_grad is not None:
+            dispatch_clip_grad(model.parameters(), config.clip_grad)
         optimizer.step()
+        averaged.update(model, step=step + 1)
         losses.append(loss.item())
     torch.set_default_dtype(torch.float32)
-    return start, Run(np.array(losses), {name: x.numpy() for name, x in model.state_dict().items()})
+    weights, means = ({name: x.numpy() for name, x in m.state_dict().items()} for m in (model, averaged.module))
+    return Run(np.array(losses), weights, means, norms)
 
 
-def flax_run(start: dict, precision: str) -> Run:
-    """The same with our model, optimiser and training step."""
-    with jax.enable_x64(precision == "float64"):
-        model = flax_twin("ti", start, precision, **MODEL)
-        optimizer = make_optimizer(CONFIG, steps_per_epoch=STEPS_PER_EPOCH, no_weight_decay=model.no_weight_decay())
-        state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, CONFIG)
-        train_step = jax.jit(make_train_step(model, optimizer, CONFIG))
-        losses = []
-        for step in range(STEPS):
-            x, labels = batch(step)
-            inputs = {"image": jnp.asarray(channels_last(x), precision), "label": jnp.asarray(labels, jnp.int32)}
-            state, metrics = train_step(state, inputs)
-            losses.append(float(metrics["loss"]))
-        return Run(np.array(losses), {name: np.asarray(x) for name, x in flatten(state["params"]).items()})
+def flax_run(
+    model: nnx.Module, precision: str, config: TrainConfig, steps: int = STEPS, compiler_options: dict | None = None
+) -> Run:
+    """The same with our optimiser and training step. For float64, call it inside `jax.enable_x64(True)`."""
+    optimizer = make_optimizer(config, steps_per_epoch=STEPS_PER_EPOCH, no_weight_decay=model.no_weight_decay())
+    state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)
+    train_step = jax.jit(make_train_step(model, optimizer, config), compiler_options=compiler_options)
+    losses = []
+    for step in range(steps):
+        x, labels = batch(step)
+        inputs = {"image": jnp.asarray(channels_last(x), precision), "label": jnp.asarray(labels, jnp.int32)}
+        state, metrics = train_step(state, inputs)
+        losses.append(float(metrics["loss"]))
+    trees = (state["params"], state.get("ema", state["params"]))
+    return Run(np.array(losses), *({name: np.asarray(x) for name, x in flatten(tree).items()} for tree in trees))
 
 
 def training_errors(precision: str) -> dict[str, float]:
-    """Largest absolute differences after the steps: of the losses, and of the parameters."""
-    start, expected = timm_run(precision)
-    result = flax_run(start, precision)
+    """Largest absolute differences after the steps of ti: of the losses, and of the parameters."""
+    reference = timm_model("ti", precision, **MODEL).train()
+    start = {name: x.clone() for name, x in reference.state_dict().items()}
+    with jax.enable_x64(precision == "float64"):
+        result = flax_run(flax_twin("ti", start, precision, **MODEL), precision, CONFIG, compiler_options=AS_FOR_USERS)
+    return _errors(start, result, timm_run(reference, precision, CONFIG))
+
+
+def clipped_and_averaged_errors() -> dict[str, float]:
+    """The same of a small model in float64, gradients clipped, and of the moving average of its weights."""
+    reference = small_timm_model(CLASSES).double().train()
+    start = {name: x.clone() for name, x in reference.state_dict().items()}
+    config = small_config(CLASSES)
+    with jax.enable_x64(True):
+        model = flax_module(lambda rngs: crossvit_jax.CrossViT(config, param_dtype=jnp.float64, rngs=rngs), start)
+        result = flax_run(model, "float64", CLIPPED_AND_AVERAGED, FEW_STEPS)
+    return _errors(start, result, timm_run(reference, "float64", CLIPPED_AND_AVERAGED, FEW_STEPS))
+
+
+def _errors(start: dict[str, torch.Tensor], result: Run, expected: Run) -> dict[str, float]:
     assert result.weights.keys() == expected.weights.keys()
     moved = [np.abs(expected.weights[name] - x.numpy()).max() for name, x in start.items() if "wk.bias" not in name]
+    clipped = CLIPPED_AND_AVERAGED.clip_grad
     return {
         "loss": float(np.abs(result.losses - expected.losses).max()),
-        "parameters": max(float(np.abs(result.weights[n] - w).max()) for n, w in expected.weights.items()),
+        "parameters": _largest_difference(result.weights, expected.weights),
+        "average": _largest_difference(result.averaged, expected.averaged),
+        "lag": _largest_difference(expected.averaged, expected.weights),  # of the average behind the parameters
         "moved": float(min(moved)),  # how far the parameter that moved least has gone
         "learned": float(expected.losses[0] - expected.losses[-1]),
+        "clipped": float(np.mean([norm > clipped for norm in expected.norms])),  # share of the steps
     }
+
+
+def _largest_difference(result: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    return max(float(np.abs(result[name] - value).max()) for name, value in expected.items())

@@ -58,12 +58,16 @@ def draw_mix(key: Key[Array, ""], config: TrainConfig, *, height: int, width: in
 def mix_images(
     images: Float[Array, "batch height width channels"], mix: Mix
 ) -> Float[Array, "batch height width channels"]:
-    """Images blended with their partners (Mixup) or with a box of theirs pasted in (CutMix). Keeps shape and dtype."""
-    rows, columns = jnp.arange(images.shape[1]), jnp.arange(images.shape[2])
+    """Images blended with their partners (Mixup) or with a box of theirs pasted in (CutMix). Keeps shape and dtype.
+
+    What an image takes nothing of leaves no trace in it, not even NaN or infinity.
+    """
+    rows, columns = jnp.arange(images.shape[1])[:, None], jnp.arange(images.shape[2])[None]
     top, bottom, left, right = mix.box
-    inside = ((rows >= top) & (rows < bottom))[:, None] & ((columns >= left) & (columns < right))
-    own_share = jnp.where(mix.cut, jnp.where(inside, 0.0, 1.0), mix.lam)[..., None].astype(images.dtype)
-    return images * own_share + images[::-1] * (1 - own_share)
+    inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+    partners, lam = images[::-1], mix.lam.astype(images.dtype)
+    blended = jnp.where(mix.lam == 1, images, images * lam + partners * (1 - lam))
+    return jnp.where(mix.cut, jnp.where(inside[None, :, :, None], partners, images), blended)
 
 
 def mix_targets(

@@ -75,8 +75,9 @@ class Classifier:
         whole, cut = replicated(self.mesh), batch_sharding(self.mesh)
         # the parameters are an argument: closed over, they would become constants of the program
         jitted = jax.jit(run, in_shardings=(whole, cut))
-        if any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(self.params)):
-            # what is compiled ahead compares layouts when it is called, and jax tells a wrong one for 4 bits
+        # what is compiled ahead compares layouts when it is called, and jax tells a wrong one for 4 bits
+        compares_wrongly = any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(self.params))
+        if compares_wrongly or jax.config.jax_disable_jit:  # with that, nothing that is compiled ahead is called
             return lambda batch: jitted(self.params, batch)
         compiled = jitted.lower(self.params, batch).compile()
         return lambda batch: compiled(self.params, batch)

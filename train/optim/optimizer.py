@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from train.config import TrainConfig
@@ -52,7 +53,7 @@ def make_optimizer(
     """
     spared = () if config.decay_tokens else no_weight_decay
     decay = optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(params, spared))
-    parts = [] if config.clip_grad is None else [optax.clip_by_global_norm(config.clip_grad)]
+    parts = [] if config.clip_grad is None else [_clip_by_norm(config.clip_grad)]
     if config.optimizer == "adamw":
         parts += [optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8), decay]
     else:
@@ -60,6 +61,16 @@ def make_optimizer(
     if config.layer_decay < 1:
         parts.append(_scale_by_layer(config.layer_decay, layer_of))
     return optax.chain(*parts, optax.scale_by_learning_rate(make_schedule(config, steps_per_epoch=steps_per_epoch)))
+
+
+def _clip_by_norm(largest: float) -> optax.GradientTransformation:
+    """torch's `clip_grad_norm_`: the norm is taken for 1e-6 larger than it is."""
+
+    def clip(gradients, params):
+        factor = jnp.minimum(1, largest / (optax.global_norm(gradients) + 1e-6))
+        return jax.tree.map(lambda gradient: gradient * factor, gradients)
+
+    return optax.stateless(clip)
 
 
 def _scale_by_layer(decay: float, layer_of: Callable[[str], int]) -> optax.GradientTransformation:

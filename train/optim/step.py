@@ -64,8 +64,8 @@ def make_train_step(
         updates, opt = optimizer.update(gradients, state["opt"], trained)
         params = {**state["params"], **optax.apply_updates(trained, updates)}
         new = {"params": params, "opt": opt, "step": state["step"] + 1}
-        if config.ema_decay:  # timm's ModelEmaV3 without warm-up
-            new["ema"] = jax.tree.map(lambda mean, x: mean + (1 - config.ema_decay) * (x - mean), state["ema"], params)
+        if config.ema_decay:
+            new["ema"] = _averaged(state["ema"], params, config.ema_decay, first=state["step"] == 0)
         if extra is not None:
             new["extra"] = task.update(extra, aux, params, new["step"])
         metrics = {"loss": loss} | {metric.name: aux[metric.name] for metric in task.metrics if metric.name in aux}
@@ -74,6 +74,12 @@ def make_train_step(
         return new, metrics
 
     return train_step
+
+
+def _averaged(means: Tree, params: Tree, decay: float, *, first: Array) -> Tree:
+    """The moving average after one more step, as timm's train.py takes it (ModelEmaV3, `step=`): it begins with the
+    weights that the first step leads to."""
+    return jax.tree.map(lambda mean, x: jnp.where(first, x, mean + (1 - decay) * (x - mean)), means, params)
 
 
 def _parts(array: Array, parts: int) -> Array:

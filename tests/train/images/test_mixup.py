@@ -59,6 +59,18 @@ def test_an_unmixed_batch_is_left_alone_bit_for_bit():
     np.testing.assert_array_equal(mix_images(images, _mix(1.0)), images)
 
 
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+@pytest.mark.parametrize(("lam", "cut"), [(1.0, False), (0.7, True), (0.3, False)])
+def test_broken_pixels_go_where_timm_lets_them_go(monkeypatch, broken, lam, cut):
+    images = _batch()
+    images[0, ::2] = broken
+    expected, used = _timm_mixed(images, monkeypatch, lam=lam, center=(3, 4), cut=cut)
+    box, _ = cutmix_box(jnp.float32(lam), jnp.array((3, 4)), _HEIGHT, _WIDTH)
+    mixed = mix_images(jnp.asarray(images), Mix(lam=jnp.float32(used), box=box, cut=jnp.array(cut)))
+    np.testing.assert_allclose(mixed, expected, atol=1e-6)
+    assert np.isfinite(mixed[-1]).all() == (lam == 1)
+
+
 @pytest.mark.parametrize("lam", [1.0, 0.37])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_targets_are_timms(lam, smoothing):

@@ -163,10 +163,12 @@ def test_the_average_of_the_weights_is_timms():
     twin = torch.nn.Linear(12, _CLASSES, bias=False)
     twin.weight.data = torch.tensor(np.asarray(state["params"]["kernel"]).T.copy())
     reference = ModelEmaV3(twin, decay=0.7)
-    for _ in range(5):
+    for updates in range(1, 6):
         state, _ = step(state, _batch())
         twin.weight.data = torch.tensor(np.asarray(state["params"]["kernel"]).T.copy())
-        reference.update(twin)
+        reference.update(twin, step=updates)  # as train.py calls it
+        if updates == 1:
+            np.testing.assert_array_equal(state["ema"]["kernel"], state["params"]["kernel"])
     expected = reference.module.weight.detach().numpy().T
     np.testing.assert_allclose(state["ema"]["kernel"], expected, rtol=1e-5, atol=1e-6)
     assert np.abs(expected - state["params"]["kernel"]).max() > 1e-3
