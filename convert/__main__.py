@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from convert.command_line import Parser, at_least_one, at_least_zero, branch, image_size, leave, run
 from convert.errors import ConversionError
-from convert.report import tell_class_order, tell_result, tell_warning, tell_weights
+from convert.report import tell_class_order, tell_result, tell_training, tell_warning, tell_weights
 from crossvit_jax.config import EXAMPLE
 
 if TYPE_CHECKING:
@@ -16,12 +16,16 @@ if TYPE_CHECKING:
     from convert.weights import Weights
 
 _EPILOG = """\
-SOURCE       hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub), a .safetensors, .pth or .bin file with
-             timm's, IBM's or Flax's names, an Orbax folder, or the folder of a training run
+SOURCE       hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub, also with @REVISION), a folder such as
+             those have (model.safetensors, also in several files with an index), a .safetensors, .pth or .bin file with
+             timm's, IBM's or Flax's names, an Orbax folder, or the folder of a training run (runs/X the weights of
+             its best evaluation, runs/X:last the last, runs/X:ema their average)
 DESTINATION  .safetensors or .pth for timm and the torch twin, .flax.safetensors, or no ending for an Orbax folder;
+             .hf for a folder as repositories of the hub are, for timm.create_model("local-dir:out.hf");
              .onnx, .stablehlo or .pt exports the whole model, and keeps the file only if it computes what SOURCE
              does: .onnx with --quantize dynamic or static in int8; .pt, the PyTorch twin with its linear layers in
-             integers by torchao, with --quantize int8 or int4
+             integers by torchao, with --quantize int8 or int4; with --training, .pth.tar or .pth for timm's
+             train.py --resume
 
 exit status: 0 done; 1 --verify found the twins apart, or the exported file was not kept; 2 nothing was written, and
 one line on stderr says why
@@ -73,6 +77,11 @@ def _parser() -> Parser:
         metavar="TEXT",
         help="what .onnx or .pt says of its weights; default: Apache-2.0, as the published ones are",
     )
+    add(
+        "--training",
+        action="store_true",
+        help="of a run's newest checkpoint, write the weights with the optimiser's state, their average and the epoch",
+    )
     add("--verify", action="store_true", help="run both twins on what was written and compare")
     add("--overwrite", action="store_true", help="replace DESTINATION if it exists")
     return parser
@@ -84,6 +93,8 @@ def _convert(args: argparse.Namespace) -> int:
     from convert.formats.write import EXPORTED, check_destination, write, written_for_timm
     from convert.tensors import DTYPES
 
+    if args.training:
+        return _training(args)
     how = Export(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Export)})
     name = Path(args.destination).name  # without the slash that may be behind it
     if args.license is not None and not name.endswith((".onnx", ".pt")):
@@ -117,6 +128,27 @@ def _export(args: argparse.Namespace, how: "Export") -> int:
     check_weights(weights, how)
     tell_weights(weights.astype(DTYPES[how.dtype or "float32"]), stored)
     return tell_result(export(weights, args.destination, how, overwrite=args.overwrite, warn=tell_warning))
+
+
+def _training(args: argparse.Namespace) -> int:
+    from convert.files import check_place, typed_path
+    from convert.training.run_checkpoint import read_run_checkpoint
+    from convert.training.torch_checkpoint import write_torch_checkpoint
+
+    fine = ("source", "destination", "training", "overwrite")
+    others = [name for name, value in vars(args).items() if name not in fine and value not in (None, False)]
+    if others:
+        raise ConversionError(f"--training takes a run as it is: leave out --{others[0].replace('_', '-')}")
+    path = typed_path(args.destination)
+    if not path.name.endswith((".pth.tar", ".pth")):
+        raise ConversionError(f"{path}: a training checkpoint of torch ends in .pth.tar or .pth")
+    check_place(path, overwrite=args.overwrite)
+    state = read_run_checkpoint(typed_path(args.source))
+    tell_weights(state.weights, ", ".join(state.weights.dtypes))
+    tell_training(state)
+    write_torch_checkpoint(state, path)
+    print(f"written     {path}")
+    return 0
 
 
 def _load(args: argparse.Namespace) -> "Weights":

@@ -69,7 +69,8 @@ def load_weights(source: str | Path, *, seed: int = 0, **overrides: Any) -> Weig
     """The weights in a source with their settings, checked and adapted, in the stored dtype.
 
     Args:
-        source: `hf-hub:owner/repo`, a `.safetensors`, `.pth` or `.bin` file, an Orbax folder, or a run's folder.
+        source: `hf-hub:owner/repo`, a `.safetensors`, `.pth` or `.bin` file, an Orbax folder, or a run's folder, also
+            with `:last` or `:ema`.
         seed: of a new head.
         **overrides: settings, see `convert.adapt.adapt`. Of a model that is no variant, `branches` have to be given
             where the source has no metadata; where it has, they may only be the same.
@@ -93,6 +94,7 @@ def load_weights(source: str | Path, *, seed: int = 0, **overrides: Any) -> Weig
         raise ConversionError(f"{source}: {error}") from None
     architecture.check(shapes, config, str(source))
     known = {"config": config, "class_names": class_names, "exif": exif}
+    known |= {"origin": stored.origin, "trained": stored.trained}
     weights = Weights(tensors=stored.tensors, notes=tuple(stored.notes), **known)
     return adapt(weights, overrides, seed=seed)
 
@@ -171,6 +173,7 @@ def save(
     *,
     class_names: Sequence[str] | None = None,
     exif: Exif | None = None,
+    origin: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes parameters in the format that the destination's ending names, see `convert.formats.write.write`.
@@ -180,6 +183,7 @@ def save(
         config: of the model; it travels as metadata.
         class_names: in the order of the logits; they travel as metadata.
         exif: whether training turned images as EXIF says (`crossvit_jax.preprocess.decode_image`); metadata as well.
+        origin: where they come from, in words; a note for those who read a .safetensors file.
         overwrite: replace what is there.
 
     Returns:
@@ -194,7 +198,7 @@ def save(
     names = None if class_names is None else tuple(class_names)
     if names is not None and len(names) != config.num_classes:
         raise ConversionError(f"{len(names)} class names for {config.num_classes} classes")
-    weights = Weights(config=config, tensors=tensors, class_names=names, exif=exif)
+    weights = Weights(config=config, tensors=tensors, class_names=names, exif=exif, origin=origin)
     return write(weights, destination, overwrite=overwrite)
 
 

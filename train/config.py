@@ -92,6 +92,12 @@ class TrainConfig:
         many=True,
     )
     init: str | None = setting(None, "weights to start from, any SOURCE of python -m convert; none: fresh ones")
+    resume: str | None = setting(
+        None,
+        "the folder of a run to continue with its settings, the same as its command with --output FOLDER; or a "
+        "training checkpoint of timm or IBM (last.pth.tar) to go on from, with the settings given; none: nothing",
+        home_path,
+    )
     dataset: str = setting("digits", "digits, a prepared tensorflow-datasets name, or folder:PATH", data_set)
     data_dir: str | None = setting(
         None, "where prepared data sets lie; none: tensorflow-datasets' own folder", home_path
@@ -224,7 +230,9 @@ class TrainConfig:
                 raise SettingsError("image_scale is a setting of each of the branches: leave it out")
         if self.batch_size % self.grad_accum:
             raise SettingsError(f"batch_size {self.batch_size} cannot be cut into grad_accum {self.grad_accum} parts")
-        if self.qat is not None and self.init is None:
+        if self.init is not None and self.resume is not None:
+            raise SettingsError("init begins anew from weights, and resume goes on with a run: leave one out")
+        if self.qat is not None and self.init is None and self.resume is None:
             raise SettingsError(f"qat {self.qat} is for weights that are trained already: name them with --init")
         if self.qat is not None and self.freeze_backbone:
             raise SettingsError(

@@ -7,13 +7,12 @@ from pathlib import Path
 
 from convert.command_line import Parser
 from convert.errors import SettingsError
-from convert.files import home_path
 from train.config import TrainConfig
 from train.recipes import RECIPES
 from train.run.folder import read_settings
 
 # the flags that --help tells first; the others stand in the groups of their settings
-_EVERYDAY = ("variant", "init", "dataset", "data_dir", "recipe", "output", "seed", "image_size")
+_EVERYDAY = ("variant", "init", "resume", "dataset", "data_dir", "recipe", "output", "seed", "image_size")
 _EVERYDAY += ("epochs", "batch_size", "lr", "precision")
 _DIGITS = "digits"  # the data set that has a recipe of its own
 _PROGRAM = "python -m train.main"
@@ -35,17 +34,10 @@ def parse_flags(argv: Sequence[str]) -> TrainConfig:
         "at once. Exit status: 0 done; 1 training failed; 2 a mistake in what was asked for; 130 after Ctrl-C, 143 "
         "after SIGTERM.",
     )
-    parser.add_argument(
-        "--resume",
-        type=home_path,
-        default=argparse.SUPPRESS,
-        metavar="FOLDER",
-        help="continue the run in this folder, with its settings; the same as its command with --output FOLDER",
-    )
     add_settings(parser, recipe)
     given = vars(parser.parse_args(argv))
     try:
-        if "resume" in given:
+        if "resume" in given and not Path(given["resume"]).is_file():
             return _resumed(given.pop("resume"), given)
         return apply_flags(recipe, given)
     except SettingsError as error:

@@ -12,6 +12,7 @@ import numpy as np
 from convert import metadata
 from convert.errors import ConversionError
 from convert.files import NotWritten, check_place, replacing, typed_path, write_bytes
+from convert.formats.hf_folder import check_for_timm, is_hf_folder, write_hf
 from convert.formats.orbax_folder import is_orbax, write_orbax
 from convert.tensors import as_tensor
 from convert.tree import nest, to_flax_paths
@@ -27,11 +28,12 @@ def check_destination(destination: str | Path, *, overwrite: bool = False) -> Pa
         ConversionError: an unknown ending, a missing folder, or something is there that may not be replaced.
     """
     path = typed_path(destination)
-    return check_place(path, overwrite=overwrite, may_be_replaced=is_orbax if _writer(path) is _write_orbax else None)
+    return check_place(path, overwrite=overwrite, may_be_replaced=_FOLDERS.get(_writer(path)))
 
 
 def write(weights: Weights, destination: str | Path, *, overwrite: bool = False) -> Path:
-    """Writes `.safetensors` or `.pth` (both as timm loads them), `.flax.safetensors`, or an Orbax folder.
+    """Writes `.safetensors` or `.pth` (both as timm loads them), `.flax.safetensors`, a folder `.hf` as repositories of
+    the hub are, or an Orbax folder.
 
     All but `.pth` carry the settings and class names as metadata. The work happens under a temporary name beside the
     destination, which is renamed at the end; when anything fails, it is removed.
@@ -43,6 +45,8 @@ def write(weights: Weights, destination: str | Path, *, overwrite: bool = False)
         ConversionError: see `check_destination`; or the disk is full, or writing fails otherwise.
     """
     path = check_destination(destination, overwrite=overwrite)
+    if _writer(path) is write_hf:
+        check_for_timm(weights.config)
     require_space(weights, path)
     with replacing(path) as new:
         _writer(path)(weights, new)
@@ -72,7 +76,8 @@ def _write_safetensors(weights: Weights, path: Path, layout: str = "pt") -> None
     arrays = to_flax_paths(weights.tensors) if layout == "flax" else weights.tensors
     description = json.dumps(metadata.describe(weights.config, weights.class_names, weights.exif))
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_bytes(path, save(contiguous, metadata={"format": layout, metadata.KEY: description}))
+    origin = {} if weights.origin is None else {metadata.ORIGIN: weights.origin}
+    write_bytes(path, save(contiguous, metadata={"format": layout, metadata.KEY: description, **origin}))
 
 
 def _write_pth(weights: Weights, path: Path) -> None:
@@ -93,6 +98,12 @@ _WRITERS: dict[str, Callable[[Weights, Path], None]] = {
     ".flax.safetensors": functools.partial(_write_safetensors, layout="flax"),
     ".safetensors": _write_safetensors,
     ".pth": _write_pth,
+    ".hf": write_hf,
+}
+# those that write a folder, and whether one that is there may be replaced
+_FOLDERS: dict[Callable[[Weights, Path], None], Callable[[Path], bool]] = {
+    write_hf: is_hf_folder,
+    _write_orbax: is_orbax,
 }
 
 
