@@ -12,6 +12,7 @@ from flax import nnx
 from convert import architecture, metadata
 from convert.adapt import adapt
 from convert.errors import ConversionError
+from convert.formats import timm_config
 from convert.formats.read import read
 from convert.formats.write import write
 from convert.tensors import as_tensor
@@ -90,12 +91,15 @@ def load_weights(source: str | Path, *, seed: int = 0, **overrides: Any) -> Weig
             size = (size, size) if isinstance(size, int) else size
             config, class_names = architecture.infer_config(shapes, size, overrides.get("branches")), None
             exif = None
+        said = ()
+        if stored.said is not None:
+            config, class_names, said = timm_config.honour(config, class_names, stored.said)
     except ConversionError as error:
         raise ConversionError(f"{source}: {error}") from None
     architecture.check(shapes, config, str(source))
     known = {"config": config, "class_names": class_names, "exif": exif}
     known |= {"origin": stored.origin, "trained": stored.trained}
-    weights = Weights(tensors=stored.tensors, notes=tuple(stored.notes), **known)
+    weights = Weights(tensors=stored.tensors, notes=(*stored.notes, *said), **known)
     return adapt(weights, overrides, seed=seed)
 
 

@@ -70,6 +70,8 @@ def prepare(config: TrainConfig) -> Job:
         config.model_config(num_classes=1)  # the variant and the image size; the classes are not known yet
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise SettingsError("--wandb needs the package wandb, which is not installed: pip install wandb")
+    if jax.config.jax_disable_jit:
+        raise SettingsError("JAX_DISABLE_JIT is set, and a run's programs are compiled before it starts: unset it")
     if config.qat is not None:
         require_qwix("--qat")
     mesh = make_mesh(config.mesh)

@@ -59,15 +59,23 @@ class Result:
     def summary(self) -> str:
         """A few lines for the user."""
         minutes, seconds = divmod(round(self.seconds), 60)
-        told = [metric for metric in self.metrics if f"eval/{metric.name}" in self.final]
-        held_out = [metric.shown(self.final[f"eval/{metric.name}"]) for metric in told]
-        choosing = choosing_metric(self.metrics)
-        best = f" (best {choosing.shown(self.best.value)}, epoch {self.best.epoch})" if self.best else ""
-        return (
-            f"held-out {', '.join(held_out)}, loss {self.final['eval/loss']:.4f}{best}; "
-            f"{minutes} min {seconds:02} s\n"
-            f"run folder {self.folder}, weights {self.folder / WEIGHTS}, of the best evaluation {self.folder / BEST}"
-        )
+        choosing, weights = choosing_metric(self.metrics), f"weights {self.folder / WEIGHTS}"
+        scores = f"held-out {self._scores('eval/')}"
+        if "eval/ema_loss" in self.final:
+            scores += f"; average of the weights {self._scores('eval/ema_')}"
+            weights += f", their average {self.folder / AVERAGE}"
+        weights += f", of the best evaluation {self.folder / BEST}"
+        best = ""
+        if self.best:
+            whose = ", of the average" if self.best.kind == "ema" else ""
+            best = f" (best {choosing.shown(self.best.value)}, epoch {self.best.epoch}{whose})"
+        return f"{scores}{best}; {minutes} min {seconds:02} s\nrun folder {self.folder}, {weights}"
+
+    def _scores(self, prefix: str) -> str:
+        """The metrics of the last evaluation, and the loss."""
+        names = {metric: prefix + metric.name for metric in self.metrics}
+        told = [metric.shown(self.final[name]) for metric, name in names.items() if name in self.final]
+        return ", ".join([*told, f"loss {self.final[f'{prefix}loss']:.4f}"])
 
 
 def train(job: Job) -> Result:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from convert import metadata
-from convert.errors import ConversionError
+from convert.errors import ConversionError, listed
 from convert.files import write_bytes
 from convert.weights import Weights
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
@@ -43,6 +43,9 @@ def shards(index: Path) -> list[Path]:
         raise ConversionError(f"{index} is a damaged index: it has no weight_map of names and files") from None
     if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
         raise ConversionError(f"{index} names files that do not lie beside it")
+    missing = [name for name in names if not index.with_name(name).is_file()]
+    if missing:
+        raise ConversionError(f"{listed(missing)} of {index} does not exist")
     return [index.with_name(name) for name in names]
 
 

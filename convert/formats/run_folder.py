@@ -45,10 +45,10 @@ def choose(folder: Path, kind: str | None) -> Choice | None:
         raise ConversionError(f"{folder} is not the folder of a run, which alone has :{kind}")
     file = {None: BEST, "last": WEIGHTS, "ema": AVERAGE}[kind]
     if (folder / file).is_file():
-        return Choice(folder / file, None, f"{file} was taken")
+        return Choice(folder / file, None, _file_note(folder, file))
     is_done = (folder / WEIGHTS).is_file()
     if kind is None and is_done:  # of an earlier version
-        return _best_checkpoint(folder, checkpoints) or Choice(folder / WEIGHTS, None, f"{WEIGHTS} was taken")
+        return _best_checkpoint(folder, checkpoints) or Choice(folder / WEIGHTS, None, _file_note(folder, WEIGHTS))
     if not checkpoints:
         what = "average of the weights" if kind == "ema" else "weights yet"
         raise ConversionError(f"the run in {folder} keeps no {what}")
@@ -129,6 +129,11 @@ def newest_checkpoint(folder: Path) -> Path:
     if not checkpoints:
         raise ConversionError(f"the run in {folder} has no checkpoint")
     return checkpoints[-1]
+
+
+def _file_note(folder: Path, file: str) -> str:
+    others = [name for name in (BEST, WEIGHTS, AVERAGE) if name != file and (folder / name).is_file()]
+    return f"{file} was taken" + (f", not {' or '.join(others)}" if others else "")
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 import timm
@@ -25,8 +26,11 @@ from tests import compilation
 from train.data.datasets import open_digits
 from train.evaluate import main as evaluate
 from train.images.transforms import eval_transform
+from train.loop import Result
 from train.main import main
 from train.recipes import RECIPES
+from train.run.run_state import Best
+from train.tasks.task import Metric
 
 _SHORT = ["--epochs=2", "--batch-size=40", "--log-every=2", "--eval-every=2"]
 
@@ -298,6 +302,30 @@ def test_what_cannot_work_is_one_line_and_status_2_and_leaves_nothing(
     assert message in error
     assert error.count("\n") == 1
     assert not folder.exists()
+
+
+def test_a_run_that_may_compile_nothing_is_refused(run):
+    with jax.disable_jit():
+        status, _, error, folder = run()
+    assert status == 2 and not folder.exists()
+    assert error.count("\n") == 1 and "JAX_DISABLE_JIT" in error
+
+
+def test_the_last_lines_tell_the_scores_of_the_weights_from_those_of_their_average(tmp_path):
+    metrics, final = (Metric("top1", "top-1", "%", "max"),), {"eval/top1": 80.0, "eval/loss": 0.5}
+    assert Result(tmp_path, metrics, final, Best(85, 3, 30), 61).summary() == (
+        "held-out top-1 80.00 %, loss 0.5000 (best top-1 85.00 %, epoch 3); 1 min 01 s\n"
+        f"run folder {tmp_path}, weights {tmp_path}/weights.safetensors, "
+        f"of the best evaluation {tmp_path}/weights-best.safetensors"
+    )
+    final |= {"eval/ema_top1": 90.0, "eval/ema_loss": 0.25}
+    assert Result(tmp_path, metrics, final, Best(91, 3, 30, "ema"), 61).summary() == (
+        "held-out top-1 80.00 %, loss 0.5000; average of the weights top-1 90.00 %, loss 0.2500 "
+        "(best top-1 91.00 %, epoch 3, of the average); 1 min 01 s\n"
+        f"run folder {tmp_path}, weights {tmp_path}/weights.safetensors, "
+        f"their average {tmp_path}/weights-ema.safetensors, "
+        f"of the best evaluation {tmp_path}/weights-best.safetensors"
+    )
 
 
 def test_an_epoch_of_repeated_augmentation_may_be_too_short_for_a_batch(run, digits_dir):

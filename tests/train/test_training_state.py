@@ -88,7 +88,7 @@ def test_a_training_goes_on_and_one_without_a_step_left_is_given_back_bit_for_bi
     ("flags", "message"),
     [
         (["--optimizer=sgd"], "has the state of adamw, not of sgd: --optimizer"),
-        (["--image-size=72"], "has ((4, 4), (3, 3)) patches, and this run has"),
+        (["--image-size=72"], "has ((4, 4), (2, 2)) patches, and this run has ((6, 6), (3, 3)): --init begins"),
         (["--variant=s"], "holds ti, not the variant s"),
         (["--init=x.pth"], "init begins anew from weights, and resume goes on with a run: leave one out"),
     ],

@@ -298,7 +298,7 @@ def initial_weights(config: TrainConfig, class_names: tuple[str, ...]) -> Weight
     """The weights of `config.init` for the classes of a data set and the settings of a run; changes are in `notes`.
 
     The head is kept if it is known to be, or may be, for these very classes. Position embeddings are resampled for
-    another image size.
+    another image size, first convolutions adapted to three channels.
 
     Raises SettingsError if they cannot be read, are of another variant than asked for, or cannot be adapted.
     """
@@ -309,7 +309,7 @@ def initial_weights(config: TrainConfig, class_names: tuple[str, ...]) -> Weight
         if config.variant not in (None, held) and get_config(config.variant).name != held:
             raise SettingsError(f"--init {config.init} holds {held}, not the variant {config.variant}")
         weights, notes = _fit_classes(weights, class_names, seed=config.seed)
-        weights = adapt(weights, overrides, seed=config.seed)
+        weights = adapt(weights, {"in_chans": 3, **overrides}, seed=config.seed)  # runs read colour images
     except (ConversionError, ValueError) as error:
         raise SettingsError(str(error)) from error
     if weights.non_finite():

@@ -74,11 +74,12 @@ def test_of_a_run_that_has_ended_the_weights_of_the_best_evaluation_are_taken(ke
     (run / "metrics.jsonl").unlink()
     assert _value(run) == (1, ("weights.safetensors was taken",))
     _save(run / "weights-best.safetensors", 2, origin="the weights after epoch 1, held-out top-1 70.00 %")
-    told = "weights-best.safetensors was taken: the weights after epoch 1, held-out top-1 70.00 %"
-    assert _value(run) == (2, (told,))
-    assert _value(f"{run}:last") == (1, ("weights.safetensors was taken",))
+    told = "weights-best.safetensors was taken, not weights.safetensors: "
+    assert _value(run) == (2, (f"{told}the weights after epoch 1, held-out top-1 70.00 %",))
+    assert _value(f"{run}:last") == (1, ("weights.safetensors was taken, not weights-best.safetensors",))
     _save(run / "weights-ema.safetensors", 3)
-    assert _value(f"{run}:ema") == (3, ("weights-ema.safetensors was taken",))
+    others = "weights-best.safetensors or weights.safetensors"
+    assert _value(f"{run}:ema") == (3, (f"weights-ema.safetensors was taken, not {others}",))
     assert _value(run / "weights.safetensors") == (1, ())
 
 
