@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convert.command_line import Parser, at_least_one, at_least_zero, branch, image_size, leave, run
-from convert.errors import ConversionError
+from convert.errors import ConversionError, listed
+from convert.files import shown
 from convert.report import tell_class_order, tell_result, tell_training, tell_warning, tell_weights
 from crossvit_jax.config import EXAMPLE
 
@@ -47,7 +48,8 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("source", metavar="SOURCE")
-    add("destination", metavar="DESTINATION")
+    add("destination", metavar="DESTINATION", nargs="?")
+    add("--info", action="store_true", help="tell what is in SOURCE, and write nothing")
     add("--num-classes", type=at_least_zero, metavar="N", help="new head for N classes; 0: no head")
     add("--image-size", type=image_size, metavar="N|HxW", help="resample the position embeddings to this size")
     add(
@@ -90,9 +92,13 @@ def _parser() -> Parser:
 def _convert(args: argparse.Namespace) -> int:
     # imported late: --help and a mistyped command line need not wait for the frameworks
     from convert.export.export import Export
-    from convert.formats.write import EXPORTED, check_destination, write, written_for_timm
+    from convert.formats.write import EXPORTED, check_destination, check_writable, write, written_for_timm
     from convert.tensors import DTYPES
 
+    if args.info:
+        return _info(args)
+    if args.destination is None:
+        raise ConversionError("DESTINATION is needed; --info alone writes nothing")
     if args.training:
         return _training(args)
     how = Export(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Export)})
@@ -101,8 +107,9 @@ def _convert(args: argparse.Namespace) -> int:
         raise ConversionError("--license is for .onnx files and .pt files; no other here has a place for it")
     if name.endswith(EXPORTED) or how != Export(dtype=how.dtype):
         return _export(args, how)
-    check_destination(args.destination, overwrite=args.overwrite)
+    place = check_destination(args.destination, overwrite=args.overwrite)
     weights = _load(args)
+    check_writable(weights, place)
     stored = ", ".join(weights.dtypes)
     if args.dtype:
         weights = weights.astype(DTYPES[args.dtype])
@@ -130,15 +137,43 @@ def _export(args: argparse.Namespace, how: "Export") -> int:
     return tell_result(export(weights, args.destination, how, overwrite=args.overwrite, warn=tell_warning))
 
 
+def _refuse_others(args: argparse.Namespace, why: str, *fine: str) -> None:
+    """Raises ConversionError where flags were given that would have no effect."""
+    others = [
+        name for name, value in vars(args).items() if name not in ("source", *fine) and value not in (None, False)
+    ]
+    if others:
+        raise ConversionError(
+            f"{why}: leave out {'' if others[0] == 'destination' else '--'}{others[0].replace('_', '-')}"
+        )
+
+
+def _info(args: argparse.Namespace) -> int:
+    from convert.training.of_source import training_state_of
+
+    _refuse_others(args, "--info writes nothing", "info", "branches")
+    weights = _load(args)
+    tell_weights(weights, ", ".join(weights.dtypes))
+    if weights.class_names is not None:
+        print(f"named       {listed(map(shown, weights.class_names))}")
+    try:
+        state = training_state_of(args.source)
+    except ConversionError as error:
+        print(f"training    its state does not go on in another framework: {error}")
+        return 0
+    if state is None:
+        print("training    no state: weights alone")
+    else:
+        tell_training(state)
+    return 0
+
+
 def _training(args: argparse.Namespace) -> int:
     from convert.files import check_place, typed_path
     from convert.training.run_checkpoint import read_run_checkpoint
     from convert.training.torch_checkpoint import write_torch_checkpoint
 
-    fine = ("source", "destination", "training", "overwrite")
-    others = [name for name, value in vars(args).items() if name not in fine and value not in (None, False)]
-    if others:
-        raise ConversionError(f"--training takes a run as it is: leave out --{others[0].replace('_', '-')}")
+    _refuse_others(args, "--training takes a run as it is", "destination", "training", "overwrite")
     path = typed_path(args.destination)
     if not path.name.endswith((".pth.tar", ".pth")):
         raise ConversionError(f"{path}: a training checkpoint of torch ends in .pth.tar or .pth")

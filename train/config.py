@@ -6,11 +6,13 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from convert.class_names import NATURAL, TEXT
 from convert.errors import SettingsError
 from convert.files import FOLDER_PREFIX, home_path
+from convert.image_files import USUAL_SHARE
 from crossvit_jax.config import CUSTOM, EXAMPLE, Branch, CrossViTConfig, get_config
 
 _COMPARE = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
@@ -66,8 +68,17 @@ def branch_text(text: str) -> str:
 
 
 def data_set(text: str) -> str:
-    """The name of a data set, or `folder:` and a path as `home_path` returns it."""
-    return FOLDER_PREFIX + home_path(text.removeprefix(FOLDER_PREFIX)) if text.startswith(FOLDER_PREFIX) else text
+    """The name of a data set, or `folder:` and a path as `home_path` returns it.
+
+    The path of a folder that is there is taken for one, unless it is `digits` or has what tensorflow-datasets prepares.
+    """
+    if text.startswith(FOLDER_PREFIX):
+        return FOLDER_PREFIX + home_path(text.removeprefix(FOLDER_PREFIX))
+    folder = Path(home_path(text))
+    if text == "digits" or not folder.is_dir():
+        return text
+    is_prepared = any(any(folder.glob(f"{below}dataset_info.json")) for below in ("", "*/"))
+    return text if is_prepared else f"{FOLDER_PREFIX}{folder}"
 
 
 def class_order(text: str) -> str:
@@ -98,7 +109,9 @@ class TrainConfig:
         "training checkpoint of timm or IBM (last.pth.tar) to go on from, with the settings given; none: nothing",
         home_path,
     )
-    dataset: str = setting("digits", "digits, a prepared tensorflow-datasets name, or folder:PATH", data_set)
+    dataset: str = setting(
+        "digits", "digits, a prepared tensorflow-datasets name, or folder:PATH (folder: may be left out)", data_set
+    )
     data_dir: str | None = setting(
         None, "where prepared data sets lie; none: tensorflow-datasets' own folder", home_path
     )
@@ -111,7 +124,12 @@ class TrainConfig:
     val_fraction: float = setting(
         0.1, "share of each class held out when folder:PATH has no val/ or test/ folder", above=0, below=1
     )
-    max_bad_images: float = setting(0.01, "share of the images that may be unreadable before the run stops", **_SHARE)
+    max_bad_images: float = setting(
+        USUAL_SHARE,
+        "share of the images that may be unreadable before the run stops; unless it is 0, up to 3 of a small data set "
+        "may be, or a tenth of it",
+        **_SHARE,
+    )
     recipe: Literal["imagenet", "imagenet-ibm", "finetune-408", "finetune", "transfer", "digits"] = setting(
         "imagenet", "the set of defaults that the settings start from"
     )
@@ -211,6 +229,12 @@ class TrainConfig:
         50, "steps between two lines of training metrics", at_least=1, section="logs and checkpoints"
     )
     eval_every: int = setting(1, "epochs between two evaluations; the last epoch is always evaluated", at_least=1)
+    patience: int | None = setting(
+        None,
+        "epochs without a better evaluation after which the run ends; none: it goes on to the last",
+        int,
+        at_least=1,
+    )
     checkpoint_every: int = setting(
         1000, "steps between two checkpoints; one more is written after every epoch", at_least=1
     )

@@ -23,16 +23,16 @@ def parse_flags(argv: Sequence[str]) -> TrainConfig:
     early = Parser(prog=_PROGRAM, add_help=False)
     early.add_argument("--recipe", choices=RECIPES)
     early.add_argument("--dataset", default=_DIGITS)
-    early.add_argument("--resume")
+    early.add_argument("--init")
     known, _ = early.parse_known_args(argv)
-    recipe = RECIPES[known.recipe or (_DIGITS if known.dataset == _DIGITS else "imagenet")]
+    recipe = RECIPES[known.recipe or _usual_recipe(known.dataset, known.init)]
     parser = Parser(
         prog=_PROGRAM,
         description="Train a CrossViT. With no --dataset: on the handwritten digits that scikit-learn carries.",
         epilog=f"The defaults shown are those of the recipe {recipe.recipe!r}. Recipes: {', '.join(RECIPES)}; "
-        "digits is the default for the digits, imagenet for all other data. Ctrl-C and SIGTERM save, a second one ends "
-        "at once. Exit status: 0 done; 1 training failed; 2 a mistake in what was asked for; 130 after Ctrl-C, 143 "
-        "after SIGTERM.",
+        "digits is the default for the digits; for other data finetune with --init, imagenet without. Ctrl-C and "
+        "SIGTERM save, a second one ends at once. Exit status: 0 done; 1 training failed; 2 a mistake in what was "
+        "asked for; 130 after Ctrl-C, 143 after SIGTERM.",
     )
     add_settings(parser, recipe)
     given = vars(parser.parse_args(argv))
@@ -42,6 +42,12 @@ def parse_flags(argv: Sequence[str]) -> TrainConfig:
         return apply_flags(recipe, given)
     except SettingsError as error:
         parser.error(str(error))
+
+
+def _usual_recipe(dataset: str, init: str | None) -> str:
+    if dataset == _DIGITS:
+        return "digits"
+    return "imagenet" if init is None else "finetune"
 
 
 def add_settings(parser: argparse.ArgumentParser, recipe: TrainConfig) -> None:

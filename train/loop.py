@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from convert.errors import ConversionError, SettingsError
 from convert.formats.run_folder import AVERAGE, BEST, CHECKPOINTS, WEIGHTS, read_state
+from convert.image_files import accepted_unreadable
 from convert.tree import nest
 from train.data.bad_images import BadImages, too_many_error
 from train.data.tagged_images import TaggedImages
@@ -123,6 +124,8 @@ def train(job: Job) -> Result:
             if epoch % config.eval_every == 0 or epoch == config.epochs:
                 values |= run.evaluate(epoch)
             run.tell(epoch, values, images_per_s)
+            if run.is_out_of_patience(epoch):
+                break
 
         # --- the weights, before anything that is only looked at ---
         checkpoints.wait()
@@ -309,6 +312,15 @@ class _Run:
             self.best = Best(value, epoch, self._step, kind)
             self._checkpoints.best_step = self._step
 
+    def is_out_of_patience(self, epoch: int) -> bool:
+        """Whether the run ends with this epoch, since the best evaluation was too long ago; and says so."""
+        patience = self._job.config.patience
+        if patience is None or self.best is None or epoch - self.best.epoch < patience:
+            return False
+        if epoch < self._job.config.epochs:
+            _say(f"stopped after epoch {epoch}: no evaluation was better for {epoch - self.best.epoch} epochs")
+        return True
+
     def save_best(self) -> None:
         """Writes the weights of the best evaluation, the raw ones or their average, as a file of their own."""
         best = self.best
@@ -364,7 +376,7 @@ class _Run:
 
 def _check_bad(job: Job, bad_images: BadImages, count: int, *, held_out: bool = False) -> None:
     images = len(job.image_sets.held_out if held_out else job.image_sets.train)
-    if count > job.config.max_bad_images * images:
+    if count > accepted_unreadable(job.config.max_bad_images, images):
         raise too_many_error(bad_images, count, images, job.config.max_bad_images)
 
 

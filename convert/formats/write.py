@@ -42,15 +42,20 @@ def write(weights: Weights, destination: str | Path, *, overwrite: bool = False)
         The path written.
 
     Raises:
-        ConversionError: see `check_destination`; or the disk is full, or writing fails otherwise.
+        ConversionError: see `check_destination` and `check_writable`; or the disk is full, or writing fails otherwise.
     """
     path = check_destination(destination, overwrite=overwrite)
-    if _writer(path) is write_hf:
-        check_for_timm(weights.config)
+    check_writable(weights, path)
     require_space(weights, path)
     with replacing(path) as new:
         _writer(path)(weights, new)
     return path
+
+
+def check_writable(weights: Weights, path: Path) -> None:
+    """Raises ConversionError where the format that a path's ending names has no place for such weights."""
+    if _writer(path) is write_hf:
+        check_for_timm(weights.config)
 
 
 def written_for_timm(path: Path) -> bool:

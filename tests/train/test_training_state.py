@@ -200,6 +200,29 @@ def test_the_file_of_ibms_script_is_read_in_its_own_order(small_variant, tmp_pat
         np.testing.assert_allclose(moment, np.full(state[name].shape, 0.1 * state[name].numel()), rtol=1e-6)
 
 
+def test_info_tells_the_training_state_and_writes_nothing(small_variant, last, tmp_path, capsys):
+    weights, broken = tmp_path / "weights.pth", tmp_path / "broken.pth.tar"
+    held = torch.load(last, weights_only=False)
+    torch.save(held["state_dict"], weights)
+    _group(maximize=True)(held)
+    torch.save(held, broken)
+    before = sorted(tmp_path.iterdir())
+    told = {}
+    for source in (last, weights, broken):
+        assert convert.__main__.main([str(source), "--info"]) == 0
+        told[source] = capsys.readouterr().out
+        assert told[source].startswith("variant     ti; in timm: timm.create_model('crossvit_tiny_240', num_classes=10")
+    assert "training    1 epochs, 2 updates, adamw, learning rate 0.001, with an average" in told[last]
+    assert "training    no state: weights alone" in told[weights]
+    assert "training    its state does not go on in another framework: " in told[broken]
+    assert "maximize True" in told[broken]
+    assert sorted(tmp_path.iterdir()) == before
+    assert convert.__main__.main([str(last), str(tmp_path / "out.pth"), "--info"]) == 2
+    assert "--info writes nothing: leave out destination" in capsys.readouterr().err
+    assert convert.__main__.main([str(last)]) == 2
+    assert "DESTINATION is needed; --info alone writes nothing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

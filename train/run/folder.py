@@ -21,7 +21,7 @@ _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-da
 _CONFIG, _LOCK = "config.json", ".lock"
 # what may differ when a run is continued: none of it changes what is computed
 _FREE = {"output", "data_dir", "dataset", "init", "resume", "workers", "mesh", "coordinator", "num_processes"}
-_FREE |= {"process_id", "checkpoint_every", "max_bad_images", "wandb"}
+_FREE |= {"process_id", "checkpoint_every", "max_bad_images", "patience", "wandb"}
 BEFORE = {"augment_on": "host", "exif": "keep"}  # what runs did that were begun before there were these settings
 
 

@@ -37,7 +37,7 @@ def test_timm_makes_the_model_of_our_folder_with_equal_logits(folder, images, lo
         assert torch.equal(model(images), logits)
     data = resolve_model_data_config(model)
     assert (data["input_size"], data["crop_pct"], data["interpolation"]) == ((3, 48, 48), 0.875, "bicubic")
-    assert (data["mean"], data["std"]) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (data["mean"], data["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     assert tuple(model.pretrained_cfg["label_names"]) == _NAMES
 
 
@@ -55,7 +55,7 @@ def test_the_fields_are_those_that_timm_itself_writes(folder, timm_model, tmp_pa
 
 def test_the_card_tells_what_the_model_is_and_how_it_was_trained(folder):
     card = (folder / "README.md").read_text()
-    assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: timm\npipeline_tag: image-classification\n")
+    assert card.startswith("---\nlibrary_name: timm\nlicense: apache-2.0\npipeline_tag: image-classification\n")
     assert "# CrossViT ti, 10 classes" in card and "| epochs | 14 |" in card
     assert "These are the weights after epoch 3." in card and "`klasse 3 ä`" in card
 
