@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from convert.errors import UserError, one_line
@@ -199,9 +200,17 @@ def weights_source(text: str) -> str:
 
 
 def data_set(text: str) -> str:
-    """The name of a data set, or `folder:` and a path as `home_path` returns it. Raises as that does."""
-    path = text.removeprefix(FOLDER_PREFIX)
-    return FOLDER_PREFIX + home_path(path) if text.startswith(FOLDER_PREFIX) else local_path(text)
+    """The name of a data set, or `folder:` and a path as `home_path` returns it. Raises as that does.
+
+    The path of a folder that is there is taken for one, unless it is `digits` or has what tensorflow-datasets prepares.
+    """
+    if text.startswith(FOLDER_PREFIX):
+        return FOLDER_PREFIX + home_path(text.removeprefix(FOLDER_PREFIX))
+    folder = Path(home_path(text))
+    if text == "digits" or not folder.is_dir():
+        return text
+    is_prepared = any(any(folder.glob(f"{below}dataset_info.json")) for below in ("", "*/"))
+    return text if is_prepared else f"{FOLDER_PREFIX}{folder}"
 
 
 def image_size(text: str) -> tuple[int, int]:

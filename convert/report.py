@@ -8,6 +8,7 @@ from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
 
 if TYPE_CHECKING:
     from convert.export.export import Exported
+    from convert.training.state import TrainingState
     from convert.weights import Weights
 
 
@@ -32,6 +33,17 @@ def tell_weights(weights: "Weights", stored: str) -> None:
     warning = weights.non_finite()
     if warning:
         tell_warning(warning)
+
+
+def tell_training(state: "TrainingState") -> None:
+    """Prints where the training stands, and what of it is not carried over."""
+    rule = state.rule
+    counted = "" if state.updates is None else f", {state.updates:,} updates"
+    average = "with" if state.average is not None else "without"
+    print(f"training    {state.epochs} epochs{counted}, {rule.optimizer}, learning rate {rule.lr:.4g}, ", end="")
+    print(f"{average} an average of the weights")
+    for note in state.notes:
+        print(f"note        {note}")
 
 
 def tell_class_order(weights: "Weights") -> None:

@@ -268,7 +268,9 @@ def _token(tokens: int, dim: int, param_dtype, rngs: nnx.Rngs) -> nnx.Param:
     return nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, tokens, dim), param_dtype))
 
 
-def create_model(name: str, *, dtype=None, param_dtype=jnp.float32, rngs: nnx.Rngs, **overrides) -> CrossViT:
+def create_model(
+    name: str, *, dtype=None, param_dtype=jnp.float32, rngs: nnx.Rngs | None = None, **overrides
+) -> CrossViT:
     """A freshly initialised CrossViT.
 
     Args:
@@ -277,6 +279,9 @@ def create_model(name: str, *, dtype=None, param_dtype=jnp.float32, rngs: nnx.Rn
         **overrides: settings of `CrossViTConfig`: num_classes, in_chans, image_size, drop_path_rate, …
 
     Raises:
-        ValueError, TypeError: see `get_config`.
+        ValueError, TypeError: see `get_config`; or `rngs` is missing.
     """
-    return CrossViT(get_config(name, **overrides), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    config = get_config(name, **overrides)  # first: whoever asks for trained weights needs no rngs
+    if rngs is None:
+        raise TypeError("fresh weights are drawn from rngs=nnx.Rngs(seed), which is missing")
+    return CrossViT(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)

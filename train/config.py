@@ -12,6 +12,7 @@ from convert.class_names import NATURAL, TEXT
 from convert.command_line import data_set, weights_source
 from convert.errors import SettingsError
 from convert.files import home_path
+from convert.image_files import USUAL_SHARE
 from crossvit_jax.config import CUSTOM, EXAMPLE, Branch, CrossViTConfig, get_config
 
 _COMPARE = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
@@ -90,7 +91,15 @@ class TrainConfig:
     init: str | None = setting(
         None, "weights to start from, any SOURCE of python -m convert; none: fresh ones", weights_source
     )
-    dataset: str = setting("digits", "digits, a prepared tensorflow-datasets name, or folder:PATH", data_set)
+    resume: str | None = setting(
+        None,
+        "the folder of a run to continue with its settings, the same as its command with --output FOLDER; or a "
+        "training checkpoint of timm or IBM (last.pth.tar) to go on from, with the settings given; none: nothing",
+        home_path,
+    )
+    dataset: str = setting(
+        "digits", "digits, a prepared tensorflow-datasets name, or folder:PATH (folder: may be left out)", data_set
+    )
     data_dir: str | None = setting(
         None, "where prepared data sets lie; none: tensorflow-datasets' own folder", home_path
     )
@@ -103,7 +112,12 @@ class TrainConfig:
     val_fraction: float = setting(
         0.1, "share of each class held out when folder:PATH has no val/ or test/ folder", above=0, below=1
     )
-    max_bad_images: float = setting(0.01, "share of the images that may be unreadable before the run stops", **_SHARE)
+    max_bad_images: float = setting(
+        USUAL_SHARE,
+        "share of the images that may be unreadable before the run stops; unless it is 0, up to 3 of a small data set "
+        "may be, or a tenth of it",
+        **_SHARE,
+    )
     recipe: Literal["imagenet", "imagenet-ibm", "finetune-408", "finetune", "transfer", "digits"] = setting(
         "imagenet", "the set of defaults that the settings start from"
     )
@@ -203,6 +217,12 @@ class TrainConfig:
         50, "steps between two lines of training metrics", at_least=1, section="logs and checkpoints"
     )
     eval_every: int = setting(1, "epochs between two evaluations; the last epoch is always evaluated", at_least=1)
+    patience: int | None = setting(
+        None,
+        "epochs without a better evaluation after which the run ends; none: it goes on to the last",
+        int,
+        at_least=1,
+    )
     checkpoint_every: int = setting(
         1000, "steps between two checkpoints; one more is written after every epoch", at_least=1
     )
@@ -222,7 +242,9 @@ class TrainConfig:
                 raise SettingsError("image_scale is a setting of each of the branches: leave it out")
         if self.batch_size % self.grad_accum:
             raise SettingsError(f"batch_size {self.batch_size} cannot be cut into grad_accum {self.grad_accum} parts")
-        if self.qat is not None and self.init is None:
+        if self.init is not None and self.resume is not None:
+            raise SettingsError("init begins anew from weights, and resume goes on with a run: leave one out")
+        if self.qat is not None and self.init is None and self.resume is None:
             raise SettingsError(f"qat {self.qat} is for weights that are trained already: name them with --init")
         if self.qat is not None and self.freeze_backbone:
             raise SettingsError(

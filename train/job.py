@@ -16,6 +16,7 @@ from convert.class_names import unlike_timm
 from convert.command_line import leave_if_run_anew
 from convert.errors import SettingsError
 from convert.metadata import describe, understand
+from convert.training.state import TrainingState
 from convert.weights import Weights
 from train.config import TrainConfig, steps_per_epoch
 from train.data.datasets import check_trainable, open_image_sets
@@ -23,6 +24,7 @@ from train.data.sources import ImageSets
 from train.devices.mesh import check_divides, default_precision, make_mesh
 from train.images.rand_augment import check_augment_on, device_can_augment
 from train.images.transforms import train_transform
+from train.optim.carried import check_carried, read_carried
 from train.optim.quantize import require_qwix
 from train.recipes import RECIPES
 from train.run.folder import BEFORE, check_same_run, describe_run, newest_checkpoint, read_run
@@ -42,6 +44,7 @@ class Job:
     described: dict[str, Any]  # the content of config.json
     resumed: bool  # whether the folder holds this run already
     notes: tuple[str, ...] = ()  # what the user should know of the data and the weights
+    carried: TrainingState | None = None  # of `config.resume`, where its training goes on
 
     @property
     def steps_per_epoch(self) -> int:
@@ -65,7 +68,7 @@ def prepare(config: TrainConfig) -> Job:
     """
     leave_if_run_anew()
     saved = read_run(config.output)
-    if saved is None and config.init is None:
+    if saved is None and config.init is None and config.resume is None:
         config.model_config(num_classes=1)  # the variant and the image size; the classes are not known yet
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise SettingsError("--wandb needs the package wandb, which is not installed: pip install wandb")
@@ -94,8 +97,12 @@ def prepare(config: TrainConfig) -> Job:
 
     starts_anew = saved is None or newest_checkpoint(Path(config.output)) == 0  # if not, --init may be gone by now
     if saved is not None and starts_anew:
-        config = dataclasses.replace(config, init=config.init or saved["train"].get("init"))
-    model_config, weights = starting_model(config, image_sets.class_names, begun, starts_anew=starts_anew)
+        before = {name: getattr(config, name) or saved["train"].get(name) for name in ("init", "resume")}
+        config = dataclasses.replace(config, **before)
+    carried = read_carried(config) if starts_anew and config.resume is not None else None
+    model_config, weights = starting_model(
+        config, image_sets.class_names, begun, starts_anew=starts_anew, carried=carried and carried.weights
+    )
     config = dataclasses.replace(
         config,
         variant=model_config.name,
@@ -116,8 +123,10 @@ def prepare(config: TrainConfig) -> Job:
     if saved is not None:
         check_same_run(saved, described, config.output)
     task = Classification(config, model_config, image_sets.class_names)
-    notes = (*image_sets.notes, *_order_note(config, image_sets), *(() if weights is None else weights.notes))
-    return Job(config, task, image_sets, mesh, weights, described, saved is not None, notes)
+    notes = [*image_sets.notes, *_order_note(config, image_sets), *(() if weights is None else weights.notes)]
+    if carried is not None:
+        notes += check_carried(carried, config, steps_per_epoch=described["data"]["steps_per_epoch"])
+    return Job(config, task, image_sets, mesh, weights, described, saved is not None, tuple(notes), carried)
 
 
 def _open_image_sets(config: TrainConfig, class_names: tuple[str, ...] | None, *, begun: bool) -> ImageSets:

@@ -33,7 +33,7 @@ def test_every_block_of_the_tutorial_works_in_a_new_folder(digits_dir, tmp_path)
     assert "ended with status 143" in interrupted
     assert "continued after step" in resumed
     top1 = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["top1"]
-    told = float(re.search(r"held-out top-1 ([\d.]+) %", resumed)[1])
+    told = float(re.search(r"\(best top-1 ([\d.]+) %", resumed)[1])
     assert top1 == pytest.approx(told, abs=0.01)
     assert top1 > 60
     assert "even" in evaluated

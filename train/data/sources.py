@@ -54,6 +54,13 @@ class Matched:
         return {**sample, "label": self.classes[sample["label"]]}
 
 
+def image_names(source: Source) -> list[str]:
+    """A name for each image: its path where it is a file, else its index."""
+    if isinstance(source, Matched):
+        return image_names(source.source)
+    return source.paths() if hasattr(source, "paths") else [str(index) for index in range(len(source))]
+
+
 @dataclass(frozen=True)
 class ImageSets:
     """A data set: training and held-out images, and the names of the classes in the order of the labels.

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 SOURCES = """\
 SOURCE: hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub), a .safetensors, .pth or .bin file with timm's,
-IBM's or Flax's names, an Orbax folder, or the folder of a training run"""
+IBM's or Flax's names, an Orbax folder, or the folder of a training run (runs/X the weights of its best evaluation,
+runs/X:last the last, runs/X:ema their average)"""
 SMALLER_BATCH = "choose a smaller --batch-size"  # what helps against too little memory
 
 _IMAGES_PER_PROCESS = 1000  # a process takes seconds to start, which fewer images do not take themselves

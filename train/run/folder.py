@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import SettingsError, UserError
-from convert.files import write_whole
+from convert.files import home_path, write_whole
+from convert.formats.run_folder import CHECKPOINTS, split_kind
 from crossvit_jax.config import BRANCH_SETTINGS
 from train.config import TrainConfig
 
@@ -21,10 +22,9 @@ _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-da
 _CONFIG, _LOCK = "config.json", ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # what file systems without locks answer
 # what may differ when a run is continued: none of it changes what is computed
-_FREE = {"output", "data_dir", "dataset", "init", "workers", "mesh", "coordinator", "num_processes", "process_id"}
-_FREE |= {"checkpoint_every", "max_bad_images", "wandb"}
+_FREE = {"output", "data_dir", "dataset", "init", "resume", "workers", "mesh", "coordinator", "num_processes"}
+_FREE |= {"process_id", "checkpoint_every", "max_bad_images", "patience", "wandb"}
 BEFORE = {"augment_on": "host", "exif": "keep"}  # what runs did that were begun before there were these settings
-CHECKPOINTS = "checkpoints"
 
 
 class CheckpointError(UserError):
@@ -64,6 +64,19 @@ def read_settings(folder: str) -> TrainConfig:
         return TrainConfig(**values | {"output": folder})
     except (KeyError, TypeError) as error:
         raise SettingsError(f"the run in {folder} was started by another version: {error}") from error
+
+
+def run_behind(source: str) -> str | None:
+    """The folder of the run that weights come from: the source, or where its file or checkpoint lies; None: of none."""
+    path = Path(home_path(split_kind(source)[0]))
+    for folder in (path, *path.parents[:2]):
+        try:
+            saved = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(saved, dict) and isinstance(saved.get("train"), dict):
+            return str(folder)
+    return None
 
 
 def check_same_run(saved: dict[str, Any], described: dict[str, Any], output: str | None) -> None:

@@ -63,7 +63,9 @@ class Progress:
         """A line about an epoch (from 1) that ended after `step` steps, with the metrics that are there."""
         spent = time.perf_counter() - self._start if self._start else 0.0
         left = spent / max(1, step - self._done_before - 1) * (self._total - step)
-        shown = [f"loss {values['train/loss']:.3f}", *self._shown(values, "train/")]
+        # an epoch that was trained elsewhere has no loss of training
+        loss = [f"loss {values['train/loss']:.3f}"] if "train/loss" in values else []
+        shown = [*loss, *self._shown(values, "train/")]
         held_out, averaged = f"eval/{self._choosing.name}", f"eval/ema_{self._choosing.name}"
         if held_out in values:
             metric = f", {self._choosing.shown(values[held_out])}" * (self._choosing.name != "loss")
