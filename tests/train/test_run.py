@@ -88,7 +88,7 @@ def test_a_run_leaves_settings_metrics_and_weights_and_tells_the_result(run, sma
 
 
 def test_without_a_better_evaluation_a_run_ends_when_its_patience_does(run, no_curves, small_variant):
-    flags = ["--epochs=6", "--batch-size=112", "--lr=1e-12", "--min-lr=0", "--warmup-lr=0", "--patience=2"]
+    flags = ["--epochs=6", "--batch-size=112", "--lr=1e-7", "--min-lr=0", "--warmup-lr=0", "--patience=2"]
     status, out, _, folder = run(*flags)
     assert (status, "stopped after epoch 3: no evaluation was better for 2 epochs" in out) == (0, True)
     assert _lines(folder)[-1]["epoch"] == 3
