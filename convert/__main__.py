@@ -6,9 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert.command_line import Parser, at_least_one, at_least_zero, branch, image_size, leave, run
+from convert.command_line import (
+    Parser,
+    at_least_one,
+    at_least_zero,
+    branch,
+    data_set,
+    image_size,
+    leave,
+    run,
+    weights_source,
+)
 from convert.errors import ConversionError, listed
-from convert.files import shown
+from convert.files import local_path, shown
 from convert.report import tell_class_order, tell_result, tell_training, tell_warning, tell_weights
 from crossvit_jax.config import EXAMPLE
 
@@ -47,8 +57,8 @@ def _parser() -> Parser:
         epilog=_EPILOG,
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE")
-    add("destination", metavar="DESTINATION", nargs="?")
+    add("source", type=weights_source, metavar="SOURCE")
+    add("destination", type=local_path, metavar="DESTINATION", nargs="?")
     add("--info", action="store_true", help="tell what is in SOURCE, and write nothing")
     add("--num-classes", type=at_least_zero, metavar="N", help="new head for N classes; 0: no head")
     add("--image-size", type=image_size, metavar="N|HxW", help="resample the position embeddings to this size")
@@ -67,12 +77,13 @@ def _parser() -> Parser:
     )
     add(
         "--calibrate",
+        type=data_set,
         metavar="digits|FOLDER",
         help="images for static ranges: scikit-learn's digits, or image files (folder:FOLDER means the same)",
     )
     add("--calibration-images", type=at_least_one, metavar="N", help="how many of them at most; default: 128")
     add("--target", choices=("cpu", "tensorrt"), help="what reads the static file; default: cpu")
-    add("--compare", metavar="digits|FOLDER", help="images to compare .pt with SOURCE on; default: photographs")
+    add("--compare", type=data_set, metavar="digits|FOLDER", help="images to compare .pt on; default: photographs")
     add("--preprocess", action="store_true", help=".onnx takes uint8 pictures of any size: resize and crop are in it")
     add(
         "--license",

@@ -1,9 +1,9 @@
 """What the commands print of weights, and of the files that were made of them."""
 
-import sys
 from typing import TYPE_CHECKING
 
 from convert.class_names import unlike_timm
+from convert.streams import tell_error
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def tell_class_order(weights: "Weights") -> None:
 
 def tell_warning(warning: str) -> None:
     """Prints one line on stderr."""
-    print(f"warning: {warning}", file=sys.stderr)
+    tell_error(f"warning: {warning}")
 
 
 def tell_result(exported: "Exported") -> int:

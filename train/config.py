@@ -6,12 +6,12 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from convert.class_names import NATURAL, TEXT
+from convert.command_line import data_set, weights_source
 from convert.errors import SettingsError
-from convert.files import FOLDER_PREFIX, home_path
+from convert.files import home_path
 from convert.image_files import USUAL_SHARE
 from crossvit_jax.config import CUSTOM, EXAMPLE, Branch, CrossViTConfig, get_config
 
@@ -67,20 +67,6 @@ def branch_text(text: str) -> str:
         raise SettingsError(str(error)) from None
 
 
-def data_set(text: str) -> str:
-    """The name of a data set, or `folder:` and a path as `home_path` returns it.
-
-    The path of a folder that is there is taken for one, unless it is `digits` or has what tensorflow-datasets prepares.
-    """
-    if text.startswith(FOLDER_PREFIX):
-        return FOLDER_PREFIX + home_path(text.removeprefix(FOLDER_PREFIX))
-    folder = Path(home_path(text))
-    if text == "digits" or not folder.is_dir():
-        return text
-    is_prepared = any(any(folder.glob(f"{below}dataset_info.json")) for below in ("", "*/"))
-    return text if is_prepared else f"{FOLDER_PREFIX}{folder}"
-
-
 def class_order(text: str) -> str:
     """`natural`, `text`, or the path of a file as `home_path` returns it."""
     return text if text in (NATURAL, TEXT) else home_path(text)
@@ -102,7 +88,9 @@ class TrainConfig:
         branch_text,
         many=True,
     )
-    init: str | None = setting(None, "weights to start from, any SOURCE of python -m convert; none: fresh ones")
+    init: str | None = setting(
+        None, "weights to start from, any SOURCE of python -m convert; none: fresh ones", weights_source
+    )
     resume: str | None = setting(
         None,
         "the folder of a run to continue with its settings, the same as its command with --output FOLDER; or a "

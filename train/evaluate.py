@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convert.class_names import NATURAL, TEXT, in_order, read_names, unlike_timm
-from convert.command_line import Parser, at_least_zero, leave, run
+from convert.command_line import Parser, at_least_zero, data_set, leave, run
 from convert.errors import SettingsError
 from convert.files import home_path
-from train.config import TrainConfig, class_order, data_set
+from convert.streams import tell_error
+from train.config import TrainConfig, class_order
 from train.inference.command import (
     SMALLER_BATCH,
     SOURCES,
@@ -182,7 +183,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             "bad_images": bad_images.count,
             "images_per_s": images_per_s,
         }
-        how = {"images": image_names(source), "say": lambda line: print(f"{_PROGRAM}: {line}", file=sys.stderr)}
+        how = {"images": image_names(source), "say": lambda line: tell_error(f"{_PROGRAM}: {line}")}
         written = scores.write(output, about=about, **how)
         print(f"written     {', '.join(written)} in {output}")
     return 0

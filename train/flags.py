@@ -31,8 +31,9 @@ def parse_flags(argv: Sequence[str]) -> TrainConfig:
         description="Train a CrossViT. With no --dataset: on the handwritten digits that scikit-learn carries.",
         epilog=f"The defaults shown are those of the recipe {recipe.recipe!r}. Recipes: {', '.join(RECIPES)}; "
         "digits is the default for the digits; for other data finetune with --init, imagenet without. Ctrl-C and "
-        "SIGTERM save, a second one ends at once. Exit status: 0 done; 1 training failed; 2 a mistake in what was "
-        "asked for; 130 after Ctrl-C, 143 after SIGTERM.",
+        "SIGTERM save, a second one ends at once; SIGHUP (a closed terminal) and SIGUSR1 (a scheduler's warning) save. "
+        "Exit status: 0 done; 1 training failed; 2 a mistake in what was asked for; 128 and the number of the signal "
+        "after one: 130 after Ctrl-C.",
     )
     add_settings(parser, recipe)
     given = vars(parser.parse_args(argv))

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from convert import ConversionError
 from convert.class_names import unlike_timm
+from convert.command_line import leave_if_run_anew
 from convert.errors import SettingsError
 from convert.metadata import describe, understand
 from convert.training.state import TrainingState
@@ -65,6 +66,7 @@ def prepare(config: TrainConfig) -> Job:
 
     Raises SettingsError for the first mistake. The digits are prepared here if they never were.
     """
+    leave_if_run_anew()
     saved = read_run(config.output)
     if saved is None and config.init is None and config.resume is None:
         config.model_config(num_classes=1)  # the variant and the image size; the classes are not known yet
@@ -84,7 +86,7 @@ def prepare(config: TrainConfig) -> Job:
         begun, begun_names = (None, None) if saved is None else understand(saved["model"])
     except (KeyError, TypeError, ConversionError) as error:
         raise SettingsError(f"the run in {config.output} was begun by another version: {error}") from error
-    image_sets = open_image_sets(config, class_names=begun_names)
+    image_sets = _open_image_sets(config, begun_names, begun=saved is not None)
     check_trainable(config, image_sets)
     if steps_per_epoch(len(image_sets.train), config.batch_size, config.repeated_aug) < 1:
         raise SettingsError(
@@ -125,6 +127,19 @@ def prepare(config: TrainConfig) -> Job:
     if carried is not None:
         notes += check_carried(carried, config, steps_per_epoch=described["data"]["steps_per_epoch"])
     return Job(config, task, image_sets, mesh, weights, described, saved is not None, tuple(notes), carried)
+
+
+def _open_image_sets(config: TrainConfig, class_names: tuple[str, ...] | None, *, begun: bool) -> ImageSets:
+    """The data; for a run that was begun, an error says how to go on with data that have another place now."""
+    try:
+        return open_image_sets(config, class_names=class_names)
+    except SettingsError as error:
+        if not begun:
+            raise
+        raise SettingsError(
+            f"{error}; if the data of the run in {config.output} were moved, give their place anew with --dataset or "
+            "--data-dir"
+        ) from error
 
 
 def augment_on(config: TrainConfig, saved: dict[str, Any] | None) -> str:

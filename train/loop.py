@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,10 @@ from jax.experimental import multihost_utils
 from convert.errors import ConversionError, SettingsError
 from convert.formats.run_folder import AVERAGE, BEST, CHECKPOINTS, WEIGHTS, read_state
 from convert.image_files import accepted_unreadable
+from convert.streams import tell
 from convert.tree import nest
 from train.data.bad_images import BadImages, too_many_error
+from train.data.sources import WorkersFailed
 from train.data.tagged_images import TaggedImages
 from train.devices.hosts import is_main
 from train.devices.memory import available_memory, check_fits, memory_errors_explained
@@ -82,7 +84,7 @@ class Result:
 def train(job: Job) -> Result:
     """Run a job to its end, from where an earlier run of it stopped.
 
-    Raises TrainingFailed if the loss is not finite, Interrupted after SIGTERM or Ctrl-C, CheckpointError,
+    Raises TrainingFailed if the loss is not finite, Interrupted after a signal that asks for it, CheckpointError,
     SettingsError if the program does not fit into memory or the folder is taken, and what the data raises.
     """
     start = time.perf_counter()
@@ -94,6 +96,7 @@ def train(job: Job) -> Result:
 
         # --- the run's folder: taken now, written to when nothing can go wrong any more ---
         folder = _claim_folder(job, stack)
+        stack.enter_context(_told_how_to_go_on(folder))
         newest_step = newest_checkpoint(folder)
         _say(_headline(job, folder))
 
@@ -380,12 +383,24 @@ def _check_bad(job: Job, bad_images: BadImages, count: int, *, held_out: bool = 
         raise too_many_error(bad_images, count, images, job.config.max_bad_images)
 
 
+@contextmanager
+def _told_how_to_go_on(folder: Path) -> Iterator[None]:
+    """Where a worker process dies, as it may where memory ends, the message says what to do with the run."""
+    try:
+        yield
+    except WorkersFailed as error:
+        how = f"; --resume {folder} goes on, --workers 0 needs no worker processes" if read_run(str(folder)) else ""
+        raise WorkersFailed(f"{error}{how}") from error
+
+
 def _claim_folder(job: Job, stack: ExitStack) -> Path:
     """The run's folder, taken by the main process; the others go on when it is there."""
     folder = Path(job.config.output) if job.config.output else None
     if is_main():
         claim = stack.enter_context(closing(claim_run_folder(job.config)))
         folder = claim.folder
+        if claim.note:
+            _say(f"note: {claim.note}")
         if not job.resumed and read_run(str(folder)) is not None:
             raise SettingsError(f"another run was begun in {folder} meanwhile: name another --output")
     if jax.process_count() > 1:
@@ -411,7 +426,7 @@ def _begin_wandb(job: Job, folder: Path) -> Any:
 
 def _say(line: str) -> None:
     if is_main():
-        print(line, flush=True)
+        tell(line)
 
 
 def _headline(job: Job, folder: Path) -> str:

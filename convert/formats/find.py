@@ -10,7 +10,7 @@ from convert.tree import without_wrappers
 # Where training checkpoints keep the weights that count, the first first. As in timm, averaged weights go before.
 PREFERRED = ("state_dict_ema", "model_ema", "state_dict", "model", "params")
 _AVERAGED = re.compile(r"(.*_)?(ema|swa|avg|average|averaged|shadow)(_.*)?", re.IGNORECASE)
-_OF_AN_OPTIMISER = re.compile(r"opt(im.*|_.*)?|mu|nu|trace|exp_avg.*|momentum.*|grad.*")
+_OF_AN_OPTIMISER = re.compile(r"opt(im)?(_.*)?|(.*_)?optimi[sz]ers?(_.*)?|mu|nu|trace|(exp_avg|momentum|grad).*")
 _OWN = re.compile(r"(cls_token|pos_embed)[._]\d+|(patch_embed|blocks|norm|head)\.\d+\..*")
 # names that no other model has, the surest first; before them, the prefix
 _LANDMARKS = (
@@ -74,7 +74,12 @@ def find_weights(
             taken[own] = value
         else:
             left.append(str(name))
-    notes = _notes(place, places, dicts, expected)
+    averages = [
+        Place((*place.keys[:-1], str(key)))  # in another form, such as a list of tensors without names
+        for key, value in dicts[place.keys[:-1]].items()
+        if _AVERAGED.fullmatch(str(key)) and _holds(value, is_weight) and not any(str(key) in p.keys for p in places)
+    ]
+    notes = _notes(place, [*places, *averages], expected)
     if left:
         notes.append(f"left out, since they are not the model's weights: {listed(left[:5], len(left))}")
     return taken, notes
@@ -100,17 +105,19 @@ def others_than(place: Place, places: Sequence[Place]) -> str | None:
     return f"the weights under {place} were taken, not {others}" if others else None
 
 
-def _notes(place: Place, places: Sequence[Place], dicts: Mapping[tuple, Mapping], expected: Sequence[str]) -> list[str]:
-    known = {key for place in places for key in place.keys}
-    averages = [
-        Place((*place.keys[:-1], str(key)))  # in another form, such as a list of tensors without names
-        for key, value in dicts[place.keys[:-1]].items()
-        if _AVERAGED.fullmatch(str(key)) and str(key) not in known and isinstance(value, Mapping | list) and value
-    ]
-    note = others_than(place, [*places, *averages])
+def _notes(place: Place, places: Sequence[Place], expected: Sequence[str]) -> list[str]:
+    note = others_than(place, places)
     if note is None and (place.keys not in ((), *((key,) for key in expected)) or without_wrappers(place.prefix)):
         note = f"the weights under {place} were taken"
     return [] if note is None else [note]
+
+
+def _holds(value: Any, is_weight: Callable[[Any], bool], depth: int = _DEEPEST) -> bool:
+    """Whether weights are somewhere in dicts and lists."""
+    if not isinstance(value, Mapping | list) or not depth:
+        return False
+    inside = value.values() if isinstance(value, Mapping) else value
+    return any(_holds(x, is_weight, depth - 1) or (not isinstance(x, Mapping | list) and is_weight(x)) for x in inside)
 
 
 def _dicts(held: Mapping, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping]]:

@@ -62,4 +62,5 @@ class _Repository:
         except errors.HFValidationError as error:
             raise ConversionError(f"{source}: {one_line(error)}") from None
         except Exception as error:  # the HTTP client's own errors, a full disk in the cache, …
-            raise ConversionError(f"{source} could not be downloaded: {one_line(error)}") from None
+            where = " (HF_HOME names another place)" if "home directory" in str(error) else ""
+            raise ConversionError(f"{source} could not be downloaded: {one_line(error)}{where}") from None

@@ -30,6 +30,10 @@ def read_torch(path: Path) -> tuple[Mapping[str, Any], list[str]]:
 
     found = find_weights(checkpoint, is_weight, str(path), expected=PREFERRED)
     if found is not None:
+        for name, value in found[0].items():
+            if isinstance(value, torch.Tensor) and type(value) not in (torch.Tensor, torch.nn.Parameter):
+                kind = type(value).__name__
+                raise ConversionError(f"{path} holds {name} as a {kind}: convert the model that it was quantised from")
         return found
     for state_dict in (*(checkpoint.get(key) for key in PREFERRED), checkpoint):
         if isinstance(state_dict, Mapping) and any(isinstance(value, torch.Tensor) for value in state_dict.values()):

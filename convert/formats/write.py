@@ -4,7 +4,7 @@ import functools
 import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -76,13 +76,30 @@ def _writer(path: Path) -> Callable[[Weights, Path], None]:
 
 
 def _write_safetensors(weights: Weights, path: Path, layout: str = "pt") -> None:
-    from safetensors.numpy import save
-
     arrays = to_flax_paths(weights.tensors) if layout == "flax" else weights.tensors
     description = json.dumps(metadata.describe(weights.config, weights.class_names, weights.exif))
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     origin = {} if weights.origin is None else {metadata.ORIGIN: weights.origin}
-    write_bytes(path, save(contiguous, metadata={"format": layout, metadata.KEY: description, **origin}))
+    write_bytes(path, *_safetensors(arrays, {"format": layout, metadata.KEY: description, **origin}))
+
+
+def _safetensors(arrays: Mapping[str, np.ndarray], about: dict[str, str]) -> Iterator[bytes | memoryview]:
+    """The parts of a safetensors file: the length of its header, the header, and each array.
+
+    The library's own `save` writes `about` in an order of chance, and has two copies of all weights in memory.
+    """
+    # as the library orders them: the larger types first, so that all lie at multiples of their size
+    ordered = sorted(arrays.items(), key=lambda entry: (-entry[1].dtype.itemsize, entry[1].dtype.name, entry[0]))
+    header, end = {"__metadata__": about}, 0
+    for name, array in ordered:
+        start, end = end, end + array.nbytes
+        dtype = array.dtype.name.replace("bfloat", "BF").replace("float", "F")  # F32, BF16
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for _, array in ordered:
+        yield memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # little-endian, as jax's machines are
 
 
 def _write_pth(weights: Weights, path: Path) -> None:

@@ -16,7 +16,6 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 
 import crossvit_jax
 from convert.tree import flatten
-from tests.compilation import AS_FOR_USERS
 from tests.parity.reference import channels_last, flax_module, flax_twin, timm_model
 from tests.small_model import small_config
 from tests.train.small_weights import small_timm_model
@@ -93,13 +92,11 @@ def timm_run(model: torch.nn.Module, precision: str, config: TrainConfig, steps:
     return Run(np.array(losses), weights, means, norms)
 
 
-def flax_run(
-    model: nnx.Module, precision: str, config: TrainConfig, steps: int = STEPS, compiler_options: dict | None = None
-) -> Run:
+def flax_run(model: nnx.Module, precision: str, config: TrainConfig, steps: int = STEPS) -> Run:
     """The same with our optimiser and training step. For float64, call it inside `jax.enable_x64(True)`."""
     optimizer = make_optimizer(config, steps_per_epoch=STEPS_PER_EPOCH, no_weight_decay=model.no_weight_decay())
     state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)
-    train_step = jax.jit(make_train_step(model, optimizer, config), compiler_options=compiler_options)
+    train_step = jax.jit(make_train_step(model, optimizer, config))
     losses = []
     for step in range(steps):
         x, labels = batch(step)
@@ -115,7 +112,7 @@ def training_errors(precision: str) -> dict[str, float]:
     reference = timm_model("ti", precision, **MODEL).train()
     start = {name: x.clone() for name, x in reference.state_dict().items()}
     with jax.enable_x64(precision == "float64"):
-        result = flax_run(flax_twin("ti", start, precision, **MODEL), precision, CONFIG, compiler_options=AS_FOR_USERS)
+        result = flax_run(flax_twin("ti", start, precision, **MODEL), precision, CONFIG)
     return _errors(start, result, timm_run(reference, precision, CONFIG))
 
 

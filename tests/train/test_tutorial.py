@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.compilation import AS_FOR_USERS, xla_flags
-
 _PAGE = Path(__file__).parents[2] / "docs" / "fine-tuning.md"
 
 
@@ -21,7 +19,6 @@ def test_every_block_of_the_tutorial_works_in_a_new_folder(digits_dir, tmp_path)
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(_PAGE.parents[1]),
         "TFDS_DATA_DIR": digits_dir,
-        "XLA_FLAGS": xla_flags(AS_FOR_USERS),
     }
     outputs = []
     for language, block in re.findall(r"```(\w+)\n(.*?)```", _PAGE.read_text(), re.DOTALL):

@@ -24,6 +24,12 @@ class DataError(UserError):
     status = 1
 
 
+class WorkersFailed(UserError):
+    """Worker processes cannot be started, or one of them has died; the message is one line that says why."""
+
+    status = 1
+
+
 @runtime_checkable
 class Source(Protocol):
     """What the input pipeline reads from."""

@@ -2,11 +2,11 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from convert.command_line import Parser, at_least_one, image_size, share
+from convert.command_line import Parser, at_least_one, image_size, share, weights_source
+from convert.streams import tell_error
 
 if TYPE_CHECKING:
     from train.data.tagged_images import TaggedImages
@@ -23,7 +23,7 @@ _IMAGES_PER_PROCESS = 1000  # a process takes seconds to start, which fewer imag
 
 def add_model_flags(parser: Parser) -> None:
     """--weights, --image-size, --crop-pct, --exif, --precision, --quantize and --batch-size."""
-    parser.add_argument("--weights", required=True, metavar="SOURCE", help="the weights to use")
+    parser.add_argument("--weights", type=weights_source, required=True, metavar="SOURCE", help="the weights to use")
     parser.add_argument(
         "--image-size",
         type=image_size,
@@ -81,7 +81,7 @@ def exif_notes(args: argparse.Namespace, classifier: "Classifier", tagged: "Tagg
 def tell_notes(prog: str, notes: Iterable[str]) -> None:
     """What the user should know about the weights, on stderr."""
     for note in notes:
-        print(f"{prog}: note: {note}", file=sys.stderr)
+        tell_error(f"{prog}: note: {note}")
 
 
 def reading_processes(images: int) -> int:

@@ -1,6 +1,7 @@
 """The folder of a run: where it is, who may write to it, and the settings that it keeps."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -19,6 +20,7 @@ from train.config import TrainConfig
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "timm", "pillow", "numpy")
 _CONFIG, _LOCK = "config.json", ".lock"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # what file systems without locks answer
 # what may differ when a run is continued: none of it changes what is computed
 _FREE = {"output", "data_dir", "dataset", "init", "resume", "workers", "mesh", "coordinator", "num_processes"}
 _FREE |= {"process_id", "checkpoint_every", "max_bad_images", "patience", "wandb"}
@@ -89,7 +91,8 @@ def check_same_run(saved: dict[str, Any], described: dict[str, Any], output: str
         described: what `describe_run` says of the run that shall continue it.
     """
     differences = []
-    begun = {**saved, "train": BEFORE | saved.get("train", {})}
+    before = {name: value for name, value in BEFORE.items() if name in described["train"]}
+    begun = {**saved, "train": before | saved.get("train", {})}
     models = begun.get("model", {}), described["model"]
     if models[0] != models[1]:  # or the same in another format
         begun["model"], model = map(_model_settings, models)
@@ -104,7 +107,10 @@ def check_same_run(saved: dict[str, Any], described: dict[str, Any], output: str
         ]
     if differences:
         shown = "; ".join(differences[:6]) + (f"; and {len(differences) - 6} more" if differences[6:] else "")
-        raise SettingsError(f"the run in {output} cannot be continued with other settings: {shown[:1000]}")
+        raise SettingsError(
+            f"the run in {output} cannot be continued with other settings: {shown[:1000]}; a new run, with an --output "
+            f"of its own, can start from its weights: --init {output}"
+        )
 
 
 def _model_settings(description: dict[str, Any]) -> dict[str, Any]:
@@ -184,19 +190,29 @@ def claim_run_folder(config: TrainConfig) -> "Claim":
 
 
 class Claim:
-    """A run's folder belongs to one run at a time: as long as this is not closed, and the process lives."""
+    """A run's folder belongs to one run at a time: as long as this is not closed, and the process lives.
+
+    On a file system without locks it may belong to several, and `note` says so; else that is None.
+    """
 
     def __init__(self, folder: Path, *, is_new: bool = False):
         """Raises SettingsError if another run has the folder, or nothing can be written there."""
         self.folder, self._is_new = folder, is_new
+        self.note: str | None = None
         try:
             self._file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise SettingsError(f"cannot write to {folder}: {error.strerror}") from error
+        try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._file)
             raise SettingsError(f"another run is writing to {folder}: wait for it, or name another --output") from None
         except OSError as error:
-            raise SettingsError(f"cannot write to {folder}: {error.strerror}") from error
+            if error.errno not in _NO_LOCKS:
+                os.close(self._file)
+                raise SettingsError(f"cannot lock {folder}: {error.strerror}") from error
+            self.note = f"the file system of {folder} has no locks: see to it that no other run writes there"
 
     def close(self) -> None:
         """Let others have the folder. One that was new, and got nothing, is removed."""

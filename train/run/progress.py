@@ -1,12 +1,13 @@
 """What the user sees of a run: a progress bar on a terminal, and one line per epoch everywhere."""
 
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
+
+from convert.streams import tell
 
 if TYPE_CHECKING:
     from train.tasks.task import Metric
@@ -75,8 +76,8 @@ class Progress:
         shown.append(f"{tqdm.format_interval(left)} left")
         if not self._silent:
             line = f"epoch {epoch:{len(str(self._epochs))}}/{self._epochs} | " + " | ".join(shown)
-            self._bar.write(line, file=sys.stdout)  # without disturbing the bar
-            sys.stdout.flush()
+            with self._bar.external_write_mode():  # without disturbing the bar
+                tell(line)
 
     def _shown(self, values: Mapping[str, float], prefix: str = "") -> list[str]:
         """The task's metrics that are among the values."""

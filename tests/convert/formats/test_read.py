@@ -92,7 +92,8 @@ def test_an_average_that_timm_does_not_take_is_told(tmp_path, few, raw, average)
     path = tmp_path / "both.pth"
     torch.save({raw: few, average: {name: tensor + 1 for name, tensor in few.items()}}, path)
     assert _notes(path, few) == [f"the weights under {raw} were taken, not {average}"]
-    torch.save({raw: few, average: [torch.ones(3)]}, path)  # as torch-ema keeps it: without names
+    beside = {average: {"decay": 0.9, "shadow": [torch.ones(3)]}, "ema_decay": 0.9, "avg_losses": [0.5, 0.25]}
+    torch.save({raw: few, **beside}, path)  # as torch-ema keeps it: without names
     assert _notes(path, few) == [f"the weights under {raw} were taken, not {average}"]
 
 
