@@ -6,8 +6,9 @@ from fractions import Fraction
 
 import pytest
 
+from convert.command_line import data_set
 from convert.errors import SettingsError
-from train.config import TrainConfig, data_set
+from train.config import TrainConfig
 from train.flags import parse_flags
 from train.recipes import RECIPES
 

@@ -68,8 +68,12 @@ def read_settings(folder: str) -> TrainConfig:
 
 def run_behind(source: str) -> str | None:
     """The folder of the run that weights come from: the source, or where its file or checkpoint lies; None: of none."""
+    from convert.formats.hub import PREFIXES  # late: flags read the settings of a run, too
+
+    if source.startswith(PREFIXES):
+        return None
     path = Path(home_path(split_kind(source)[0]))
-    for folder in (path, *path.parents[:2]):
+    for folder in (path, path.parent, *([path.parent.parent] if path.parent.name == CHECKPOINTS else [])):
         try:
             saved = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -94,11 +94,14 @@ def test_what_a_run_does_not_keep_is_told(tmp_path):
         load_weights(f"{tmp_path}:ema")
 
 
-def test_the_run_behind_weights_is_found(kept, tmp_path):
+def test_the_run_behind_weights_is_found(kept, tmp_path, monkeypatch):
     for source in ("", ":last", ":ema", "/weights.safetensors", "/checkpoints", "/checkpoints/20"):
         assert run_behind(f"{kept}{source}") == str(kept)
     assert run_behind(str(tmp_path / "w.safetensors")) is None
+    assert run_behind(f"{kept}/other/x/w.safetensors") is None
+    monkeypatch.chdir(kept)
     assert run_behind("hf-hub:timm/crossvit_tiny_240.in1k") is None
+    assert run_behind("weights.safetensors") == "."
 
 
 def test_the_best_evaluation_of_earlier_versions_is_understood():
