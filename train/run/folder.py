@@ -20,7 +20,7 @@ _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-da
 _CONFIG, _LOCK = "config.json", ".lock"
 # what may differ when a run is continued: none of it changes what is computed
 _FREE = {"output", "data_dir", "dataset", "init", "workers", "mesh", "coordinator", "num_processes", "process_id"}
-_FREE |= {"checkpoint_every", "max_bad_images", "wandb"}
+_FREE |= {"attention_kernel", "checkpoint_every", "max_bad_images", "wandb"}
 BEFORE = {"augment_on": "host", "exif": "keep"}  # what runs did that were begun before there were these settings
 CHECKPOINTS = "checkpoints"
 
