@@ -21,7 +21,11 @@ _CONFIG, _LOCK = "config.json", ".lock"
 # what may differ when a run is continued: none of it changes what is computed
 _FREE = {"output", "data_dir", "dataset", "init", "workers", "mesh", "coordinator", "num_processes", "process_id"}
 _FREE |= {"attention_kernel", "checkpoint_every", "max_bad_images", "wandb"}
-BEFORE = {"augment_on": "host", "exif": "keep"}  # what runs did that were begun before there were these settings
+BEFORE = {
+    "augment_on": "host",
+    "exif": "keep",
+    "deterministic": False,
+}  # what runs did that were begun before there were these settings
 CHECKPOINTS = "checkpoints"
 
 
