@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from crossvit_jax.blocks import MultiScaleBlock
 from crossvit_jax.config import CrossViTConfig, get_config
+from crossvit_jax.kernels.attention import fastest_implementation
 from crossvit_jax.layers import Identity, LayerNorm, Linear
 from crossvit_jax.patch_embed import PatchEmbed
 from crossvit_jax.resize import scale_image
@@ -197,13 +198,16 @@ class CrossViT(nnx.Module):
         for stage in self.blocks:
             stage.grad_checkpointing = enable
 
-    def set_attention(self, implementation: str) -> None:
-        """Which kernel self-attention takes: "xla" (any device), or "cudnn" (NVIDIA GPUs, half precision only).
+    def set_attention(self, implementation: str, devices: Sequence[Any] = ()) -> None:
+        """Which kernel self-attention takes: "xla" (any device, the default), or "cudnn" (NVIDIA GPUs, half precision
+        only). "auto" is the faster of them on the devices named, such as `jax.devices()`.
 
         Raises ValueError for anything else. What "cudnn" cannot do is found when the model is first called.
         """
+        if implementation == "auto" and devices:
+            implementation = fastest_implementation(devices, self.dtype)
         if implementation not in ("xla", "cudnn"):
-            raise ValueError(f"implementation must be 'xla' or 'cudnn'; got {implementation!r}")
+            raise ValueError(f"implementation must be 'xla', 'cudnn', or 'auto' with devices; got {implementation!r}")
         for stage in self.blocks:
             for block in itertools.chain.from_iterable(stage.blocks):
                 block.attn.implementation = implementation

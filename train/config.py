@@ -202,6 +202,14 @@ class TrainConfig:
         "bfloat16 or float32 arithmetic, parameters are float32; none: bfloat16 on accelerators",
         section="arithmetic and devices",
     )
+    attention_kernel: Literal["auto", "xla", "cudnn"] = setting(
+        "auto",
+        "what computes self-attention: xla, or cudnn (NVIDIA GPUs from compute capability 8.0 on, bfloat16); auto: "
+        "cudnn where it can",
+    )
+    deterministic: bool = setting(
+        False, "on GPUs the same steps give the same bits, more slowly; CPUs and TPUs compute so anyway"
+    )
     qat: Literal["int8", "int4", None] = setting(
         None, "int8 or int4: the weights learn to be rounded to it, see docs/quantisation-aware-training.md"
     )

@@ -21,6 +21,7 @@ from convert.weights import Weights
 from train.config import TrainConfig, steps_per_epoch
 from train.data.datasets import check_trainable, open_image_sets
 from train.data.sources import ImageSets
+from train.devices.attention import choose_attention
 from train.devices.mesh import check_divides, default_precision, make_mesh
 from train.images.rand_augment import check_augment_on, device_can_augment
 from train.images.transforms import train_transform
@@ -122,8 +123,11 @@ def prepare(config: TrainConfig) -> Job:
     described["id"] = uuid.uuid4().hex[:8] if saved is None else saved.get("id")
     if saved is not None:
         check_same_run(saved, described, config.output)
+    kernel, kernel_notes = choose_attention(config.attention_kernel, model_config, config.precision, mesh)
+    config = dataclasses.replace(config, attention_kernel=kernel)
     task = Classification(config, model_config, image_sets.class_names)
-    notes = [*image_sets.notes, *_order_note(config, image_sets), *(() if weights is None else weights.notes)]
+    weight_notes = () if weights is None else weights.notes
+    notes = [*image_sets.notes, *_order_note(config, image_sets), *weight_notes, *kernel_notes]
     if carried is not None:
         notes += check_carried(carried, config, steps_per_epoch=described["data"]["steps_per_epoch"])
     return Job(config, task, image_sets, mesh, weights, described, saved is not None, tuple(notes), carried)

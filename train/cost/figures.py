@@ -48,6 +48,7 @@ def compile_step(config: TrainConfig, num_classes: int, topology: str | None = N
     from train.cost.flops import matrix_flops
     from train.cost.hlo import communication, estimated_cycles
     from train.cost.slices import slice_devices
+    from train.devices.attention import choose_attention
     from train.devices.memory import DoesNotFit, available_memory, check_fits, memory_errors_explained
     from train.devices.mesh import check_divides, default_precision, make_mesh
     from train.optim.programs import Plan, Programs
@@ -58,6 +59,8 @@ def compile_step(config: TrainConfig, num_classes: int, topology: str | None = N
     # on the device, augmentation is a program beside the step
     config = dataclasses.replace(config, precision=config.precision or default_precision(mesh), augment_on="host")
     model_config = config.model_config(num_classes)
+    kernel, _ = choose_attention(config.attention_kernel, model_config, config.precision, mesh)
+    config = dataclasses.replace(config, attention_kernel=kernel)
     task = Classification(config, model_config, tuple(map(str, range(num_classes))))
 
     available = available_memory(mesh)

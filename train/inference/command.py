@@ -22,7 +22,7 @@ _IMAGES_PER_PROCESS = 1000  # a process takes seconds to start, which fewer imag
 
 
 def add_model_flags(parser: Parser) -> None:
-    """--weights, --image-size, --crop-pct, --exif, --precision, --quantize and --batch-size."""
+    """--weights, --image-size, --crop-pct, --exif, --precision, --attention-kernel, --quantize and --batch-size."""
     parser.add_argument("--weights", type=weights_source, required=True, metavar="SOURCE", help="the weights to use")
     parser.add_argument(
         "--image-size",
@@ -44,6 +44,13 @@ def add_model_flags(parser: Parser) -> None:
         help="arithmetic; parameters are float32 (default: bfloat16 on accelerators, float32 otherwise)",
     )
     parser.add_argument(
+        "--attention-kernel",
+        choices=("auto", "xla", "cudnn"),
+        default="auto",
+        help="what computes self-attention: xla, or cudnn (NVIDIA GPUs from compute capability 8.0 on, bfloat16) "
+        "(default: auto, which is cudnn where it can)",
+    )
+    parser.add_argument(
         "--quantize",
         choices=("int8", "int4"),
         help="round the linear layers' weights to this, and what they multiply to int8 (default: as they are)",
@@ -63,7 +70,7 @@ def load_model(args: argparse.Namespace) -> "Classifier":
 
     keep_freed_memory()
     keep_compiled_programs()
-    settings = ("image_size", "crop_pct", "precision", "quantize", "exif")
+    settings = ("image_size", "crop_pct", "precision", "attention_kernel", "quantize", "exif")
     return load_classifier(args.weights, **{name: getattr(args, name) for name in settings})
 
 

@@ -28,6 +28,18 @@ class Plan:
     eval_batch_size: int | None = None  # none: nothing is evaluated
 
 
+def compiler_options(config: TrainConfig, platform: str) -> dict[str, bool | int] | None:
+    """What XLA is told, beside the program, for the steps of a run on a platform ("gpu", …); none: nothing."""
+    if not config.deterministic or platform != "gpu":
+        return None
+    return {
+        "xla_gpu_exclude_nondeterministic_ops": True,  # cuDNN's gradient of attention, and sums by atomic additions
+        # what is tried out at every start, and chosen by its time, may differ in its rounding from start to start
+        "xla_gpu_autotune_level": 0,
+        "xla_gpu_enable_triton_gemm": False,  # whose products are slow, or impossible, where nothing is tried out
+    }
+
+
 class Programs:
     """Compiles from the moment that it is made; each property waits for its own program only. Close it after use.
 
@@ -62,12 +74,13 @@ class Programs:
         self._threads = ThreadPoolExecutor()
         start = self._threads.submit
         self._new_state = start(self._lower_init(params)) if new_state else None
-        train_step = jit_train_step(make_train_step(self._model, task, self._optimizer, config), mesh, shapes)
+        options = compiler_options(config, mesh.devices.flat[0].platform)
+        train_step = jit_train_step(make_train_step(self._model, task, self._optimizer, config), mesh, shapes, options)
         self.traced: jax.stages.Traced = train_step.trace(shapes, self._batch(config.batch_size, training=True))
         self._train_step = start(self.traced.lower().compile)
         self._eval_step = self._augment = None
         if plan.eval_batch_size is not None:
-            eval_step = jit_eval_step(make_eval_step(self._model, task), mesh, shapes["params"])
+            eval_step = jit_eval_step(make_eval_step(self._model, task), mesh, shapes["params"], options)
             eval_batch = self._batch(plan.eval_batch_size, training=False)
             self._eval_step = start(eval_step.lower(shapes["params"], eval_batch).compile)
         if config.augment_on == "device":  # last: while qwix traces a model, it has its hands on jax itself

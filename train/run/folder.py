@@ -23,8 +23,9 @@ _CONFIG, _LOCK = "config.json", ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # what file systems without locks answer
 # what may differ when a run is continued: none of it changes what is computed
 _FREE = {"output", "data_dir", "dataset", "init", "resume", "workers", "mesh", "coordinator", "num_processes"}
-_FREE |= {"process_id", "checkpoint_every", "max_bad_images", "patience", "wandb"}
-BEFORE = {"augment_on": "host", "exif": "keep"}  # what runs did that were begun before there were these settings
+_FREE |= {"process_id", "attention_kernel", "checkpoint_every", "max_bad_images", "patience", "wandb"}
+# what runs did that were begun before there were these settings
+BEFORE = {"augment_on": "host", "exif": "keep", "deterministic": False}
 
 
 class CheckpointError(UserError):
