@@ -36,7 +36,8 @@ def open_streams() -> None:
 def reconfigure(stream: Any, **settings: str) -> None:
     """Changes encoding or error handler of a stream, where that is possible."""
     if hasattr(stream, "reconfigure"):
-        stream.reconfigure(**settings)
+        with contextlib.suppress(OSError):  # its descriptor is another kind of file by now
+            stream.reconfigure(**settings)
 
 
 def tell(line: str) -> None:
