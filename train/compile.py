@@ -6,14 +6,13 @@ machine, and says what it takes: memory, arithmetic, communication, and of GPUs 
 
 # jax is imported when it is needed: `--help` is instant, and the environment is prepared first.
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from convert.command_line import Parser, leave, run
 from convert.files import check_place, check_replaceable, home_path
 from train.config import TrainConfig
-from train.cost.figures import compile_step, prepare_environment
+from train.cost.figures import check_case, compile_step, prepare_environment
 from train.cost.fit import largest_batches
 from train.cost.gpus import GPUS, find_gpu
 from train.cost.report import FIT_COLUMNS, as_json, columns, describe, is_report, print_row, write_report
@@ -51,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if fit:
             return _report_fit(configs, topologies, num_classes, file)
         cases = [(config, topology) for topology in topologies or [None] for config in configs]
+        for config, topology in cases:
+            check_case(config, num_classes, topology)
         return _report(cases, num_classes, inference, file)
 
     return run(_PROGRAM, compile_all)
@@ -126,7 +127,7 @@ def _report_fit(configs: list[TrainConfig], topologies: list[str], num_classes: 
     for config in configs:
         for fit in largest_batches(config, num_classes, topologies):
             print_row(FIT_COLUMNS, fit, head=not results)
-            results.append(dataclasses.asdict(fit))
+            results.append(as_json(fit))
             write_report(file, results)
     return 0 if all(result["batches"]["none"] for result in results) else 1
 

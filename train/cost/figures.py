@@ -112,7 +112,7 @@ def compile_step(
             needed = memory.total
             read |= {"memory": memory, "traffic": communication(hlo), "cycles": estimated_cycles(hlo)}
             cost = compiled.cost_analysis()
-            if cost is not None and config.grad_accum == 1:
+            if cost is not None and (inference or config.grad_accum == 1):
                 read["compiler_flops"] = cost["flops"] * mesh.size  # XLA's are one device's, loops once
             if gpu:
                 read |= {"roofline": roofline(kernels(hlo), gpu), "early_reductions": early_reductions(hlo)}
@@ -137,6 +137,11 @@ def compile_step(
     )
 
 
+def check_case(config: TrainConfig, num_classes: int, topology: str | None = None) -> None:
+    """Raises SettingsError as `compile_step` would, before minutes go into compiling."""
+    _target(config, num_classes, topology)
+
+
 def _target(config: TrainConfig, num_classes: int, topology: str | None) -> _Target:
     from train.devices.mesh import check_divides, default_precision, make_mesh
     from train.images.rand_augment import device_can_augment
@@ -152,7 +157,8 @@ def _target(config: TrainConfig, num_classes: int, topology: str | None) -> _Tar
     on_device = config.augment_on == "device" or (config.augment_on is None and on_gpu)
     # on the device, augmentation is a program beside the step
     config = dataclasses.replace(config, precision=config.precision or default_precision(mesh), augment_on="host")
-    task = Classification(config, config.model_config(num_classes), tuple(map(str, range(num_classes))))
+    model_config = config.model_config(num_classes)
+    task = Classification(config, model_config, tuple(map(str, range(num_classes))))
     images = task.batch_shapes(config.batch_size, training=True)["image"]
     options = gpu.compiler_options if gpu else None
     return _Target(config, task, mesh, options, images.size // mesh.size if on_device else 0)

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from train.config import TrainConfig
-from train.cost.figures import compile_step
-from train.cost.gpus import find_gpu
+from train.cost.figures import check_case, compile_step
+from train.cost.gpus import find_gpu, gpu_devices
 
 _ACCUM = 4  # parts of a batch, unless the settings have another number
 _TRIED = (4, 8)  # multiples of `_UNIT` that tell how memory grows
@@ -45,9 +45,12 @@ def largest_batches(config: TrainConfig, num_classes: int, topologies: Sequence[
     """
     model_config = config.model_config(num_classes)
     parts = config.grad_accum if config.grad_accum > 1 else _ACCUM
+    for topology in topologies:
+        smallest = dataclasses.replace(config, batch_size=_UNIT * _devices(topology) * parts, grad_accum=parts)
+        check_case(smallest, num_classes, topology)
     known: dict[tuple, list[tuple[int, float]]] = {}  # by capability, devices and way: batches and what they need
     for topology in topologies:
-        gpu, devices = find_gpu(topology), int(topology.partition(":")[2] or 1)
+        gpu, devices = find_gpu(topology), _devices(topology)
         batches, needed = {}, {}
         for way in WAYS:
             saving = dataclasses.replace(
@@ -70,6 +73,10 @@ def largest_batches(config: TrainConfig, num_classes: int, topologies: Sequence[
             batches=batches,
             needed=needed,
         )
+
+
+def _devices(topology: str) -> int:
+    return len(gpu_devices(topology))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from convert.files import write_whole
 from train.cost.figures import Figures
-from train.cost.fit import WAYS
+from train.cost.fit import WAYS, Fit
 
 _NOT_RUN = "nothing was run"
 _PLACES = 8  # of a program's kernels that are told
@@ -183,9 +183,9 @@ def _count(number: float) -> str:
 # --- JSON ---
 
 
-def as_json(figures: Figures) -> dict[str, Any]:
-    """All that is known of a program, in plain types. Settings that are paths or tuples are as JSON has them."""
-    return dataclasses.asdict(figures) | {"run": _NOT_RUN}
+def as_json(result: Figures | Fit) -> dict[str, Any]:
+    """All that is known, in plain types."""
+    return dataclasses.asdict(result) | {"run": _NOT_RUN}
 
 
 def write_report(file: Path | None, results: Sequence[Mapping[str, Any]]) -> None:

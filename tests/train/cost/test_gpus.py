@@ -1,11 +1,13 @@
 """GPUs that are not there; with the wheels of their compiler also what our programs come to on them."""
 
+import collections
 import dataclasses
 
 import pytest
 
 from convert.errors import SettingsError
 from crossvit_jax.config import VARIANTS
+from train.compile import main
 from train.cost.figures import Figures, compile_step
 from train.cost.gpus import GPUS, _target_config, find_gpu, gpu_devices
 from train.devices.mesh import make_mesh
@@ -54,7 +56,7 @@ class _Bounds:
     moved: float  # GB
     temporary: float  # GiB
     kernels: int
-    large_float32: dict[str, int]  # arrays above 50 MB, by the function that they come from
+    large_float32: dict[str, int]  # arrays above 50 MB at most, by the function that they come from
 
 
 def _check(figures: Figures, bounds: _Bounds) -> None:
@@ -64,7 +66,7 @@ def _check(figures: Figures, bounds: _Bounds) -> None:
     assert figures.memory.activations <= _ROOM * bounds.temporary * 2**30
     assert roofline.kernels <= _ROOM * bounds.kernels
     large = [array.place for array in roofline.large_float32]
-    assert {place: large.count(place) for place in large} == bounds.large_float32
+    assert collections.Counter(large) <= collections.Counter(bounds.large_float32)
     # what is counted is what is there: the same products that jax was asked for
     assert roofline.flops == pytest.approx(figures.flops / figures.devices, rel=0.05)
 
@@ -72,11 +74,26 @@ def _check(figures: Figures, bounds: _Bounds) -> None:
 _INFERENCE = _Bounds(
     fused_attention=0,
     moved=32.14,
-    temporary=1.02,
+    temporary=1.018,
     kernels=393,
-    large_float32={},
+    large_float32={
+        "attention.py:_matmul": 15,  # scores
+        "resize.py:scale_image": 3,
+        "crossvit.py:CrossViT._embed": 1,
+    },
 )
-_STEP_OF_A_STAGE = _Bounds(fused_attention=0, moved=0, temporary=0, kernels=0, large_float32={})
+_STEP_OF_A_STAGE = _Bounds(
+    fused_attention=0,
+    moved=17.25,
+    temporary=2.060,
+    kernels=518,
+    large_float32={
+        "attention.py:_attend": 6,  # scores
+        "resize.py:scale_image": 3,
+        "patch_embed.py:PatchEmbed.__call__": 1,
+        "mixup.py:mix_images": 1,
+    },
+)
 
 
 def test_cards_are_as_many_as_asked_for_and_of_their_capability(without_gpu):
@@ -85,6 +102,19 @@ def test_cards_are_as_many_as_asked_for_and_of_their_capability(without_gpu):
     assert {(device.device_kind, device.compute_capability) for device in mesh.devices.flat} == {
         ("NVIDIA GeForce RTX 4090", "8.9")
     }
+
+
+def test_a_mistake_in_any_case_is_told_before_anything_is_compiled(without_gpu, capsys):
+    assert main(["--topology", "h100", "h100:8x8", "--batch-size=256"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "no GPUs 'h100:8x8'" in told.err
+    assert main(["--topology", "h100", "h100:3", "--batch-size=256"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "batch_size 256 cannot be divided among 3 devices" in told.err
+    assert main(["--fit", "--topology", "h100", "h100:0"]) == 2
+    assert "no GPUs 'h100:0'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
