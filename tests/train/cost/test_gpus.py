@@ -67,8 +67,8 @@ def _check(figures: Figures, bounds: _Bounds) -> None:
     assert roofline.kernels <= _ROOM * bounds.kernels
     large = [array.place for array in roofline.large_float32]
     assert collections.Counter(large) <= collections.Counter(bounds.large_float32)
-    # what is counted is what is there: the same products that jax was asked for
-    assert roofline.flops == pytest.approx(figures.flops / figures.devices, rel=0.05)
+    # the products that jax was asked for are there; of a choice by platform jax counts the dearest branch
+    assert roofline.flops == pytest.approx(figures.flops / figures.devices, rel=0.15)
 
 
 _INFERENCE = _Bounds(
