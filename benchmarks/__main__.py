@@ -16,6 +16,8 @@ from pathlib import Path
 from benchmarks.command import pick_device
 from convert import command_line
 from convert.command_line import Parser, at_least_one, leave
+from convert.files import typed_path
+from convert.streams import tell_error
 
 _PROGRAM = "python -m benchmarks"
 _GRACE = 10.0  # seconds that a benchmark has to end its processes and remove its folders
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     parser = Parser(prog=_PROGRAM, description=__doc__.removeprefix(f"`{_PROGRAM}`: "), epilog=_EPILOG)
     parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="for the JSON; default: a new one, benchmarks-DATE-TIME"
+        "--output", type=typed_path, metavar="FOLDER", help="for the JSON; default: a new one, benchmarks-DATE-TIME"
     )
     parser.add_argument("--minutes", type=at_least_one, default=9, metavar="N", help="to spend in all; default: 9")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu where torch and jax can use one")
@@ -129,7 +131,7 @@ def run(entries: Mapping[str, Entry], output: Path, start: float, seconds: float
                 problems.append(f"{name} {problem}")
     print(f"\nThe tables again: python -m benchmarks.table {output}/*.json")
     if problems:
-        print(f"{_PROGRAM}: error: {'; '.join(problems)}", file=sys.stderr)
+        tell_error(f"{_PROGRAM}: error: {'; '.join(problems)}")
     return 1 if problems else 0
 
 

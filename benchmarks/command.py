@@ -16,7 +16,7 @@ from benchmarks.table import notes, table_lines
 from benchmarks.task import SIDES, Task, default_sides
 from convert.command_line import Parser, at_least_one, run
 from convert.errors import ConversionError
-from convert.files import check_replaceable
+from convert.files import check_replaceable, typed_path
 from crossvit_jax.config import get_config
 
 _EPILOG = """\
@@ -70,7 +70,7 @@ def add_rounds_flags(parser: Parser, repeats: int = 10, rounds: str = "rounds of
     parser.add_argument(
         "--repeats", type=at_least_one, default=repeats, metavar="N", help=f"{rounds}; default: {repeats}"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, every round, to FILE")
+    parser.add_argument("--json", type=typed_path, metavar="FILE", help="write what is measured, every round, to FILE")
 
 
 def add_model_flags(parser: Parser) -> None:

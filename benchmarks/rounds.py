@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import numpy as np
 from benchmarks.task import Loadable, Task
 from benchmarks.worker import PATIENCE, Ready, Round, SideFailed, Worker
 from convert.errors import UserError
+from convert.streams import tell_error
 
 # Largest differences of sides that agree: of logits and losses as a share of the largest one, of each gradient's norm
 # as a share of itself. Those of Ti on a CPU: 2e-6, 7e-8 and 2e-5 in float32; 0.02, 2e-3 and 0.04 in bfloat16.
@@ -38,7 +38,7 @@ _GPU_PATIENCE = 300.0  # see `Worker`: on a GPU all compile at once, and calls a
 
 def say(message: str) -> None:
     """Tells of progress, on stderr: tables are on stdout."""
-    print(message, file=sys.stderr, flush=True)
+    tell_error(message)
 
 
 class SidesDisagree(UserError):

@@ -14,16 +14,16 @@ No TPU is involved: these are estimates for comparing slices, not measurements.
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from benchmarks.command import variant_name, writable_json
 from benchmarks.result import Content, about, markdown_table, where, write_json
 from convert.command_line import Parser, at_least_one, leave, run
 from convert.errors import SettingsError
+from convert.files import typed_path
+from convert.streams import tell_error
 from train.cost.figures import Figures, compile_step
 from train.recipes import RECIPES
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--topology", nargs="+", default=_SLICES, metavar="SLICE", help="default: v5e of 1 to 256 chips"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    parser.add_argument("--json", type=typed_path, metavar="FILE", help="write the figures to FILE")
     args = parser.parse_args(argv)
     writable_json(parser, args.json)
     return run(parser.prog, lambda: _run(args), failure=1)
@@ -91,7 +91,7 @@ def _run(args: argparse.Namespace) -> int:
         figures = compile_step(config, 1000, topology)
         if figures.too_much or figures.cycles is None:
             problem = figures.too_much or "the compiler gives no estimate of its cycles"
-            print(f"python -m benchmarks.scaling: error: {topology}: {problem}", file=sys.stderr)
+            tell_error(f"python -m benchmarks.scaling: error: {topology}: {problem}")
             return 1
         results.append(estimate(figures))
         print(_table(results)[-1], flush=True)

@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from benchmarks.command import variant_name, writable_json
 from benchmarks.result import Content, about, in_words, markdown_table, spread, times_as_fast, where, write_json
@@ -16,6 +15,7 @@ from benchmarks.rounds import say
 from benchmarks.worker import SideFailed
 from convert.command_line import Parser, at_least_one, at_least_zero, leave, run
 from convert.errors import SettingsError
+from convert.files import typed_path
 from train.recipes import RECIPES
 
 GOAL = 1 / 3  # share of the first start that a second one may take
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--repeats", type=at_least_one, default=3, metavar="N", help="pairs of a first and a second start; default: 3"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured to FILE")
+    parser.add_argument("--json", type=typed_path, metavar="FILE", help="write what was measured to FILE")
     args = parser.parse_args(argv)
     try:
         dataclasses.replace(RECIPES[args.recipe], variant=args.variant, image_size=args.image_size).model_config(10)

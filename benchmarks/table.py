@@ -32,7 +32,7 @@ from benchmarks.result import (
 from benchmarks.rounds import ACCEPTED_OTHERS
 from benchmarks.task import TIMM_FED
 from convert.command_line import Parser, leave, run
-from convert.files import check_replaceable
+from convert.files import check_replaceable, typed_path
 
 MODELS = ("inference", "training")  # the benchmarks whose files share tables
 _OTHERS = {  # what makes the table of a file
@@ -47,8 +47,8 @@ _OTHERS = {  # what makes the table of a file
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables, draws the picture; returns the exit status: 0 done; 2 wrong flags, or files that do not do."""
     parser = Parser(prog="python -m benchmarks.table", description=__doc__.split("`: ", 1)[1])
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what --json of a benchmark wrote")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw how fast Flax is beside the best of timm")
+    parser.add_argument("files", nargs="+", type=typed_path, metavar="FILE", help="what --json of a benchmark wrote")
+    parser.add_argument("--plot", type=typed_path, metavar="PNG", help="draw how fast Flax is beside the best of timm")
     args = parser.parse_args(argv)
     return run(parser.prog, lambda: _tell(parser, args))
 

@@ -5,10 +5,15 @@
 
 from convert.errors import ConversionError
 
-__all__ = ["ConversionError", "load_flax", "load_torch", "load_weights", "save", "to_flax", "to_torch"]
+__all__ = ["ConversionError", "list_pretrained", "load_flax", "load_torch", "load_weights", "predict", "save"]
+__all__ += ["to_flax", "to_torch"]
 
 
 def __getattr__(name: str):
+    if name == "predict":
+        from convert.prediction import predict
+
+        return predict
     if name in __all__:
         import convert.models
 

@@ -6,9 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert.command_line import Parser, at_least_one, at_least_zero, branch, image_size, leave, run
-from convert.errors import ConversionError
-from convert.report import tell_class_order, tell_result, tell_warning, tell_weights
+from convert.command_line import (
+    Parser,
+    at_least_one,
+    at_least_zero,
+    branch,
+    data_set,
+    image_size,
+    leave,
+    run,
+    weights_source,
+)
+from convert.errors import ConversionError, listed
+from convert.files import local_path, shown
+from convert.report import tell_class_order, tell_result, tell_training, tell_warning, tell_weights
 from crossvit_jax.config import EXAMPLE
 
 if TYPE_CHECKING:
@@ -16,12 +27,16 @@ if TYPE_CHECKING:
     from convert.weights import Weights
 
 _EPILOG = """\
-SOURCE       hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub), a .safetensors, .pth or .bin file with
-             timm's, IBM's or Flax's names, an Orbax folder, or the folder of a training run
+SOURCE       hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub, also with @REVISION), a folder such as
+             those have (model.safetensors, also in several files with an index), a .safetensors, .pth or .bin file with
+             timm's, IBM's or Flax's names, an Orbax folder, or the folder of a training run (runs/X the weights of
+             its best evaluation, runs/X:last the last, runs/X:ema their average)
 DESTINATION  .safetensors or .pth for timm and the torch twin, .flax.safetensors, or no ending for an Orbax folder;
+             .hf for a folder as repositories of the hub are, for timm.create_model("local-dir:out.hf");
              .onnx, .stablehlo or .pt exports the whole model, and keeps the file only if it computes what SOURCE
              does: .onnx with --quantize dynamic or static in int8; .pt, the PyTorch twin with its linear layers in
-             integers by torchao, with --quantize int8 or int4
+             integers by torchao, with --quantize int8 or int4; with --training, .pth.tar or .pth for timm's
+             train.py --resume
 
 exit status: 0 done; 1 --verify found the twins apart, or the exported file was not kept; 2 nothing was written, and
 one line on stderr says why
@@ -42,8 +57,9 @@ def _parser() -> Parser:
         epilog=_EPILOG,
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE")
-    add("destination", metavar="DESTINATION")
+    add("source", type=weights_source, metavar="SOURCE")
+    add("destination", type=local_path, metavar="DESTINATION", nargs="?")
+    add("--info", action="store_true", help="tell what is in SOURCE, and write nothing")
     add("--num-classes", type=at_least_zero, metavar="N", help="new head for N classes; 0: no head")
     add("--image-size", type=image_size, metavar="N|HxW", help="resample the position embeddings to this size")
     add(
@@ -61,17 +77,23 @@ def _parser() -> Parser:
     )
     add(
         "--calibrate",
+        type=data_set,
         metavar="digits|FOLDER",
         help="images for static ranges: scikit-learn's digits, or image files (folder:FOLDER means the same)",
     )
     add("--calibration-images", type=at_least_one, metavar="N", help="how many of them at most; default: 128")
     add("--target", choices=("cpu", "tensorrt"), help="what reads the static file; default: cpu")
-    add("--compare", metavar="digits|FOLDER", help="images to compare .pt with SOURCE on; default: photographs")
+    add("--compare", type=data_set, metavar="digits|FOLDER", help="images to compare .pt on; default: photographs")
     add("--preprocess", action="store_true", help=".onnx takes uint8 pictures of any size: resize and crop are in it")
     add(
         "--license",
         metavar="TEXT",
         help="what .onnx or .pt says of its weights; default: Apache-2.0, as the published ones are",
+    )
+    add(
+        "--training",
+        action="store_true",
+        help="of a run's newest checkpoint, write the weights with the optimiser's state, their average and the epoch",
     )
     add("--verify", action="store_true", help="run both twins on what was written and compare")
     add("--overwrite", action="store_true", help="replace DESTINATION if it exists")
@@ -81,17 +103,24 @@ def _parser() -> Parser:
 def _convert(args: argparse.Namespace) -> int:
     # imported late: --help and a mistyped command line need not wait for the frameworks
     from convert.export.export import Export
-    from convert.formats.write import EXPORTED, check_destination, write, written_for_timm
+    from convert.formats.write import EXPORTED, check_destination, check_writable, write, written_for_timm
     from convert.tensors import DTYPES
 
+    if args.info:
+        return _info(args)
+    if args.destination is None:
+        raise ConversionError("DESTINATION is needed; --info alone writes nothing")
+    if args.training:
+        return _training(args)
     how = Export(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Export)})
     name = Path(args.destination).name  # without the slash that may be behind it
     if args.license is not None and not name.endswith((".onnx", ".pt")):
         raise ConversionError("--license is for .onnx files and .pt files; no other here has a place for it")
     if name.endswith(EXPORTED) or how != Export(dtype=how.dtype):
         return _export(args, how)
-    check_destination(args.destination, overwrite=args.overwrite)
+    place = check_destination(args.destination, overwrite=args.overwrite)
     weights = _load(args)
+    check_writable(weights, place)
     stored = ", ".join(weights.dtypes)
     if args.dtype:
         weights = weights.astype(DTYPES[args.dtype])
@@ -117,6 +146,55 @@ def _export(args: argparse.Namespace, how: "Export") -> int:
     check_weights(weights, how)
     tell_weights(weights.astype(DTYPES[how.dtype or "float32"]), stored)
     return tell_result(export(weights, args.destination, how, overwrite=args.overwrite, warn=tell_warning))
+
+
+def _refuse_others(args: argparse.Namespace, why: str, *fine: str) -> None:
+    """Raises ConversionError where flags were given that would have no effect."""
+    others = [
+        name for name, value in vars(args).items() if name not in ("source", *fine) and value not in (None, False)
+    ]
+    if others:
+        raise ConversionError(
+            f"{why}: leave out {'' if others[0] == 'destination' else '--'}{others[0].replace('_', '-')}"
+        )
+
+
+def _info(args: argparse.Namespace) -> int:
+    from convert.training.of_source import training_state_of
+
+    _refuse_others(args, "--info writes nothing", "info", "branches")
+    weights = _load(args)
+    tell_weights(weights, ", ".join(weights.dtypes))
+    if weights.class_names is not None:
+        print(f"named       {listed(map(shown, weights.class_names))}")
+    try:
+        state = training_state_of(args.source)
+    except ConversionError as error:
+        print(f"training    its state does not go on in another framework: {error}")
+        return 0
+    if state is None:
+        print("training    no state: weights alone")
+    else:
+        tell_training(state)
+    return 0
+
+
+def _training(args: argparse.Namespace) -> int:
+    from convert.files import check_place, typed_path
+    from convert.training.run_checkpoint import read_run_checkpoint
+    from convert.training.torch_checkpoint import write_torch_checkpoint
+
+    _refuse_others(args, "--training takes a run as it is", "destination", "training", "overwrite")
+    path = typed_path(args.destination)
+    if not path.name.endswith((".pth.tar", ".pth")):
+        raise ConversionError(f"{path}: a training checkpoint of torch ends in .pth.tar or .pth")
+    check_place(path, overwrite=args.overwrite)
+    state = read_run_checkpoint(typed_path(args.source))
+    tell_weights(state.weights, ", ".join(state.weights.dtypes))
+    tell_training(state)
+    write_torch_checkpoint(state, path)
+    print(f"written     {path}")
+    return 0
 
 
 def _load(args: argparse.Namespace) -> "Weights":

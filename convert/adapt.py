@@ -56,7 +56,7 @@ def adapt(weights: Weights, overrides: Mapping[str, Any], *, seed: int = 0) -> W
         notes.append(f"position embeddings resampled from {grids[0]} patches to {grids[1]}")
     if config.in_chans != old.in_chans:
         for name, array in weights.tensors.items():
-            if re.fullmatch(r"patch_embed\.\d\.proj(\.0)?\.weight", name):
+            if re.fullmatch(r"patch_embed\.\d+\.proj(\.0)?\.weight", name):
                 tensors[name] = adapt_channels(array, config.in_chans)
         how = "summed" if config.in_chans == 1 else "repeated and scaled"
         notes.append(f"first convolutions {how} from {old.in_chans} to {config.in_chans} channels")

@@ -2,20 +2,37 @@
 
 import argparse
 import contextlib
+import functools
+import multiprocessing
+import multiprocessing.util
 import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from convert.errors import UserError, one_line
+from convert.files import FOLDER_PREFIX, home_path, local_path
+from convert.formats import hub
+from convert.streams import let_go_of_output, open_streams, tell_error
 from crossvit_jax.config import Branch
+
+UNGUARDED = (
+    "a script that starts worker processes is run by each of them once more: put what it does below "
+    "`if __name__ == '__main__':`"
+)
+RUN_ANEW = 66  # exit status of a worker process in which the script that started it runs once more
+# a scheduler's end, a closed terminal, a scheduler's warning; Windows has the first only
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 
 class Parser(argparse.ArgumentParser):
     """Takes no abbreviated flags, and answers a wrong command line with one line on stderr and exit status 2.
+
+    Reading the arguments is what every command begins with, so it also opens the standard streams.
 
     A description or an epilog of several lines is shown as it is; what is one long line, argparse wraps.
     """
@@ -25,9 +42,17 @@ class Parser(argparse.ArgumentParser):
         kwargs["formatter_class"] = argparse.RawDescriptionHelpFormatter if as_it_is else argparse.HelpFormatter
         super().__init__(allow_abbrev=False, description=description, epilog=epilog, **kwargs)
 
+    def parse_known_args(self, args=None, namespace=None):
+        open_streams()
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        sys.exit(2)
+        tell_error(f"{self.prog}: error: {message}")
+        self.exit(2)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        let_go_of_output()  # nobody may have read --help to its end
+        super().exit(status, message)
 
     def _get_value(self, action: argparse.Action, text: str) -> Any:
         """A flag's value. argparse hides the message of a ValueError; that of a UserError is meant to be read."""
@@ -46,15 +71,19 @@ def run(program: str, command: Callable[[], int], *, failure: int = 2, remedy: s
     """A command's exit status: its own, or that of what stopped it, told in one line on stderr.
 
     That is the status of a UserError; `failure` where it has 1, and for errors of the operating system and too little
-    memory; as a shell has it 130 for Ctrl-C, 143 for SIGTERM (what was begun is removed on the way), and 141 where
-    nobody reads standard output any more.
+    memory; as a shell has it 130 for Ctrl-C, 143, 129 or 138 for SIGTERM, SIGHUP or SIGUSR1 (what was begun is
+    removed), and 141 where nobody reads standard output any more.
+
+    Does not return in a worker process that runs a script without a main guard once more.
 
     Args:
         remedy: what helps against too little memory.
     """
     out_of_memory = f"out of memory{': ' * bool(remedy)}{remedy}"
+    open_streams()
+    leave_if_run_anew()
     try:
-        with _heeding_sigterm():
+        with _heeding_signals():
             status = command()
             sys.stdout.flush()
             return status
@@ -62,10 +91,10 @@ def run(program: str, command: Callable[[], int], *, failure: int = 2, remedy: s
         status = failure if error.status == 1 else error.status
         return _stopped(program, f"{'error: ' * (status < 128)}{error}", status)
     except BrokenPipeError:
-        _let_go_of_stdout()
+        let_go_of_output()
         return 141
     except OSError as error:  # a full disk, say
-        _let_go_of_stdout()
+        let_go_of_output()
         place = f"{error.filename}: " if error.filename else ""
         return _stopped(program, f"error: {place}{error.strerror or one_line(error)}", failure)
     except MemoryError:
@@ -76,8 +105,21 @@ def run(program: str, command: Callable[[], int], *, failure: int = 2, remedy: s
         return _stopped(program, f"error: the devices are {out_of_memory}", failure)
     except KeyboardInterrupt:
         return _stopped(program, "interrupted", 130)
-    except _Terminated:
-        return _stopped(program, "terminated", 143)
+    except _Terminated as error:
+        return _stopped(program, "terminated", 128 + error.number)
+
+
+def leave_if_run_anew() -> None:
+    """Ends a worker process in which the script that started it runs once more, since it has no main guard.
+
+    Python's way to start a process imports the script. Without this, a run would start within each worker of a run.
+    """
+    process = multiprocessing.current_process()
+    if not getattr(process, "_inheriting", False):  # as multiprocessing itself finds it out
+        return
+    if not process.name.startswith("grain-"):  # of those, the process that started them tells; see train.data.workers
+        tell_error(f"error: {UNGUARDED}")
+    os._exit(RUN_ANEW)
 
 
 def leave(status: int) -> NoReturn:
@@ -85,46 +127,45 @@ def leave(status: int) -> NoReturn:
     jax = sys.modules.get("jax")
     # the other processes of a run would miss one that leaves without a word
     if status > 128 and not (jax and jax.distributed.is_initialized()):
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
+        let_go_of_output()
+        multiprocessing.util._run_finalizers(0)  # or Python tells of semaphores that were left behind
         os._exit(status)
     sys.exit(status)
 
 
 def _stopped(program: str, message: str, status: int) -> int:
-    print(f"{program}: {message}", file=sys.stderr, flush=True)
+    tell_error(f"{program}: {message}")
     return status
 
 
-def _let_go_of_stdout() -> None:
-    """Where standard output takes nothing more, throw away what it holds: Python would complain on its way out."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 class _Terminated(BaseException):
-    """SIGTERM came. No `except Exception` is to hold it, as with KeyboardInterrupt."""
+    """A signal came. No `except Exception` is to hold it, as with KeyboardInterrupt."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
 
 
 @contextlib.contextmanager
-def _heeding_sigterm() -> Iterator[None]:
-    """SIGTERM raises `_Terminated`, where it would end the process as it is: what was begun is removed on the way."""
-    in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handlers
-    if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:  # who has a handler wants that one
-        yield
-        return
+def _heeding_signals() -> Iterator[None]:
+    """Signals that would end the process as it is raise `_Terminated`: what was begun is removed on the way."""
+    heeded: list[int] = []
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        # who has a handler wants that one, and nohup has its processes ignore SIGHUP
+        heeded = [number for number in _SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
     try:
-        signal.signal(signal.SIGTERM, _terminate)
+        for number in heeded:
+            signal.signal(number, functools.partial(_terminate, heeded))
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in heeded:
+            signal.signal(number, signal.SIG_DFL)
 
 
-def _terminate(*_: object) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the removal
-    raise _Terminated
+def _terminate(heeded: list[int], number: int, _: object) -> NoReturn:
+    for other in heeded:
+        signal.signal(other, signal.SIG_IGN)  # a second one must not stop the removal
+    raise _Terminated(number)
 
 
 # --- the types of flags; what they raise is told with the flag's name ---
@@ -151,6 +192,25 @@ def share(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1; got {text!r}")
     return value
+
+
+def weights_source(text: str) -> str:
+    """What `convert.load_weights` takes: a path, or a repository on the hub. Raises ConversionError for an address."""
+    return text if text.startswith(hub.PREFIXES) else local_path(text)
+
+
+def data_set(text: str) -> str:
+    """The name of a data set, or `folder:` and a path as `home_path` returns it. Raises as that does.
+
+    The path of a folder that is there is taken for one, unless it is `digits` or has what tensorflow-datasets prepares.
+    """
+    if text.startswith(FOLDER_PREFIX):
+        return FOLDER_PREFIX + home_path(text.removeprefix(FOLDER_PREFIX))
+    folder = Path(home_path(text))
+    if text == "digits" or not folder.is_dir():
+        return text
+    is_prepared = any(any(folder.glob(f"{below}dataset_info.json")) for below in ("", "*/"))
+    return text if is_prepared else f"{FOLDER_PREFIX}{folder}"
 
 
 def image_size(text: str) -> tuple[int, int]:

@@ -5,6 +5,7 @@ import csv
 import errno
 import io
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,18 +14,44 @@ from typing import Any
 from convert.errors import ConversionError, one_line
 
 FOLDER_PREFIX = "folder:"  # before the path of a folder of images, where other data sets have a name
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://+(.*)", re.DOTALL)
+_COPIED_BY = {"gs": " with gcloud storage cp -r", "s3": " with aws s3 cp --recursive"}
 _SHOWN = 32  # characters of a destination's name in that of its temporary folder
 
 
 # --- names ---
 
 
+def local_path(text: str) -> str:
+    """The text, if it can be a path.
+
+    Raises:
+        ConversionError: it is an address such as gs://bucket/run or https://host/file.
+    """
+    address = _ADDRESS.fullmatch(text)
+    if address is None:
+        return text
+    scheme, rest = address[1].lower(), address[2]
+    repository = re.match(r"(?:hf://|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)([\w.-]+/[\w.-]+)", text)
+    if scheme == "file":
+        what_to_do = f"name the path itself: /{rest.lstrip('/')}"
+    elif repository:
+        what_to_do = f"weights on the Hugging Face hub are hf-hub:{repository[1]}"
+    elif scheme in ("http", "https"):
+        what_to_do = "download it with curl -LO, and name the file"
+    else:
+        what_to_do = f"use a path here, and copy{_COPIED_BY.get(scheme, '')}"
+    raise ConversionError(f"{shown(text)} is an address, not a path on this machine: {what_to_do}")
+
+
 def typed_path(path: str | Path) -> Path:
     """The path, with the home folder in place of `~` or `~name`.
 
     Raises:
-        ConversionError: nobody's home folder is meant, or a name is too long for a file.
+        ConversionError: it is an address, nobody's home folder is meant, or a name is too long for a file.
     """
+    if isinstance(path, str):
+        local_path(path)
     try:
         path = Path(path).expanduser()
         os.lstat(path)
@@ -152,10 +179,10 @@ def csv_text(rows: Iterable[Iterable[Any]]) -> str:
     return text.getvalue()
 
 
-def write_bytes(path: Path, data: bytes | memoryview) -> None:
+def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
     """Writes a file, and waits until the disk has it."""
     with path.open("wb") as file:
-        file.write(data)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())  # or after a power cut the new name may stand for an empty file
 

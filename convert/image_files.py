@@ -29,15 +29,26 @@ _OF_SYSTEMS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"}  # folders th
 _LONGEST_SUFFIX = 12  # characters; what is behind the last dot of a sentence is none
 
 
+USUAL_SHARE = 0.01  # of unreadable images that nobody has to accept by a flag
+_FEW = 3
+
+
+def accepted_unreadable(share: float, images: int) -> float:
+    """How many of so many images may be unreadable: that share, but of a small data set, where a single one is a large
+    share, 3, or a tenth; 0 where the share is."""
+    return max(share * images, min(_FEW, images / 10)) if share else 0
+
+
 @dataclass
 class LeftOut:
     """What searches for image files have passed over, to be told."""
 
     suffixes: Counter[str] = field(default_factory=Counter)  # how many files that are no images have each
     links: list[str] = field(default_factory=list)  # those to folders that are not followed
+    unreadable: list[str] = field(default_factory=list)  # images, where those who read them say so
 
     def notes(self) -> list[str]:
-        """A line for the files and one for the links, where there are any."""
+        """A line for the files, one for the links and one for unreadable images, where there are any."""
         notes = []
         if self.suffixes:
             counts = sorted(self.suffixes.items(), key=lambda item: (-item[1], item[0]))
@@ -46,6 +57,8 @@ class LeftOut:
         if self.links:
             names = listed(map(shown, self.links))
             notes.append(f"links are not followed to folders above, beside or seen already: {names}")
+        if self.unreadable:
+            notes.append(f"left out, as they cannot be read: {listed(map(shown, self.unreadable))}")
         return notes
 
 

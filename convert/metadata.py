@@ -16,6 +16,7 @@ from crossvit_jax.config import BRANCH_SETTINGS, Branch, CrossViTConfig
 from crossvit_jax.preprocess import MEAN, STD, Exif
 
 KEY = "crossvit"  # in the header of a safetensors file; the name of the item in an Orbax folder
+ORIGIN = "crossvit-origin"  # in a safetensors header: where the weights come from, in words for the user
 FORMAT = 2  # 1 knew two branches only, whose settings were pairs; it is read as well
 _EXIF = "exif"
 _FIXED = {"task": "classification", "mean": list(MEAN), "std": list(STD)}  # what all models have so far

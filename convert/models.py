@@ -12,13 +12,14 @@ from flax import nnx
 from convert import architecture, metadata
 from convert.adapt import adapt
 from convert.errors import ConversionError
+from convert.formats import timm_config
 from convert.formats.read import read
 from convert.formats.write import write
 from convert.tensors import as_tensor
 from convert.tree import flatten, from_state_dict, nest, shapes_of
 from convert.weights import Weights
 from crossvit_jax import CrossViT
-from crossvit_jax.config import CrossViTConfig
+from crossvit_jax.config import TIMM_NAMES, CrossViTConfig, get_config
 from crossvit_jax.preprocess import Exif
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def load_weights(source: str | Path, *, seed: int = 0, **overrides: Any) -> Weig
     """The weights in a source with their settings, checked and adapted, in the stored dtype.
 
     Args:
-        source: `hf-hub:owner/repo`, a `.safetensors`, `.pth` or `.bin` file, an Orbax folder, or a run's folder.
+        source: `hf-hub:owner/repo`, a `.safetensors`, `.pth` or `.bin` file, an Orbax folder, or a run's folder, also
+            with `:last` or `:ema`.
         seed: of a new head.
         **overrides: settings, see `convert.adapt.adapt`. Of a model that is no variant, `branches` have to be given
             where the source has no metadata; where it has, they may only be the same.
@@ -89,28 +91,49 @@ def load_weights(source: str | Path, *, seed: int = 0, **overrides: Any) -> Weig
             size = (size, size) if isinstance(size, int) else size
             config, class_names = architecture.infer_config(shapes, size, overrides.get("branches")), None
             exif = None
+        said = ()
+        if stored.said is not None:
+            config, class_names, said = timm_config.honour(config, class_names, stored.said)
     except ConversionError as error:
         raise ConversionError(f"{source}: {error}") from None
     architecture.check(shapes, config, str(source))
     known = {"config": config, "class_names": class_names, "exif": exif}
-    weights = Weights(tensors=stored.tensors, notes=tuple(stored.notes), **known)
+    known |= {"origin": stored.origin, "trained": stored.trained}
+    weights = Weights(tensors=stored.tensors, notes=(*stored.notes, *said), **known)
     return adapt(weights, overrides, seed=seed)
 
 
+def list_pretrained() -> dict[str, str]:
+    """The weights that timm publishes, trained on ImageNet-1k: each variant's short name and its source on the hub."""
+    return {name: f"hf-hub:timm/{timm_name}.in1k" for name, timm_name in TIMM_NAMES.items()}
+
+
 def load_flax(
-    source: str | Path, *, dtype: Any = None, param_dtype: Any = jnp.float32, seed: int = 0, **overrides: Any
+    source: str | Path,
+    *,
+    pretrained: bool = False,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    seed: int = 0,
+    **overrides: Any,
 ) -> CrossViT:
     """The Flax model with the weights of a source, in evaluation mode. Changes and oddities are logged as warnings.
 
+    Its `class_names` are those of the outputs, in their order; None where the source does not know them.
+
     Args:
         source, seed, overrides: see `load_weights`.
+        pretrained: the source is a variant's name, whose published weights are meant, see `list_pretrained`.
         dtype, param_dtype: see `crossvit_jax.CrossViT`. Parameters become float32 unless told otherwise, whatever the
             file holds; float64 needs `jax_enable_x64`.
 
     Raises:
         ConversionError, TypeError: see `load_weights`.
     """
-    return flax_model(_load_aloud(source, seed, overrides), dtype=dtype, param_dtype=param_dtype)
+    weights = _load_aloud(_published(source) if pretrained else source, seed, overrides)
+    model = flax_model(weights, dtype=dtype, param_dtype=param_dtype)
+    model.class_names = weights.class_names
+    return model
 
 
 def flax_model(weights: Weights, *, dtype: Any = None, param_dtype: Any = jnp.float32) -> CrossViT:
@@ -126,6 +149,7 @@ def flax_model(weights: Weights, *, dtype: Any = None, param_dtype: Any = jnp.fl
 def load_torch(
     source: str | Path,
     *,
+    pretrained: bool = False,
     dtype: "torch.dtype | None" = None,
     param_dtype: "torch.dtype | None" = None,
     device: Any = None,
@@ -134,14 +158,20 @@ def load_torch(
 ) -> "crossvit_torch.CrossViT":
     """The PyTorch twin with the weights of a source, in evaluation mode. Changes and oddities are logged as warnings.
 
+    Its `class_names` are as in `load_flax`.
+
     Args:
         source, seed, overrides: see `load_weights`.
+        pretrained: as in `load_flax`.
         dtype, param_dtype, device: see `crossvit_torch.CrossViT`; parameters become float32 unless told otherwise.
 
     Raises:
         ConversionError, TypeError: see `load_weights`.
     """
-    return torch_model(_load_aloud(source, seed, overrides), dtype=dtype, param_dtype=param_dtype, device=device)
+    weights = _load_aloud(_published(source) if pretrained else source, seed, overrides)
+    model = torch_model(weights, dtype=dtype, param_dtype=param_dtype, device=device)
+    model.class_names = weights.class_names
+    return model
 
 
 def torch_model(
@@ -171,6 +201,7 @@ def save(
     *,
     class_names: Sequence[str] | None = None,
     exif: Exif | None = None,
+    origin: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes parameters in the format that the destination's ending names, see `convert.formats.write.write`.
@@ -180,6 +211,7 @@ def save(
         config: of the model; it travels as metadata.
         class_names: in the order of the logits; they travel as metadata.
         exif: whether training turned images as EXIF says (`crossvit_jax.preprocess.decode_image`); metadata as well.
+        origin: where they come from, in words; a note for those who read a .safetensors file.
         overwrite: replace what is there.
 
     Returns:
@@ -194,8 +226,17 @@ def save(
     names = None if class_names is None else tuple(class_names)
     if names is not None and len(names) != config.num_classes:
         raise ConversionError(f"{len(names)} class names for {config.num_classes} classes")
-    weights = Weights(config=config, tensors=tensors, class_names=names, exif=exif)
+    weights = Weights(config=config, tensors=tensors, class_names=names, exif=exif, origin=origin)
     return write(weights, destination, overwrite=overwrite)
+
+
+def _published(variant: str | Path) -> str:
+    """The source of a variant's published weights. Raises ConversionError for any other name."""
+    try:
+        return list_pretrained()[get_config(str(variant)).name]
+    except (ValueError, KeyError):
+        known = ", ".join(TIMM_NAMES)
+        raise ConversionError(f"pretrained weights are those of a variant ({known}), not of {variant}") from None
 
 
 def _load_aloud(source: str | Path, seed: int, overrides: Mapping[str, Any]) -> Weights:

@@ -1,13 +1,14 @@
 """What the commands print of weights, and of the files that were made of them."""
 
-import sys
 from typing import TYPE_CHECKING
 
 from convert.class_names import unlike_timm
+from convert.streams import tell_error
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
 
 if TYPE_CHECKING:
     from convert.export.export import Exported
+    from convert.training.state import TrainingState
     from convert.weights import Weights
 
 
@@ -34,6 +35,17 @@ def tell_weights(weights: "Weights", stored: str) -> None:
         tell_warning(warning)
 
 
+def tell_training(state: "TrainingState") -> None:
+    """Prints where the training stands, and what of it is not carried over."""
+    rule = state.rule
+    counted = "" if state.updates is None else f", {state.updates:,} updates"
+    average = "with" if state.average is not None else "without"
+    print(f"training    {state.epochs} epochs{counted}, {rule.optimizer}, learning rate {rule.lr:.4g}, ", end="")
+    print(f"{average} an average of the weights")
+    for note in state.notes:
+        print(f"note        {note}")
+
+
 def tell_class_order(weights: "Weights") -> None:
     """Prints a line where timm, given folders of these classes, would take the outputs for others."""
     unlike = None if weights.class_names is None else unlike_timm(weights.class_names)
@@ -46,7 +58,7 @@ def tell_class_order(weights: "Weights") -> None:
 
 def tell_warning(warning: str) -> None:
     """Prints one line on stderr."""
-    print(f"warning: {warning}", file=sys.stderr)
+    tell_error(f"warning: {warning}")
 
 
 def tell_result(exported: "Exported") -> int:

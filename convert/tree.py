@@ -18,6 +18,7 @@ from convert.tensors import as_array
 _TO_FLAX = {("weight", 4): ("kernel", (2, 3, 1, 0)), ("weight", 2): ("kernel", (1, 0)), ("weight", 1): ("scale", (0,))}
 # (Flax's leaf, rank) -> (timm's leaf, Flax's axes in timm's order)
 _TO_TIMM = {("kernel", 4): ("weight", (3, 2, 0, 1)), ("kernel", 2): ("weight", (1, 0)), ("scale", 1): ("weight", (0,))}
+_WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 
 
 def nest(tensors: Mapping[str, np.ndarray]) -> dict[str | int, Any]:
@@ -65,13 +66,17 @@ def from_state_dict(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """
     tensors: dict[str, np.ndarray] = {}
     for key, value in state_dict.items():
-        # torch.compile and DataParallel wrap a model in either order; IBM keeps tokens and embeddings in lists
-        name = re.sub(r"^(?:_orig_mod\.|module\.)+", "", str(key))
-        name = re.sub(r"^(pos_embed|cls_token)\.(\d+)$", r"\1_\2", name)
+        # IBM keeps tokens and embeddings in lists
+        name = re.sub(r"^(pos_embed|cls_token)\.(\d+)$", r"\1_\2", without_wrappers(str(key)))
         if name in tensors:
             raise ConversionError(f"{key} is one name too many for {name}")
         tensors[name] = as_array(value, str(key))
     return tensors
+
+
+def without_wrappers(name: str) -> str:
+    """A name without what torch.compile, DataParallel, FSDP and checkpointing put into it, around any module."""
+    return _WRAPPERS.sub(r"\1", name)
 
 
 def shapes_of(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

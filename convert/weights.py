@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,8 @@ class Weights:
     tensors: Mapping[str, np.ndarray]  # timm's names and layouts, each in its stored dtype
     class_names: tuple[str, ...] | None = None
     exif: Exif | None = None  # whether training turned images as EXIF says, where the source tells
+    origin: str | None = None  # where they come from, in words; .safetensors files keep it
+    trained: Mapping[str, Any] | None = None  # how, for people: settings and data of the run that they come from
     license: str = "Apache-2.0"  # that of the published weights; exported files tell it
     notes: tuple[str, ...] = ()  # what was chosen and changed on the way, for the user to read
 

@@ -340,4 +340,8 @@ def get_config(name: str, **overrides) -> CrossViTConfig:
             f"unknown CrossViT variant {name!r}; did you mean {near!r}? Known: {', '.join(VARIANTS)}, "
             f"and timm's and IBM's names for them (such as {TIMM_NAMES['ti']}, {IBM_NAMES['ti']})"
         )
+    if "pretrained" in overrides:
+        raise TypeError(
+            f"fresh weights only: convert.load_flax({short!r}, pretrained=True) or load_torch loads trained ones"
+        )
     return VARIANTS[short].replace(**overrides)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from crossvit_jax.attention import Attention
 from crossvit_jax.blocks import MultiScaleBlock
 from crossvit_jax.config import CrossViTConfig, get_config
+from crossvit_jax.kernels.attention import fastest_implementation
 from crossvit_jax.layers import GELU, Conv, Identity, LayerNorm, Linear
 from crossvit_jax.patch_embed import PatchEmbed
 from crossvit_jax.resize import scale_image
@@ -199,13 +200,16 @@ class CrossViT(nnx.Module):
         for stage in self.blocks:
             stage.grad_checkpointing = enable
 
-    def set_attention(self, implementation: str) -> None:
-        """Which kernel self-attention takes: "xla" (any device), or "cudnn" (NVIDIA GPUs, half precision only).
+    def set_attention(self, implementation: str, devices: Sequence[Any] = ()) -> None:
+        """Which kernel self-attention takes: "xla" (any device, the default), or "cudnn" (NVIDIA GPUs, half precision
+        only). "auto" is the faster of them on the devices named, such as `jax.devices()`.
 
         Raises ValueError for anything else. What "cudnn" cannot do is found when the model is first called.
         """
+        if implementation == "auto" and devices:
+            implementation = fastest_implementation(devices, self.dtype)
         if implementation not in ("xla", "cudnn"):
-            raise ValueError(f"implementation must be 'xla' or 'cudnn'; got {implementation!r}")
+            raise ValueError(f"implementation must be 'xla', 'cudnn', or 'auto' with devices; got {implementation!r}")
         for stage in self.blocks:
             for block in itertools.chain.from_iterable(stage.blocks):
                 block.attn.implementation = implementation
@@ -282,7 +286,9 @@ def _token(tokens: int, dim: int, param_dtype, rngs: nnx.Rngs) -> nnx.Param:
     return nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, tokens, dim), param_dtype))
 
 
-def create_model(name: str, *, dtype=None, param_dtype=jnp.float32, rngs: nnx.Rngs, **overrides) -> CrossViT:
+def create_model(
+    name: str, *, dtype=None, param_dtype=jnp.float32, rngs: nnx.Rngs | None = None, **overrides
+) -> CrossViT:
     """A freshly initialised CrossViT.
 
     Args:
@@ -291,6 +297,9 @@ def create_model(name: str, *, dtype=None, param_dtype=jnp.float32, rngs: nnx.Rn
         **overrides: settings of `CrossViTConfig`: num_classes, in_chans, image_size, drop_path_rate, …
 
     Raises:
-        ValueError, TypeError: see `get_config`.
+        ValueError, TypeError: see `get_config`; or `rngs` is missing.
     """
-    return CrossViT(get_config(name, **overrides), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    config = get_config(name, **overrides)  # first: whoever asks for trained weights needs no rngs
+    if rngs is None:
+        raise TypeError("fresh weights are drawn from rngs=nnx.Rngs(seed), which is missing")
+    return CrossViT(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)

@@ -5,11 +5,15 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from crossvit_jax.kernels.resize import interpolate, tap_matrix
 
 
-def bicubic_matrix(in_size: int, out_size: int, dtype: np.dtype) -> Float[np.ndarray, "out_size in_size"]:
-    """The weights of every input pixel in every output pixel along one axis.
+def bicubic_taps(
+    in_size: int, out_size: int, dtype: np.dtype
+) -> tuple[Int[np.ndarray, "4 out_size"], Float[np.ndarray, "4 out_size"]]:
+    """The four input pixels of which every output pixel along one axis is made, by their places, and their weights.
 
     The arithmetic runs in `dtype` step by step as in torch's `upsample_bicubic2d` (align_corners=False), so that the
     weights carry torch's own rounding: in float32 a source position is off by up to 1e-5 of a pixel.
@@ -31,12 +35,13 @@ def bicubic_matrix(in_size: int, out_size: int, dtype: np.dtype) -> Float[np.nda
     def far(x):  # 1 < |distance| < 2
         return fma(fma(fma(a, x, -5 * a), x, 8 * a), x, -4 * a)
 
-    weights = [far(t + 1), near(t), near(1 - t), far(2 - t)]
-    matrix = np.zeros((out_size, in_size), dtype)
-    for tap, weight in enumerate(weights):
-        column = np.clip(first.astype(int) - 1 + tap, 0, in_size - 1)  # outside pixels repeat the edge
-        np.add.at(matrix, (np.arange(out_size), column), weight)
-    return matrix
+    places = np.clip(first.astype(int) + np.arange(-1, 3)[:, None], 0, in_size - 1)  # outside pixels repeat the edge
+    return places, np.stack([far(t + 1), near(t), near(1 - t), far(2 - t)])
+
+
+def bicubic_matrix(in_size: int, out_size: int, dtype: np.dtype) -> Float[np.ndarray, "out_size in_size"]:
+    """The weights of every input pixel in every output pixel along one axis, see `bicubic_taps`."""
+    return tap_matrix(*bicubic_taps(in_size, out_size, dtype), in_size)
 
 
 def scale_image(
@@ -53,9 +58,5 @@ def scale_image(
         top, left = (round((have - want) / 2.0) for have, want in zip(in_size, size, strict=True))
         return x[:, top : top + size[0], left : left + size[1]]
     real = jnp.promote_types(x.dtype, jnp.float32)  # torch computes half precision in float32 as well
-    rows, columns = (jnp.asarray(bicubic_matrix(have, want, real)) for have, want in zip(in_size, size, strict=True))
-    resized = x.astype(real)
-    # "highest": a matrix product in bfloat16 or TF32, the default on accelerators, would blur the interpolation
-    resized = jnp.einsum("pw,bhwc->bhpc", columns, resized, precision="highest")
-    resized = jnp.einsum("oh,bhpc->bopc", rows, resized, precision="highest")
-    return resized.astype(x.dtype)
+    rows, columns = (bicubic_taps(have, want, real) for have, want in zip(in_size, size, strict=True))
+    return interpolate(x.astype(real), rows, columns).astype(x.dtype)

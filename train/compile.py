@@ -1,16 +1,21 @@
 """`python -m train.compile --variant b --topology v5e:4x4 --batch-size 4096`: what a step costs, before renting it.
 
-Compiles the training step itself for a slice of TPUs that is not there, or for the devices of this machine, and says
-what it takes: memory, arithmetic, communication.
+Compiles the training step itself, or the forward pass, for TPUs or GPUs that are not there, or for the devices of this
+machine, and says what it takes: memory, arithmetic, communication, and of GPUs the least time for it.
 """
 
 # jax is imported when it is needed: `--help` is instant, and the environment is prepared first.
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from convert.command_line import Parser, leave, run
+from convert.files import check_place, check_replaceable, home_path
 from train.config import TrainConfig
-from train.cost.figures import Figures, compile_step
+from train.cost.figures import check_case, compile_step, prepare_environment
+from train.cost.fit import largest_batches
+from train.cost.gpus import GPUS, find_gpu
+from train.cost.report import FIT_COLUMNS, as_json, columns, describe, is_report, print_row, write_report
 from train.flags import add_settings, apply_flags
 from train.images.rand_augment import check_augment_on
 from train.recipes import RECIPES
@@ -25,9 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = RECIPES[early.parse_known_args(argv)[0].recipe]
     parser = _parser(recipe)
     given = vars(parser.parse_args(argv))
-    num_classes, topologies = given.pop("num_classes"), given.pop("topology")
+    num_classes, topologies, file = (given.pop(name) for name in ("num_classes", "topology", "json"))
+    inference, fit = given.pop("inference"), given.pop("fit")
     if num_classes < 1:
         parser.error(f"argument --num-classes: must be at least 1; got {num_classes}")
+    if fit and (inference or not topologies or not all(map(find_gpu, topologies))):
+        parser.error(f"argument --fit: tells the batches of training steps on GPUs: --topology {' '.join(GPUS)}")
     variants = given.pop("variant", None) or ([None] if "branches" in given else ["ti"])
 
     def compile_all() -> int:
@@ -35,8 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         for config in configs:
             config.model_config(num_classes)
             check_augment_on(config)
+        if file is not None:
+            check_place(file, overwrite=True)
+            check_replaceable([file], is_report)
+        prepare_environment(topologies or ())
+        if fit:
+            return _report_fit(configs, topologies, num_classes, file)
         cases = [(config, topology) for topology in topologies or [None] for config in configs]
-        return _report(cases, num_classes)
+        for config, topology in cases:
+            check_case(config, num_classes, topology)
+        return _report(cases, num_classes, inference, file)
 
     return run(_PROGRAM, compile_all)
 
@@ -44,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser(recipe: TrainConfig) -> Parser:
     parser = Parser(
         prog=_PROGRAM,
-        description="Compile the training step for TPUs that are not there (--topology) or for the devices of this "
-        "machine, and print its memory, arithmetic and communication. With several variants or topologies: as a table.",
+        description="Compile the training step for TPUs or GPUs that are not there (--topology) or for the devices of "
+        "this machine, and print its memory, arithmetic and communication. With several variants or topologies: as a "
+        "table. Nothing is run.",
         epilog="The other flags are those of python -m train.main, so that a command can be tried by changing the "
         "name of the module; here the ones about data, logging, checkpoints and hosts change nothing. Exit status: "
         "0 fits, 1 does not fit, 2 wrong usage.",
@@ -62,95 +79,57 @@ def _parser(recipe: TrainConfig) -> Parser:
     parser.add_argument(
         "--topology",
         nargs="+",
-        metavar="SLICE",
-        help="slices of TPUs such as v5e:4x4, v5p:4x4x4, v6e:8x8: needs libtpu, but no TPU (default: the devices here)",
+        metavar="TOPOLOGY",
+        help="slices of TPUs such as v5e:4x4, v5p:4x4x4, v6e:8x8, which need libtpu; or one GPU or several, such as "
+        f"h100 or h100:8 ({', '.join(GPUS)}), which need the extra gpu-compile; no device is needed (default: those "
+        "here)",
     )
+    parser.add_argument(
+        "--inference",
+        action="store_true",
+        help="the forward pass in place of the training step, parameters and images in the arithmetic's dtype",
+    )
+    parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="the largest batch that fits each card of --topology, with and without --grad-checkpointing and "
+        "--grad-accum: three programs or more for each of these four",
+    )
+    parser.add_argument("--json", type=_path, metavar="FILE", help="write all that is known to FILE")
     parser.add_argument("--num-classes", type=int, default=1000, metavar="N", help="classes (default: 1000)")
     return parser
 
 
-def _report(cases: list[tuple[TrainConfig, str | None]], num_classes: int) -> int:
-    if cases[0][1] is not None:
-        from train.cost.slices import prepare_environment
+def _path(text: str) -> Path:
+    return Path(home_path(text))
 
-        prepare_environment()
-    refused = []
+
+def _report(cases: list[tuple[TrainConfig, str | None]], num_classes: int, inference: bool, file: Path | None) -> int:
+    shown = columns(on_gpus=any(topology and find_gpu(topology) for _, topology in cases))
+    refused, results = [], []
     for number, (config, topology) in enumerate(cases):
-        figures = compile_step(config, num_classes, topology)
+        figures = compile_step(config, num_classes, topology, inference=inference)
         if figures.too_much is not None:
             refused.append(f"{figures.config.variant} on {figures.slice} does not fit: {figures.too_much}")
         if len(cases) == 1:
             print(describe(figures, num_classes))
         else:
-            print(table_row(figures) if number else f"{TABLE_HEAD}\n{table_row(figures)}", flush=True)
+            print_row(shown, figures, head=number == 0)
+        results.append(as_json(figures))
+        write_report(file, results)
     if len(cases) > 1 and refused:
         print("", *refused, sep="\n")
     return 1 if refused else 0
 
 
-def describe(figures: Figures, num_classes: int) -> str:
-    """A few lines for the user."""
-    from train.devices.memory import format_bytes
-
-    config = figures.config
-    lines = [
-        f"CrossViT {config.variant}, {num_classes} classes, {config.precision}, batch {config.batch_size} on "
-        f"{figures.devices} x {figures.device_kind} ({figures.slice}), mesh {figures.mesh}"
-    ]
-    if figures.memory is not None:
-        lines.append(figures.memory.describe(figures.available))
-    by_xla = "" if figures.compiler_flops is None else f"; {_count(figures.compiler_flops)} by XLA's own count"
-    lines.append(f"FLOPs per step: {_count(figures.flops)} in matrix products and convolutions{by_xla}")
-    if figures.cycles is not None:
-        lines.append(f"clock cycles per step by the compiler's own estimate: {_count(figures.cycles)}")
-    if figures.traffic is not None:
-        kinds = [f"{kind} {format_bytes(t.volume)} in {t.calls}" for kind, t in figures.traffic.items()]
-        sent = format_bytes(sum(t.sent for t in figures.traffic.values()))
-        told = f"{', '.join(kinds)}; {sent} sent on rings" if kinds else "none"
-        lines.append(f"communication per step and device: {told}")
-    lines.append(f"compiled in {figures.seconds:.0f} s")
-    lines.append(f"does not fit: {figures.too_much}" if figures.too_much else "fits")
-    return "\n".join(lines)
-
-
-TABLE_HEAD = """\
-| variant | slice | devices | memory per device | available | FLOPs per step | all-reduce | other collectives | sent | \
-compiled in | fits |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
-
-
-def table_row(figures: Figures) -> str:
-    """The figures as a row under `TABLE_HEAD`."""
-    from train.devices.memory import format_bytes
-
-    needed, traffic = figures.needed, figures.traffic
-    reduced = others = sent = "-"
-    if traffic is not None:
-        reduced = format_bytes(sum(t.volume for kind, t in traffic.items() if kind == "all-reduce"))
-        others = format_bytes(sum(t.volume for kind, t in traffic.items() if kind != "all-reduce"))
-        sent = format_bytes(sum(t.sent for t in traffic.values()))
-    cells = [
-        figures.config.variant,
-        figures.slice,
-        f"{figures.devices} x {figures.device_kind}",
-        "unknown" if needed is None else format_bytes(needed),
-        "unknown" if figures.available is None else format_bytes(figures.available),
-        _count(figures.flops),
-        reduced,
-        others,
-        sent,
-        f"{figures.seconds:.0f} s",
-        "no" if figures.too_much else "yes",
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def _count(number: float) -> str:
-    """A large number in words: `38.3 T`."""
-    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f}"
+def _report_fit(configs: list[TrainConfig], topologies: list[str], num_classes: int, file: Path | None) -> int:
+    results = []
+    for config in configs:
+        for fit in largest_batches(config, num_classes, topologies):
+            print_row(FIT_COLUMNS, fit, head=not results)
+            results.append(as_json(fit))
+            write_report(file, results)
+    return 0 if all(result["batches"]["none"] for result in results) else 1
 
 
 if __name__ == "__main__":

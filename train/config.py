@@ -9,8 +9,10 @@ from fractions import Fraction
 from typing import Any, Literal, get_args
 
 from convert.class_names import NATURAL, TEXT
+from convert.command_line import data_set, weights_source
 from convert.errors import SettingsError
-from convert.files import FOLDER_PREFIX, home_path
+from convert.files import home_path
+from convert.image_files import USUAL_SHARE
 from crossvit_jax.config import CUSTOM, EXAMPLE, Branch, CrossViTConfig, get_config
 
 _COMPARE = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
@@ -65,11 +67,6 @@ def branch_text(text: str) -> str:
         raise SettingsError(str(error)) from None
 
 
-def data_set(text: str) -> str:
-    """The name of a data set, or `folder:` and a path as `home_path` returns it."""
-    return FOLDER_PREFIX + home_path(text.removeprefix(FOLDER_PREFIX)) if text.startswith(FOLDER_PREFIX) else text
-
-
 def class_order(text: str) -> str:
     """`natural`, `text`, or the path of a file as `home_path` returns it."""
     return text if text in (NATURAL, TEXT) else home_path(text)
@@ -91,8 +88,18 @@ class TrainConfig:
         branch_text,
         many=True,
     )
-    init: str | None = setting(None, "weights to start from, any SOURCE of python -m convert; none: fresh ones")
-    dataset: str = setting("digits", "digits, a prepared tensorflow-datasets name, or folder:PATH", data_set)
+    init: str | None = setting(
+        None, "weights to start from, any SOURCE of python -m convert; none: fresh ones", weights_source
+    )
+    resume: str | None = setting(
+        None,
+        "the folder of a run to continue with its settings, the same as its command with --output FOLDER; or a "
+        "training checkpoint of timm or IBM (last.pth.tar) to go on from, with the settings given; none: nothing",
+        home_path,
+    )
+    dataset: str = setting(
+        "digits", "digits, a prepared tensorflow-datasets name, or folder:PATH (folder: may be left out)", data_set
+    )
     data_dir: str | None = setting(
         None, "where prepared data sets lie; none: tensorflow-datasets' own folder", home_path
     )
@@ -105,7 +112,12 @@ class TrainConfig:
     val_fraction: float = setting(
         0.1, "share of each class held out when folder:PATH has no val/ or test/ folder", above=0, below=1
     )
-    max_bad_images: float = setting(0.01, "share of the images that may be unreadable before the run stops", **_SHARE)
+    max_bad_images: float = setting(
+        USUAL_SHARE,
+        "share of the images that may be unreadable before the run stops; unless it is 0, up to 3 of a small data set "
+        "may be, or a tenth of it",
+        **_SHARE,
+    )
     recipe: Literal["imagenet", "imagenet-ibm", "finetune-408", "finetune", "transfer", "digits"] = setting(
         "imagenet", "the set of defaults that the settings start from"
     )
@@ -196,6 +208,14 @@ class TrainConfig:
         "bfloat16 or float32 arithmetic, parameters are float32; none: bfloat16 on accelerators",
         section="arithmetic and devices",
     )
+    attention_kernel: Literal["auto", "xla", "cudnn"] = setting(
+        "auto",
+        "what computes self-attention: xla, or cudnn (NVIDIA GPUs from compute capability 8.0 on, bfloat16); auto: "
+        "cudnn where it can",
+    )
+    deterministic: bool = setting(
+        False, "on GPUs the same steps give the same bits, more slowly; CPUs and TPUs compute so anyway"
+    )
     qat: Literal["int8", "int4", None] = setting(
         None, "int8 or int4: the weights learn to be rounded to it, see docs/quantisation-aware-training.md"
     )
@@ -211,6 +231,12 @@ class TrainConfig:
         50, "steps between two lines of training metrics", at_least=1, section="logs and checkpoints"
     )
     eval_every: int = setting(1, "epochs between two evaluations; the last epoch is always evaluated", at_least=1)
+    patience: int | None = setting(
+        None,
+        "epochs without a better evaluation after which the run ends; none: it goes on to the last",
+        int,
+        at_least=1,
+    )
     checkpoint_every: int = setting(
         1000, "steps between two checkpoints; one more is written after every epoch", at_least=1
     )
@@ -234,7 +260,9 @@ class TrainConfig:
             raise SettingsError(
                 f"batch_size {self.batch_size} cannot be cut into groups of mix_group {self.mix_group} images"
             )
-        if self.qat is not None and self.init is None:
+        if self.init is not None and self.resume is not None:
+            raise SettingsError("init begins anew from weights, and resume goes on with a run: leave one out")
+        if self.qat is not None and self.init is None and self.resume is None:
             raise SettingsError(f"qat {self.qat} is for weights that are trained already: name them with --init")
         if self.qat is not None and self.freeze_backbone:
             raise SettingsError(

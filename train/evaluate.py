@@ -7,13 +7,14 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from convert.class_names import NATURAL, TEXT, in_order, read_names, unlike_timm
-from convert.command_line import Parser, at_least_zero, leave, run
+from convert.command_line import Parser, at_least_zero, data_set, leave, run
 from convert.errors import SettingsError
-from convert.files import FOLDER_PREFIX, home_path
-from train.config import TrainConfig, class_order, data_set
+from convert.files import home_path
+from convert.streams import tell_error
+from train.config import TrainConfig, class_order
 from train.inference.command import (
     SMALLER_BATCH,
     SOURCES,
@@ -25,9 +26,10 @@ from train.inference.command import (
 )
 
 if TYPE_CHECKING:
-    from train.data.sources import Source
+    from train.inference.dataset import Data
 
 _PROGRAM = "python -m train.evaluate"
+_DATA = ("dataset", "data_dir", "seed", "val_fraction")  # flags that a run can tell
 
 _EPILOG = f"""\
 {SOURCES}
@@ -46,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog=_PROGRAM,
-        description="Evaluate a CrossViT: top-1 and top-5 accuracy, loss, accuracy per class and a confusion matrix.",
+        description="Evaluate a CrossViT: top-1 and top-5 accuracy, loss, precision, recall, F1, calibration error, "
+        "rates per class, a confusion matrix, and the prediction for every image.",
         epilog=_EPILOG,
     )
     add_model_flags(parser)
@@ -54,11 +57,18 @@ def _parser() -> Parser:
     add(
         "--dataset",
         type=data_set,
-        required=True,
+        default=argparse.SUPPRESS,
         metavar="DATA",
-        help="digits, a prepared tensorflow-datasets name, or folder:PATH",
+        help="digits, a prepared tensorflow-datasets name, or folder:PATH (default: that of the run, where SOURCE is "
+        "in the folder of one; what it held out is checked)",
     )
-    add("--data-dir", type=home_path, metavar="DIR", help="where prepared data sets lie (default: tfds' own folder)")
+    add(
+        "--data-dir",
+        type=home_path,
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="where prepared data sets lie (default: the run's, or tfds' own folder)",
+    )
     add(
         "--split",
         choices=("held-out", "train", "val", "test", "all"),
@@ -77,11 +87,18 @@ def _parser() -> Parser:
     add(
         "--val-fraction",
         type=float,
-        default=TrainConfig.val_fraction,
+        default=argparse.SUPPRESS,
         metavar="F",
-        help="share of each class that training held out of such a folder (default: %(default)s)",
+        help="share of each class that training held out of such a folder (default: the run's, or "
+        f"{TrainConfig.val_fraction})",
     )
-    add("--seed", type=int, default=TrainConfig.seed, metavar="N", help="of that choice in training (default: 0)")
+    add(
+        "--seed",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="of that choice in training (default: the run's, or 0)",
+    )
     add(
         "--workers",
         type=at_least_zero,
@@ -92,21 +109,24 @@ def _parser() -> Parser:
         "--output",
         type=home_path,
         metavar="DIR",
-        help="folder for evaluation.json, per_class.csv, confusion.csv and confusion.png; those of an earlier "
-        "evaluation are replaced (default: nothing is written)",
+        help="folder for evaluation.json, per_class.csv, predictions.csv, confusion.csv and confusion.png; those of an "
+        "earlier evaluation are replaced (default: nothing is written)",
     )
     return parser
 
 
 def _evaluate(args: argparse.Namespace) -> int:
     from train.data.bad_images import BadImages
-    from train.data.sources import Matched
+    from train.data.sources import Matched, image_names
     from train.data.tagged_images import TaggedImages
+    from train.inference.dataset import open_data
     from train.inference.evaluation import evaluate
+    from train.run.folder import run_behind
     from train.run.progress import open_bar
     from train.tasks.classification import match_classes
 
-    data = _open_data(args)
+    given = {name: getattr(args, name) for name in _DATA if hasattr(args, name)}
+    data = open_data(given, args.split, run_behind(args.weights))
     source = data.images
     classifier = load_model(args)
     config = classifier.config
@@ -123,7 +143,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         f"CrossViT {config.name} at {height} x {width} pixels (crop {config.crop_pct:g}), "
         f"{config.num_classes} classes, {classifier.precision}"
         f"{f', weights rounded to {args.quantize}' * (args.quantize is not None)}, {classifier.device_summary}\n"
-        f"{args.dataset}: {len(source)} images ({data.split})",
+        f"{data.dataset}: {len(source)} images ({data.split})",
         flush=True,
     )
     workers = reading_processes(len(source)) if args.workers is None else args.workers
@@ -142,12 +162,17 @@ def _evaluate(args: argparse.Namespace) -> int:
     for metric in classifier.task.metrics:
         print(f"{metric.label:11} {values[metric.name]:.2f}{' %' if metric.unit == '%' else ''}")
     print(f"loss        {values['loss']:.4f}")
+    details = scores.details()
+    for name, label in (("precision", "precision"), ("recall", "recall"), ("f1", "F1")):
+        macro, weighted = details[f"{name}_macro"], details[f"{name}_weighted"]
+        print(f"{label:11} {macro:.2f} % (mean of the classes), {weighted:.2f} % (weighted by their images)")
+    print(f"calibration {details['calibration_error']:.2f} % expected error of the probabilities")
     print(f"images      {values['images']} (unreadable: {bad_images.count})")
     print(f"speed       {images_per_s:.0f} images/s")
     if output:
         about = {
             "weights": args.weights,
-            "dataset": args.dataset,
+            "dataset": data.dataset,
             "split": data.split,
             "model": config.name,
             "image_size": config.image_size,
@@ -158,49 +183,17 @@ def _evaluate(args: argparse.Namespace) -> int:
             "bad_images": bad_images.count,
             "images_per_s": images_per_s,
         }
-        written = scores.write(output, about=about, say=lambda line: print(f"{_PROGRAM}: {line}", file=sys.stderr))
+        how = {"images": image_names(source), "say": lambda line: tell_error(f"{_PROGRAM}: {line}")}
+        written = scores.write(output, about=about, **how)
         print(f"written     {', '.join(written)} in {output}")
     return 0
 
 
-# --- what is evaluated ---
-
-
-class _Data(NamedTuple):
-    images: "Source"
-    class_names: tuple[str, ...]  # in the order of the labels
-    split: str  # which images they are, in words
-    notes: list[str]
-    sorted_by_name: bool  # see `train.data.sources.ImageSets`
-
-
-def _open_data(args: argparse.Namespace) -> _Data:
-    """The images asked for."""
-    config = TrainConfig(dataset=args.dataset, data_dir=args.data_dir, val_fraction=args.val_fraction, seed=args.seed)
-
-    from train.data.datasets import open_image_sets
-    from train.data.folder import open_split
-    from train.data.layout import find_splits
-
-    folder = Path(args.dataset.removeprefix(FOLDER_PREFIX)) if args.dataset.startswith(FOLDER_PREFIX) else None
-    splits = find_splits(folder)[0] if folder is not None and folder.is_dir() else {}
-    if args.split in ("val", "test", "all") or (args.split == "train" and splits.keys() == {"train"}):
-        if folder is None:
-            raise SettingsError(f"--split {args.split} is for a folder:PATH; choose held-out or train here")
-        images, names, notes = open_split(folder, args.split)
-        return _Data(images, names, splits.get(args.split, "all of them"), notes, True)
-    sets = open_image_sets(config)
-    notes = [*sets.notes]
-    if folder is not None and not splits:
-        notes.append(f"{folder} has no train/ and val/: it is split as in training; --split all takes all")
-    if args.split == "train":
-        split = f"training images; held out: {sets.held_out_split}"
-        return _Data(sets.train, sets.class_names, split, notes, sets.sorted_by_name)
-    return _Data(sets.held_out, sets.class_names, sets.held_out_split, notes, sets.sorted_by_name)
+# --- what the outputs are for ---
 
 
 def _names_of_outputs(
-    order: str | None, data: _Data, weight_names: tuple[str, ...] | None, num_classes: int
+    order: str | None, data: "Data", weight_names: tuple[str, ...] | None, num_classes: int
 ) -> tuple[tuple[str, ...] | None, list[str]]:
     """The class that each output is for, where that is known or asked for; and what the user should know of that.
 

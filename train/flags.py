@@ -7,13 +7,12 @@ from pathlib import Path
 
 from convert.command_line import Parser
 from convert.errors import SettingsError
-from convert.files import home_path
 from train.config import TrainConfig
 from train.recipes import RECIPES
 from train.run.folder import read_settings
 
 # the flags that --help tells first; the others stand in the groups of their settings
-_EVERYDAY = ("variant", "init", "dataset", "data_dir", "recipe", "output", "seed", "image_size")
+_EVERYDAY = ("variant", "init", "resume", "dataset", "data_dir", "recipe", "output", "seed", "image_size")
 _EVERYDAY += ("epochs", "batch_size", "lr", "precision")
 _DIGITS = "digits"  # the data set that has a recipe of its own
 _PROGRAM = "python -m train.main"
@@ -24,32 +23,32 @@ def parse_flags(argv: Sequence[str]) -> TrainConfig:
     early = Parser(prog=_PROGRAM, add_help=False)
     early.add_argument("--recipe", choices=RECIPES)
     early.add_argument("--dataset", default=_DIGITS)
-    early.add_argument("--resume")
+    early.add_argument("--init")
     known, _ = early.parse_known_args(argv)
-    recipe = RECIPES[known.recipe or (_DIGITS if known.dataset == _DIGITS else "imagenet")]
+    recipe = RECIPES[known.recipe or _usual_recipe(known.dataset, known.init)]
     parser = Parser(
         prog=_PROGRAM,
         description="Train a CrossViT. With no --dataset: on the handwritten digits that scikit-learn carries.",
         epilog=f"The defaults shown are those of the recipe {recipe.recipe!r}. Recipes: {', '.join(RECIPES)}; "
-        "digits is the default for the digits, imagenet for all other data. Ctrl-C and SIGTERM save, a second one ends "
-        "at once. Exit status: 0 done; 1 training failed; 2 a mistake in what was asked for; 130 after Ctrl-C, 143 "
-        "after SIGTERM.",
-    )
-    parser.add_argument(
-        "--resume",
-        type=home_path,
-        default=argparse.SUPPRESS,
-        metavar="FOLDER",
-        help="continue the run in this folder, with its settings; the same as its command with --output FOLDER",
+        "digits is the default for the digits; for other data finetune with --init, imagenet without. Ctrl-C and "
+        "SIGTERM save, a second one ends at once; SIGHUP (a closed terminal) and SIGUSR1 (a scheduler's warning) save. "
+        "Exit status: 0 done; 1 training failed; 2 a mistake in what was asked for; 128 and the number of the signal "
+        "after one: 130 after Ctrl-C.",
     )
     add_settings(parser, recipe)
     given = vars(parser.parse_args(argv))
     try:
-        if "resume" in given:
+        if "resume" in given and not Path(given["resume"]).is_file():
             return _resumed(given.pop("resume"), given)
         return apply_flags(recipe, given)
     except SettingsError as error:
         parser.error(str(error))
+
+
+def _usual_recipe(dataset: str, init: str | None) -> str:
+    if dataset == _DIGITS:
+        return "digits"
+    return "imagenet" if init is None else "finetune"
 
 
 def add_settings(parser: argparse.ArgumentParser, recipe: TrainConfig) -> None:

@@ -13,15 +13,19 @@ from jax.sharding import Mesh
 
 from convert import ConversionError
 from convert.class_names import unlike_timm
+from convert.command_line import leave_if_run_anew
 from convert.errors import SettingsError
 from convert.metadata import describe, understand
+from convert.training.state import TrainingState
 from convert.weights import Weights
 from train.config import TrainConfig, steps_per_epoch
 from train.data.datasets import check_trainable, open_image_sets
 from train.data.sources import ImageSets
+from train.devices.attention import choose_attention
 from train.devices.mesh import check_divides, default_mix_group, default_precision, make_mesh
 from train.images.rand_augment import check_augment_on, device_can_augment
 from train.images.transforms import train_transform
+from train.optim.carried import check_carried, read_carried
 from train.optim.quantize import require_qwix
 from train.recipes import RECIPES
 from train.run.folder import begun_settings, check_same_run, describe_run, newest_checkpoint, read_run
@@ -41,6 +45,7 @@ class Job:
     described: dict[str, Any]  # the content of config.json
     resumed: bool  # whether the folder holds this run already
     notes: tuple[str, ...] = ()  # what the user should know of the data and the weights
+    carried: TrainingState | None = None  # of `config.resume`, where its training goes on
 
     @property
     def steps_per_epoch(self) -> int:
@@ -62,11 +67,14 @@ def prepare(config: TrainConfig) -> Job:
 
     Raises SettingsError for the first mistake. The digits are prepared here if they never were.
     """
+    leave_if_run_anew()
     saved = read_run(config.output)
-    if saved is None and config.init is None:
+    if saved is None and config.init is None and config.resume is None:
         config.model_config(num_classes=1)  # the variant and the image size; the classes are not known yet
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise SettingsError("--wandb needs the package wandb, which is not installed: pip install wandb")
+    if jax.config.jax_disable_jit:
+        raise SettingsError("JAX_DISABLE_JIT is set, and a run's programs are compiled before it starts: unset it")
     if config.qat is not None:
         require_qwix("--qat")
     mesh = make_mesh(config.mesh)
@@ -80,7 +88,7 @@ def prepare(config: TrainConfig) -> Job:
         begun, begun_names = (None, None) if saved is None else understand(saved["model"])
     except (KeyError, TypeError, ConversionError) as error:
         raise SettingsError(f"the run in {config.output} was begun by another version: {error}") from error
-    image_sets = open_image_sets(config, class_names=begun_names)
+    image_sets = _open_image_sets(config, begun_names, begun=saved is not None)
     check_trainable(config, image_sets)
     if steps_per_epoch(len(image_sets.train), config.batch_size, config.repeated_aug) < 1:
         raise SettingsError(
@@ -91,8 +99,12 @@ def prepare(config: TrainConfig) -> Job:
 
     starts_anew = saved is None or newest_checkpoint(Path(config.output)) == 0  # if not, --init may be gone by now
     if saved is not None and starts_anew:
-        config = dataclasses.replace(config, init=config.init or saved["train"].get("init"))
-    model_config, weights = starting_model(config, image_sets.class_names, begun, starts_anew=starts_anew)
+        before = {name: getattr(config, name) or saved["train"].get(name) for name in ("init", "resume")}
+        config = dataclasses.replace(config, **before)
+    carried = read_carried(config) if starts_anew and config.resume is not None else None
+    model_config, weights = starting_model(
+        config, image_sets.class_names, begun, starts_anew=starts_anew, carried=carried and carried.weights
+    )
     config = dataclasses.replace(
         config,
         variant=model_config.name,
@@ -112,10 +124,33 @@ def prepare(config: TrainConfig) -> Job:
     described["id"] = uuid.uuid4().hex[:8] if saved is None else saved.get("id")
     if saved is not None:
         check_same_run(saved, described, config.output)
+    kernel, kernel_notes = choose_attention(config.attention_kernel, model_config, config.precision, mesh)
+    config = dataclasses.replace(config, attention_kernel=kernel)
     task = Classification(config, model_config, image_sets.class_names)
-    notes = (*image_sets.notes, *_order_note(config, image_sets), *_mix_note(config, mesh))
-    notes += () if weights is None else weights.notes
-    return Job(config, task, image_sets, mesh, weights, described, saved is not None, notes)
+    weight_notes = () if weights is None else weights.notes
+    notes = [
+        *image_sets.notes,
+        *_order_note(config, image_sets),
+        *_mix_note(config, mesh),
+        *weight_notes,
+        *kernel_notes,
+    ]
+    if carried is not None:
+        notes += check_carried(carried, config, steps_per_epoch=described["data"]["steps_per_epoch"])
+    return Job(config, task, image_sets, mesh, weights, described, saved is not None, tuple(notes), carried)
+
+
+def _open_image_sets(config: TrainConfig, class_names: tuple[str, ...] | None, *, begun: bool) -> ImageSets:
+    """The data; for a run that was begun, an error says how to go on with data that have another place now."""
+    try:
+        return open_image_sets(config, class_names=class_names)
+    except SettingsError as error:
+        if not begun:
+            raise
+        raise SettingsError(
+            f"{error}; if the data of the run in {config.output} were moved, give their place anew with --dataset or "
+            "--data-dir"
+        ) from error
 
 
 def augment_on(config: TrainConfig, saved: dict[str, Any] | None) -> str:

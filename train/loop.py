@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +15,23 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from convert.errors import SettingsError
+from convert.errors import ConversionError, SettingsError
+from convert.formats.run_folder import AVERAGE, BEST, CHECKPOINTS, WEIGHTS, read_state
+from convert.image_files import accepted_unreadable
+from convert.streams import tell
 from convert.tree import nest
 from train.data.bad_images import BadImages, too_many_error
+from train.data.sources import WorkersFailed
 from train.data.tagged_images import TaggedImages
 from train.devices.hosts import is_main
 from train.devices.memory import available_memory, check_fits, memory_errors_explained
 from train.devices.mesh import fetch
 from train.inference.evaluation import forward
 from train.job import Job
+from train.optim.carried import carry
 from train.optim.programs import Plan, Programs
 from train.optim.schedule import learning_rate
+from train.optim.state import State
 from train.pictures.curves import draw_curves
 from train.run.best_effort import BestEffort
 from train.run.folder import claim_run_folder, newest_checkpoint, read_run, write_config
@@ -39,7 +45,7 @@ from train.tasks.task import Metric, Scores, choosing_metric
 if TYPE_CHECKING:
     from train.run.checkpoints import Checkpoints
 
-WEIGHTS_FILE, EMA_FILE, CURVES_FILE = "weights.safetensors", "weights-ema.safetensors", "curves.png"
+CURVES_FILE = "curves.png"
 _CURVES_EVERY_S = 60.0
 
 
@@ -56,21 +62,29 @@ class Result:
     def summary(self) -> str:
         """A few lines for the user."""
         minutes, seconds = divmod(round(self.seconds), 60)
-        told = [metric for metric in self.metrics if f"eval/{metric.name}" in self.final]
-        held_out = [metric.shown(self.final[f"eval/{metric.name}"]) for metric in told]
-        choosing = choosing_metric(self.metrics)
-        best = f" (best {choosing.shown(self.best.value)}, epoch {self.best.epoch})" if self.best else ""
-        return (
-            f"held-out {', '.join(held_out)}, loss {self.final['eval/loss']:.4f}{best}; "
-            f"{minutes} min {seconds:02} s\n"
-            f"run folder {self.folder}, weights {self.folder / WEIGHTS_FILE}"
-        )
+        choosing, weights = choosing_metric(self.metrics), f"weights {self.folder / WEIGHTS}"
+        scores = f"held-out {self._scores('eval/')}"
+        if "eval/ema_loss" in self.final:
+            scores += f"; average of the weights {self._scores('eval/ema_')}"
+            weights += f", their average {self.folder / AVERAGE}"
+        weights += f", of the best evaluation {self.folder / BEST}"
+        best = ""
+        if self.best:
+            whose = ", of the average" if self.best.kind == "ema" else ""
+            best = f" (best {choosing.shown(self.best.value)}, epoch {self.best.epoch}{whose})"
+        return f"{scores}{best}; {minutes} min {seconds:02} s\nrun folder {self.folder}, {weights}"
+
+    def _scores(self, prefix: str) -> str:
+        """The metrics of the last evaluation, and the loss."""
+        names = {metric: prefix + metric.name for metric in self.metrics}
+        told = [metric.shown(self.final[name]) for metric, name in names.items() if name in self.final]
+        return ", ".join([*told, f"loss {self.final[f'{prefix}loss']:.4f}"])
 
 
 def train(job: Job) -> Result:
     """Run a job to its end, from where an earlier run of it stopped.
 
-    Raises TrainingFailed if the loss is not finite, Interrupted after SIGTERM or Ctrl-C, CheckpointError,
+    Raises TrainingFailed if the loss is not finite, Interrupted after a signal that asks for it, CheckpointError,
     SettingsError if the program does not fit into memory or the folder is taken, and what the data raises.
     """
     start = time.perf_counter()
@@ -82,6 +96,7 @@ def train(job: Job) -> Result:
 
         # --- the run's folder: taken now, written to when nothing can go wrong any more ---
         folder = _claim_folder(job, stack)
+        stack.enter_context(_told_how_to_go_on(folder))
         newest_step = newest_checkpoint(folder)
         _say(_headline(job, folder))
 
@@ -94,7 +109,8 @@ def train(job: Job) -> Result:
         # --- meanwhile the data; Grain and Orbax take long to import ---
         from train.run.checkpoints import Checkpoints
 
-        run = stack.enter_context(closing(_Run(job, folder, programs, interruption, step=newest_step, start=start)))
+        first_step = newest_step if job.carried is None else job.carried.epochs * job.steps_per_epoch
+        run = stack.enter_context(closing(_Run(job, folder, programs, interruption, step=first_step, start=start)))
         memory, available = programs.memory, available_memory(mesh)
         check_fits(memory, available, config, mesh)
         _say(memory.describe(available))
@@ -111,14 +127,17 @@ def train(job: Job) -> Result:
             if epoch % config.eval_every == 0 or epoch == config.epochs:
                 values |= run.evaluate(epoch)
             run.tell(epoch, values, images_per_s)
+            if run.is_out_of_patience(epoch):
+                break
 
         # --- the weights, before anything that is only looked at ---
         checkpoints.wait()
-        for name, file in (("params", WEIGHTS_FILE), ("ema", EMA_FILE)):
+        for name, file in (("params", WEIGHTS), ("ema", AVERAGE)):
             if name in run.state:
                 params = fetch(run.state[name], mesh)
                 if is_main():
                     job.task.save(params, folder / file)
+        run.save_best()
         run.draw()
     return Result(folder, job.task.metrics, run.final, run.best, time.perf_counter() - start)
 
@@ -165,7 +184,7 @@ class _Run:
         job, config = self._job, self._job.config
         self._checkpoints = checkpoints
         restored = checkpoints.restore(self._programs.state)
-        self.state, remembered = restored or (self._programs.new_state(), RunState())
+        self.state, remembered = restored or self._begin()
         self.best = remembered.best
         checkpoints.best_step = self.best and self.best.step
         if remembered.step != self._step:  # the newest checkpoint was damaged
@@ -196,7 +215,16 @@ class _Run:
             check_bad=lambda count: _check_bad(job, self._bad_train, count),
             state=remembered.meter,
         )
+        if job.carried is not None:
+            self._checkpoints.save(self.state, remembered, job.described)  # from now on the run is in its folder
         self._interruption.can_save = True
+
+    def _begin(self) -> tuple[State, RunState]:
+        """A new state, or the one that another program has trained."""
+        state, carried = self._programs.new_state(), self._job.carried
+        if carried is None:
+            return state, RunState()
+        return carry(state, carried, step=self._step), RunState(self._step, lr=carried.rule.lr)
 
     def epochs_left(self) -> range:
         """From 1; also the epoch whose last step is done, if its evaluation is not."""
@@ -279,10 +307,41 @@ class _Run:
 
     def _keep_if_best(self, epoch: int) -> None:
         name, larger = self._choosing.name, self._choosing.better == "max"
-        value = self.final.get(f"eval/ema_{name}", self.final[f"eval/{name}"])
+        names = {"ema": f"eval/ema_{name}", "params": f"eval/{name}"}  # of equal ones the average counts
+        scored = {kind: self.final[name] for kind, name in names.items() if name in self.final}
+        kind = (max if larger else min)(scored, key=scored.get)
+        value = scored[kind]
         if self.best is None or (value > self.best.value if larger else value < self.best.value):
-            self.best = Best(value, epoch, self._step)
+            self.best = Best(value, epoch, self._step, kind)
             self._checkpoints.best_step = self._step
+
+    def is_out_of_patience(self, epoch: int) -> bool:
+        """Whether the run ends with this epoch, since the best evaluation was too long ago; and says so."""
+        patience = self._job.config.patience
+        if patience is None or self.best is None or epoch - self.best.epoch < patience:
+            return False
+        if epoch < self._job.config.epochs:
+            _say(f"stopped after epoch {epoch}: no evaluation was better for {epoch - self.best.epoch} epochs")
+        return True
+
+    def save_best(self) -> None:
+        """Writes the weights of the best evaluation, the raw ones or their average, as a file of their own."""
+        best = self.best
+        if best is None:
+            return
+        kind = best.kind or ("ema" if "ema" in self.state else "params")
+        if best.step == self._step:
+            params = fetch(self.state[kind], self._job.mesh)
+        elif is_main():
+            try:
+                params = read_state(self._folder / CHECKPOINTS / str(best.step), [kind])[kind]
+            except ConversionError as error:
+                _say(f"note: {BEST} is left out: {error}")
+                return
+        if is_main():
+            what = "the average of the weights" if kind == "ema" else "the weights"
+            origin = f"{what} after epoch {best.epoch}, held-out {self._choosing.shown(best.value)}"
+            self._job.task.save(params, self._folder / BEST, origin=origin)
 
     def tell(self, epoch: int, values: dict[str, float], images_per_s: float) -> None:
         """A line about an epoch, and from time to time the curves."""
@@ -302,7 +361,8 @@ class _Run:
 
     def _save(self) -> None:
         meter = self._meter.catch_up()
-        remembered = RunState(self._step, self._log.position, meter, self.best)
+        lr = learning_rate(self._job.config, self._step - 1, steps_per_epoch=self._job.steps_per_epoch)
+        remembered = RunState(self._step, self._log.position, meter, self.best, lr)
         self._checkpoints.save(self.state, remembered, self._job.described)
 
     def _stop_if_wanted(self) -> None:
@@ -319,8 +379,18 @@ class _Run:
 
 def _check_bad(job: Job, bad_images: BadImages, count: int, *, held_out: bool = False) -> None:
     images = len(job.image_sets.held_out if held_out else job.image_sets.train)
-    if count > job.config.max_bad_images * images:
+    if count > accepted_unreadable(job.config.max_bad_images, images):
         raise too_many_error(bad_images, count, images, job.config.max_bad_images)
+
+
+@contextmanager
+def _told_how_to_go_on(folder: Path) -> Iterator[None]:
+    """Where a worker process dies, as it may where memory ends, the message says what to do with the run."""
+    try:
+        yield
+    except WorkersFailed as error:
+        how = f"; --resume {folder} goes on, --workers 0 needs no worker processes" if read_run(str(folder)) else ""
+        raise WorkersFailed(f"{error}{how}") from error
 
 
 def _claim_folder(job: Job, stack: ExitStack) -> Path:
@@ -329,6 +399,8 @@ def _claim_folder(job: Job, stack: ExitStack) -> Path:
     if is_main():
         claim = stack.enter_context(closing(claim_run_folder(job.config)))
         folder = claim.folder
+        if claim.note:
+            _say(f"note: {claim.note}")
         if not job.resumed and read_run(str(folder)) is not None:
             raise SettingsError(f"another run was begun in {folder} meanwhile: name another --output")
     if jax.process_count() > 1:
@@ -354,12 +426,12 @@ def _begin_wandb(job: Job, folder: Path) -> Any:
 
 def _say(line: str) -> None:
     if is_main():
-        print(line, flush=True)
+        tell(line)
 
 
 def _headline(job: Job, folder: Path) -> str:
     config, sets, devices = job.config, job.image_sets, job.mesh.devices
-    start = f" from {config.init}" if job.weights is not None else ""
+    start = f" from {config.init or config.resume}" if job.weights is not None else ""
     mesh = ", ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items() if size > 1) or "1 device"
     return "\n".join(
         [

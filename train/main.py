@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from convert.command_line import leave, run
+from convert.streams import tell
 from train.flags import parse_flags
 
 
@@ -14,8 +15,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 0 done; 1 training failed; 2 a mistake in what was asked for; 130 or 143 after Ctrl-C or
-        SIGTERM, and saved if there was anything to save.
+        The exit status: 0 done; 1 training failed; 2 a mistake in what was asked for; 130, 143, 129 or 138 after
+        Ctrl-C, SIGTERM, SIGHUP or SIGUSR1, and saved if there was anything to save.
     """
     config = parse_flags(sys.argv[1:] if argv is None else argv)
     # Until the first step, after which `train.loop` turns it on again: hardly anything of what is imported and traced
@@ -38,7 +39,7 @@ def _train(config) -> int:
     hosts.join_processes(config)
     result = train(prepare(config))
     if hosts.is_main():
-        print(result.summary())
+        tell(result.summary())
     return 0
 
 

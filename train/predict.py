@@ -8,8 +8,9 @@ from contextlib import closing
 from pathlib import Path
 
 from convert.command_line import Parser, at_least_one, leave, run
-from convert.files import check_replaceable, home_path
+from convert.files import check_replaceable, home_path, local_path
 from convert.image_files import LeftOut
+from convert.streams import reconfigure, tell_error
 from train.inference.command import (
     SMALLER_BATCH,
     SOURCES,
@@ -48,7 +49,7 @@ def _parser() -> Parser:
         description="Classify images with a CrossViT, in the order in which they are given.",
         epilog=_EPILOG,
     )
-    parser.add_argument("paths", metavar="PATH", nargs="+")
+    parser.add_argument("paths", type=local_path, metavar="PATH", nargs="+")
     add_model_flags(parser)
     parser.add_argument("--top-k", type=at_least_one, default=5, metavar="K", help="classes per image (default: 5)")
     parser.add_argument("--format", choices=FORMATS, default="table", help="default: table")
@@ -78,7 +79,7 @@ def _predict(args: argparse.Namespace) -> int:
     tell_notes(_PROGRAM, [*left_out.notes(), *classifier.notes])
     text = FORMATS[args.format](paths, classifier.task.class_names)
     # a path that is no text is written as the bytes it is, so that other programs find the file
-    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    reconfigure(sys.stdout, encoding="utf-8", errors="surrogateescape")
 
     source = FileSource(tuple(paths))
     with open_bar(total=len(paths), unit=" images") as bar:
@@ -100,7 +101,7 @@ def _predict(args: argparse.Namespace) -> int:
                 bar.update(min(batch_size, len(paths) - bar.n))
     tell_notes(_PROGRAM, exif_notes(args, classifier, tagged))
     if bad_images.count:
-        print(f"{_PROGRAM}: {bad_images.count} of {len(paths)} images could not be read", file=sys.stderr)
+        tell_error(f"{_PROGRAM}: {bad_images.count} of {len(paths)} images could not be read")
     return 1 if bad_images.count else 0
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from benchmarks.command import add_rounds_flags, require_packages, writable_json
 from benchmarks.rounds import say
-from convert.command_line import Parser, at_least_one, leave, run
+from convert.command_line import Parser, at_least_one, data_set, leave, run, weights_source
+from convert.files import home_path
 
 if TYPE_CHECKING:
     from benchmarks.deploy.result import Deployed
@@ -38,9 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Compare the shipped forms of trained CrossViTs: size, speed, accuracy.",
         epilog=_EPILOG,
     )
-    parser.add_argument("--runs", nargs="+", required=True, metavar="RUN", help="trained runs")
-    parser.add_argument("--dataset", metavar="DATA", help="as of python -m train.main (default: that of each run)")
-    parser.add_argument("--data-dir", metavar="DIR", help="where prepared data sets lie (default: as in each run)")
+    parser.add_argument("--runs", type=weights_source, nargs="+", required=True, metavar="RUN", help="trained runs")
+    parser.add_argument(
+        "--dataset", type=data_set, metavar="DATA", help="as of python -m train.main (default: that of each run)"
+    )
+    parser.add_argument(
+        "--data-dir", type=home_path, metavar="DIR", help="where prepared data sets lie (default: as in each run)"
+    )
     parser.add_argument(
         "--images", type=at_least_one, default=2000, metavar="N", help="held-out ones to try at most; default: 2000"
     )

@@ -1,7 +1,6 @@
 """Our model and training step, jitted."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ from benchmarks.model_flops import PRODUCT, flops_per_image, peak_flops
 from benchmarks.task import CHECKED_STEPS, Program, Task, jax_facts, on_gpu, repeated
 from convert import load_flax, load_weights
 from convert.tree import flatten, nest
-from crossvit_jax import CrossViT
 from train.config import TrainConfig
 from train.devices.mesh import make_mesh
 from train.devices.process import keep_freed_memory
@@ -99,21 +97,10 @@ def _training(task: Task, attention: str) -> Program:
     return Program(check, repeated(call, jax.block_until_ready), jax_facts())
 
 
-@dataclasses.dataclass(frozen=True)
-class _WithCudnn(Classification):
-    """Classification by a model whose attention is cuDNN's."""
-
-    def model(self, **kwargs: Any) -> CrossViT:
-        model = super().model(**kwargs)
-        model.set_attention("cudnn")
-        return model
-
-
 def programs_of(task: Task, recipe: TrainConfig, attention: str) -> Programs:
     """The trainer's programs for a recipe, on one device."""
-    kind = _WithCudnn if attention == "cudnn" else Classification
-    config = dataclasses.replace(recipe, precision=task.dtype)
-    learned = kind(config, load_weights(task.weights).config, ())
+    config = dataclasses.replace(recipe, precision=task.dtype, attention_kernel=attention)
+    learned = Classification(config, load_weights(task.weights).config, ())
     return Programs(Plan(learned, config, make_mesh(devices=jax.devices()[:1]), _NEVER))
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from convert.errors import ConversionError
 from convert.export.compare import Images
 from convert.files import FOLDER_PREFIX, typed_path
-from convert.image_files import IMAGE_SUFFIXES, LeftOut, image_files
+from convert.image_files import IMAGE_SUFFIXES, USUAL_SHARE, LeftOut, accepted_unreadable, image_files
 from crossvit_jax.config import CrossViTConfig
 from crossvit_jax.preprocess import Exif, UnreadableImage, preprocess_image
 
@@ -53,20 +53,26 @@ def calibration_images(
         config: of the model that will see them: its image size and `crop_pct`.
         count: at least 1.
         exif: as in training, see `crossvit_jax.preprocess.decode_image`.
-        left_out: is told what is passed over in a folder.
+        left_out: is told what is passed over in a folder, also single images of many that cannot be read.
 
     Raises:
-        ConversionError: see `find_images`; an image cannot be read, or the model takes no colour images.
+        ConversionError: see `find_images`; too many images cannot be read, or the model takes no colour images.
     """
     if config.in_chans != 3:
         raise ConversionError(f"these images have 3 channels, and the model takes {config.in_chans}")
     paths = find_images(source, left_out)
     taken = min(count, len(paths or ()))
     pictures = _digits(count) if paths is None else [paths[i * len(paths) // taken] for i in range(taken)]
-    try:
-        return np.stack([preprocess_image(picture, config, exif=exif) for picture in pictures])
-    except UnreadableImage as error:
-        raise ConversionError(f"{error.name} cannot be read as an image: {error.reason}") from None
+    images = []
+    left_out = LeftOut() if left_out is None else left_out
+    for picture in pictures:
+        try:
+            images.append(preprocess_image(picture, config, exif=exif))
+        except UnreadableImage as error:
+            left_out.unreadable.append(error.name)
+            if len(left_out.unreadable) > accepted_unreadable(USUAL_SHARE, len(pictures)):
+                raise ConversionError(f"{error.name} cannot be read as an image: {error.reason}") from None
+    return np.stack(images)
 
 
 def shortage(found: int, asked: int) -> str | None:

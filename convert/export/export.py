@@ -12,7 +12,7 @@ import numpy as np
 from convert.errors import ConversionError
 from convert.export.calibration import DIGITS, calibration_images, find_images, shortage
 from convert.export.compare import Comparison, Images, Run, compare, outputs, photographs, picture_batches
-from convert.files import check_place, replacing, typed_path, write_bytes
+from convert.files import FOLDER_PREFIX, check_place, replacing, typed_path, write_bytes
 from convert.formats.write import require_space
 from convert.image_files import LeftOut
 from convert.tensors import DTYPES
@@ -234,7 +234,8 @@ def _images(
             images, named = photographs(config, count), f"{count} photographs"
         else:
             images = calibration_images(how.compare, config, count, exif, left_out)
-            named = f"{len(images)} digits" if how.compare == DIGITS else f"{len(images)} images of {how.compare}"
+            of = DIGITS if how.compare == DIGITS else f"images of {how.compare.removeprefix(FOLDER_PREFIX)}"
+            named = f"{len(images)} {of}"
         return images[:0], images, named
     asked = how.calibration_images or CALIBRATED_ON
     images = calibration_images(how.calibrate, config, asked + count, exif, left_out)

@@ -3,41 +3,64 @@
 from pathlib import Path
 
 from convert.errors import ConversionError, one_line, quiet
+from convert.formats.timm_config import FILE as CONFIG
+from convert.formats.timm_config import WEIGHTS
 
 PREFIXES = ("hf-hub:", "hf_hub:")
-_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def download(name: str) -> Path:
-    """The cached file of the weights in a repository, `owner/repo` or `owner/repo@revision`.
+def download(name: str) -> tuple[Path, list[str]]:
+    """The cached file of the weights in a repository, `owner/repo` or `owner/repo@revision`; and notes for the user.
+
+    timm's `config.json` is in the same folder then, where the repository has one.
 
     Raises:
         ConversionError: no such repository, revision or file, no permission, or no network and nothing in the cache.
     """
-    from huggingface_hub import constants, errors, hf_hub_download
+    from huggingface_hub import constants
 
-    repo, _, revision = name.partition("@")
-    unreachable = False
-    for file in _FILES:
-        try:
-            # once the hub could not be reached, the other file is only looked for in the cache: no second wait
-            with quiet("huggingface_hub"):
-                return Path(hf_hub_download(repo, file, revision=revision or None, local_files_only=unreachable))
-        except errors.LocalEntryNotFoundError:
-            unreachable = True
-        except errors.RemoteEntryNotFoundError:
-            continue
-        except errors.GatedRepoError:
-            raise ConversionError(f"hf-hub:{name} is gated: accept its terms on the hub and set HF_TOKEN") from None
-        except errors.RepositoryNotFoundError:
-            raise ConversionError(f"hf-hub:{name}: no such repository (if it is private, set HF_TOKEN)") from None
-        except errors.RevisionNotFoundError:
-            raise ConversionError(f"hf-hub:{name}: the repository has no revision {revision!r}") from None
-        except errors.HFValidationError as error:
-            raise ConversionError(f"hf-hub:{name}: {one_line(error)}") from None
-        except Exception as error:  # the HTTP client's own errors, a full disk in the cache, …
-            raise ConversionError(f"hf-hub:{name} could not be downloaded: {one_line(error)}") from None
-    if unreachable:
+    repository = _Repository(name)
+    path = next(filter(None, map(repository.file, WEIGHTS)), None)
+    if path is not None:
+        has_config = repository.file(CONFIG) is not None or not repository.is_unreachable
+        unknown = f"the repository's {CONFIG} is not in the cache: mean, std and names of classes in it are not known"
+        return path, [] if has_config else [unknown]
+    if repository.is_unreachable:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise ConversionError(f"hf-hub:{name} is not in the cache, and {why}")
-    raise ConversionError(f"hf-hub:{name} has neither {' nor '.join(_FILES)}")
+    raise ConversionError(f"hf-hub:{name} has neither {' nor '.join(WEIGHTS)}")
+
+
+class _Repository:
+    def __init__(self, name: str):
+        self._name = name
+        self.is_unreachable = False
+
+    def file(self, file: str) -> Path | None:
+        """The cached file of that name; None where there is none, or where there may be one that cannot be got."""
+        from huggingface_hub import errors, hf_hub_download
+
+        repo, _, revision = self._name.partition("@")
+        source = f"hf-hub:{self._name}"
+        try:
+            # once the hub could not be reached, other files are only looked for in the cache: no second wait
+            with quiet("huggingface_hub"):
+                return Path(
+                    hf_hub_download(repo, file, revision=revision or None, local_files_only=self.is_unreachable)
+                )
+        except errors.LocalEntryNotFoundError:
+            self.is_unreachable = True
+            return None
+        except errors.RemoteEntryNotFoundError:
+            return None
+        except errors.GatedRepoError:
+            raise ConversionError(f"{source} is gated: accept its terms on the hub and set HF_TOKEN") from None
+        except errors.RepositoryNotFoundError:
+            raise ConversionError(f"{source}: no such repository (if it is private, set HF_TOKEN)") from None
+        except errors.RevisionNotFoundError:
+            raise ConversionError(f"{source}: the repository has no revision {revision!r}") from None
+        except errors.HFValidationError as error:
+            raise ConversionError(f"{source}: {one_line(error)}") from None
+        except Exception as error:  # the HTTP client's own errors, a full disk in the cache, …
+            where = " (HF_HOME names another place)" if "home directory" in str(error) else ""
+            raise ConversionError(f"{source} could not be downloaded: {one_line(error)}{where}") from None

@@ -3,7 +3,7 @@
 import functools
 import json
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from convert import metadata
 from convert.errors import ConversionError, one_line, quiet
+from convert.formats.find import Place, choose, others_than
 
 _ITEM = "params"
 
@@ -52,50 +53,59 @@ def read_orbax(folder: Path) -> tuple[dict[str, Any], dict | None, list[str]]:
         folder = max(steps, key=lambda step: int(step.name))
         notes = [f"step {folder.name}, the latest of {len(steps)}, was taken"] if steps[1:] else []
     try:
-        params, keys = _read_params(folder)
+        params, found = _read_params(folder)
         file = folder / metadata.KEY / "metadata"  # Orbax's JSON items are one file of this name
         description = json.loads(file.read_text()) if file.is_file() else None
     except ConversionError:
         raise
     except Exception as error:  # Orbax and tensorstore raise whatever the damage leads to
         raise ConversionError(f"{folder} is a damaged Orbax checkpoint: {one_line(error)}") from None
-    if keys and keys[-1] != _ITEM:
-        notes.append(f"the weights under {'/'.join(keys)} were taken")
-    return params, description, notes
+    return params, description, notes + found
 
 
 def _read_params(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The parameters, and notes on where they were."""
     import orbax.checkpoint as ocp
 
     items = [folder] if (folder / "_METADATA").is_file() else sorted(p.parent for p in folder.glob("*/_METADATA"))
     with quiet("absl"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        for item in items:
-            tree = checkpointer.metadata(item.absolute()).item_metadata.tree
-            keys = _find(tree)
-            if keys is None:
-                continue
-            wanted = functools.reduce(operator.getitem, keys, tree)
-            for key in reversed(keys):
-                wanted = {key: wanted}
-            # as numpy: nothing is cast, and nothing is put on a device that this machine may not have
-            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-            args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
-            restored = functools.reduce(operator.getitem, keys, checkpointer.restore(item.absolute(), args=args))
-            return _without_value(restored), keys if item == folder else [item.name, *keys]
-    raise ConversionError(f"{folder} is an Orbax checkpoint without a CrossViT: no cls_token_0 in it")
+        trees = {item: checkpointer.metadata(item.absolute()).item_metadata.tree for item in items}
+        places = {
+            Place((*(() if item == folder else (item.name,)), *map(str, keys))): (item, keys)
+            for item, tree in trees.items()
+            for keys in _find(tree)
+        }
+        places = {place: where for place, where in places.items() if not place.is_of_an_optimiser}
+        if not places:
+            raise ConversionError(f"{folder} is an Orbax checkpoint without a CrossViT: no cls_token_0 in it")
+        place = choose(list(places), str(folder))
+        item, keys = places[place]
+        wanted = functools.reduce(operator.getitem, keys, trees[item])
+        for key in reversed(keys):
+            wanted = {key: wanted}
+        # as numpy: nothing is cast, and nothing is put on a device that this machine may not have
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
+        restored = functools.reduce(operator.getitem, keys, checkpointer.restore(item.absolute(), args=args))
+    return _without_value(restored), _notes(place, list(places))
 
 
-def _find(tree: Any) -> list[str] | None:
-    """The keys that lead to the parameters. `params` goes first: an optimiser's moments have the same names."""
+def _notes(place: Place, places: Sequence[Place]) -> list[str]:
+    note = others_than(place, places)
+    if note is None and place.keys and place.keys[-1] != _ITEM:
+        note = f"the weights under {place} were taken"
+    return [] if note is None else [note]
+
+
+def _find(tree: Any, keys: tuple = ()) -> Iterator[tuple]:
+    """The keys that lead to parameters of a CrossViT, or to what has their form: an average, or moments."""
     if not isinstance(tree, Mapping):
-        return None
+        return
     if "cls_token_0" in tree:
-        return []
-    for key in sorted(tree, key=lambda key: (key != _ITEM, key)):
-        below = _find(tree[key])
-        if below is not None:
-            return [key, *below]
-    return None
+        yield keys
+        return
+    for key in sorted(tree, key=str):
+        yield from _find(tree[key], (*keys, key))
 
 
 def _without_value(tree: Any) -> Any:

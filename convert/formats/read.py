@@ -1,15 +1,18 @@
 """Reads weights in every form in which people hold them."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from convert import metadata
 from convert.errors import ConversionError, one_line
 from convert.files import typed_path
-from convert.formats import hub
+from convert.formats import hf_folder, hub, run_folder, timm_config
+from convert.formats.find import find_weights
 from convert.formats.orbax_folder import read_orbax
 from convert.formats.torch_files import read_torch
 from convert.tensors import DTYPES
@@ -18,7 +21,6 @@ from crossvit_jax.config import TIMM_NAMES, get_config
 
 _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
-RUN_WEIGHTS, RUN_CHECKPOINTS = "weights.safetensors", "checkpoints"  # what a training run leaves in its folder
 _LONGEST_HEADER = 100_000_000  # bytes; the safetensors format sets this limit
 
 
@@ -28,12 +30,15 @@ class Stored:
 
     tensors: Mapping[str, np.ndarray]
     description: dict | str | None = None
+    said: dict | None = None  # by timm's config.json beside it, see `timm_config`
     notes: list[str] = field(default_factory=list)
+    origin: str | None = None  # where the weights come from, in words, where the file tells
+    trained: dict | None = None  # how, see `Weights`
 
 
 def read(source: str | Path) -> Stored:
     """Reads `hf-hub:owner/repo`, a safetensors file with timm's or Flax's names, a torch checkpoint, or a folder:
-    of Orbax, or of a training run.
+    of Orbax, of a training run, or as repositories of the hub are (also as `local-dir:FOLDER`).
 
     Files are told apart by their content, not by their names.
 
@@ -41,26 +46,44 @@ def read(source: str | Path) -> Stored:
         ConversionError: there is no such source, it cannot be read, or it is damaged.
     """
     if str(source).startswith(hub.PREFIXES):
-        return _read_path(hub.download(str(source)[len(hub.PREFIXES[0]) :]))
-    return _read_path(typed_path(source))
+        path, notes = hub.download(str(source)[len(hub.PREFIXES[0]) :])
+        stored = _read_path(path)
+        return replace(stored, notes=[*stored.notes, *notes])
+    folder, kind = run_folder.split_kind(str(source).removeprefix(hf_folder.LOCAL))
+    return _read_path(typed_path(folder), kind)
 
 
-def _read_path(path: Path) -> Stored:
+def _read_path(path: Path, kind: str | None = None) -> Stored:
     try:
-        if (path / RUN_WEIGHTS).is_file():
-            path = path / RUN_WEIGHTS
-        elif (path / RUN_CHECKPOINTS).is_dir():  # of a run that has not come to its end
-            path = path / RUN_CHECKPOINTS
+        choice = run_folder.choose(path, kind)
+        if choice is not None:
+            return replace(_read_of_run(choice), trained=run_folder.how_trained(path))
+        path = hf_folder.weights_in(path) or path
         if path.is_dir():
             params, description, notes = read_orbax(path)
             return Stored(tensors=flatten(params), description=description, notes=notes)
-        with path.open("rb") as file:
-            head = file.read(512)
-        return _reader(path, head)(path)
+        return replace(_read_file(path), said=timm_config.read_beside(path))
     except FileNotFoundError:
         raise ConversionError(f"{path} does not exist{_hint(path)}") from None
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error.strerror or one_line(error)}") from None
+
+
+def _read_of_run(choice: run_folder.Choice) -> Stored:
+    if choice.key is None:
+        stored = _read_file(choice.path)
+        note = f"{choice.note}: {stored.origin}" if stored.origin else choice.note
+        return replace(stored, notes=[*stored.notes, note])
+    params = run_folder.read_state(choice.path, [choice.key])[choice.key]
+    return Stored(tensors=flatten(params), description=run_folder.read_description(choice.path), notes=[choice.note])
+
+
+def _read_file(path: Path) -> Stored:
+    if path.name == hf_folder.INDEX:
+        return _read_safetensors(path, hf_folder.shards(path))
+    with path.open("rb") as file:
+        head = file.read(512)
+    return _reader(path, head)(path)
 
 
 def _reader(path: Path, head: bytes) -> Callable[[Path], Stored]:
@@ -83,21 +106,31 @@ def _read_torch(path: Path) -> Stored:
     return Stored(tensors=from_state_dict(state_dict), notes=notes)
 
 
-def _read_safetensors(path: Path) -> Stored:
+def _read_safetensors(path: Path, files: Sequence[Path] = ()) -> Stored:
+    """What a file holds, or all `files` together, which `path` is the index of."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "numpy") as file:
-            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        with ExitStack() as stack:
+            opened = [stack.enter_context(safe_open(file, "numpy")) for file in files or (path,)]
+            entries = {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118
+            taken, notes = find_weights(entries, _is_weight, str(path)) or (entries, [])
+            dtypes = {name: entry.get_dtype() for name, entry in taken.items()}
             wrong = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _SAFETENSORS_DTYPES]
             if wrong:
                 raise ConversionError(f"{path}: weights can have {', '.join(DTYPES)}; not so {', '.join(wrong)}")
-            tensors = {name: file.get_tensor(name) for name in dtypes}
-            description = (file.metadata() or {}).get(metadata.KEY)
+            tensors = {name: entry[...] for name, entry in taken.items()}
+            said = opened[0].metadata() or {}
     except SafetensorError as error:
         raise ConversionError(f"{path} is a truncated or damaged safetensors file: {one_line(error)}") from None
     is_flax = any(name.endswith((".kernel", ".scale")) for name in tensors)
-    return Stored(tensors=from_flax_paths(tensors) if is_flax else from_state_dict(tensors), description=description)
+    tensors = from_flax_paths(tensors) if is_flax else from_state_dict(tensors)
+    known = {"description": said.get(metadata.KEY), "origin": said.get(metadata.ORIGIN)}
+    return Stored(tensors=tensors, notes=notes, **known)
+
+
+def _is_weight(entry: Any) -> bool:
+    return entry.get_dtype() in _SAFETENSORS_DTYPES and len(entry.get_shape()) > 0
 
 
 def _hint(path: Path) -> str:

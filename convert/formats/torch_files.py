@@ -8,38 +8,70 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.errors import ConversionError, one_line
-
-# Where training checkpoints keep the weights. As in timm, averaged weights come first: they are the evaluated ones.
-_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
+from convert.errors import ConversionError, listed, one_line
+from convert.formats.find import PREFERRED, find_weights
 
 
 def read_torch(path: Path) -> tuple[Mapping[str, Any], list[str]]:
-    """The state dict in a `.pth` or `.bin` file, and notes on where in the file it was.
+    """The state dict in a `.pth` or `.bin` file, and notes on where in the file it was and what was left out.
 
     Raises:
-        ConversionError: the file is damaged, holds no state dict, or would run code if it were unpickled.
+        ConversionError: the file is damaged, holds no state dict or several models, or might run code if it were
+            unpickled.
     """
     import torch
 
     checkpoint = load_plain(path)
     if not isinstance(checkpoint, Mapping):
         raise ConversionError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
-    present = [key for key in _NESTED if isinstance(checkpoint.get(key), Mapping)]
-    if present:
-        taken, *others = present
-        return checkpoint[taken], [f"the weights under {taken} were taken, not {', '.join(others)}"] if others else []
-    if not any(isinstance(value, torch.Tensor) for value in checkpoint.values()):
-        keys = ", ".join(map(str, list(checkpoint)[:8])) or "nothing"
-        raise ConversionError(f"{path} holds no state dict, bare or under {', '.join(_NESTED)}; it holds {keys}")
-    return checkpoint, []
+
+    def is_weight(value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 0
+
+    found = find_weights(checkpoint, is_weight, str(path), expected=PREFERRED)
+    if found is not None:
+        for name, value in found[0].items():
+            if isinstance(value, torch.Tensor) and type(value) not in (torch.Tensor, torch.nn.Parameter):
+                kind = type(value).__name__
+                raise ConversionError(f"{path} holds {name} as a {kind}: convert the model that it was quantised from")
+        return found
+    for state_dict in (*(checkpoint.get(key) for key in PREFERRED), checkpoint):
+        if isinstance(state_dict, Mapping) and any(isinstance(value, torch.Tensor) for value in state_dict.values()):
+            return state_dict, []  # of something else, which is told where it is looked at
+    raise ConversionError(f"{path} holds no CrossViT; it holds {listed(map(str, checkpoint)) or 'nothing'}")
+
+
+class PlainValue:
+    """Stands for a number, an array or a dtype of numpy, a path or a date: classes that hold values and run nothing.
+
+    Nobody asks for these here, so theirs is no code that a file could mislead.
+    """
+
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+_NUMPY = ("numpy.dtype", "numpy.ndarray", "numpy.float64", "numpy.float32", "numpy.int64", "numpy.bool_", "numpy.str_")
+_NUMPY += tuple(
+    f"{core}.multiarray.{name}" for core in ("numpy.core", "numpy._core") for name in ("scalar", "_reconstruct")
+)
+_PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
+_PLAIN = (
+    *_NUMPY,
+    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS),
+    *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
+    "types.SimpleNamespace",
+)
 
 
 def load_plain(path: Path) -> Any:
     """What a torch file holds, if that is tensors and plain values, or of classes that torch was told are safe.
 
     Raises:
-        ConversionError: the file is damaged, or would run code if it were unpickled.
+        ConversionError: the file is damaged, or might run code if it were unpickled.
     """
     import torch
 
@@ -47,7 +79,8 @@ def load_plain(path: Path) -> Any:
         _check_sums(path)
     try:
         # IBM's, DeiT's and timm's training checkpoints hold their flags, a plain container of values
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        plain = [(PlainValue, name) for name in _PLAIN]
+        with torch.serialization.safe_globals([argparse.Namespace, PlainValue, *plain]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
@@ -55,7 +88,8 @@ def load_plain(path: Path) -> Any:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
             raise ConversionError(
-                f"{path} was refused: to unpickle it would run code ({refused[1]}); save the bare state dict instead"
+                f"{path} was refused: it holds a {refused[1]}, and to unpickle that might run code; "
+                "save the bare state dict instead"
             ) from None
         if isinstance(error, pickle.UnpicklingError):
             raise ConversionError(f"{path} is damaged, or a pickle that torch.save did not write: not read") from None

@@ -4,7 +4,7 @@ import functools
 import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from convert import metadata
 from convert.errors import ConversionError
 from convert.files import NotWritten, check_place, replacing, typed_path, write_bytes
+from convert.formats.hf_folder import check_for_timm, is_hf_folder, write_hf
 from convert.formats.orbax_folder import is_orbax, write_orbax
 from convert.tensors import as_tensor
 from convert.tree import nest, to_flax_paths
@@ -27,11 +28,12 @@ def check_destination(destination: str | Path, *, overwrite: bool = False) -> Pa
         ConversionError: an unknown ending, a missing folder, or something is there that may not be replaced.
     """
     path = typed_path(destination)
-    return check_place(path, overwrite=overwrite, may_be_replaced=is_orbax if _writer(path) is _write_orbax else None)
+    return check_place(path, overwrite=overwrite, may_be_replaced=_FOLDERS.get(_writer(path)))
 
 
 def write(weights: Weights, destination: str | Path, *, overwrite: bool = False) -> Path:
-    """Writes `.safetensors` or `.pth` (both as timm loads them), `.flax.safetensors`, or an Orbax folder.
+    """Writes `.safetensors` or `.pth` (both as timm loads them), `.flax.safetensors`, a folder `.hf` as repositories of
+    the hub are, or an Orbax folder.
 
     All but `.pth` carry the settings and class names as metadata. The work happens under a temporary name beside the
     destination, which is renamed at the end; when anything fails, it is removed.
@@ -40,13 +42,20 @@ def write(weights: Weights, destination: str | Path, *, overwrite: bool = False)
         The path written.
 
     Raises:
-        ConversionError: see `check_destination`; or the disk is full, or writing fails otherwise.
+        ConversionError: see `check_destination` and `check_writable`; or the disk is full, or writing fails otherwise.
     """
     path = check_destination(destination, overwrite=overwrite)
+    check_writable(weights, path)
     require_space(weights, path)
     with replacing(path) as new:
         _writer(path)(weights, new)
     return path
+
+
+def check_writable(weights: Weights, path: Path) -> None:
+    """Raises ConversionError where the format that a path's ending names has no place for such weights."""
+    if _writer(path) is write_hf:
+        check_for_timm(weights.config)
 
 
 def written_for_timm(path: Path) -> bool:
@@ -67,12 +76,30 @@ def _writer(path: Path) -> Callable[[Weights, Path], None]:
 
 
 def _write_safetensors(weights: Weights, path: Path, layout: str = "pt") -> None:
-    from safetensors.numpy import save
-
     arrays = to_flax_paths(weights.tensors) if layout == "flax" else weights.tensors
     description = json.dumps(metadata.describe(weights.config, weights.class_names, weights.exif))
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_bytes(path, save(contiguous, metadata={"format": layout, metadata.KEY: description}))
+    origin = {} if weights.origin is None else {metadata.ORIGIN: weights.origin}
+    write_bytes(path, *_safetensors(arrays, {"format": layout, metadata.KEY: description, **origin}))
+
+
+def _safetensors(arrays: Mapping[str, np.ndarray], about: dict[str, str]) -> Iterator[bytes | memoryview]:
+    """The parts of a safetensors file: the length of its header, the header, and each array.
+
+    The library's own `save` writes `about` in an order of chance, and has two copies of all weights in memory.
+    """
+    # as the library orders them: the larger types first, so that all lie at multiples of their size
+    ordered = sorted(arrays.items(), key=lambda entry: (-entry[1].dtype.itemsize, entry[1].dtype.name, entry[0]))
+    header, end = {"__metadata__": about}, 0
+    for name, array in ordered:
+        start, end = end, end + array.nbytes
+        dtype = array.dtype.name.replace("bfloat", "BF").replace("float", "F")  # F32, BF16
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for _, array in ordered:
+        yield memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # little-endian, as jax's machines are
 
 
 def _write_pth(weights: Weights, path: Path) -> None:
@@ -93,6 +120,12 @@ _WRITERS: dict[str, Callable[[Weights, Path], None]] = {
     ".flax.safetensors": functools.partial(_write_safetensors, layout="flax"),
     ".safetensors": _write_safetensors,
     ".pth": _write_pth,
+    ".hf": write_hf,
+}
+# those that write a folder, and whether one that is there may be replaced
+_FOLDERS: dict[Callable[[Weights, Path], None], Callable[[Path], bool]] = {
+    write_hf: is_hf_folder,
+    _write_orbax: is_orbax,
 }
 
 

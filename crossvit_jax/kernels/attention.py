@@ -5,7 +5,9 @@ does not grow with the square of the tokens. On a CPU, where time counts more, i
 """
 
 import functools
-from typing import Literal
+import re
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,15 @@ def dot_product_attention(
         return _cudnn(q, k, v)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     return _attend(q, k, v).swapaxes(1, 2)
+
+
+def fastest_implementation(devices: Iterable[Any], dtype: Any) -> Literal["xla", "cudnn"]:
+    """What `dot_product_attention` should take on devices, which may be some to compile for: "cudnn" in half precision
+    where all are NVIDIA GPUs of compute capability 8.0 or later."""
+    # other makers' GPUs tell something like "gfx90a", and other devices nothing
+    found = [re.match(r"(\d+)\.", str(getattr(device, "compute_capability", ""))) for device in devices]
+    fused = bool(found) and all(match is not None and int(match[1]) >= 8 for match in found)
+    return "cudnn" if fused and jnp.dtype(dtype).itemsize == 2 else "xla"
 
 
 def _cudnn(q: Array, k: Array, v: Array) -> Array:

@@ -96,6 +96,7 @@ def _layer_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> 
 
 def _layer_norm_backward(epsilon: float, residuals: tuple[Array, ...], d_y: Array) -> tuple[Array, Array, Array]:
     x, scale, bias, mean, rstd = residuals
+    mean, rstd = _kept_on_gpus(mean, rstd)
     normalised, d_normalised = (_wide(x) - mean) * rstd, d_y * _as_row(scale, x)
     d_x = rstd * (
         d_normalised
@@ -104,6 +105,15 @@ def _layer_norm_backward(epsilon: float, residuals: tuple[Array, ...], d_y: Arra
     )
     rows = tuple(range(x.ndim - 1))
     return d_x.astype(x.dtype), (d_y * normalised).sum(rows).astype(scale.dtype), d_y.sum(rows).astype(bias.dtype)
+
+
+def _kept_on_gpus(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays as they are. On GPUs, XLA would compute them again in each kernel that needs them."""
+
+    def barrier(*arrays: Array) -> tuple[Array, ...]:
+        return jax.lax.optimization_barrier(arrays)
+
+    return jax.lax.platform_dependent(*arrays, cuda=barrier, rocm=barrier, default=lambda *arrays: arrays)
 
 
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)

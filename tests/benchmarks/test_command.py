@@ -91,7 +91,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(fi
     with pytest.raises(SystemExit, match="2"):
         main("inference", ["--device", "cpu", "--json", file])
     error = capsys.readouterr().err
-    assert f"--json {file}: " in error and says in error and error.count("\n") == 1
+    assert "--json" in error and f"{file}: " in error and says in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("content", [b"\x89PNG", b"[1]", b'{"mean": 1}'])

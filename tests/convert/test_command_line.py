@@ -1,8 +1,11 @@
 """How every command ends: a status and one line for whatever stops it, and errors that workers can send."""
 
+import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from convert.errors import ConversionError, SettingsError, UserError
 from convert.files import NotWritten
 from crossvit_jax.preprocess import UnreadableImage
 from train.data.bad_images import TooManyBadImages
-from train.data.sources import DataError
+from train.data.sources import DataError, WorkersFailed
 from train.devices.memory import DoesNotFit
 from train.run.folder import CheckpointError
 from train.run.interruption import Interrupted
@@ -78,7 +81,10 @@ def test_a_flags_user_error_is_shown_as_it_is(capsys):
 @pytest.mark.parametrize(
     "error",
     [
-        *(kind("why") for kind in (UserError, ConversionError, SettingsError, DataError, TooManyBadImages)),
+        *(
+            kind("why")
+            for kind in (UserError, ConversionError, SettingsError, DataError, WorkersFailed, TooManyBadImages)
+        ),
         *(kind("why") for kind in (TrainingFailed, CheckpointError, SidesDisagree)),
         Interrupted("saved", 130),
         DoesNotFit("too much", 7.5),
@@ -93,3 +99,32 @@ def test_errors_come_whole_from_other_processes(error):
     assert type(again) is type(error)
     assert (str(again), vars(again)) == (str(error), vars(error))
     assert getattr(again, "status", None) == getattr(error, "status", None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_that_would_end_the_process_lets_a_command_clean_up(capsys, number):
+    before = signal.signal(number, signal.SIG_DFL)
+    cleaned = []
+
+    def command():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        finally:
+            cleaned.append(signal.getsignal(signal.SIGTERM))  # a second one waits for the end of this
+
+    try:
+        assert run("x", command) == 128 + number
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert cleaned == [signal.SIG_IGN]
+    assert capsys.readouterr().err == "x: terminated\n"
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored(capsys):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run("x", lambda: os.kill(os.getpid(), signal.SIGHUP) or 0) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -3,6 +3,7 @@ kept for it."""
 
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -154,5 +155,29 @@ def test_cudnn_gives_what_plain_attention_gives_on_a_gpu(tokens, width):
 
 def test_an_unknown_implementation_is_refused():
     model = abstract("ti", image_size=120)
-    with pytest.raises(ValueError, match="must be 'xla' or 'cudnn'; got 'flash'"):
-        model.set_attention("flash")
+    for implementation in ("flash", "auto"):  # the latter without devices
+        with pytest.raises(ValueError, match=f"must be 'xla', 'cudnn', or 'auto' with devices; got '{implementation}'"):
+            model.set_attention(implementation)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype", "expected"),
+    [
+        (["9.0"], jnp.bfloat16, "cudnn"),
+        (["8.0", "8.6"], jnp.float16, "cudnn"),
+        (["12.0"], "bfloat16", "cudnn"),
+        (["9.0"], jnp.float32, "xla"),
+        (["7.5"], jnp.bfloat16, "xla"),
+        (["8.0", "7.5"], jnp.bfloat16, "xla"),
+        (["gfx90a"], jnp.bfloat16, "xla"),  # AMD
+        ([None], jnp.bfloat16, "xla"),  # CPUs and TPUs
+        ([], jnp.bfloat16, "xla"),
+    ],
+)
+def test_cudnn_is_fastest_on_ampere_and_later_in_half_precision(capabilities, dtype, expected):
+    devices = [SimpleNamespace(**({} if c is None else {"compute_capability": c})) for c in capabilities]
+    assert attention.fastest_implementation(devices, dtype) == expected
+    if devices:
+        model = abstract("ti", image_size=120, dtype=dtype)
+        model.set_attention("auto", devices)
+        assert model.blocks[0].blocks[1][0].attn.implementation == expected

@@ -14,7 +14,7 @@ from flax import nnx
 from timm.models.vision_transformer import Block
 
 from crossvit_jax import attention, blocks, get_config, patch_embed
-from crossvit_jax.layers import Conv
+from crossvit_jax.layers import Conv, LayerNorm
 from crossvit_torch import attention as torch_attention
 from crossvit_torch import blocks as torch_blocks
 from crossvit_torch import patch_embed as torch_patch_embed
@@ -153,3 +153,12 @@ def test_patches_have_the_gradients_of_a_plain_convolution(height, platform, mon
     # training takes no gradient of pictures: what it would need is not even traced
     lowered = nnx.jit(nnx.grad(loss)).trace(layer, picture).lower(lowering_platforms=(platform,)).as_text()
     assert lowered.count("stablehlo.convolution") == {"cpu": 1, "tpu": 2}[platform]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_the_gradient_of_a_norm_reads_its_statistics_on_gpus(platform):
+    """There XLA would compute mean and deviation again in each of its kernels."""
+    layer = LayerNorm(24, dtype=None, param_dtype=np.float32, rngs=nnx.Rngs(0))
+    gradient = nnx.jit(nnx.grad(lambda layer, x: jax.numpy.sin(layer(x)).sum(), argnums=(0, 1)))
+    program = gradient.trace(layer, TOKENS[0]).lower(lowering_platforms=(platform,)).as_text()
+    assert program.count("stablehlo.optimization_barrier") == (platform == "cuda")

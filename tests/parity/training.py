@@ -92,13 +92,11 @@ def timm_run(model: torch.nn.Module, precision: str, config: TrainConfig, steps:
     return Run(np.array(losses), weights, means, norms)
 
 
-def flax_run(
-    model: nnx.Module, precision: str, config: TrainConfig, steps: int = STEPS, compiler_options: dict | None = None
-) -> Run:
+def flax_run(model: nnx.Module, precision: str, config: TrainConfig, steps: int = STEPS) -> Run:
     """The same with our optimiser and training step. For float64, call it inside `jax.enable_x64(True)`."""
     optimizer = make_optimizer(config, steps_per_epoch=STEPS_PER_EPOCH, no_weight_decay=model.no_weight_decay())
     state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)
-    train_step = jax.jit(make_train_step(model, optimizer, config), compiler_options=compiler_options)
+    train_step = jax.jit(make_train_step(model, optimizer, config))
     losses = []
     for step in range(steps):
         x, labels = batch(step)

@@ -2,13 +2,15 @@ import importlib.util
 import io
 import os
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
+from convert.errors import SettingsError
 from tests.small_model import shrink
-from train.cost import slices
+from train.cost import gpus, slices
 from train.data.datasets import open_digits
 
 
@@ -77,6 +79,21 @@ def image_folder(tmp_path):
 def small_variant(monkeypatch):
     """The variant `ti` shrunk until it compiles in seconds."""
     shrink(monkeypatch.setitem)
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    """The environment in which GPUs that are not there are compiled for. Skips without the wheels for that."""
+    for name, value in gpus._ENVIRONMENT.items():
+        monkeypatch.setenv(name, os.environ.get(name, value))
+    try:
+        gpus.prepare_environment()
+    except SettingsError as error:
+        pytest.skip(str(error))
+    platforms = jax.config.jax_platforms  # jax has read the environment already
+    jax.config.update("jax_platforms", "cpu")
+    yield
+    jax.config.update("jax_platforms", platforms)
 
 
 @pytest.fixture

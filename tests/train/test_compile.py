@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import json
+import math
 import os
 import re
 import subprocess
@@ -51,8 +53,44 @@ def test_a_step_that_does_not_fit_says_so_with_its_own_status(run, small_variant
     assert re.search(r"^does not fit: a step needs .* more than the 1 MiB that it has; what would help: --", out, re.M)
 
 
+def test_the_figures_of_a_forward_pass_and_the_file_of_them(run, small_variant, tmp_path):
+    file = tmp_path / "report.json"
+    status, out, err = run(*_DIGITS, "--batch-size=16", "--inference", f"--json={file}")
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].startswith("CrossViT ti, inference, 10 classes, float32, batch 16 on 1 x cpu (local)")
+    assert re.search(r"^memory per device: .* \(parameters .*, batches .*, activations ", lines[1])
+    assert lines[2].startswith("FLOPs per forward pass: ")
+    content = json.loads(file.read_text())
+    assert content["run"] == "nothing was run"
+    assert content["versions"]["jax"] == jax.__version__
+    (result,) = content["results"]
+    assert result["inference"] is True
+    assert result["roofline"] is None
+    assert (result["config"]["batch_size"], result["devices"], result["run"]) == (16, 1, "nothing was run")
+    assert result["memory"]["batches"] == 3 * 4 * 16 * math.prod(result["config"]["image_size"] for _ in range(2)) * 3
+    status, _, _ = run(*_DIGITS, "--batch-size=16", "--inference", f"--json={file}")
+    assert status == 0  # its own file is replaced
+
+
+def test_a_forward_pass_that_does_not_fit_says_so(run, small_variant, monkeypatch):
+    monkeypatch.setattr("train.devices.memory.available_memory", lambda mesh: 2**20)
+    status, out, _ = run(*_DIGITS, "--batch-size=16", "--inference")
+    assert status == 1
+    told = r"^does not fit: a forward pass needs .* 1 MiB that it has; what would help: a smaller --batch-size$"
+    assert re.search(told, out, re.M)
+
+
+def test_a_file_of_others_is_not_replaced(run, tmp_path):
+    file = tmp_path / "precious.json"
+    file.write_text("[1]")
+    status, _, err = run(*_DIGITS, f"--json={file}")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert file.read_text() == "[1]"
+
+
 def test_a_program_that_the_compiler_refuses_is_told_as_far_as_it_is_known(run, small_variant, monkeypatch):
-    def refuse(self):
+    def refuse(self, *_):
         raise jax.errors.JaxRuntimeError(
             "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (26.86G) "
             "exceeds available HBM (15.75G)."
@@ -90,6 +128,11 @@ def test_several_variants_are_a_table(run, small_variant, monkeypatch):
         (["--image-size=100"], "image height 100 does not divide into whole patches"),
         (["--recipe=paper"], "invalid choice: 'paper'"),
         (["--topologie=v5e:4x4"], "unrecognized arguments"),
+        (["--topology=h900"], "no topology 'h900': slices of TPUs are written like v5e:4x4, GPUs like h100 or h100:8;"),
+        (["--fit"], "--fit: tells the batches of training steps on GPUs: --topology h200 h100"),
+        (["--fit", "--topology=v5e:4x4"], "--fit: tells the batches of training steps on GPUs"),
+        (["--fit", "--inference", "--topology=h100"], "--fit: tells the batches of training steps on GPUs"),
+        (["--json=/nowhere/report.json"], "/nowhere/report.json: the folder /nowhere does not exist"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(run, flags, message):
@@ -109,6 +152,16 @@ def test_without_libtpu_the_extra_is_named(run, monkeypatch):
     )
 
 
+def test_without_the_gpus_compiler_the_missing_wheels_are_named(run, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    status, _, err = run("--topology=h100")
+    assert status == 2
+    assert err == (
+        "python -m train.compile: error: --topology needs jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc, "
+        "nvidia-nvvm, nvidia-cudnn-cu13 for GPUs: pip install 'crossvit-jax[gpu-compile]'\n"
+    )
+
+
 def test_what_the_environment_says_stays(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: type("Spec", (), {"origin": "libtpu.py"}))
     monkeypatch.setattr(os, "environ", {"JAX_PLATFORMS": "tpu"})
@@ -124,7 +177,7 @@ def test_help_needs_no_jax():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "--topology SLICE [SLICE ...]" in result.stdout
+    assert "--topology TOPOLOGY [TOPOLOGY ...]" in result.stdout
 
 
 # --- with the TPU's own compiler ---

@@ -6,20 +6,26 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import precision_recall_fscore_support
 
 import train.predict
 from convert.errors import SettingsError
+from convert.metadata import describe
 from tests.compilation import xla_flags
 from tests.train.small_weights import save_small, small_config, small_timm_model
-from train.data.datasets import open_digits
+from train.config import TrainConfig
+from train.data.datasets import open_digits, open_image_sets
 from train.evaluate import main
 from train.images.transforms import eval_transform
 from train.inference.model import Classifier
+from train.run.folder import describe_run, write_config
 from train.tasks.classification import match_classes
+from train.tasks.rates import calibration_error, mean_rates
 
 _DIGITS = "0123456789"
 
@@ -66,7 +72,7 @@ def test_an_evaluation_replaces_an_earlier_one_and_no_other_file(evaluate, pictu
     assert status == 0
     picture = folder / "confusion.png"
     assert error.endswith(f"python -m train.evaluate: note: {picture}: no fonts; left out from now on\n")
-    assert f"written     evaluation.json, per_class.csv, confusion.csv in {folder}\n" in out
+    assert f"written     evaluation.json, per_class.csv, predictions.csv, confusion.csv in {folder}\n" in out
     assert not picture.exists()  # that of the earlier evaluation
 
 
@@ -297,6 +303,99 @@ def test_the_held_out_images_are_those_of_training_unless_all_are_asked_for(eval
     assert images("--split=all") == (24, False)
 
 
+@pytest.fixture
+def run_folder(pictures, tmp_path):
+    """The folder of a run that held a quarter of the pictures out by seed 3, as far as an evaluation looks at it."""
+    config = TrainConfig(variant="ti", dataset=f"folder:{pictures}", seed=3, val_fraction=0.25)
+    sets = open_image_sets(config)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_small(folder / "weights.safetensors", "abc")
+    model = describe(small_config(3), tuple("abc"))
+    write_config(folder, describe_run(config, model=model, data={"fingerprint": sets.fingerprint}))
+    return folder, [Path(path).name for path in sets.held_out.paths()]
+
+
+def _evaluated(folder):
+    return [Path(row[0]).name for row in _rows(folder / "predictions.csv")[1:]]
+
+
+def test_weights_of_a_run_are_evaluated_on_the_images_that_it_held_out(evaluate, run_folder, pictures, tmp_path):
+    run, held_out = run_folder
+    status, out, error, folder = evaluate(f"--weights={run}")
+    assert status == 0 and "other data" not in error
+    assert f"folder:{pictures}: 6 images (25% of each class)" in out
+    assert _evaluated(folder) == held_out
+    _, _, _, folder = evaluate(f"--weights={run / 'weights.safetensors'}", "--seed=3", f"--dataset=folder:{pictures}")
+    assert _evaluated(folder) == held_out
+    moved = shutil.copytree(pictures, tmp_path / "moved")
+    status, _, error, folder = evaluate(f"--weights={run}", f"--dataset=folder:{moved}")
+    assert _evaluated(folder) == held_out
+    assert f"note: the images are those of the run in {run}" in error
+    (moved / "a" / "00.png").unlink()
+    status, _, error, folder = evaluate(f"--weights={run}", f"--dataset=folder:{moved}")
+    assert f"note: the run in {run} was trained on folder:{pictures}, and this is other data" in error
+    assert "10% of each class are taken; --split all takes all" in error
+    assert len(_evaluated(folder)) == 3
+
+
+def test_another_split_than_that_of_the_run_is_refused(evaluate, run_folder, pictures):
+    run, _ = run_folder
+    status, out, error, _ = evaluate(f"--weights={run}", "--seed=0")
+    assert (status, out, error.count("\n")) == (2, "", 1)
+    assert f"is not split as in the run in {run}: seed 0, not 3 was asked for, so that images which it was" in error
+    (pictures / "a" / "00.png").unlink()
+    status, out, error, _ = evaluate(f"--weights={run}")
+    assert (status, out) == (2, "")
+    assert "images were added, removed or moved since then" in error and "--split all takes all images" in error
+    assert evaluate(f"--weights={run}", "--split=all")[0] == 0
+
+
+def test_weights_from_elsewhere_need_a_data_set(evaluate, tmp_path):
+    status, out, error, _ = evaluate(f"--weights={save_small(tmp_path / 'w.safetensors', 'abc')}")
+    assert (status, out) == (2, "")
+    assert "--dataset is needed: the weights do not come from the folder of a run" in error
+
+
+def test_rates_are_those_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    true, predicted = (
+        rng.integers(4, size=60),
+        rng.integers(5, size=60),
+    )  # class 5 does not occur, class 4 only as wrong
+    confusion = np.zeros((6, 6), int)
+    np.add.at(confusion, (true, predicted), 1)
+    ours = mean_rates(confusion)
+    for kind in ("macro", "weighted"):
+        theirs = precision_recall_fscore_support(true, predicted, average=kind, zero_division=0)
+        for name, rate in zip(("precision", "recall", "f1"), theirs, strict=False):
+            assert ours[f"{name}_{kind}"] == pytest.approx(100 * rate)
+
+
+def test_the_calibration_error_is_the_distance_of_confidence_from_accuracy():
+    assert calibration_error(np.full(10, 0.8), np.arange(10) < 8) == pytest.approx(0, abs=1e-12)
+    assert calibration_error(np.ones(10), np.arange(10) < 6) == pytest.approx(40)
+    confidence, right = np.array([0.34, 0.34, 0.95, 0.95]), np.array([True, False, True, True])
+    assert calibration_error(confidence, right) == pytest.approx(100 * (0.5 * 0.16 + 0.5 * 0.05))
+
+
+def test_every_image_has_a_line_and_an_unreadable_one_no_prediction(evaluate, pictures, tmp_path):
+    (pictures / "b" / "01.png").write_bytes(b"no image")
+    weights = save_small(tmp_path / "w.safetensors", "abc")
+    status, out, _, folder = evaluate(f"--weights={weights}", f"--dataset=folder:{pictures}", "--split=all")
+    assert status == 0
+    head, *rows = _rows(folder / "predictions.csv")
+    assert head == ["image", "class", "predicted", "probability"]
+    assert [row[0] for row in rows] == [str(path) for path in sorted(pictures.rglob("*.png"))]
+    assert rows[8] == [str(pictures / "b" / "01.png"), "", "", ""]
+    right = [row[1] == row[2] for row in rows if row[2]]
+    result = _result(folder)
+    assert 100 * np.mean(right) == pytest.approx(result["top1"])
+    assert all(1 / 3 < float(row[3]) <= 1 for row in rows if row[3])
+    assert f"F1          {result['f1_macro']:.2f} % (mean of the classes)" in out
+    assert f"calibration {result['calibration_error']:.2f} %" in out
+
+
 def test_unreadable_images_are_named_and_left_out(evaluate, pictures, tmp_path):
     weights = save_small(tmp_path / "w.safetensors", "abc")
     flags = f"--weights={weights}", f"--dataset=folder:{pictures}", "--split=all"
@@ -337,7 +436,7 @@ def test_the_files_of_an_earlier_evaluation_are_replaced_and_nothing_else(evalua
     _, _, _, folder = evaluate(*flags, "--split=all")
     assert _result(folder)["images"] > before["images"]
     assert {path.name for path in folder.iterdir()} == {
-        *("evaluation.json", "per_class.csv", "confusion.csv", "confusion.png", "notes.txt")
+        *("evaluation.json", "per_class.csv", "predictions.csv", "confusion.csv", "confusion.png", "notes.txt")
     }
 
 

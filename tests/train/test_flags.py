@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 
+from convert.command_line import data_set
 from convert.errors import SettingsError
 from train.config import TrainConfig
 from train.flags import parse_flags
@@ -20,6 +21,26 @@ def test_other_data_is_trained_with_the_papers_recipe():
     assert parse_flags(["--dataset", "imagenet2012"]) == dataclasses.replace(
         RECIPES["imagenet"], dataset="imagenet2012"
     )
+
+
+def test_weights_to_start_from_mean_fine_tuning():
+    config = parse_flags(["--dataset", "cifar10", "--init", "x.pth"])
+    assert config == dataclasses.replace(RECIPES["finetune"], dataset="cifar10", init="x.pth")
+    assert parse_flags(["--init", "x.pth"]) == dataclasses.replace(RECIPES["digits"], init="x.pth")
+    config = parse_flags(["--dataset", "cifar10", "--init", "x.pth", "--recipe", "imagenet"])
+    assert config == dataclasses.replace(RECIPES["imagenet"], dataset="cifar10", init="x.pth")
+
+
+def test_the_path_of_a_folder_is_taken_for_one_unless_it_is_a_prepared_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
+    (tmp_path / "cifar10" / "3.0.2" / "dataset_info.json").write_text("{}")
+    for text in ("photos", str(tmp_path / "photos"), "folder:photos"):
+        assert data_set(text) == f"folder:{text.removeprefix('folder:')}"
+    for text in ("digits", "cifar10", "imagenet2012"):
+        assert data_set(text) == text
 
 
 def test_the_recipe_can_be_chosen_for_any_data():

@@ -71,7 +71,7 @@ def _logged(folder):
 
 def _assert_same(folder, other):
     assert (folder / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
-    for name in ("weights.safetensors", "weights-ema.safetensors"):
+    for name in ("weights.safetensors", "weights-ema.safetensors", "weights-best.safetensors"):
         ours, theirs = load_file(folder / name), load_file(other / name)
         assert ours.keys() == theirs.keys()
         for key in ours:
@@ -81,11 +81,13 @@ def _assert_same(folder, other):
 def test_a_run_keeps_the_last_two_checkpoints_and_the_best_and_each_can_be_converted(uninterrupted):
     evaluations = [line for line in read_metrics(uninterrupted) if "eval/top1" in line]
     assert [line["step"] for line in evaluations] == [_STEPS_PER_EPOCH * epoch for epoch in range(1, _EPOCHS + 1)]
-    best = max(evaluations, key=lambda line: (line["eval/ema_top1"], -line["step"]))["step"]
+    best = max(evaluations, key=lambda line: (max(line["eval/ema_top1"], line["eval/top1"]), -line["step"]))["step"]
     assert _steps(uninterrupted) == sorted({best, _BEFORE_LAST, _STEPS})
     weights, last = load_weights(uninterrupted / "checkpoints"), load_file(uninterrupted / "weights.safetensors")
     assert weights.class_names == tuple("0123456789")
-    assert load_weights(uninterrupted).class_names == weights.class_names  # so does the folder itself
+    of_best = load_weights(uninterrupted)  # the folder stands for the best evaluation
+    assert of_best.class_names == weights.class_names
+    assert f"after epoch {best // _STEPS_PER_EPOCH}, held-out top-1 " in of_best.notes[0]
     for name, tensor in weights.tensors.items():
         np.testing.assert_array_equal(tensor, last[name])
 
@@ -97,7 +99,7 @@ def test_a_checkpoint_has_settings_versions_metrics_and_the_best_score(uninterru
     assert {"jax", "flax", "optax", "python"} <= set(progress["run"]["versions"])
     lines = read_metrics(uninterrupted)
     before = [line for line in lines if "eval/ema_top1" in line][:-1]  # it is written before the evaluation
-    assert progress["best"]["value"] == max(line["eval/ema_top1"] for line in before)
+    assert progress["best"]["value"] == max(line[name] for line in before for name in ("eval/top1", "eval/ema_top1"))
     last = [line for line in lines if line["epoch"] == _EPOCHS and "train/loss" in line][-1]
     assert progress["meter"]["epoch"]["steps"] == _STEPS_PER_EPOCH
     window = progress["meter"]["window"]  # sums since the line before

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 import timm
@@ -25,8 +26,11 @@ from tests import compilation
 from train.data.datasets import open_digits
 from train.evaluate import main as evaluate
 from train.images.transforms import eval_transform
+from train.loop import Result
 from train.main import main
 from train.recipes import RECIPES
+from train.run.run_state import Best
+from train.tasks.task import Metric
 
 _SHORT = ["--epochs=2", "--batch-size=40", "--log-every=2", "--eval-every=2"]
 
@@ -51,7 +55,7 @@ def test_a_run_leaves_settings_metrics_and_weights_and_tells_the_result(run, sma
     status, out, _, folder = run(*_SHORT)
     assert status == 0
     names = {path.name.split(".")[0] for path in folder.iterdir() if path.name != ".lock"}
-    assert names == {"config", "metrics", "events", "weights", "checkpoints", "curves"}
+    assert names == {"config", "metrics", "events", "weights", "weights-best", "checkpoints", "curves"}
 
     training = [line for line in _lines(folder) if "train/loss" in line]
     (evaluation,) = [line for line in _lines(folder) if "eval/loss" in line]
@@ -81,6 +85,19 @@ def test_a_run_leaves_settings_metrics_and_weights_and_tells_the_result(run, sma
         "memory per device",
     ):
         assert told in out
+
+
+def test_without_a_better_evaluation_a_run_ends_when_its_patience_does(run, no_curves, small_variant):
+    flags = ["--epochs=6", "--batch-size=112", "--lr=1e-7", "--min-lr=0", "--warmup-lr=0", "--patience=2"]
+    status, out, _, folder = run(*flags)
+    assert (status, "stopped after epoch 3: no evaluation was better for 2 epochs" in out) == (0, True)
+    assert _lines(folder)[-1]["epoch"] == 3
+    best, last = (load_weights(f"{folder}{which}") for which in ("", ":last"))
+    assert "the weights after epoch 1, held-out top-1 " in best.notes[0]
+    assert not np.array_equal(best.tensors["head.0.weight"], last.tensors["head.0.weight"])
+    again = run(*flags)[1]
+    assert "continued after step 6 of 12" in again and "epoch 4/6" not in again
+    assert "epoch 6/6" in run(*flags, "--patience=6")[1]
 
 
 _TRAINING = ("train/loss", "train/top1", "train/lr", "train/bad_images")
@@ -137,7 +154,7 @@ def test_what_is_done_with_orientations_is_kept_with_the_run_and_done_again(
     assert load_weights(folder).exif == load_weights(folder / "checkpoints").exif == exif
 
     scores = folder / "scores"
-    assert evaluate([f"--weights={folder}", dataset, "--val-fraction=0.25", f"--output={scores}"]) == 0
+    assert evaluate([f"--weights={folder}:last", dataset, "--val-fraction=0.25", f"--output={scores}"]) == 0
     result = json.loads((scores / "evaluation.json").read_text())
     assert (result["exif"], result["loss"]) == (exif, pytest.approx(_lines(folder)[-1]["eval/loss"], rel=1e-5))
     why = done if exif == "apply" else "taken as they are stored, as in training"
@@ -183,7 +200,10 @@ def test_unreadable_images_are_named_once_and_counted_and_the_run_goes_on(run, n
 
 
 def test_too_many_unreadable_images_end_the_run_with_their_names(run, no_curves, small_variant, image_folder):
-    status, _, error, _ = run(*_folder_with_bad_images(image_folder))
+    flags = _folder_with_bad_images(image_folder)
+    for i in range(10, 24):
+        (image_folder() / "pictures" / "ab"[i % 2] / f"{i}.png").write_bytes(b"no image")
+    status, _, error, _ = run(*flags)
     assert status == 1
     assert error.count("\n") == 1
     assert "cannot be read, more than the share of 0.01 that is accepted (--max-bad-images)" in error
@@ -298,6 +318,30 @@ def test_what_cannot_work_is_one_line_and_status_2_and_leaves_nothing(
     assert message in error
     assert error.count("\n") == 1
     assert not folder.exists()
+
+
+def test_a_run_that_may_compile_nothing_is_refused(run):
+    with jax.disable_jit():
+        status, _, error, folder = run()
+    assert status == 2 and not folder.exists()
+    assert error.count("\n") == 1 and "JAX_DISABLE_JIT" in error
+
+
+def test_the_last_lines_tell_the_scores_of_the_weights_from_those_of_their_average(tmp_path):
+    metrics, final = (Metric("top1", "top-1", "%", "max"),), {"eval/top1": 80.0, "eval/loss": 0.5}
+    assert Result(tmp_path, metrics, final, Best(85, 3, 30), 61).summary() == (
+        "held-out top-1 80.00 %, loss 0.5000 (best top-1 85.00 %, epoch 3); 1 min 01 s\n"
+        f"run folder {tmp_path}, weights {tmp_path}/weights.safetensors, "
+        f"of the best evaluation {tmp_path}/weights-best.safetensors"
+    )
+    final |= {"eval/ema_top1": 90.0, "eval/ema_loss": 0.25}
+    assert Result(tmp_path, metrics, final, Best(91, 3, 30, "ema"), 61).summary() == (
+        "held-out top-1 80.00 %, loss 0.5000; average of the weights top-1 90.00 %, loss 0.2500 "
+        "(best top-1 91.00 %, epoch 3, of the average); 1 min 01 s\n"
+        f"run folder {tmp_path}, weights {tmp_path}/weights.safetensors, "
+        f"their average {tmp_path}/weights-ema.safetensors, "
+        f"of the best evaluation {tmp_path}/weights-best.safetensors"
+    )
 
 
 def test_an_epoch_of_repeated_augmentation_may_be_too_short_for_a_batch(run, digits_dir):

@@ -17,6 +17,10 @@ def matrix_flops(program: ClosedJaxpr | Jaxpr) -> int:
     return sum(_flops(equation) for equation in getattr(program, "jaxpr", program).eqns)
 
 
+# cuDNN's fused attention is one operation; how many matrix products that is, the backward pass with the scores again
+_ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
+
 def _flops(equation: JaxprEqn) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
@@ -29,6 +33,9 @@ def _flops(equation: JaxprEqn) -> int:
         # a dilated input is zeros but for every so many places (the gradient of a strided convolution)
         taps = kernel.size // outputs // math.prod(params["lhs_dilation"])
         return 2 * equation.outvars[0].aval.size * taps // params["batch_group_count"]
+    if products := _ATTENTION.get(name):
+        queries, keys = (operand.aval for operand in equation.invars[:2])  # (batch, tokens, heads, width)
+        return products * 2 * queries.size * keys.shape[1]
     inner = [matrix_flops(program) for program in _programs(params.values())]
     if name == "cond":
         return max(inner)

@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -26,7 +27,31 @@ _KINDS = (
 )
 _COLLECTIVE = re.compile(rf" ({'|'.join(_KINDS)})(-start|-done)?\([^%]*(?:%([\w.\-]+))?")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+_REDUCTION = re.compile(r" (?:all-reduce|reduce-scatter)(?:-start)?\(")
+_BACKWARD = "transpose(jvp("  # in the name of every operation of jax's backward pass, and of what unpacks its results
+_PRODUCT = re.compile(r" custom-call\(|gemm")
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+
+
+class Array(NamedTuple):
+    """An array in a program."""
+
+    dtype: str  # bf16, f32, pred, …
+    shape: tuple[int, ...]
+    bytes: int  # without padding
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def arrays(shape: str) -> list[Array]:
+    """The arrays in a shape such as `(bf16[8,96]{1,0}, f32[])`."""
+    found = []
+    for dtype, bits, text in _ARRAY.findall(shape):
+        sizes = tuple(int(size) for size in text.split(",") if size)
+        found.append(Array(dtype, sizes, -(-math.prod(sizes) * (8 if dtype == "pred" else int(bits)) // 8)))
+    return found
 
 
 def instructions(hlo: str) -> Iterator[tuple[str, str, str]]:
@@ -43,6 +68,11 @@ def instructions(hlo: str) -> Iterator[tuple[str, str, str]]:
             yield computation, *instruction.groups()
 
 
+def entry(hlo: str) -> str:
+    """The name of the computation that a program begins with."""
+    return next((match[2] for line in hlo.splitlines() if (match := _COMPUTATION.match(line)) and match[1]), "")
+
+
 def runs(hlo: str) -> dict[str, int]:
     """How often each computation runs in one run of the program: loops where that is known, otherwise once.
 
@@ -54,7 +84,6 @@ def runs(hlo: str) -> dict[str, int]:
     callers: dict[str, list[tuple[str, int]]] = defaultdict(list)  # computation, times that it calls this one
     loops: list[tuple[str, str, str]] = []  # computation, condition, body
     limits: dict[str, list[int]] = defaultdict(list)  # the whole numbers that a computation mentions
-    entry = next((match[2] for line in hlo.splitlines() if (match := _COMPUTATION.match(line)) and match[1]), "")
     for computation, _, rest in instructions(hlo):
         if limit := _LIMIT.match(rest):
             limits[computation].append(int(limit[1]))
@@ -73,7 +102,7 @@ def runs(hlo: str) -> dict[str, int]:
         # a TPU's program does not say how often; jax.lax.scan counts up to the one number in the condition
         callers[body].append((computation, limits[condition][0] if len(limits[condition]) == 1 else 1))
 
-    counts: dict[str, int] = {entry: 1}
+    counts: dict[str, int] = {entry(hlo): 1}
 
     def count(computation: str) -> int:
         if computation not in counts:
@@ -154,6 +183,32 @@ def communication(hlo: str) -> dict[str, Traffic]:
     return {kind: Traffic(int(calls), int(volume), sent) for kind, (calls, volume, sent) in by_volume}
 
 
+def early_reductions(hlo: str) -> tuple[int, int] | None:
+    """How many reductions over devices start before the last product of the backward pass; and how many there are.
+
+    They are looked for in the schedule of a GPU's program, where they are operations of their own, and products are
+    calls of libraries or of Triton's kernels. Reductions of scalars do not count. None without any.
+
+    Args:
+        hlo: `compiled.as_text()`.
+    """
+    main = entry(hlo)
+    wrapped = {computation for computation, _, rest in instructions(hlo) if _reduces_array(rest)} - {main}
+    starts, last = [], 0
+    for place, (_, _, rest) in enumerate(part for part in instructions(hlo) if part[0] == main):
+        called = _CALLED.findall(rest) if " async-start(" in rest else ()
+        if _reduces_array(rest) or wrapped & set(called):
+            starts.append(place)
+        elif _BACKWARD in rest and _PRODUCT.search(rest):
+            last = place
+    return (sum(place < last for place in starts), len(starts)) if starts else None
+
+
+def _reduces_array(rest: str) -> bool:
+    found = _REDUCTION.search(rest)
+    return found is not None and any(array.shape for array in arrays(rest[: found.start()]))
+
+
 def _sent(kind: str, group: int) -> float:
     """The share of an operation's volume that leaves each of the devices on a ring."""
     if kind in ("collective-permute", "collective-broadcast"):
@@ -163,11 +218,7 @@ def _sent(kind: str, group: int) -> float:
 
 def _array_bytes(shape: str) -> int:
     """Bytes of all arrays in a shape such as `(bf16[8,96]{1,0}, f32[])`."""
-    total = 0
-    for dtype, bits, sizes in _ARRAY.findall(shape):
-        elements = math.prod(int(size) for size in sizes.split(",") if size)
-        total += -(-elements * (8 if dtype == "pred" else int(bits)) // 8)
-    return total
+    return sum(array.bytes for array in arrays(shape))
 
 
 def _group_size(attributes: str, devices: int) -> int:

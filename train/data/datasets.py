@@ -11,7 +11,7 @@ from convert.files import FOLDER_PREFIX
 from train.config import TrainConfig
 from train.data.folder import one_class_error, open_folder
 from train.data.sources import ImageSets
-from train.data.tfds import open_tfds
+from train.data.tfds import data_folder, open_tfds
 
 
 def open_image_sets(config: TrainConfig, *, class_names: tuple[str, ...] | None = None) -> ImageSets:
@@ -57,10 +57,9 @@ def _open(config: TrainConfig) -> ImageSets:
 
 def open_digits(data_dir: str | None) -> ImageSets:
     """scikit-learn's digits, written to `data_dir` (none: tensorflow-datasets' own folder) the first time."""
-    import tensorflow_datasets as tfds
-
     from train.data.digits import SklearnDigits
 
+    where = data_folder(data_dir)
     try:
         # tfds prints what it downloads, and warns of a folder that is only being filled
         with quiet("absl"), contextlib.redirect_stdout(io.StringIO()):
@@ -68,7 +67,6 @@ def open_digits(data_dir: str | None) -> ImageSets:
             if not builder.is_prepared():
                 _prepare(builder)
     except OSError as error:
-        where = data_dir or tfds.core.constants.DATA_DIR
         raise SettingsError(f"cannot prepare the digits in {where}: {error}; try another --data-dir") from error
     return open_tfds("sklearn_digits", data_dir)
 

@@ -24,6 +24,12 @@ class DataError(UserError):
     status = 1
 
 
+class WorkersFailed(UserError):
+    """Worker processes cannot be started, or one of them has died; the message is one line that says why."""
+
+    status = 1
+
+
 @runtime_checkable
 class Source(Protocol):
     """What the input pipeline reads from."""
@@ -46,6 +52,13 @@ class Matched:
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = self.source[index]
         return {**sample, "label": self.classes[sample["label"]]}
+
+
+def image_names(source: Source) -> list[str]:
+    """A name for each image: its path where it is a file, else its index."""
+    if isinstance(source, Matched):
+        return image_names(source.source)
+    return source.paths() if hasattr(source, "paths") else [str(index) for index in range(len(source))]
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,19 @@ def open_tfds(name: str, data_dir: str | None) -> ImageSets:
     return ImageSets(train, held_out, class_names, held_out_split, fingerprint)
 
 
+def data_folder(data_dir: str | None) -> str:
+    """Where prepared data sets lie: `data_dir`, or tensorflow-datasets' own folder.
+
+    Raises SettingsError if that is in the home folder, and the user has none, as in many containers.
+    """
+    import tensorflow_datasets as tfds
+
+    where = os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)  # leaves `~` as it is where there is none
+    if data_dir is None and where.startswith("~/"):
+        raise SettingsError("there is no home folder, in which prepared data sets lie: name another with --data-dir")
+    return where
+
+
 def _check_labels(name: str, split: str, source: TfdsSource, num_classes: int, *, small: bool) -> None:
     count = len(source) if small else min(_LABELS_OF_LARGE_SPLIT, len(source))
     indices = np.linspace(0, len(source) - 1, count, dtype=int).tolist()
@@ -112,7 +125,7 @@ def _check_labels(name: str, split: str, source: TfdsSource, num_classes: int, *
 def _prepared_builder(name: str, data_dir: str | None) -> Any:
     import tensorflow_datasets as tfds
 
-    where = data_dir or tfds.core.constants.DATA_DIR
+    where = data_folder(data_dir)
     if data_dir is not None and not Path(data_dir).is_dir():
         raise SettingsError(f"there is no folder {data_dir} (--data-dir)")
     try:
@@ -121,8 +134,7 @@ def _prepared_builder(name: str, data_dir: str | None) -> Any:
     except (tfds.core.registered.DatasetNotFoundError, ValueError):
         pass
     bare = name.split("/")[0].split(":")[0]
-    folder = Path(os.path.expanduser(where))  # which, unlike pathlib's, leaves ~name as it is where there is no name
-    prepared = sorted(path.name for path in folder.glob("[!.]*") if any(path.glob("**/dataset_info.json")))
+    prepared = sorted(path.name for path in Path(where).glob("[!.]*") if any(path.glob("**/dataset_info.json")))
     known = set(tfds.list_builders(with_community_datasets=False))
     if bare in known or bare in prepared:
         others = f"; prepared there: {', '.join(prepared)}" if prepared else ""

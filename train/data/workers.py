@@ -1,32 +1,45 @@
 """Grain's worker processes: on the processor only, one thread each, and gone when the main process is.
 
-Ctrl-C and a job scheduler's SIGTERM reach all processes of a run at once. It is the main process that saves and then
-ends the workers, so they let these signals pass.
+Ctrl-C, the end of a terminal and a job scheduler's signals reach all processes of a run at once. It is the main process
+that saves and then ends the workers, so they let these signals pass.
 """
 
 import atexit
+import errno
 import gc
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import grain
 import jax
 from absl import flags
 from grain.python import SharedMemoryArray
 
+from convert.command_line import RUN_ANEW, UNGUARDED, leave_if_run_anew
+from convert.errors import SettingsError, UserError, one_line
+from train.data.sources import WorkersFailed
+
 _GRACE_S = 30  # a worker's time after SIGTERM: enough for the main process to stop asking it for batches
 _LAST_MEMORY_S = 10  # time to give back shared memory when the program ends, which takes far less
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_SHARED_MEMORY = "/dev/shm"
 
 
 def in_workers(batches: grain.IterDataset, workers: int) -> grain.IterDataset:
-    """The same batches from so many processes; 0: from this one. Close its iterators: that ends the processes."""
+    """The same batches from so many processes; 0: from this one. Close its iterators: that ends the processes.
+
+    The iterators raise WorkersFailed, and SettingsError where the workers run a script without a main guard.
+    """
     if not workers:
         return batches
+    leave_if_run_anew()
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers ask absl, which does not run this program
     return _Started(batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_init_worker))
@@ -41,15 +54,74 @@ class _Started(grain.IterDataset):
 
     def __iter__(self) -> grain.DatasetIterator:
         iterator = self._parent.__iter__()
-        iterator.get_state()  # this makes the iterators, one for each worker, that the next line starts
-        with _signals_held():
-            iterator.start_prefetch()
-        return iterator
+        try:
+            with _signals_held():  # from Python's process that watches over shared memory, which this starts
+                iterator.get_state()  # this makes the iterators, one for each worker, that are started next
+            with _signals_held():  # anew: as it started that one, Python let two signals through
+                iterator.start_prefetch()
+        except (ImportError, OSError) as error:  # the former where Python finds no semaphores
+            raise _failure(error) from error
+        return _Explained(iterator)
+
+
+class _Explained(grain.DatasetIterator):
+    """The same elements; that a worker has died is told in words."""
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._parent)
+        except (OSError, RuntimeError) as error:
+            # Grain has no type of error for it
+            died = re.match(r"Worker process was terminated unexpectedly with exit code (-?\d+)", str(error))
+            if died:
+                raise _death(int(died[1])) from None
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise _failure(error) from None
+            raise
+
+    def get_state(self) -> dict[str, Any]:
+        return self._parent.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state)
+
+
+def _failure(error: Exception) -> UserError:
+    """The error for workers that cannot be started or send what they made."""
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        return WorkersFailed(_no_room())
+    reason = getattr(error, "strerror", None) or one_line(error)
+    return WorkersFailed(f"worker processes cannot be started ({reason}); --workers 0 reads in threads")
+
+
+def _death(exit_code: int) -> UserError:
+    """The error for a worker that has ended so."""
+    less = "fewer workers or a smaller --batch-size take less"
+    if exit_code == RUN_ANEW:
+        return SettingsError(UNGUARDED)
+    if exit_code == -signal.SIGKILL:
+        return WorkersFailed(f"a worker process was killed, as the system does where memory ends: {less}")
+    if exit_code == -signal.SIGBUS:  # what comes of writing to shared memory for which there is no room
+        return WorkersFailed(_no_room())
+    how = f"by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"with exit status {exit_code}"
+    return WorkersFailed(f"a worker process was ended {how}")
+
+
+def _no_room() -> str:
+    try:
+        usage = shutil.disk_usage(_SHARED_MEMORY)
+        size = f" ({usage.free / 2**20:.0f} of {usage.total / 2**20:.0f} MiB are free)"
+    except OSError:
+        size = ""
+    return (
+        f"{_SHARED_MEMORY}, in which worker processes leave batches, is full{size}: fewer workers or a smaller "
+        "--batch-size take less, and Docker makes it larger with --shm-size=8g"
+    )
 
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Blocks SIGINT and SIGTERM in the threads that are started in here and in the worker processes that they start.
+    """Blocks signals in the threads that are started in here and in the processes that they start.
 
     Workers take seconds to import what they need. Until they have installed their own handlers (`_init_worker`), a
     signal would end them. Signals to the calling thread are delivered at the end of the block.
@@ -74,8 +146,8 @@ def give_back_memory() -> None:
 
 
 def _init_worker(index: int, count: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _leave_later)
+    for number in _SIGNALS:
+        signal.signal(number, _leave_later if number == signal.SIGTERM else signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # see _signals_held
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"  # torch's tensors are tiny here; other workers and jax need the cores

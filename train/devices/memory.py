@@ -47,31 +47,53 @@ class StepMemory:
     def total(self) -> int:
         return self.state + self.batches + self.activations + self.program
 
-    def describe(self, available: int | None) -> str:
+    def describe(self, available: int | None, *, state: str = "parameters and optimiser") -> str:
         """One line for the user.
 
         Args:
             available: bytes that a device has; none: not known.
+            state: what the state is, in words.
         """
-        parts = {"parameters and optimiser": self.state, "batches": self.batches, "activations": self.activations}
+        parts = {state: self.state, "batches": self.batches, "activations": self.activations}
         parts |= {"program": self.program} if self.program else {}
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
         of = "" if available is None else f" of {format_bytes(available)}"
         return f"memory per device: {format_bytes(self.total)}{of} ({listed})"
 
 
-def step_memory(compiled: jax.stages.Compiled) -> StepMemory:
+def step_memory(compiled: jax.stages.Compiled, *, augmented: int = 0) -> StepMemory:
     """What a compiled training step (see `train.optim.step.jit_train_step`) takes on each device.
+
+    Args:
+        augmented: numbers in the images of a batch on a device, where they are augmented there: the batches that wait
+            for that hold uint8 instead of float32.
 
     XLA's figures are of one device, with the padding of its layouts. On a CPU they leave out what the libraries of
     matrix products and convolutions take for themselves.
     """
     plan = compiled.memory_analysis()
     state = plan.alias_size_in_bytes  # the state is all that is donated, and comes back in the same place
+    batch = plan.argument_size_in_bytes - state
+    waiting = batch - (4 - 1) * augmented
     return StepMemory(
         state=state,
-        batches=BATCHES * (plan.argument_size_in_bytes - state),
+        batches=batch + (BATCHES - 1) * waiting,
         activations=plan.temp_size_in_bytes + plan.output_size_in_bytes - state,
+        program=plan.generated_code_size_in_bytes,
+    )
+
+
+def forward_memory(compiled: jax.stages.Compiled, image_bytes: int) -> StepMemory:
+    """What a compiled forward pass (parameters, images) -> logits takes on each device.
+
+    Args:
+        image_bytes: of the images of a batch on a device.
+    """
+    plan = compiled.memory_analysis()
+    return StepMemory(
+        state=plan.argument_size_in_bytes - image_bytes,
+        batches=BATCHES * image_bytes,
+        activations=plan.temp_size_in_bytes + plan.output_size_in_bytes,
         program=plan.generated_code_size_in_bytes,
     )
 
@@ -98,6 +120,15 @@ def check_fits(memory: StepMemory, available: int | None, config: TrainConfig, m
     if available is not None and memory.total > available:
         rest = memory.total - memory.activations
         raise _too_much_error(memory.total, available, config, mesh, rest=rest, state=memory.state)
+
+
+def check_forward_fits(memory: StepMemory, available: int | None) -> None:
+    """The same for a forward pass."""
+    if available is not None and memory.total > available:
+        raise DoesNotFit(
+            f"a forward pass needs {_excess(memory.total, available)}; what would help: a smaller --batch-size",
+            memory.total,
+        )
 
 
 def _host_memory() -> int:
@@ -159,9 +190,15 @@ def _too_much_error(
     sharding_helps = state is None or state > needed / 10
     remedies = _remedies(config, mesh, factor=factor, sharding_helps=sharding_helps)
     return DoesNotFit(
-        f"a step needs {format_bytes(needed)} on each device, {format_bytes(needed - available)} more than the "
-        f"{format_bytes(available)} that it has; what would help: {', '.join(remedies)}",
+        f"a step needs {_excess(needed, available)}; what would help: {', '.join(remedies)}",
         needed,
+    )
+
+
+def _excess(needed: float, available: float) -> str:
+    return (
+        f"{format_bytes(needed)} on each device, {format_bytes(needed - available)} more than the "
+        f"{format_bytes(available)} that it has"
     )
 
 

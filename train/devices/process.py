@@ -53,13 +53,14 @@ def keep_compiled_programs() -> None:
 
     JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false turns it off. A program is found
     again only for the same jax, devices, shapes and compiler flags. Where the folder cannot be written, jax warns and
-    goes on.
+    goes on. A user without a home folder, as in many containers, has no such folder, and nothing is kept.
     """
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
-        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(caches, "crossvit", "jax")))
+        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        if os.path.isabs(caches):  # what has no home folder stays as it is
+            jax.config.update("jax_compilation_cache_dir", str(Path(caches, "crossvit", "jax")))
 
 
 def _malloc_is_set() -> bool:

@@ -2,11 +2,11 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from convert.command_line import Parser, at_least_one, image_size, share
+from convert.command_line import Parser, at_least_one, image_size, share, weights_source
+from convert.streams import tell_error
 
 if TYPE_CHECKING:
     from train.data.tagged_images import TaggedImages
@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 
 SOURCES = """\
 SOURCE: hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub), a .safetensors, .pth or .bin file with timm's,
-IBM's or Flax's names, an Orbax folder, or the folder of a training run"""
+IBM's or Flax's names, an Orbax folder, or the folder of a training run (runs/X the weights of its best evaluation,
+runs/X:last the last, runs/X:ema their average)"""
 SMALLER_BATCH = "choose a smaller --batch-size"  # what helps against too little memory
 
 _IMAGES_PER_PROCESS = 1000  # a process takes seconds to start, which fewer images do not take themselves
 
 
 def add_model_flags(parser: Parser) -> None:
-    """--weights, --image-size, --crop-pct, --exif, --precision, --quantize and --batch-size."""
-    parser.add_argument("--weights", required=True, metavar="SOURCE", help="the weights to use")
+    """--weights, --image-size, --crop-pct, --exif, --precision, --attention-kernel, --quantize and --batch-size."""
+    parser.add_argument("--weights", type=weights_source, required=True, metavar="SOURCE", help="the weights to use")
     parser.add_argument(
         "--image-size",
         type=image_size,
@@ -41,6 +42,13 @@ def add_model_flags(parser: Parser) -> None:
         "--precision",
         choices=("float32", "bfloat16"),
         help="arithmetic; parameters are float32 (default: bfloat16 on accelerators, float32 otherwise)",
+    )
+    parser.add_argument(
+        "--attention-kernel",
+        choices=("auto", "xla", "cudnn"),
+        default="auto",
+        help="what computes self-attention: xla, or cudnn (NVIDIA GPUs from compute capability 8.0 on, bfloat16) "
+        "(default: auto, which is cudnn where it can)",
     )
     parser.add_argument(
         "--quantize",
@@ -62,7 +70,7 @@ def load_model(args: argparse.Namespace) -> "Classifier":
 
     keep_freed_memory()
     keep_compiled_programs()
-    settings = ("image_size", "crop_pct", "precision", "quantize", "exif")
+    settings = ("image_size", "crop_pct", "precision", "attention_kernel", "quantize", "exif")
     return load_classifier(args.weights, **{name: getattr(args, name) for name in settings})
 
 
@@ -80,7 +88,7 @@ def exif_notes(args: argparse.Namespace, classifier: "Classifier", tagged: "Tagg
 def tell_notes(prog: str, notes: Iterable[str]) -> None:
     """What the user should know about the weights, on stderr."""
     for note in notes:
-        print(f"{prog}: note: {note}", file=sys.stderr)
+        tell_error(f"{prog}: note: {note}")
 
 
 def reading_processes(images: int) -> int:

@@ -16,6 +16,7 @@ from convert.weights import Weights
 from crossvit_jax import CrossViT, CrossViTConfig
 from crossvit_jax.preprocess import Exif
 from train.config import TrainConfig
+from train.devices.attention import choose_attention
 from train.devices.mesh import batch_sharding, default_precision, make_mesh, replicated
 from train.optim.quantize import quantised, require_qwix
 from train.tasks.classification import Classification
@@ -89,6 +90,7 @@ def load_classifier(
     image_size: tuple[int, int] | None = None,
     crop_pct: float | None = None,
     precision: str | None = None,
+    attention_kernel: str = "auto",
     quantize: str | None = None,
     exif: Exif | None = None,
 ) -> Classifier:
@@ -98,13 +100,14 @@ def load_classifier(
         image_size: (height, width) to resample the position embeddings to; none: as stored.
         crop_pct: share of the resized image that the evaluation crop keeps; none: as stored.
         precision: float32 or bfloat16; none: bfloat16 on accelerators, float32 otherwise.
+        attention_kernel: auto, xla or cudnn, see `train.devices.attention.choose_attention`.
         quantize: int8 or int4 to round the linear layers' weights to, see `train.optim.quantize`; none: as stored.
         exif: what to do with EXIF orientations, see `crossvit_jax.preprocess.decode_image`; none: what training did,
             or keep where that is not known.
 
     Raises:
         ConversionError, SettingsError: see `load_classifier_weights`; or jax finds no device; or qwix is needed and not
-            installed.
+            installed; or cuDNN's attention is asked for and cannot be had.
     """
     if quantize is not None:
         require_qwix("--quantize")
@@ -112,14 +115,18 @@ def load_classifier(
     weights = load_classifier_weights(source, **{field: value for field, value in changes.items() if value is not None})
     mesh = make_mesh()
     precision = precision or default_precision(mesh)
-    graphdef, state = nnx.split(flax_model(weights, dtype=precision))
+    kernel, notes = choose_attention(attention_kernel, weights.config, precision, mesh, training=False)
+    model = flax_model(weights, dtype=precision)
+    model.set_attention(kernel)
+    graphdef, state = nnx.split(model)
     params = jax.device_put(nnx.to_pure_dict(state), replicated(mesh))
     if quantize is not None:
         graphdef, state = nnx.split(quantised(nnx.merge(graphdef, params), quantize))
         params = nnx.to_pure_dict(state)
     names = weights.class_names or tuple(map(str, range(weights.config.num_classes)))
     task = Classification(TrainConfig(exif=exif or weights.exif or "keep"), weights.config, names)
-    return Classifier(task, weights.class_names, weights.notes, weights.exif, precision, graphdef, params, mesh)
+    notes = (*weights.notes, *notes)
+    return Classifier(task, weights.class_names, notes, weights.exif, precision, graphdef, params, mesh)
 
 
 def load_classifier_weights(source: str, **overrides: Any) -> Weights:

@@ -67,7 +67,7 @@ def _clip_by_norm(largest: float) -> optax.GradientTransformation:
     """torch's `clip_grad_norm_`: the norm is taken for 1e-6 larger than it is."""
 
     def clip(gradients, params):
-        factor = jnp.minimum(1, largest / (optax.global_norm(gradients) + 1e-6))
+        factor = jnp.minimum(1, largest / (optax.tree.norm(gradients) + 1e-6))
         return jax.tree.map(lambda gradient: gradient * factor, gradients)
 
     return optax.stateless(clip)

@@ -1,8 +1,9 @@
 """The programs that the devices run for a task, compiled at the same time in threads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,19 @@ class Plan:
     mesh: Mesh
     steps_per_epoch: int  # for the learning rate
     eval_batch_size: int | None = None  # none: nothing is evaluated
+    compiler_options: Mapping[str, Any] | None = None  # of XLA, for the training step
+
+
+def compiler_options(config: TrainConfig, platform: str) -> dict[str, bool | int] | None:
+    """What XLA is told, beside the program, for the steps of a run on a platform ("gpu", …); none: nothing."""
+    if not config.deterministic or platform != "gpu":
+        return None
+    return {
+        "xla_gpu_exclude_nondeterministic_ops": True,  # cuDNN's gradient of attention, and sums by atomic additions
+        # what is tried out at every start, and chosen by its time, may differ in its rounding from start to start
+        "xla_gpu_autotune_level": 0,
+        "xla_gpu_enable_triton_gemm": False,  # whose products are slow, or impossible, where nothing is tried out
+    }
 
 
 class Programs:
@@ -62,12 +76,13 @@ class Programs:
         self._threads = ThreadPoolExecutor()
         start = self._threads.submit
         self._new_state = start(self._lower_init(params)) if new_state else None
-        train_step = jit_train_step(make_train_step(self._model, task, self._optimizer, config), mesh, shapes)
+        options = compiler_options(config, mesh.devices.flat[0].platform)
+        train_step = jit_train_step(make_train_step(self._model, task, self._optimizer, config), mesh, shapes, options)
         self.traced: jax.stages.Traced = train_step.trace(shapes, self._batch(config.batch_size, training=True))
-        self._train_step = start(self.traced.lower().compile)
+        self._train_step = start(self.traced.lower().compile, plan.compiler_options)
         self._eval_step = self._augment = None
         if plan.eval_batch_size is not None:
-            eval_step = jit_eval_step(make_eval_step(self._model, task), mesh, shapes["params"])
+            eval_step = jit_eval_step(make_eval_step(self._model, task), mesh, shapes["params"], options)
             eval_batch = self._batch(plan.eval_batch_size, training=False)
             self._eval_step = start(eval_step.lower(shapes["params"], eval_batch).compile)
         if config.augment_on == "device":  # last: while qwix traces a model, it has its hands on jax itself
@@ -90,7 +105,10 @@ class Programs:
     @property
     def memory(self) -> StepMemory:
         """What the training step takes on each device."""
-        return step_memory(self.train_step)
+        config, mesh = self.plan.config, self.plan.mesh
+        images = self._batch(config.batch_size, training=True)["image"]
+        augmented = images.size // mesh.size if config.augment_on == "device" else 0
+        return step_memory(self.train_step, augmented=augmented)
 
     @property
     def eval_step(self) -> jax.stages.Compiled:

@@ -59,6 +59,8 @@ def abstract_model(task: Task, config: TrainConfig) -> nnx.Module:
     model = nnx.merge(*_draw.eval_shape(key, task=task, dtype=_dtype(config)))
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
+    if config.attention_kernel == "cudnn":
+        model.set_attention("cudnn")
     if config.qat is not None:
         model = fake_quantised(model, config.qat)
     return model

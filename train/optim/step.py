@@ -1,6 +1,7 @@
 """One training step and one evaluation step of a task, each a pure function to be jitted over a mesh."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,11 +109,17 @@ def _structure(model: nnx.Module, *, training: bool) -> nnx.GraphDef:
     return nnx.graphdef(copy)
 
 
-def jit_train_step(train_step: Callable[[State, Batch], tuple[State, Metrics]], mesh: Mesh, state: State):
+def jit_train_step(
+    train_step: Callable[[State, Batch], tuple[State, Metrics]],
+    mesh: Mesh,
+    state: State,
+    compiler_options: dict[str, Any] | None = None,
+):
     """The step compiled for a mesh: batch and state cut over the devices, the state's memory used again.
 
     Args:
         state: the training state, or its shapes.
+        compiler_options: XLA's, by their names.
     """
     shardings = state_shardings(state, mesh)
     return jax.jit(
@@ -120,15 +127,22 @@ def jit_train_step(train_step: Callable[[State, Batch], tuple[State, Metrics]], 
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options,
     )
 
 
-def jit_eval_step(eval_step: Callable[[Tree, Batch], Tree], mesh: Mesh, params: Tree):
+def jit_eval_step(
+    eval_step: Callable[[Tree, Batch], Tree], mesh: Mesh, params: Tree, compiler_options: dict[str, Any] | None = None
+):
     """The evaluation step compiled for a mesh; every process gets all of its outputs.
 
     Args:
         params: the parameters, or their shapes.
+        compiler_options: XLA's, by their names.
     """
     return jax.jit(
-        eval_step, in_shardings=(state_shardings(params, mesh), batch_sharding(mesh)), out_shardings=replicated(mesh)
+        eval_step,
+        in_shardings=(state_shardings(params, mesh), batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+        compiler_options=compiler_options,
     )

@@ -1,6 +1,7 @@
 """The folder of a run: where it is, who may write to it, and the settings that it keeps."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -12,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import SettingsError, UserError
-from convert.files import write_whole
+from convert.files import home_path, write_whole
+from convert.formats.run_folder import CHECKPOINTS, split_kind
 from crossvit_jax.config import BRANCH_SETTINGS
 from train.config import TrainConfig
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "timm", "pillow", "numpy")
 _CONFIG, _LOCK = "config.json", ".lock"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # what file systems without locks answer
 # what may differ when a run is continued: none of it changes what is computed
-_FREE = {"output", "data_dir", "dataset", "init", "workers", "mesh", "coordinator", "num_processes", "process_id"}
-_FREE |= {"checkpoint_every", "max_bad_images", "wandb"}
-CHECKPOINTS = "checkpoints"
+_FREE = {"output", "data_dir", "dataset", "init", "resume", "workers", "mesh", "coordinator", "num_processes"}
+_FREE |= {"process_id", "attention_kernel", "checkpoint_every", "max_bad_images", "patience", "wandb"}
 
 
 class CheckpointError(UserError):
@@ -70,7 +72,25 @@ def begun_settings(saved: dict[str, Any]) -> dict[str, Any]:
         saved: what `read_run` returned.
     """
     settings = saved.get("train", {})
-    return {"augment_on": "host", "exif": "keep", "mix_group": settings.get("batch_size")} | settings
+    before = {"augment_on": "host", "exif": "keep", "deterministic": False, "mix_group": settings.get("batch_size")}
+    return before | settings
+
+
+def run_behind(source: str) -> str | None:
+    """The folder of the run that weights come from: the source, or where its file or checkpoint lies; None: of none."""
+    from convert.formats.hub import PREFIXES  # late: flags read the settings of a run, too
+
+    if source.startswith(PREFIXES):
+        return None
+    path = Path(home_path(split_kind(source)[0]))
+    for folder in (path, path.parent, *([path.parent.parent] if path.parent.name == CHECKPOINTS else [])):
+        try:
+            saved = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(saved, dict) and isinstance(saved.get("train"), dict):
+            return str(folder)
+    return None
 
 
 def check_same_run(saved: dict[str, Any], described: dict[str, Any], output: str | None) -> None:
@@ -81,7 +101,8 @@ def check_same_run(saved: dict[str, Any], described: dict[str, Any], output: str
         described: what `describe_run` says of the run that shall continue it.
     """
     differences = []
-    begun = {**saved, "train": begun_settings(saved)}
+    named = {**saved.get("train", {}), **described["train"]}
+    begun = {**saved, "train": {name: value for name, value in begun_settings(saved).items() if name in named}}
     models = begun.get("model", {}), described["model"]
     if models[0] != models[1]:  # or the same in another format
         begun["model"], model = map(_model_settings, models)
@@ -96,7 +117,10 @@ def check_same_run(saved: dict[str, Any], described: dict[str, Any], output: str
         ]
     if differences:
         shown = "; ".join(differences[:6]) + (f"; and {len(differences) - 6} more" if differences[6:] else "")
-        raise SettingsError(f"the run in {output} cannot be continued with other settings: {shown[:1000]}")
+        raise SettingsError(
+            f"the run in {output} cannot be continued with other settings: {shown[:1000]}; a new run, with an --output "
+            f"of its own, can start from its weights: --init {output}"
+        )
 
 
 def _model_settings(description: dict[str, Any]) -> dict[str, Any]:
@@ -176,19 +200,29 @@ def claim_run_folder(config: TrainConfig) -> "Claim":
 
 
 class Claim:
-    """A run's folder belongs to one run at a time: as long as this is not closed, and the process lives."""
+    """A run's folder belongs to one run at a time: as long as this is not closed, and the process lives.
+
+    On a file system without locks it may belong to several, and `note` says so; else that is None.
+    """
 
     def __init__(self, folder: Path, *, is_new: bool = False):
         """Raises SettingsError if another run has the folder, or nothing can be written there."""
         self.folder, self._is_new = folder, is_new
+        self.note: str | None = None
         try:
             self._file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise SettingsError(f"cannot write to {folder}: {error.strerror}") from error
+        try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._file)
             raise SettingsError(f"another run is writing to {folder}: wait for it, or name another --output") from None
         except OSError as error:
-            raise SettingsError(f"cannot write to {folder}: {error.strerror}") from error
+            if error.errno not in _NO_LOCKS:
+                os.close(self._file)
+                raise SettingsError(f"cannot lock {folder}: {error.strerror}") from error
+            self.note = f"the file system of {folder} has no locks: see to it that no other run writes there"
 
     def close(self) -> None:
         """Let others have the folder. One that was new, and got nothing, is removed."""

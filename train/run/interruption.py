@@ -1,8 +1,11 @@
-"""SIGTERM and Ctrl-C: the run saves and ends; a second one ends it at once."""
+"""Signals that ask a run to end: it saves and ends; a second Ctrl-C or SIGTERM ends it at once.
 
+Those are Ctrl-C, a scheduler's SIGTERM and its warning SIGUSR1, and SIGHUP, which says that the terminal is closed.
+"""
+
+import contextlib
 import os
 import signal
-import sys
 import threading
 from types import FrameType
 
@@ -11,11 +14,15 @@ from jax.experimental import multihost_utils
 
 from convert.errors import UserError
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_IMPATIENT = (signal.SIGTERM, signal.SIGINT)
+# These may come twice by themselves, from the shell as well as from the terminal, or before a SIGTERM: a second one is
+# no wish to end without saving.
+_WARNINGS = (signal.SIGHUP, signal.SIGUSR1)
+_STDERR = 2
 
 
 class Interrupted(UserError):
-    """The run was asked to end and has saved. `status` is what a shell expects: 143 for SIGTERM, 130 for Ctrl-C."""
+    """The run was asked to end and has saved. `status` is what a shell expects: 128 and the signal's number."""
 
     def __init__(self, message: str, status: int = 128 + signal.SIGTERM):
         super().__init__(message)
@@ -23,10 +30,10 @@ class Interrupted(UserError):
 
 
 class Interruption:
-    """Listens to both signals while it is entered.
+    """Listens to the signals while it is entered; not to SIGHUP where that is ignored, as under nohup.
 
     While `can_save` is False there is nothing to be saved, and the first signal ends the process. Several processes
-    stop at the same step: jax tells all of them when one gets SIGTERM, and Ctrl-C is handed on as that.
+    stop at the same step: jax tells all of them when one gets SIGTERM, and the others are handed on as that.
     """
 
     def __init__(self):
@@ -36,8 +43,10 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            heeded = [number for number in _WARNINGS if signal.getsignal(number) != signal.SIG_IGN]
             # with several processes, SIGTERM is jax's
-            for number in _SIGNALS if jax.process_count() == 1 else (signal.SIGINT,):
+            heeded += _IMPATIENT if jax.process_count() == 1 else (signal.SIGINT,)
+            for number in heeded:
                 self._before[number] = signal.signal(number, self._heed)
         return self
 
@@ -57,12 +66,22 @@ class Interruption:
         return multihost_utils.reached_preemption_sync_point(step)
 
     def _heed(self, number: int, _: FrameType | None) -> None:
-        if self._signal is not None or not self.can_save:
-            where = "before it was saved" if self.can_save else "before the first step; nothing was to be saved"
-            # not through sys.stderr: the signal may have come in the middle of a write to it
-            os.write(sys.__stderr__.fileno(), f"\ntrain: interrupted {where}\n".encode())
+        if not self.can_save:
+            _tell("interrupted before the first step; nothing was to be saved")
             os._exit(128 + number)  # neither compilation nor worker threads can be waited for
-        self._signal = number
-        os.write(sys.__stderr__.fileno(), b"\ntrain: interrupted; saving, once more to end at once\n")
-        if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if number in _IMPATIENT and self._signal in _IMPATIENT:
+            _tell("interrupted before it was saved")
+            os._exit(128 + number)
+        is_first = self._signal is None
+        if self._signal not in _IMPATIENT:
+            self._signal = number
+        if is_first:
+            _tell("interrupted; saving" + ", once more to end at once" * (number in _IMPATIENT))
+            if jax.process_count() > 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _tell(line: str) -> None:
+    """Not through sys.stderr: the signal may have come in the middle of a write to it."""
+    with contextlib.suppress(OSError):  # the terminal is closed
+        os.write(_STDERR, f"\ntrain: {line}\n".encode())

@@ -1,12 +1,13 @@
 """What the user sees of a run: a progress bar on a terminal, and one line per epoch everywhere."""
 
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
+
+from convert.streams import tell
 
 if TYPE_CHECKING:
     from train.tasks.task import Metric
@@ -62,7 +63,9 @@ class Progress:
         """A line about an epoch (from 1) that ended after `step` steps, with the metrics that are there."""
         spent = time.perf_counter() - self._start if self._start else 0.0
         left = spent / max(1, step - self._done_before - 1) * (self._total - step)
-        shown = [f"loss {values['train/loss']:.3f}", *self._shown(values, "train/")]
+        # an epoch that was trained elsewhere has no loss of training
+        loss = [f"loss {values['train/loss']:.3f}"] if "train/loss" in values else []
+        shown = [*loss, *self._shown(values, "train/")]
         held_out, averaged = f"eval/{self._choosing.name}", f"eval/ema_{self._choosing.name}"
         if held_out in values:
             metric = f", {self._choosing.shown(values[held_out])}" * (self._choosing.name != "loss")
@@ -73,8 +76,8 @@ class Progress:
         shown.append(f"{tqdm.format_interval(left)} left")
         if not self._silent:
             line = f"epoch {epoch:{len(str(self._epochs))}}/{self._epochs} | " + " | ".join(shown)
-            self._bar.write(line, file=sys.stdout)  # without disturbing the bar
-            sys.stdout.flush()
+            with self._bar.external_write_mode():  # without disturbing the bar
+                tell(line)
 
     def _shown(self, values: Mapping[str, float], prefix: str = "") -> list[str]:
         """The task's metrics that are among the values."""

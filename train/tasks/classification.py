@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,14 @@ from train.images.augment import compile_augment
 from train.images.mixup import draw_mix, mix_images, mix_in_groups, mix_targets
 from train.pictures.confusion import draw_confusion
 from train.run.best_effort import BestEffort
+from train.tasks.rates import calibration_error, class_rates, mean_rates
 from train.tasks.task import Batch, Metric
 
 TOP5_CLASSES = 6  # with fewer, top-5 accuracy says nothing
 # what an evaluation leaves
-_NUMBERS, _PER_CLASS, _CONFUSION, _PICTURE = "evaluation.json", "per_class.csv", "confusion.csv", "confusion.png"
-_FILES = (_NUMBERS, _PER_CLASS, _CONFUSION, _PICTURE)
+_NUMBERS, _PER_CLASS, _PREDICTIONS = "evaluation.json", "per_class.csv", "predictions.csv"
+_CONFUSION, _PICTURE = "confusion.csv", "confusion.png"
+_FILES = (_NUMBERS, _PER_CLASS, _PREDICTIONS, _CONFUSION, _PICTURE)
 _TOP1, _TOP5 = Metric("top1", "top-1", "%", "max"), Metric("top5", "top-5", "%")
 
 
@@ -61,9 +63,9 @@ class Classification:
     def model(self, *, dtype: Any, rngs: nnx.Rngs) -> CrossViT:
         return CrossViT(self.model_config, dtype=dtype, rngs=rngs)
 
-    def save(self, params: Any, path: Path) -> None:
-        names, exif = self.class_names, self.config.exif
-        convert.save(params, self.model_config, path, class_names=names, exif=exif, overwrite=True)
+    def save(self, params: Any, path: Path, *, origin: str | None = None) -> None:
+        about = {"class_names": self.class_names, "exif": self.config.exif, "origin": origin}
+        convert.save(params, self.model_config, path, **about, overwrite=True)
 
     def transform(self, *, training: bool) -> Callable[..., dict[str, Any]]:
         # late: a machine that only computes may lack the packages that read images
@@ -112,8 +114,8 @@ class Classification:
         return None
 
     def evaluate(self, model: nnx.Module, batch: Batch) -> dict[str, Any]:
-        """Each image's `label`, `predicted` class and `mask`; and `sums` over the unmasked images of their `loss` (that
-        of the bare labels), `top1` and from 6 classes on `top5`."""
+        """Each image's `label`, `predicted` class, its probability as `confidence`, and `mask`; and `sums` over the
+        unmasked images of their `loss` (that of the bare labels), `top1` and from 6 classes on `top5`."""
         logits, labels, mask = model(batch["image"]), batch["label"], batch["mask"]
         one_hot = jax.nn.one_hot(labels, self.model_config.num_classes, dtype=logits.dtype)
         values = {"loss": soft_target_cross_entropy(logits, one_hot), "top1": within_top(1, logits, labels)}
@@ -121,7 +123,9 @@ class Classification:
             values["top5"] = within_top(5, logits, labels)
         # where, not a product: whatever the padding gives, even NaN, must not count
         sums = {name: jnp.sum(jnp.where(mask > 0, value.astype(mask.dtype), 0)) for name, value in values.items()}
-        return {"label": labels, "predicted": jnp.argmax(logits, axis=1), "mask": mask, "sums": sums}
+        predicted = jnp.argmax(logits, axis=1)
+        confidence = jnp.max(jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32))), axis=1)
+        return {"label": labels, "predicted": predicted, "confidence": confidence, "mask": mask, "sums": sums}
 
     def scores(self) -> "ClassificationScores":
         return ClassificationScores(self.class_names, self.metrics)
@@ -133,12 +137,14 @@ class ClassificationScores:
     def __init__(self, class_names: Sequence[str], metrics: Sequence[Metric]):
         self._class_names, self._metrics = class_names, metrics
         self._sums: dict[str, float] = {}
+        self._images: list[dict[str, np.ndarray]] = []  # of each batch
         shape = (len(class_names), len(class_names))
         self.confusion: Int[np.ndarray, "classes classes"] = np.zeros(shape, np.int64)  # by true and predicted class
 
     def add(self, outputs: Mapping[str, Any]) -> None:
         for name, value in outputs["sums"].items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
+        self._images.append({name: outputs[name] for name in ("label", "predicted", "confidence", "mask")})
         counted = outputs["mask"] > 0
         np.add.at(self.confusion, (outputs["label"][counted], outputs["predicted"][counted]), 1)
 
@@ -149,21 +155,44 @@ class ClassificationScores:
         percent = {metric.name: 100 * self._sums[metric.name] / images for metric in self._metrics}
         return {"images": images, "loss": self._sums["loss"] / images, **percent}
 
+    def details(self) -> dict[str, float]:
+        """What is told of an evaluation beside `values`: precision, recall and F1 as means over the classes (`macro`)
+        and over the images (`weighted`), and the expected calibration error, all in percent."""
+        images = self._of_images()
+        counted = images["mask"] > 0
+        right = (images["label"] == images["predicted"])[counted]
+        error = calibration_error(images["confidence"][counted].astype(np.float64), right)
+        return mean_rates(self.confusion) | {"calibration_error": error}
+
+    def _of_images(self) -> dict[str, np.ndarray]:
+        """The outputs of each image, in the order of the source; behind them those that filled the last batch."""
+        return {name: np.concatenate([batch[name] for batch in self._images]) for name in self._images[0]}
+
     def check_place(self, folder: Path) -> None:
         """See `train.tasks.task.Scores`: an earlier evaluation in the folder is replaced."""
         check_replaceable([folder / name for name in _FILES], lambda _: _is_evaluation(folder / _NUMBERS))
 
-    def write(self, folder: Path, *, about: Mapping[str, Any], say: Callable[[str], None]) -> list[str]:
-        """Numbers, accuracy per class, and the confusion matrix as CSV and PNG; its title has `weights`, `dataset` and
-        `split` from `about`."""
+    def write(
+        self, folder: Path, *, about: Mapping[str, Any], images: Sequence[str], say: Callable[[str], None]
+    ) -> list[str]:
+        """Numbers, rates per class, the prediction for each image, and the confusion matrix as CSV and PNG; its title
+        has `weights`, `dataset` and `split` from `about`.
+
+        Args:
+            images: the names of those evaluated, in their order. One that could not be read has nothing but its name.
+        """
         names, totals, right = self._class_names, self.confusion.sum(1), np.diag(self.confusion)
         shares = [f"{100 * r / total:.2f}" if total else "" for r, total in zip(right, totals, strict=True)]
-        per_class = [("class", "images", "top1"), *zip(names, totals, shares, strict=True)]
+        rates = class_rates(self.confusion)
+        precision, f1 = ([f"{rate:.2f}" for rate in rates[name]] for name in ("precision", "f1"))
+        header = ("class", "images", "top1", "precision", "f1")
+        per_class = [header, *zip(names, totals, shares, precision, f1, strict=True)]
         rows = [(name, *row) for name, row in zip(names, self.confusion, strict=True)]
-        values = {"top1": None, "top5": None} | self.values()
+        values = {"top1": None, "top5": None} | self.values() | self.details()
         texts = {
             _NUMBERS: json.dumps({**about, **values}, indent=2) + "\n",
             _PER_CLASS: csv_text(per_class),
+            _PREDICTIONS: csv_text([("image", "class", "predicted", "probability"), *self._predictions(images)]),
             _CONFUSION: csv_text([("true \\ predicted", *names), *rows]),
         }
         for name, text in texts.items():
@@ -173,6 +202,13 @@ class ClassificationScores:
         picture.unlink(missing_ok=True)  # it would stay where this one cannot be drawn
         BestEffort(str(picture), say)(draw_confusion, self.confusion, names, picture, title=title)
         return [name for name in _FILES if (folder / name).exists()]
+
+    def _predictions(self, images: Sequence[str]) -> Iterator[tuple[str, ...]]:
+        names = self._class_names
+        found = zip(*self._of_images().values(), strict=True)  # the batches are longer, see `_of_images`
+        for image, (label, predicted, confidence, mask) in zip(images, found, strict=False):
+            # a blank image stands for one that could not be read
+            yield image, *((names[label], names[predicted], f"{confidence:.6g}") if mask > 0 else ("", "", ""))
 
 
 def _is_evaluation(file: Path) -> bool:
@@ -232,16 +268,25 @@ def match_classes(
 
 
 def starting_model(
-    config: TrainConfig, class_names: tuple[str, ...], begun: CrossViTConfig | None, *, starts_anew: bool
+    config: TrainConfig,
+    class_names: tuple[str, ...],
+    begun: CrossViTConfig | None,
+    *,
+    starts_anew: bool,
+    carried: Weights | None = None,
 ) -> tuple[CrossViTConfig, Weights | None]:
     """The model of a run for the classes of a data set, and the weights of `config.init` where it starts from them.
 
     Args:
         begun: the model of the run that is continued; none: it is a new one.
         starts_anew: there is no checkpoint to continue from.
+        carried: the weights of `config.resume`, whose training goes on.
 
     Raises SettingsError if the settings make no model, or as `initial_weights` does.
     """
+    if carried is not None:
+        weights = _unchanged(carried, config, class_names)
+        return weights.config, weights
     if starts_anew and config.init is not None:
         weights = initial_weights(config, class_names)
         return weights.config, weights
@@ -258,7 +303,7 @@ def initial_weights(config: TrainConfig, class_names: tuple[str, ...]) -> Weight
     """The weights of `config.init` for the classes of a data set and the settings of a run; changes are in `notes`.
 
     The head is kept if it is known to be, or may be, for these very classes. Position embeddings are resampled for
-    another image size.
+    another image size, first convolutions adapted to three channels.
 
     Raises SettingsError if they cannot be read, are of another variant than asked for, or cannot be adapted.
     """
@@ -269,12 +314,37 @@ def initial_weights(config: TrainConfig, class_names: tuple[str, ...]) -> Weight
         if config.variant not in (None, held) and get_config(config.variant).name != held:
             raise SettingsError(f"--init {config.init} holds {held}, not the variant {config.variant}")
         weights, notes = _fit_classes(weights, class_names, seed=config.seed)
-        weights = adapt(weights, overrides, seed=config.seed)
+        weights = adapt(weights, {"in_chans": 3, **overrides}, seed=config.seed)  # runs read colour images
     except (ConversionError, ValueError) as error:
         raise SettingsError(str(error)) from error
     if weights.non_finite():
         raise SettingsError(f"--init {config.init}: {weights.non_finite()}")
     return dataclasses.replace(weights, notes=(*weights.notes, *notes))
+
+
+def _unchanged(weights: Weights, config: TrainConfig, class_names: tuple[str, ...]) -> Weights:
+    """The weights of `config.resume`, if settings and classes change none of their tensors: the optimiser's state could
+    not be changed along with them."""
+    old, what = weights.config, f"--resume {config.resume}"
+    if config.variant not in (None, old.name) and get_config(config.variant).name != old.name:
+        raise SettingsError(f"{what} holds {old.name}, not the variant {config.variant}")
+    try:
+        new = old.replace(num_classes=len(class_names), **config.model_overrides())
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    pairs = {
+        "classes": (old.num_classes, new.num_classes),
+        "patches": (old.grid_size, new.grid_size),
+        "channels": (old.in_chans, 3),
+    }
+    wrong = [f"{there} {name}, and this run has {here}" for name, (there, here) in pairs.items() if there != here]
+    if wrong:
+        raise SettingsError(f"{what} has {'; '.join(wrong)}: --init begins anew with weights that are made to fit")
+    if weights.non_finite():
+        raise SettingsError(f"{what}: {weights.non_finite()}")
+    note = "the names of its classes are not known: output i is taken for the data set's class i"
+    weights = weights.astype(np.dtype(np.float32))  # as the trainer keeps them
+    return dataclasses.replace(weights, config=new, notes=(*weights.notes, note))
 
 
 def _fit_classes(weights: Weights, class_names: tuple[str, ...], *, seed: int) -> tuple[Weights, list[str]]:

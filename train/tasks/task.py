@@ -4,7 +4,7 @@ The training step, the loop, the log, the progress bar and the checkpoints know 
 no labels, no accuracies and no names of layers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -38,13 +38,19 @@ class Scores(Protocol):
     def values(self) -> dict[str, float]:
         """`images`, how many there were that could be read; unless that is 0, `loss` and the metrics in their units."""
 
+    def details(self) -> dict[str, float]:
+        """What is told of an evaluation alone, beside `values`; there are images that could be read."""
+
     def check_place(self, folder: Path) -> None:
         """Raises ConversionError if `write` would replace a file there that it did not write."""
 
-    def write(self, folder: Path, *, about: Mapping[str, Any], say: Callable[[str], None]) -> list[str]:
+    def write(
+        self, folder: Path, *, about: Mapping[str, Any], images: Sequence[str], say: Callable[[str], None]
+    ) -> list[str]:
         """Writes all that is known into a folder, and what was evaluated (JSON values); returns the files' names.
 
         Args:
+            images: the names of those that were evaluated, in their order.
             say: told one line if something cannot be drawn, which is left out then.
 
         Raises NotWritten.
@@ -65,7 +71,7 @@ class Task(Protocol):
     def model(self, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
         """A new model; beside the call it has `no_weight_decay()`, `layer_of(name)` and `is_head(name)`."""
 
-    def save(self, params: Tree, path: Path) -> None:
+    def save(self, params: Tree, path: Path, *, origin: str | None = None) -> None:
         """Writes the weights with all that they should know of themselves, see `convert.save`."""
 
     def transform(self, *, training: bool) -> Callable[..., dict[str, Any]]:

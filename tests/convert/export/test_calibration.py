@@ -10,6 +10,7 @@ from timm.data import create_transform
 
 from convert import ConversionError
 from convert.export.calibration import calibration_images, find_images, shortage
+from convert.image_files import LeftOut
 from crossvit_jax.config import get_config
 
 SQUARE = get_config("ti", image_size=48, image_scale=(1.0, 2 / 3))
@@ -50,6 +51,18 @@ def test_the_digits_are_real_ones_of_all_classes(folder):
     assert images.shape == (40, 48, 48, 3)
     assert len(np.unique(images, axis=0)) == 40
     assert 0.2 < np.ptp(images[0]) / ((1 - 0) / 0.225) <= 1.2
+
+
+def test_single_images_of_many_that_cannot_be_read_are_left_out_and_told(tmp_path):
+    for index in range(12):
+        _picture(index, (64, 64)).save(tmp_path / f"{index:02}.png")
+    (tmp_path / "03.png").write_bytes(b"broken")
+    left_out = LeftOut()
+    assert len(calibration_images(str(tmp_path), SQUARE, 12, left_out=left_out)) == 11
+    assert left_out.notes() == [f"left out, as they cannot be read: {tmp_path / '03.png'}"]
+    (tmp_path / "07.png").write_bytes(b"broken")
+    with pytest.raises(ConversionError, match=r"07\.png cannot be read as an image"):
+        calibration_images(str(tmp_path), SQUARE, 12)
 
 
 def test_of_many_files_every_folder_gives_its_share(folder):

@@ -267,7 +267,10 @@ def test_weights_that_are_not_finite_are_not_exported(capsys, quick, small, tmp_
         (["there.onnx/"], "there.onnx exists; --overwrite"),
         (["there.onnx"], "exists; --overwrite"),
         (["folder.onnx", "--overwrite"], "is a folder, and is not replaced"),
-        (["x.tflite"], "unknown ending '.tflite'; known: .flax.safetensors, .safetensors, .pth, .onnx, .stablehlo"),
+        (
+            ["x.tflite"],
+            "unknown ending '.tflite'; known: .flax.safetensors, .safetensors, .pth, .hf, .onnx, .stablehlo",
+        ),
     ],
 )
 def test_refusals_come_before_the_source_is_read(capsys, tmp_path, monkeypatch, arguments, message):

@@ -1,10 +1,14 @@
 """Every form in which people hold these weights, and every way in which such a file can be bad."""
 
 import argparse
+import datetime
+import json
 import os
 import pathlib
 import pickle
 import shutil
+import types
+import zipfile
 
 import jax
 import numpy as np
@@ -25,6 +29,22 @@ def _assert_holds(path, state):
     assert tensors.keys() == state.keys()
     for name, tensor in state.items():
         assert np.array_equal(tensors[name], tensor.numpy()), name
+
+
+@pytest.fixture
+def few(state):
+    """Some tensors of a model, which `read` returns as they are."""
+    names = ("cls_token_0", "pos_embed_1", "norm.0.weight", "blocks.0.fusion.0.norm1.bias")
+    return {name: state[name] for name in names}
+
+
+def _notes(path, few):
+    """Those of a source that holds these tensors."""
+    stored = read(path)
+    assert stored.tensors.keys() == few.keys()
+    for name, tensor in few.items():
+        assert np.array_equal(stored.tensors[name], tensor.numpy()), name
+    return stored.notes
 
 
 def _error(path):
@@ -66,6 +86,124 @@ def test_averaged_weights_are_preferred_and_the_choice_is_told(tmp_path, state):
     assert load_weights(path).notes == ("the weights under model_ema were taken, not model",)
 
 
+@pytest.mark.parametrize("average", ["ema", "ema_state_dict", "averaged_model"])
+@pytest.mark.parametrize("raw", ["model", "net"])
+def test_an_average_that_timm_does_not_take_is_told(tmp_path, few, raw, average):
+    path = tmp_path / "both.pth"
+    torch.save({raw: few, average: {name: tensor + 1 for name, tensor in few.items()}}, path)
+    assert _notes(path, few) == [f"the weights under {raw} were taken, not {average}"]
+    beside = {average: {"decay": 0.9, "shadow": [torch.ones(3)]}, "ema_decay": 0.9, "avg_losses": [0.5, 0.25]}
+    torch.save({raw: few, **beside}, path)  # as torch-ema keeps it: without names
+    assert _notes(path, few) == [f"the weights under {raw} were taken, not {average}"]
+
+
+@pytest.mark.parametrize("keys", ["model_state_dict", "net", "params", "weights", "ema", "state/model", "a/b/c"])
+def test_weights_under_any_keys_are_read(tmp_path, few, keys):
+    held = few
+    for key in reversed(keys.split("/")):
+        held = {key: held, "epoch": 3}
+    path = tmp_path / "checkpoint.pt"
+    torch.save({**held, "optimizer": {"exp_avg": few}}, path)
+    assert _notes(path, few) == ([] if keys == "params" else [f"the weights under {keys} were taken"])
+
+
+_PREFIXES = [
+    "model.",
+    "net.",
+    "backbone.",
+    "encoder.",
+    "model._orig_mod.",
+    "_forward_module.model.",
+    "module.encoder_q.",
+]
+
+
+@pytest.mark.parametrize("prefix", _PREFIXES)
+@pytest.mark.parametrize("form", ["pth", "safetensors", "flax"])
+def test_weights_behind_any_prefix_are_read(tmp_path, few, prefix, form):
+    path = tmp_path / "file"
+    beside = {"fc.weight": torch.ones(2, 3), "n_averaged": torch.tensor(7)}
+    if form == "pth":
+        torch.save({"state_dict": {prefix + name: tensor for name, tensor in few.items()} | beside}, path)
+    elif form == "safetensors":
+        save_file({prefix + name: tensor for name, tensor in few.items()} | beside, path)
+    else:
+        arrays = to_flax_paths({name: tensor.numpy() for name, tensor in few.items()})
+        arrays = {prefix + name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        save_numpy(arrays | {name: tensor.numpy() for name, tensor in beside.items()}, path)
+    place = "state_dict/" * (form == "pth") + prefix
+    left = "left out, since they are not the model's weights: fc.weight, n_averaged"
+    assert _notes(path, few) == [f"the weights under {place} were taken", left]
+
+
+def test_wrappers_inside_a_model_are_dropped(tmp_path, few):
+    path = tmp_path / "wrapped.pth"
+    wrapped = {name.replace("blocks.0.", "blocks.0._fsdp_wrapped_module._orig_mod."): x for name, x in few.items()}
+    torch.save({f"_orig_mod.module.{name}": tensor for name, tensor in wrapped.items()}, path)
+    assert _notes(path, few) == []
+
+
+@pytest.mark.parametrize("form", ["keys", "prefixes", "safetensors"])
+def test_two_models_are_refused_by_their_names(tmp_path, few, form):
+    path = tmp_path / "two"
+    models = [{f"{who}.{name}": tensor.clone() for name, tensor in few.items()} for who in ("student", "teacher")]
+    if form == "keys":
+        torch.save({"student": few, "teacher": few}, path)
+    elif form == "prefixes":
+        torch.save({"state_dict": models[0] | models[1]}, path)
+    else:
+        save_file(models[0] | models[1], path)
+    message = _error(path)
+    assert "holds 2 models" in message and "save the one that is meant alone" in message
+    assert "student" in message and "teacher" in message
+
+
+@pytest.mark.parametrize("form", ["pth", "safetensors"])
+def test_counters_and_states_of_metrics_are_left_out_and_told(tmp_path, few, form):
+    path = tmp_path / "file"
+    beside = {"n_averaged": torch.tensor(7), "train_top1.correct": torch.ones(3, dtype=torch.int64)}
+    beside["loss.mean"] = torch.tensor(0.5)
+    if form == "pth":
+        torch.save({**few, **beside, "epoch": 3}, path)
+    else:
+        save_file(few | beside, path)
+    (note,) = _notes(path, few)
+    names = {"n_averaged", "train_top1.correct", "loss.mean", *(["epoch"] if form == "pth" else [])}
+    assert note.startswith("left out") and set(note.partition(": ")[2].split(", ")) == names
+
+
+def test_an_averaged_model_of_torch_is_read_without_its_counter(tmp_path, few):
+    path = tmp_path / "averaged.pth"
+    torch.save({"n_averaged": torch.tensor(7)} | {f"module.{name}": tensor for name, tensor in few.items()}, path)
+    assert _notes(path, few) == ["left out, since they are not the model's weights: n_averaged"]
+
+
+def test_what_may_be_a_layer_of_another_model_is_not_left_out(tmp_path, few):
+    path = tmp_path / "more.pth"
+    fc = {"fc.weight": torch.ones(2, 3)}
+    torch.save(few | fc, path)
+    assert _notes(path, few | fc) == []
+
+
+def test_values_of_numpy_paths_and_dates_are_no_reason_to_refuse(tmp_path, few):
+    values = [np.float64(0.5), np.int64(3), np.bool_(True), np.str_("a"), np.arange(3), np.dtype("float32"), np.float32]
+    values += [pathlib.PurePosixPath("/data"), pathlib.Path("runs"), pathlib.PureWindowsPath("C:/data")]
+    values += [datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC), datetime.timedelta(3), types.SimpleNamespace(a=1)]
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"model": few, "values": values, "args": argparse.Namespace(output=pathlib.Path("runs"))}, path)
+    assert _notes(path, few) == []
+    # as numpy 1 names them, and as a machine with Windows does
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "other.pth", "w") as other:
+        for entry in archive.infolist():
+            data = archive.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                assert b"numpy._core.multiarray" in data and b"pathlib\nPosixPath" in data
+                data = data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+                data = data.replace(b"pathlib\nPosixPath", b"pathlib\nWindowsPath")
+            other.writestr(entry.filename, data)
+    assert _notes(tmp_path / "other.pth", few) == []
+
+
 def test_checkpoints_of_old_torch_are_read(tmp_path, state):
     path = tmp_path / "pytorch_model.bin"
     torch.save(state, path, _use_new_zipfile_serialization=False)
@@ -92,7 +230,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path, state, zi
     witness = tmp_path / "witness"
     torch.save({"model": state, "x": _Malicious(f"touch {witness}")}, path, _use_new_zipfile_serialization=zipped)
     message = _error(path)
-    assert "would run code" in message
+    assert "might run code" in message
     assert "system" in message
     assert not witness.exists()
 
@@ -214,8 +352,12 @@ def test_orbax_trees_of_others_are_read(tmp_path, state):
     params = to_flax(state)
     _assert_holds(_orbax(tmp_path / "bare", params), state)
     moments = jax.tree.map(np.zeros_like, params)
-    _assert_holds(_orbax(tmp_path / "training", {"ema": moments, "opt": {"mu": moments}, "params": params}), state)
+    _assert_holds(_orbax(tmp_path / "training", {"opt": {"mu": moments}, "params": params}), state)
     assert load_weights(tmp_path / "training").notes == ()
+    _assert_holds(_orbax(tmp_path / "averaged", {"ema": moments, "opt": {"mu": moments}, "params": params}), state)
+    assert load_weights(tmp_path / "averaged").notes == ("the weights under params were taken, not ema",)
+    both = _orbax(tmp_path / "both", {"student": {"params": params}, "teacher": {"params": params}})
+    assert "holds 2 models, under student/params, teacher/params" in _error(both)
 
 
 def test_an_orbax_checkpoint_of_an_nnx_state_is_read(tmp_path, weights_file, state):
@@ -231,6 +373,15 @@ def test_the_latest_step_of_a_checkpoint_manager_is_read(tmp_path, state):
             manager.wait_until_finished()
     _assert_holds(tmp_path, state)
     assert "step 10, the latest of 2, was taken" in load_weights(tmp_path).notes
+
+
+def test_a_run_with_an_average_of_its_weights_says_which_were_taken(tmp_path, state):
+    save_file(state, tmp_path / "weights.safetensors")
+    assert load_weights(tmp_path).notes == ("weights.safetensors was taken",)
+    save_file({name: tensor + 1 for name, tensor in state.items()}, tmp_path / "weights-ema.safetensors")
+    _assert_holds(tmp_path, state)
+    note = "weights.safetensors was taken, not weights-ema.safetensors"
+    assert load_weights(tmp_path).notes == (note,)
 
 
 def test_other_folders_and_damaged_checkpoints_are_told(tmp_path, state):
@@ -262,6 +413,7 @@ def hub(tmp_path, monkeypatch):
         (folder / "refs").mkdir()
         (folder / "refs" / revision).write_text(commit)
         shutil.copy(source, snapshot / filename)
+        return snapshot
 
     return add
 
@@ -272,6 +424,20 @@ def test_the_hub_is_read_through_its_cache(hub, tmp_path, state):
     hub("timm/crossvit_tiny_240.in1k", "model.safetensors", path)
     _assert_holds("hf-hub:timm/crossvit_tiny_240.in1k", state)
     _assert_holds("hf_hub:timm/crossvit_tiny_240.in1k", state)
+
+
+def test_the_config_of_a_repository_is_heeded_and_its_absence_from_the_cache_told(hub, tmp_path, state):
+    path = tmp_path / "model.safetensors"
+    save_file(state, path)
+    snapshot = hub("someone/finetuned", "model.safetensors", path)
+    (note,) = load_weights("hf-hub:someone/finetuned").notes
+    assert "config.json is not in the cache" in note
+    said = {"architecture": "crossvit_tiny_240", "pretrained_cfg": {"mean": [0.485, 0.456, 0.406]}}
+    (snapshot / "config.json").write_text(json.dumps(said))
+    assert load_weights("hf-hub:someone/finetuned").notes == ()
+    (snapshot / "config.json").write_text(json.dumps(said | {"pretrained_cfg": {"mean": [0.5, 0.5, 0.5]}}))
+    with pytest.raises(ConversionError, match=r"hf-hub:someone/finetuned: .*mean \(0.5, 0.5, 0.5\), not"):
+        load_weights("hf-hub:someone/finetuned")
 
 
 def test_a_repository_with_a_torch_checkpoint_and_a_revision_is_read(hub, weights_file, state):

@@ -8,10 +8,12 @@ import resource
 import shutil
 import stat
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.numpy import save as library_save
 from safetensors.torch import load_file
 
 from convert import ConversionError, load_flax, load_weights, save
@@ -75,6 +77,27 @@ def test_the_metadata_of_safetensors_is_readable_json(folder, weights):
     assert metadata["format"] == "pt"
     branches = json.loads(metadata["crossvit"])["config"]["branches"]
     assert [branch["image_scale"] for branch in branches] == ["1", "2/3"]
+
+
+def test_the_same_weights_are_always_the_same_bytes_in_the_librarys_order(folder, weights):
+    mixed = dict(weights.tensors)
+    for place, name in enumerate(mixed):
+        mixed[name] = np.ascontiguousarray(mixed[name].astype((np.float32, ml_dtypes.bfloat16, np.float64)[place % 3]))
+    mixed = dataclasses.replace(weights, tensors=mixed)
+    files = {write(mixed, folder / f"{number}.safetensors").read_bytes() for number in range(4)}
+    assert len(files) == 1
+    (ours,) = files
+    theirs = library_save(mixed.tensors, metadata={"format": "pt"})
+    headers = []
+    for data in (ours, theirs):
+        length = int.from_bytes(data[:8], "little")
+        assert length % 8 == 0
+        headers.append((json.loads(data[8 : 8 + length]), data[8 + length :]))
+    (about, data), (plain, expected) = headers
+    assert data == expected
+    assert list(about.pop("__metadata__")) == ["format", "crossvit"]
+    del plain["__metadata__"]
+    assert list(about.items()) == list(plain.items())
 
 
 def test_flax_safetensors_have_flaxs_paths_and_layouts(folder, weights, state):

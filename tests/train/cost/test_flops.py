@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from crossvit_jax.config import VARIANTS, get_config
 from tests.train.steps import classification, make_train_step
@@ -83,6 +84,18 @@ def _multiply_adds_of_ti() -> dict[str, int]:
         parts["rest"] += config.stages * (depth * block + fusion) + dim * config.num_classes
         parts["scores"] += config.stages * depth * own**2 * dim
     return parts
+
+
+def test_fused_attention_is_two_products_and_its_gradient_five(monkeypatch):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    q, k = (jax.ShapeDtypeStruct((2, tokens, 3, 8), jnp.bfloat16) for tokens in (6, 10))
+
+    def attend(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").astype(jnp.float32).sum()
+
+    product = 2 * (2 * 3 * 6 * 10 * 8)
+    assert _count(attend, q, k, k) == 2 * product
+    assert _count(jax.grad(attend, (0, 1, 2)), q, k, k) == (2 + 5) * product
 
 
 def test_a_training_step_is_as_counted_on_paper_and_less_of_it_is_less(monkeypatch):

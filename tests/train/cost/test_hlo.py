@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from train.cost.hlo import Traffic, communication, estimated_cycles, instructions, runs
+from train.cost.hlo import Traffic, communication, early_reductions, estimated_cycles, instructions, runs
 
 _PROGRAM = """\
 HloModule jit_step, is_scheduled=true
@@ -174,3 +174,36 @@ def test_operations_of_one_device_alone_and_code_that_never_runs_are_none():
 
 def test_a_program_for_one_device_tells_nobody_anything():
     assert communication(jax.jit(jnp.sin).lower(jnp.zeros(8)).compile().as_text()) == {}
+
+
+# --- reductions beside the backward pass ---
+
+
+def test_reductions_are_early_that_start_before_the_last_gradient_is_computed():
+    wrapped = """\
+%wrapped (q: f32[16]) -> f32[2] {
+  ROOT %rs = f32[2]{0} reduce-scatter(%q), channel_id=5, replica_groups=[1,8]<=[8], dimensions={0}, to_apply=%add
+}
+
+"""
+    gradient = (
+        'custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(step)/transpose(jvp(loss))/dot_general"}'
+    )
+    unpacking = 'kind=kLoop, calls=%slice, metadata={op_name="jit(step)/transpose(jvp(loss))/transpose"}'
+    program = _program(
+        "%count = s32[] all-reduce(%n), channel_id=9, replica_groups=[1,8]<=[8], to_apply=%add",
+        f"%g.1 = f32[16]{{0}} custom-call(%p), {gradient}",
+        "%start = ((f32[16]), f32[2], u32[]) async-start(%g.1), calls=%wrapped",
+        "%ar.1 = f32[8] all-reduce-start(%g.1), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add",
+        f"%g.2 = f32[16]{{0}} custom-call(%p), {gradient}",
+        "%done = f32[2]{0} async-done(%start), calls=%wrapped",
+        "%ar.2 = f32[8] all-reduce-done(%ar.1)",
+        "%ar.3 = f32[8] all-reduce(%g.2), channel_id=2, replica_groups=[1,8]<=[8], to_apply=%add",
+        f"ROOT %slice.1 = f32[8]{{0}} fusion(%ar.3), {unpacking}",
+        before=wrapped,
+    )
+    assert early_reductions(program) == (2, 3)
+
+
+def test_a_program_without_reductions_starts_none():
+    assert early_reductions(_program("ROOT %c = f32[8]{0} copy(%p)")) is None

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 
+from convert.image_files import accepted_unreadable
 from train.data.bad_images import BadImages, too_many_error
 from train.data.folder import open_folder
 
@@ -51,6 +52,14 @@ def test_an_image_that_has_recovered_is_told_too(source):
     bad.add(_indices(0))
     assert bad.names == [os.path.join(source.root, source.files[0])]
     assert told == [f"could not read image {bad.names[0]}, which can be read now"]
+
+
+@pytest.mark.parametrize(
+    ("share", "images", "count"),
+    [(0.01, 40, 3), (0.01, 12, 1.2), (0.01, 4, 0.4), (0.01, 1000, 10), (0.2, 40, 8), (0, 40, 0), (1, 5, 5)],
+)
+def test_one_picture_of_a_small_data_set_does_not_stop_a_run(share, images, count):
+    assert accepted_unreadable(share, images) == pytest.approx(count)
 
 
 def test_too_many_bad_images_are_listed_up_to_20(source):

@@ -12,6 +12,8 @@ from PIL import Image
 
 from convert.errors import SettingsError
 from crossvit_jax.preprocess import UnreadableImage
+from train.config import TrainConfig
+from train.data.datasets import open_image_sets
 from train.data.sources import DataError
 from train.data.tfds import TfdsSource, open_tfds
 
@@ -93,6 +95,17 @@ def test_a_standard_data_folder_in_nobodys_home_is_a_clear_error(monkeypatch):
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", "~nobody-of-this-name")  # from the environment
     with pytest.raises(SettingsError, match="cifar10 is not prepared in ~nobody-of-this-name"):
         open_tfds("cifar10", None)
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_without_a_home_folder_another_place_has_to_be_named(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError("uid not found")))
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", "~/tensorflow_datasets")  # what it is then
+    with pytest.raises(SettingsError, match=r"there is no home folder, .* name another with --data-dir"):
+        open_image_sets(TrainConfig(dataset=name))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_set_without_held_out_split_is_a_clear_error(write_tfds):

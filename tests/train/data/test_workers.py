@@ -5,9 +5,17 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
+import grain
 import pytest
+
+from convert.errors import UserError
+from train.data.batches import train_batches
+from train.data.sources import WorkersFailed
+from train.data.workers import _Explained
+from train.loop import _told_how_to_go_on
 
 _DATA = """
 import multiprocessing, os, signal, sys, time
@@ -33,6 +41,7 @@ def label(sample, rng):
 """
 
 _SIGNALS_TO_ALL = """
+SIGNALS = [signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM]  # as they are delivered, by number
 
 def to_all(*signals):
     for one in signals:
@@ -50,7 +59,7 @@ def labels(workers, meanwhile=lambda: None):
 
 if __name__ == "__main__":
     heard = []
-    for one in (signal.SIGINT, signal.SIGTERM):
+    for one in SIGNALS:
         signal.signal(one, lambda number, _: heard.append(number))
 
     def interrupt():
@@ -58,12 +67,12 @@ if __name__ == "__main__":
         while len(multiprocessing.active_children()) < 2:  # they start before any batch is asked for
             assert time.monotonic() < give_up
             time.sleep(0.01)
-        to_all(signal.SIGINT, signal.SIGTERM)
+        to_all(*SIGNALS)
 
     expected = list(labels(0))
     stream = labels(2, interrupt)
     assert [next(stream) for _ in expected] == expected
-    assert heard == 2 * [signal.SIGINT, signal.SIGTERM]
+    assert heard == 2 * SIGNALS
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     sys.stdin.read()
 """
@@ -114,3 +123,117 @@ def test_the_end_of_a_program_has_no_shared_memory_left_to_warn_of(tmp_path):
     script.write_text(_DATA + _FEW_BATCHES)
     done = subprocess.run([sys.executable, str(script)], env=_ENVIRONMENT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "1225\n", "")
+
+
+# --- workers that end before their time ---
+
+
+class _Numbers:
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, index):
+        return {"image": b"", "label": index, "name": ""}
+
+
+def _killed(sample, rng):
+    """As the system does where memory ends."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+_ENDED = "Worker process was terminated unexpectedly with exit code"  # Grain's words
+_LESS = "fewer workers or a smaller --batch-size take less"
+
+
+def test_a_worker_that_is_killed_is_told_in_one_line():
+    batches = train_batches(_Numbers(), _killed, batch_size=5, seed=0, workers=1)
+    with closing(iter(batches)) as stream, pytest.raises(WorkersFailed) as told:
+        next(stream)
+    assert str(told.value) == f"a worker process was killed, as the system does where memory ends: {_LESS}"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError(f"{_ENDED} -7. Search"), f"/dev/shm, in which worker processes leave batches, is full.*{_LESS}"),
+        (OSError(28, "No space left on device"), "/dev/shm, .*, and Docker makes it larger with --shm-size=8g"),
+        (RuntimeError(f"{_ENDED} -11. Search"), "a worker process was ended by SIGSEGV"),
+        (RuntimeError(f"{_ENDED} 3. Search"), "a worker process was ended with exit status 3"),
+        (RuntimeError(f"{_ENDED} 66. Search"), "a script that starts worker processes is run by each of them once"),
+        (RuntimeError("another"), "another"),
+    ],
+)
+def test_what_ended_a_worker_is_told_with_what_helps(error, line):
+    def batches():
+        raise error
+        yield
+
+    with pytest.raises(type(error) if line == "another" else UserError, match=f"^{line}"):
+        next(_Explained(_Plain(batches())))
+
+
+class _Plain(grain.DatasetIterator):
+    def __init__(self, values):
+        super().__init__()
+        self._values = values
+
+    def __next__(self):
+        return next(self._values)
+
+    def get_state(self):
+        return {}
+
+    def set_state(self, state): ...
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [(28, "/dev/shm, in which"), (30, r"worker processes cannot be started \(Read-only file system\); --workers 0 ")],
+)
+def test_workers_that_cannot_be_started_are_told_with_what_helps(code, line, monkeypatch):
+    def no_semaphore(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("multiprocessing.context.SpawnContext.Event", no_semaphore)
+    with pytest.raises(WorkersFailed, match=f"^{line}"):
+        iter(train_batches(_Numbers(), _killed, batch_size=5, seed=0, workers=1))
+
+
+_UNGUARDED = """
+
+def work():
+    print("work", os.getpid(), flush=True)
+    next(iter(train_batches(Numbers(), label, batch_size=5, seed=0, workers=2)))
+    return 0
+
+
+from convert.command_line import leave, run
+leave(run("x", work))
+"""
+
+
+def test_a_script_without_a_main_guard_does_no_work_in_its_workers(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(_DATA + _UNGUARDED)
+    done = subprocess.run([sys.executable, str(script)], env=_ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.count("work") == 1
+    assert done.stderr == (
+        "x: error: a script that starts worker processes is run by each of them once more: put what it does below "
+        "`if __name__ == '__main__':`\n"
+    )
+    assert done.returncode == 2
+
+
+def test_a_run_whose_worker_was_killed_says_how_to_go_on(tmp_path):
+    def fail():
+        with _told_how_to_go_on(tmp_path):
+            raise WorkersFailed("a worker process was killed")
+
+    with pytest.raises(WorkersFailed, match=r"^a worker process was killed$"):  # nothing was begun yet
+        fail()
+    (tmp_path / "config.json").write_text('{"train": {}}')
+    with pytest.raises(WorkersFailed) as told:
+        fail()
+    assert str(told.value) == (
+        f"a worker process was killed; --resume {tmp_path} goes on, --workers 0 needs no worker processes"
+    )

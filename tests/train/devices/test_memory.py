@@ -54,10 +54,13 @@ def test_the_plan_of_a_step_is_told_apart_by_purpose():
         return state - batch.T @ jnp.cos(hidden), jnp.sum(hidden)
 
     shapes = jax.ShapeDtypeStruct((128, 256), jnp.float32), jax.ShapeDtypeStruct((64, 128), jnp.float32)
-    planned = step_memory(jax.jit(step, donate_argnums=0).lower(*shapes).compile())
+    compiled = jax.jit(step, donate_argnums=0).lower(*shapes).compile()
+    planned = step_memory(compiled)
     assert planned.state == 4 * 128 * 256
     assert planned.batches == memory.BATCHES * 4 * 64 * 128
     assert 4 * 64 * 256 <= planned.activations < 10 * 4 * 64 * 256
+    augmented = step_memory(compiled, augmented=64 * 128)
+    assert augmented.batches == (4 + 2 * 1) * 64 * 128  # those that wait are uint8
     assert planned.total == planned.state + planned.batches + planned.activations + planned.program
 
 

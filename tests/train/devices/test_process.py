@@ -99,6 +99,15 @@ def test_programs_are_kept_in_the_users_cache_folder(cache_dir, monkeypatch, tmp
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "crossvit" / "jax")
 
 
+def test_without_a_home_folder_no_programs_are_kept(cache_dir, monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError("uid not found")))
+    cache_dir(None)
+    keep_compiled_programs()
+    assert jax.config.jax_compilation_cache_dir is None
+
+
 def test_a_folder_that_the_user_chose_is_taken(cache_dir, tmp_path):
     cache_dir(str(tmp_path / "mine"))
     keep_compiled_programs()

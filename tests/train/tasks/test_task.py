@@ -56,7 +56,7 @@ class Estimation:
     def model(self, *, dtype, rngs):
         return Brightness(rngs)
 
-    def save(self, params, path):
+    def save(self, params, path, *, origin=None):
         path.write_text(str(np.asarray(params["weights"])))
 
     def transform(self, *, training):

@@ -1,0 +1,159 @@
+"""A repository of the Hugging Face hub as timm and transformers' TimmWrapper load it: a folder with `config.json`,
+`model.safetensors` and a model card.
+
+The fields of `config.json` are those that timm/models/_hub.py writes (`save_config_for_hf`).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import metadata
+from convert.errors import ConversionError, listed
+from convert.files import write_bytes
+from convert.weights import Weights
+from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
+from crossvit_jax.preprocess import MEAN, STD
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+INDEX = "model.safetensors.index.json"  # of weights in several files
+LOCAL = "local-dir:"  # timm's prefix for such a folder
+# what timm's variants fix
+_FIXED = ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "fusion_depth", "multi_conv", "stages")
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """Whether a folder has weights under one of the names that the hub's libraries give them."""
+    return weights_in(folder) is not None
+
+
+def weights_in(folder: Path) -> Path | None:
+    """The file of the weights in such a folder, or the index of several; None where it has neither."""
+    names = (WEIGHTS, INDEX, "pytorch_model.bin")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that an index of weights names, beside it. Raises ConversionError if it is damaged."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConversionError(f"{index} is a damaged index: it has no weight_map of names and files") from None
+    if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
+        raise ConversionError(f"{index} names files that do not lie beside it")
+    missing = [name for name in names if not index.with_name(name).is_file()]
+    if missing:
+        raise ConversionError(f"{listed(missing)} of {index} does not exist")
+    return [index.with_name(name) for name in names]
+
+
+def write_hf(weights: Weights, folder: Path) -> None:
+    """Writes the folder of a model that `check_for_timm` has nothing against."""
+    from safetensors.numpy import save
+
+    folder.mkdir()
+    description = json.dumps(metadata.describe(weights.config, weights.class_names, weights.exif))
+    tensors = {name: np.ascontiguousarray(array) for name, array in weights.tensors.items()}
+    write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt", metadata.KEY: description}))
+    write_bytes(folder / CONFIG, (json.dumps(_config(weights), indent=2) + "\n").encode())
+    write_bytes(folder / CARD, _card(weights).encode())
+
+
+def check_for_timm(config: CrossViTConfig) -> None:
+    """Raises ConversionError for a model that timm cannot make, or makes so that it fails when it runs."""
+    if config.name not in TIMM_NAMES:
+        raise ConversionError(f"timm has no model with the branches of {config.name}: .safetensors keeps them")
+    usual = VARIANTS[config.name]
+    other = [f"{name} {getattr(config, name)}" for name in _FIXED if getattr(config, name) != getattr(usual, name)]
+    if other:
+        raise ConversionError(
+            f"timm's {TIMM_NAMES[config.name]} has no {' and no '.join(other)}: .safetensors keeps it"
+        )
+    # timm rounds the sizes of the branches' images down, from a floating-point scale
+    theirs = [tuple(int(side * float(scale)) for side in config.image_size) for scale in config.image_scale]
+    if theirs != list(config.branch_image_size):
+        told = " and ".join(f"{height} x {width}" for height, width in theirs)
+        raise ConversionError(f"in timm the branches would see {told} pixels, which its model cannot run on")
+
+
+def model_args(config: CrossViTConfig) -> dict[str, Any]:
+    """The arguments besides those of the variant that timm's model is made with, as JSON values."""
+    height, width = config.image_size
+    usual = VARIANTS[config.name]
+    args: dict[str, Any] = {
+        "img_size": height if height == width else [height, width],
+        "img_scale": [float(scale) for scale in config.image_scale],
+    }
+    fields = ("qkv_bias", "global_pool", "crop_scale")
+    return args | {name: getattr(config, name) for name in fields if getattr(config, name) != getattr(usual, name)}
+
+
+def _config(weights: Weights) -> dict[str, Any]:
+    config = weights.config
+    conv = ".0" * config.multi_conv
+    branches = range(len(config.branches))
+    said: dict[str, Any] = {
+        "architecture": TIMM_NAMES[config.name],
+        "num_classes": config.num_classes,
+        "num_features": sum(branch.embed_dim for branch in config.branches),
+        "global_pool": config.global_pool,
+    }
+    if weights.class_names is not None:
+        said["label_names"] = list(weights.class_names)
+    return said | {
+        "model_args": model_args(config),
+        "pretrained_cfg": {
+            "num_classes": config.num_classes,
+            "input_size": [config.in_chans, *config.image_size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": config.crop_pct,
+            "crop_mode": "center",
+            "mean": list(MEAN),
+            "std": list(STD),
+            "first_conv": [f"patch_embed.{i}.proj{conv}" for i in branches],
+            "classifier": [f"head.{i}" for i in branches],
+            "license": weights.license.lower(),
+        },
+    }
+
+
+def _card(weights: Weights) -> str:
+    """The model card: what the model is, how it is used, and of a run how it came about."""
+    from huggingface_hub import ModelCardData
+
+    config = weights.config
+    data = ModelCardData(
+        license=weights.license.lower(),
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "crossvit"],
+    )
+    size = " x ".join(map(str, config.image_size))
+    lines = [
+        "---",
+        data.to_yaml(),
+        "---",
+        "",
+        f"# CrossViT {config.name}, {config.num_classes} classes",
+        "",
+        f"A CrossViT (arXiv 2103.14899), `{TIMM_NAMES[config.name]}` of timm, for images of {size} pixels: the shorter "
+        f"side resized to {size} ÷ {config.crop_pct:g}, bicubic, the centre cut out, ImageNet's mean and standard "
+        "deviation.",
+        "",
+        "```python",
+        "import timm",
+        "",
+        'model = timm.create_model("hf-hub:OWNER/REPOSITORY", pretrained=True)  # or local-dir:FOLDER',
+        "```",
+    ]
+    if weights.origin:
+        lines += ["", f"These are {weights.origin}."]
+    if weights.trained:
+        lines += ["", "## Training", "", "| setting | value |", "| --- | --- |"]
+        lines += [f"| {name} | {value} |" for name, value in weights.trained.items()]
+    if weights.class_names is not None and len(weights.class_names) <= 50:
+        lines += ["", "## Classes", "", ", ".join(f"`{name}`" for name in weights.class_names)]
+    return "\n".join(lines) + "\n"

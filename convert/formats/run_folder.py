@@ -1,0 +1,162 @@
+"""The folder of a training run as a source of weights: which of all that it keeps are meant."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from convert.errors import ConversionError, one_line, quiet
+
+# what a run leaves in its folder: at its end the last weights, those of the best evaluation, and the average
+WEIGHTS, BEST, AVERAGE = "weights.safetensors", "weights-best.safetensors", "weights-ema.safetensors"
+CHECKPOINTS = "checkpoints"
+_KINDS = ("last", "ema")  # what may follow the folder behind a colon
+_CONFIG, _STATE, _LOG = "config.json", "state", "metrics.jsonl"
+_KEPT = {"params": "the model", "ema": "the average of the weights"}
+
+
+class Choice(NamedTuple):
+    """What is taken of a run."""
+
+    path: Path  # a file, or the folder of a checkpoint
+    key: str | None  # `params` or `ema`, of a checkpoint
+    note: str
+
+
+def split_kind(source: str) -> tuple[str, str | None]:
+    """`runs/X:ema` or `runs/X:last` as the folder and what is wanted of it; any other source as it is."""
+    folder, _, kind = source.rpartition(":")
+    return (folder, kind) if folder and kind in _KINDS else (source, None)
+
+
+def choose(folder: Path, kind: str | None) -> Choice | None:
+    """What is meant by the folder of a run; None where it is no such folder.
+
+    Without a kind that is the weights of the best evaluation, raw or averaged, and of a run that has not come to its
+    end the newest checkpoint.
+
+    Raises:
+        ConversionError: it keeps no average, or it is no run and a kind is asked for.
+    """
+    checkpoints = _checkpoints(folder)
+    if not (folder / WEIGHTS).is_file() and not (folder / CHECKPOINTS).is_dir():
+        if kind is None:
+            return None
+        raise ConversionError(f"{folder} is not the folder of a run, which alone has :{kind}")
+    file = {None: BEST, "last": WEIGHTS, "ema": AVERAGE}[kind]
+    if (folder / file).is_file():
+        return Choice(folder / file, None, _file_note(folder, file))
+    is_done = (folder / WEIGHTS).is_file()
+    if kind is None and is_done:  # of an earlier version
+        return _best_checkpoint(folder, checkpoints) or Choice(folder / WEIGHTS, None, _file_note(folder, WEIGHTS))
+    if not checkpoints:
+        what = "average of the weights" if kind == "ema" else "weights yet"
+        raise ConversionError(f"the run in {folder} keeps no {what}")
+    key = "ema" if kind == "ema" else "params"
+    state = "" if is_done else "the run has not come to its end: "
+    newest = checkpoints[-1]
+    return Choice(newest, key, f"{state}taken is {_KEPT[key]} of the newest checkpoint, step {newest.name}")
+
+
+def read_state(checkpoint: Path, keys: Sequence[str] | None = None) -> dict[str, Any]:
+    """The training state in a run's checkpoint as numpy arrays in nested dicts; optax's state has lists too.
+
+    Args:
+        keys: of the parts to read, such as `params`; None: all.
+
+    Raises:
+        ConversionError: a part is not there, or the checkpoint is damaged.
+    """
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    folder = (checkpoint / _STATE).absolute()
+    try:
+        with quiet("absl"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            tree = checkpointer.metadata(folder).item_metadata.tree
+            missing = [key for key in keys or () if key not in tree]
+            if missing:
+                raise ConversionError(f"the checkpoint {checkpoint} has no {_KEPT.get(missing[0], missing[0])}")
+            wanted = {key: tree[key] for key in keys or tree}
+            # as numpy: nothing is cast, and nothing is put on a device that this machine may not have
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+            args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
+            return checkpointer.restore(folder, args=args)
+    except ConversionError:
+        raise
+    except Exception as error:  # Orbax and tensorstore raise whatever the damage leads to
+        raise ConversionError(f"{checkpoint} is a damaged checkpoint: {one_line(error)}") from None
+
+
+def read_description(checkpoint: Path) -> dict[str, Any]:
+    """The description of the model beside the state. Raises ConversionError."""
+    from convert import metadata  # late: commands ask what a folder is before they need numpy
+
+    try:
+        return json.loads((checkpoint / metadata.KEY / "metadata").read_text())
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{checkpoint} is a damaged checkpoint: {one_line(error)}") from None
+
+
+def how_trained(folder: Path) -> dict[str, Any] | None:
+    """What is told of a run to those who get its weights: settings and data; None where its folder tells nothing."""
+    try:
+        about = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        train, data = about["train"], about.get("data", {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    names = (
+        "dataset",
+        "recipe",
+        "init",
+        "epochs",
+        "batch_size",
+        "optimizer",
+        "lr",
+        "weight_decay",
+        "ema_decay",
+        "seed",
+    )
+    told = {name.replace("_", " "): train[name] for name in names if train.get(name) is not None}
+    counts = ("train_images", "held_out_images", "held_out_split")
+    return told | {name.replace("_", " "): data[name] for name in counts if data.get(name) is not None}
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The checkpoint of a run's last saved step. Raises ConversionError where there is none."""
+    checkpoints = _checkpoints(folder)
+    if not checkpoints:
+        raise ConversionError(f"the run in {folder} has no checkpoint")
+    return checkpoints[-1]
+
+
+def _file_note(folder: Path, file: str) -> str:
+    others = [name for name in (BEST, WEIGHTS, AVERAGE) if name != file and (folder / name).is_file()]
+    return f"{file} was taken" + (f", not {' or '.join(others)}" if others else "")
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = [path for path in (folder / CHECKPOINTS).glob("*") if path.name.isdecimal()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def _best_checkpoint(folder: Path, checkpoints: Sequence[Path]) -> Choice | None:
+    """The best evaluation of those whose checkpoints are kept, by the run's log; None where that tells none."""
+    there = {int(path.name): path for path in checkpoints}
+    try:
+        lines = [json.loads(line) for line in (folder / _LOG).read_text().splitlines()]
+        names = {"ema": "eval/ema_top1", "params": "eval/top1"}  # the better is taken, of equal ones the average
+        scored = [
+            (line[name], -place, line, key)
+            for place, (key, name) in enumerate(names.items())
+            for line in lines
+            if line.get(name) is not None and line["step"] in there
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if not scored:
+        return None
+    score, _, line, key = max(scored, key=lambda entry: entry[:2])
+    told = f"taken is {_KEPT[key]} of the best checkpoint, epoch {line['epoch']}, top-1 {score:.2f} %"
+    return Choice(there[line["step"]], key, told)

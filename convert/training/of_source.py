@@ -1,0 +1,35 @@
+"""The training state in a source of weights, where it has one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from convert.errors import ConversionError
+from convert.files import typed_path
+from convert.formats import run_folder
+from convert.formats.torch_files import load_plain
+from convert.training.run_checkpoint import read_run_checkpoint
+from convert.training.state import TrainingState
+from convert.training.torch_checkpoint import read_torch_checkpoint
+
+
+def training_state_of(source: str) -> TrainingState | None:
+    """The training state of a run's folder or in a torch file; None where a source has weights alone.
+
+    Raises:
+        ConversionError: there is one, which the other framework could not go on with.
+    """
+    path = typed_path(run_folder.split_kind(source)[0])
+    if path.is_dir():
+        has_checkpoints = any((path / run_folder.CHECKPOINTS).glob("*"))
+        return read_run_checkpoint(path) if has_checkpoints and run_folder.how_trained(path) is not None else None
+    return read_torch_checkpoint(path) if _has_optimizer(path) else None
+
+
+def _has_optimizer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            is_torch = file.read(2) in (b"PK", b"\x80\x02")
+        held = load_plain(path) if is_torch else None
+    except (OSError, ConversionError):
+        return False
+    return isinstance(held, Mapping) and "optimizer" in held

@@ -1,0 +1,48 @@
+"""Interpolation along both axes of images: two matrix products, or on GPUs sums of the few pixels that matter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+Taps = tuple[Int[np.ndarray, "taps _"], Float[np.ndarray, "taps _"]]  # for each output pixel: places and weights
+
+
+def interpolate(
+    x: Float[Array, "batch in_height in_width channels"], rows: Taps, columns: Taps
+) -> Float[Array, "batch height width channels"]:
+    """Each pixel as the weighted sum of those at its taps, in float32 or wider."""
+    if not isinstance(x.shape[0], int):  # a symbolic batch, under jax.export: one program for all platforms
+        return _by_products(x, rows, columns)
+    by_taps, by_products = (lambda x, f=f: f(x, rows, columns) for f in (_by_taps, _by_products))
+    return jax.lax.platform_dependent(x, cuda=by_taps, rocm=by_taps, default=by_products)
+
+
+def _by_taps(x: Array, rows: Taps, columns: Taps) -> Array:
+    """Products would multiply by weights that are 0, but for a few: on a GPU, in float32, they take far longer."""
+    return _along(_along(x, columns, axis=2), rows, axis=1)
+
+
+def _along(x: Array, taps: Taps, axis: int) -> Array:
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    terms = (jnp.take(x, place, axis, mode="clip") * weight.reshape(shape) for place, weight in zip(*taps, strict=True))
+    return sum(terms, start=jnp.zeros((), x.dtype))
+
+
+def _by_products(x: Array, rows: Taps, columns: Taps) -> Array:
+    row_matrix, column_matrix = tap_matrix(*rows, x.shape[1]), tap_matrix(*columns, x.shape[2])
+    # "highest": a matrix product in bfloat16 or TF32, the default on accelerators, would blur the interpolation
+    x = jnp.einsum("pw,bhwc->bhpc", column_matrix, x, precision="highest")
+    return jnp.einsum("oh,bhpc->bopc", row_matrix, x, precision="highest")
+
+
+def tap_matrix(
+    places: Int[np.ndarray, "taps out_size"], weights: Float[np.ndarray, "taps out_size"], in_size: int
+) -> Float[np.ndarray, "out_size in_size"]:
+    """The weights of every input pixel in every output pixel."""
+    out_size = weights.shape[1]
+    matrix = np.zeros((out_size, in_size), weights.dtype)
+    for place, weight in zip(places, weights, strict=True):
+        np.add.at(matrix, (np.arange(out_size), place), weight)
+    return matrix

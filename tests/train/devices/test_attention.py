@@ -1,0 +1,137 @@
+"""Which kernel computes self-attention: cuDNN's only where it was tried, or asked for."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from convert.errors import SettingsError
+from tests.small_model import small_config
+from tests.train.small_weights import save_small
+from train.devices import attention
+from train.devices.attention import choose_attention
+from train.devices.mesh import make_mesh
+from train.inference.model import load_classifier
+from train.job import prepare
+from train.optim.state import abstract_model
+from train.recipes import RECIPES
+from train.run.folder import write_config
+
+CONFIG = small_config(3)
+
+
+@pytest.fixture
+def mesh():
+    return make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture
+def looks_like_a_gpu(monkeypatch):
+    monkeypatch.setattr(attention, "fastest_implementation", lambda devices, dtype: "cudnn")
+
+
+@pytest.fixture
+def tried(monkeypatch, looks_like_a_gpu):
+    """What is computed with cuDNN's attention, where it works."""
+    calls = []
+
+    def attend(q, k, v, implementation):
+        calls.append((implementation, q.shape[1:], q.dtype))
+        return (q + k) * v
+
+    monkeypatch.setattr(attention, "dot_product_attention", attend)
+    return calls
+
+
+@pytest.fixture
+def fails(monkeypatch, looks_like_a_gpu):
+    """A device on which cuDNN's attention cannot be run."""
+
+    def attend(q, k, v, implementation):
+        def fail(x):
+            raise RuntimeError("No valid engine configs\nfor Matmul_")
+
+        return jax.pure_callback(fail, jax.ShapeDtypeStruct(q.shape, q.dtype), q)
+
+    monkeypatch.setattr(attention, "dot_product_attention", attend)
+
+
+def test_a_cpu_has_xlas_attention_and_refuses_cudnns(mesh):
+    assert choose_attention("auto", CONFIG, "bfloat16", mesh) == ("xla", [])
+    assert choose_attention("xla", CONFIG, "bfloat16", mesh) == ("xla", [])
+    message = "cudnn needs NVIDIA GPUs of compute capability 8.0 or later and bfloat16; this is cpu and float32"
+    with pytest.raises(SettingsError, match=message):
+        choose_attention("cudnn", CONFIG, "float32", mesh)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_cudnns_attention_is_tried_with_each_shape_of_the_model(mesh, tried, training):
+    assert choose_attention("auto", CONFIG, "bfloat16", mesh, training=training) == ("cudnn", [])
+    shapes = [(17, 2, 6), (5, 2, 12)]  # tokens, heads, width
+    assert tried == [("cudnn", shape, "bfloat16") for shape in shapes for _ in range(1 + training)]
+
+
+def test_where_cudnns_attention_fails_xlas_is_taken_and_one_line_says_why(mesh, fails):
+    kernel, (note,) = choose_attention("auto", CONFIG, "bfloat16", mesh, training=False)
+    assert kernel == "xla"
+    assert note.startswith(
+        "self-attention is XLA's, which is slower, because cuDNN's failed: 17 tokens, 2 heads of 6: "
+    )
+    assert "\n" not in note
+    with pytest.raises(SettingsError, match=r"attention_kernel cudnn failed: 17 tokens, .*: choose auto or xla$"):
+        choose_attention("cudnn", CONFIG, "bfloat16", mesh, training=False)
+
+
+def test_what_jax_itself_refuses_is_told_in_its_words(mesh, looks_like_a_gpu):
+    kernel, (note,) = choose_attention("auto", CONFIG, "bfloat16", mesh)
+    assert kernel == "xla"
+    assert "17 tokens, 2 heads of 6: " in note
+
+
+def test_processes_take_the_same_attention(mesh, tried, monkeypatch):
+    monkeypatch.setattr(attention.jax, "process_count", lambda: 2)
+    gathered = []
+
+    def gather(refused):
+        gathered.append(refused.item())
+        return np.array([False, True])
+
+    monkeypatch.setattr(attention.multihost_utils, "process_allgather", gather)
+    kernel, (note,) = choose_attention("auto", CONFIG, "bfloat16", mesh)
+    assert kernel == "xla"
+    assert note.endswith("because cuDNN's failed: in another process")
+    assert gathered == [False]
+
+
+def _kernels(model):
+    return {block.attn.implementation for stage in model.blocks for blocks in stage.blocks for block in blocks}
+
+
+def test_a_run_computes_with_the_kernel_that_was_chosen_and_may_be_continued_with_another(
+    tried, few_digits_dir, small_variant, tmp_path
+):
+    output = str(tmp_path / "run")
+    config = dataclasses.replace(RECIPES["digits"], data_dir=few_digits_dir, precision="bfloat16", output=output)
+    job = prepare(config)
+    assert _kernels(abstract_model(job.task, job.config)) == {"cudnn"}
+    assert job.described["train"]["attention_kernel"] == "auto"  # what was asked for, whatever machine continues it
+    (tmp_path / "run").mkdir()
+    write_config(tmp_path / "run", job.described)
+    job = prepare(dataclasses.replace(config, attention_kernel="xla"))
+    assert job.resumed
+    assert _kernels(abstract_model(job.task, job.config)) == {"xla"}
+
+
+def test_loaded_weights_compute_with_the_kernel_that_was_chosen(tried, tmp_path):
+    weights = str(save_small(tmp_path / "weights.safetensors", "abc"))
+    for wanted, expected in (("auto", "cudnn"), ("xla", "xla")):
+        classifier = load_classifier(weights, precision="bfloat16", attention_kernel=wanted)
+        assert _kernels(nnx.merge(classifier.graphdef, classifier.params)) == {expected}
+
+
+def test_a_device_that_fails_is_told_among_the_notes_on_loaded_weights(fails, tmp_path):
+    classifier = load_classifier(str(save_small(tmp_path / "weights.safetensors", "abc")), precision="bfloat16")
+    assert any("because cuDNN's failed" in note for note in classifier.notes)
+    assert _kernels(nnx.merge(classifier.graphdef, classifier.params)) == {"xla"}

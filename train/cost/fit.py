@@ -1,0 +1,111 @@
+"""The largest batch that a training step can have on a card, found without one."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from train.config import TrainConfig
+from train.cost.figures import check_case, compile_step
+from train.cost.gpus import find_gpu, gpu_devices
+
+_ACCUM = 4  # parts of a batch, unless the settings have another number
+_TRIED = (4, 8)  # multiples of `_UNIT` that tell how memory grows
+_UNIT = 8  # images of a part on a device: batches are multiples of it
+_CONFIRMED = 4  # programs at most that are compiled for a card, to get from the guess to what fits
+
+# ways to save memory, and their flags in words
+WAYS = {
+    "none": "",
+    "grad_checkpointing": "--grad-checkpointing",
+    "grad_accum": "--grad-accum",
+    "both": "--grad-checkpointing and --grad-accum",
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The largest batches of a model on a card, over all devices. 0: not even the smallest that was tried fits."""
+
+    variant: str
+    image_size: tuple[int, int]
+    topology: str
+    available: int  # bytes of a device
+    grad_accum: int  # parts, where the batch is cut
+    batches: dict[str, int]  # by the names in `WAYS`
+    needed: dict[str, float]  # bytes of a device for these batches, of those that fit
+
+
+def largest_batches(config: TrainConfig, num_classes: int, topologies: Sequence[str]) -> Iterator[Fit]:
+    """For every topology of GPUs, one after the other.
+
+    Memory grows evenly with the batch: two small ones tell how for all cards of a compute capability, and the largest
+    is compiled to confirm it. Batches are multiples of 8 images of a part on a device.
+
+    Raises SettingsError as `train.cost.figures.compile_step` does.
+    """
+    model_config = config.model_config(num_classes)
+    parts = config.grad_accum if config.grad_accum > 1 else _ACCUM
+    for topology in topologies:
+        smallest = dataclasses.replace(config, batch_size=_UNIT * _devices(topology) * parts, grad_accum=parts)
+        check_case(smallest, num_classes, topology)
+    known: dict[tuple, list[tuple[int, float]]] = {}  # by capability, devices and way: batches and what they need
+    for topology in topologies:
+        gpu, devices = find_gpu(topology), _devices(topology)
+        batches, needed = {}, {}
+        for way in WAYS:
+            saving = dataclasses.replace(
+                config,
+                batch_size=_UNIT * devices * parts,
+                grad_checkpointing=config.grad_checkpointing or way in ("grad_checkpointing", "both"),
+                grad_accum=parts if way in ("grad_accum", "both") else 1,
+            )
+            search = _Search(saving, num_classes, topology, _UNIT * devices * saving.grad_accum)
+            key = (gpu.capability, devices, way)
+            if key not in known:
+                known[key] = [(batch, search.needs(batch)) for batch in (times * search.unit for times in _TRIED)]
+            batches[way], needed[way] = search.largest(known[key], gpu.available)
+        yield Fit(
+            variant=model_config.name,
+            image_size=model_config.image_size,
+            topology=topology,
+            available=gpu.available,
+            grad_accum=parts,
+            batches=batches,
+            needed=needed,
+        )
+
+
+def _devices(topology: str) -> int:
+    return len(gpu_devices(topology))
+
+
+@dataclass(frozen=True)
+class _Search:
+    config: TrainConfig
+    num_classes: int
+    topology: str
+    unit: int  # batches are multiples of it
+
+    def needs(self, batch: int) -> float:
+        """Bytes of a device."""
+        figures = compile_step(dataclasses.replace(self.config, batch_size=batch), self.num_classes, self.topology)
+        return figures.needed
+
+    def largest(self, known: Sequence[tuple[int, float]], available: int) -> tuple[int, float]:
+        """The largest batch that fits into so many bytes, and what it needs; both 0 where none does.
+
+        Args:
+            known: two batches and what they need.
+        """
+        (first, least), (last, most) = known
+        slope = (most - least) / (last - first)
+        tried: dict[int, float] = {}
+        for _ in range(_CONFIRMED):
+            batch = int(last + (available - most) / slope) // self.unit * self.unit
+            fails = [other for other, needed in tried.items() if needed > available]
+            batch = min([batch, *(other - self.unit for other in fails)])
+            if batch <= 0 or batch in tried:
+                break
+            tried[batch] = self.needs(batch)
+            last, most = batch, tried[batch]
+        return max(((batch, needed) for batch, needed in tried.items() if needed <= available), default=(0, 0))

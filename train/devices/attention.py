@@ -1,0 +1,91 @@
+"""Which kernel computes self-attention on the devices of a mesh."""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from convert.errors import SettingsError, one_line
+from crossvit_jax.config import CrossViTConfig
+from crossvit_jax.kernels.attention import dot_product_attention, fastest_implementation
+
+_IMAGES = 2  # enough to see whether a shape is supported: that does not depend on their number
+
+Kernel = Literal["xla", "cudnn"]
+
+
+def choose_attention(
+    wanted: Literal["auto"] | Kernel, model: CrossViTConfig, precision: str, mesh: Mesh, *, training: bool = True
+) -> tuple[Kernel, list[str]]:
+    """The kernel for a model on the devices of a mesh, and what the user should know of that.
+
+    Before "cudnn" is chosen, it is tried on a device with each of the model's shapes. On devices that are not there,
+    which one compiles for, only jax's own checks can be made.
+
+    Args:
+        wanted: "auto" for cuDNN's where it can be had.
+        precision: of the arithmetic: float32 or bfloat16.
+        training: whether gradients are taken, too.
+
+    Raises SettingsError if "cudnn" is wanted and cannot be had.
+    """
+    if wanted == "xla":
+        return "xla", []
+    devices = list(mesh.devices.flat)
+    if fastest_implementation(devices, precision) == "xla":
+        if wanted == "auto":
+            return "xla", []
+        raise SettingsError(
+            "attention_kernel cudnn needs NVIDIA GPUs of compute capability 8.0 or later and bfloat16; "
+            f"this is {devices[0].device_kind} and {precision}: choose auto or xla"
+        )
+    refusal = _refusal(model, precision, devices, training=training)
+    if refusal is None:
+        return "cudnn", []
+    if wanted == "auto":
+        return "xla", [f"self-attention is XLA's, which is slower, because cuDNN's failed: {refusal}"]
+    raise SettingsError(f"attention_kernel cudnn failed: {refusal}: choose auto or xla")
+
+
+def _refusal(model: CrossViTConfig, precision: str, devices: list[jax.Device], *, training: bool) -> str | None:
+    """Why cuDNN's attention cannot be had, in a line: alike in all processes, which run the same programs."""
+    device = next(device for device in devices if device.process_index == jax.process_index())
+    reason = None
+    for branch, (rows, columns) in zip(model.branches, model.grid_size, strict=True):
+        shape = (_IMAGES, 1 + rows * columns, branch.num_heads, branch.embed_dim // branch.num_heads)
+        try:
+            _try_cudnn(shape, precision, device, training=training)
+        except Exception as error:  # jax, XLA and cuDNN refuse in many ways; none of them should end the run
+            reason = f"{shape[1]} tokens, {shape[2]} heads of {shape[3]}: {one_line(error)}"
+            break
+    if jax.process_count() > 1 and np.any(multihost_utils.process_allgather(np.array(reason is not None))):
+        return reason or "in another process"
+    return reason
+
+
+def _try_cudnn(shape: tuple[int, ...], dtype: str, device: jax.Device, *, training: bool) -> None:
+    """Compiles cuDNN's attention and its gradient for a device; runs them if it is there. Raises what they raise."""
+    attend = functools.partial(dot_product_attention, implementation="cudnn")
+
+    def total(*qkv: jax.Array) -> jax.Array:
+        return attend(*qkv).astype(jnp.float32).sum()
+
+    qkv = [jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))] * 3
+    for function in (attend, jax.grad(total, (0, 1, 2))) if training else (attend,):
+        lowered = jax.jit(function).lower(*qkv)
+        if _is_here(device):
+            zeros = jax.device_put(np.zeros(shape, jnp.dtype(dtype)), device)
+            jax.block_until_ready(lowered.compile()(zeros, zeros, zeros))
+
+
+def _is_here(device: jax.Device) -> bool:
+    """Whether programs can be run on a device, which may be one to compile for."""
+    try:
+        device.memory_stats()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True

@@ -1,0 +1,113 @@
+"""The images that an evaluation is about: those that the run of the weights held out, or any others."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from convert.errors import SettingsError
+from convert.files import FOLDER_PREFIX
+from convert.metadata import understand
+from train.config import TrainConfig
+from train.data.datasets import open_image_sets
+from train.data.folder import open_split
+from train.data.layout import find_splits
+from train.data.sources import ImageSets, Source
+from train.run.folder import read_run, read_settings
+
+_CHOICE = ("seed", "val_fraction")  # the settings that choose the held-out images
+
+
+class Data(NamedTuple):
+    """What is evaluated."""
+
+    dataset: str
+    images: Source
+    class_names: tuple[str, ...]  # in the order of the labels
+    split: str  # which images they are, in words
+    notes: list[str]
+    sorted_by_name: bool  # see `train.data.sources.ImageSets`
+
+
+def open_data(given: dict[str, Any], split: str, run: str | None) -> Data:
+    """The images asked for.
+
+    Args:
+        given: those of dataset, data_dir, seed and val_fraction that were asked for. Of the others, `run` has the
+            values where it was trained on the same data.
+        split: held-out, train, val, test or all.
+        run: the folder of the run that the weights come from; none: they come from elsewhere.
+
+    Raises SettingsError if no data set is named and there is no run, the run held out other images than these settings
+    would, or as `open_image_sets` does.
+    """
+    trained = None if run is None else read_settings(run)
+    if trained is None and "dataset" not in given:
+        raise SettingsError(
+            "--dataset is needed: the weights do not come from the folder of a run, which tells its own"
+        )
+    config = TrainConfig(**given) if trained is None else dataclasses.replace(_data_settings(trained), **given)
+    folder = Path(config.dataset.removeprefix(FOLDER_PREFIX)) if config.dataset.startswith(FOLDER_PREFIX) else None
+    splits = find_splits(folder)[0] if folder is not None and folder.is_dir() else {}
+    if split in ("val", "test", "all") or (split == "train" and splits.keys() == {"train"}):
+        if folder is None:
+            raise SettingsError(f"--split {split} is for a folder:PATH; choose held-out or train here")
+        images, names, notes = open_split(folder, split)
+        return Data(config.dataset, images, names, splits.get(split, "all of them"), notes, True)
+    if trained is None:
+        sets, notes = open_image_sets(config), []
+    else:
+        sets, notes = _as_in_training(config, given, trained, run, bool(splits))
+    if trained is None and folder is not None and not splits:
+        notes.append(
+            f"{folder} has no train/ and val/: the images held out by seed {config.seed} are taken, {_share(config)}, "
+            "which only a training with the same has not seen; --split all takes all"
+        )
+    told = f"training images; held out: {sets.held_out_split}" if split == "train" else sets.held_out_split
+    images = sets.train if split == "train" else sets.held_out
+    return Data(config.dataset, images, sets.class_names, told, [*sets.notes, *notes], sets.sorted_by_name)
+
+
+def _data_settings(trained: TrainConfig) -> TrainConfig:
+    names = ("dataset", "data_dir", "seed", "val_fraction", "class_order")
+    return TrainConfig(**{name: getattr(trained, name) for name in names})
+
+
+def _as_in_training(
+    config: TrainConfig, given: dict[str, Any], trained: TrainConfig, run: str, has_splits: bool
+) -> tuple[ImageSets, list[str]]:
+    """The data set split as by the run, or another one; and what the user should know of that.
+
+    Raises SettingsError if images that were trained on could be among those held out.
+    """
+    saved = read_run(run)
+    _, names = understand(saved["model"])
+    print_ = saved.get("data", {}).get("fingerprint")
+    if config.dataset != trained.dataset:
+        try:  # perhaps the same images in another place
+            sets = open_image_sets(dataclasses.replace(config, class_order=trained.class_order), class_names=names)
+        except SettingsError:
+            sets = None
+        if sets is None or sets.fingerprint != print_:
+            config = TrainConfig(**given)
+            note = f"the run in {run} was trained on {trained.dataset}, and this is other data"
+            if config.dataset.startswith(FOLDER_PREFIX) and not has_splits:
+                note += f", of which {_share(config)} are taken; --split all takes all"
+            return open_image_sets(config), [note]
+        return sets, [f"the images are those of the run in {run}"]
+    sets = open_image_sets(config, class_names=names)
+    if print_ is None:
+        return sets, [f"the run in {run} does not tell its images: whether these were held out is not known"]
+    if sets.fingerprint == print_:
+        return sets, []
+    asked = [f"{name} {getattr(config, name)}, not {getattr(trained, name)}" for name in _CHOICE]
+    asked = [text for text, name in zip(asked, _CHOICE, strict=True) if getattr(config, name) != getattr(trained, name)]
+    why = f"{' and '.join(asked)} was asked for" if asked else "images were added, removed or moved since then"
+    instead = "--split val or test" if has_splits else "--split all"
+    raise SettingsError(
+        f"{config.dataset} is not split as in the run in {run}: {why}, so that images which it was trained on would be "
+        f"evaluated as held out; {instead} takes {'that folder' if has_splits else 'all images'} as it is"
+    )
+
+
+def _share(config: TrainConfig) -> str:
+    return f"{config.val_fraction:.0%} of each class"
