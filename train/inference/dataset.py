@@ -80,7 +80,7 @@ def _as_in_training(
     Raises SettingsError if images that were trained on could be among those held out.
     """
     saved = read_run(run)
-    _, names = understand(saved["model"])
+    _, names = understand(saved["model"]) if "model" in saved else (None, None)
     print_ = saved.get("data", {}).get("fingerprint")
     if config.dataset != trained.dataset:
         try:  # perhaps the same images in another place
