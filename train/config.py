@@ -18,6 +18,17 @@ from crossvit_jax.config import CUSTOM, EXAMPLE, Branch, CrossViTConfig, get_con
 _COMPARE = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 # bounds that several settings have
 _SHARE, _PART, _RATE = {"at_least": 0, "at_most": 1}, {"above": 0, "at_most": 1}, {"at_least": 0, "below": 1}
+# Settings of some tasks only, and their values where they mean nothing
+_CLASSIFICATION = {"mixup": 0, "cutmix": 0, "smoothing": 0, "repeated_aug": 1, "loss": "softmax", "qat": None}
+_CLASSIFICATION |= {"auto_augment": "", "erase_prob": 0, "class_order": None, "crop_pct": None}
+_DENSE = {"width": None, "scale_jitter": (1.0, 1.0), "color_jitter": 0}
+_DETECTION = {"num_convs": None, "distances": None}
+_SEGMENTATION = {"decoder": None, "dice": 0, "ignore_index": 255}
+_MEANS_NOTHING = {
+    "classification": _DENSE | _DETECTION | _SEGMENTATION,
+    "detection": _CLASSIFICATION | _SEGMENTATION,
+    "segmentation": _CLASSIFICATION | _DETECTION,
+}
 _REPEAT_ROUND = 256  # with repeated augmentation, DeiT's sampler leaves out what does not fill so many places
 
 
@@ -79,9 +90,12 @@ class TrainConfig:
     `None` means "follow something else", which the help text names. Raises SettingsError for values that make no run.
     """
 
-    variant: str | None = setting(
-        None, "CrossViT variant, by its short name, timm's or IBM's; none: --init's, or ti", section="data and run"
+    task: Literal["classification", "detection", "segmentation"] = setting(
+        "classification",
+        "what is learned: classification, detection (boxes) or segmentation (masks)",
+        section="data and run",
     )
+    variant: str | None = setting(None, "CrossViT variant, by its short name, timm's or IBM's; none: --init's, or ti")
     branches: tuple[str, ...] | None = setting(
         None,
         f"branches of one's own in place of a variant's, one text for each, such as {EXAMPLE}",
@@ -98,7 +112,10 @@ class TrainConfig:
         home_path,
     )
     dataset: str = setting(
-        "digits", "digits, a prepared tensorflow-datasets name, or folder:PATH (folder: may be left out)", data_set
+        "digits",
+        "digits, a prepared tensorflow-datasets name, or folder:PATH (folder: may be left out); for detection scenes, "
+        "coco:PATH, voc:PATH or yolo:FILE; for segmentation scenes or masks:PATH",
+        data_set,
     )
     data_dir: str | None = setting(
         None, "where prepared data sets lie; none: tensorflow-datasets' own folder", home_path
@@ -118,9 +135,18 @@ class TrainConfig:
         "may be, or a tenth of it",
         **_SHARE,
     )
-    recipe: Literal["imagenet", "imagenet-ibm", "finetune-408", "finetune", "transfer", "digits"] = setting(
-        "imagenet", "the set of defaults that the settings start from"
-    )
+    recipe: Literal[
+        "imagenet",
+        "imagenet-ibm",
+        "finetune-408",
+        "finetune",
+        "transfer",
+        "digits",
+        "detection",
+        "segmentation",
+        "detection-scenes",
+        "segmentation-scenes",
+    ] = setting("imagenet", "the set of defaults that the settings start from")
     output: str | None = setting(
         None, "folder of the run: a run in it is continued; none: a new one in runs/", home_path
     )
@@ -172,6 +198,33 @@ class TrainConfig:
     dropout: float = setting(0.0, "dropout before the heads", **_RATE)
     loss: Literal["softmax", "bce"] = setting(
         "softmax", "softmax: soft-target cross-entropy; bce: binary cross-entropy of each class"
+    )
+
+    decoder: Literal["upernet", "mask", None] = setting(
+        None,
+        "segmentation: upernet (convolutions on a pyramid) or mask (Segmenter's mask transformer); none: upernet",
+        section="detection and segmentation",
+    )
+    width: int | None = setting(
+        None, "channels of the pyramid and what stands on it; none: the variant's own", int, at_least=1
+    )
+    num_convs: int | None = setting(
+        None, "detection: convolutions of each tower of the head; none: by the width", int, at_least=1
+    )
+    distances: tuple[float, ...] | None = setting(
+        None,
+        "detection: the longest distances from a point to a side of its box, in pixels, at which one level of the "
+        "pyramid ends and the next begins, such as 24,48; none: 4 levels, each up to 8 times its stride",
+        number_tuple,
+        above=0,
+    )
+    scale_jitter: tuple[float, float] = setting(
+        (1.0, 1.0), "smallest and largest size of an image in training; 1: it just fits", number_pair, above=0
+    )
+    color_jitter: float = setting(0.0, "largest change of brightness, contrast and saturation in training", at_least=0)
+    dice: float = setting(0.0, "segmentation: weight of the Dice loss beside the cross-entropy", at_least=0)
+    ignore_index: int = setting(
+        255, "segmentation: the number in masks that stands for no class", at_least=0, at_most=255
     )
 
     epochs: int = setting(300, "passes over the training images", at_least=1, section="optimiser and schedule")
@@ -268,6 +321,11 @@ class TrainConfig:
             raise SettingsError(
                 f"qat {self.qat} rounds all but the heads, and freeze_backbone trains only them: leave one out"
             )
+        for name, nothing in _MEANS_NOTHING[self.task].items():
+            if getattr(self, name) != nothing:
+                raise SettingsError(f"{name} is no setting of {self.task}; got {getattr(self, name)}")
+        if self.task != "classification" and self.augment_on == "device":
+            raise SettingsError(f"augment_on device is no setting of {self.task}: images come with boxes or masks")
         distributed = (self.coordinator, self.num_processes, self.process_id)
         if any(value is None for value in distributed) != all(value is None for value in distributed):
             raise SettingsError("coordinator, num_processes and process_id go together: give all three or none")
@@ -288,6 +346,16 @@ class TrainConfig:
             "crop_pct": self.crop_pct,
             "drop_rate": self.dropout,
             "drop_path_rate": self.drop_path,
+        }
+        return {key: value for key, value in overrides.items() if value is not None}
+
+    def dense_overrides(self) -> dict[str, Any]:
+        """The settings of a detector or segmenter that these decide, beside those of its backbone."""
+        overrides = {
+            "width": self.width,
+            "num_convs": self.num_convs,
+            "distances": self.distances,
+            "decoder": self.decoder,
         }
         return {key: value for key, value in overrides.items() if value is not None}
 

@@ -136,7 +136,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     tell_notes(_PROGRAM, [*data.notes, *classifier.notes, *class_notes])
     output = Path(args.output) if args.output else None
     if output:
-        classifier.task.scores().check_place(output)
+        classifier.task.scores(source).check_place(output)
         output.mkdir(parents=True, exist_ok=True)
     height, width = config.image_size
     print(
@@ -149,9 +149,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     workers = reading_processes(len(source)) if args.workers is None else args.workers
     names = known or data.class_names
     classifier = dataclasses.replace(classifier, task=dataclasses.replace(classifier.task, class_names=names))
-    scores = classifier.task.scores()
     batch_size = classifier.batch_size(args.batch_size, len(source))
     source = Matched(source, tuple(classes.tolist()))
+    scores = classifier.task.scores(source)
     with open_bar(total=len(source), unit=" images") as bar:
         bad_images = BadImages(source, lambda line: bar.write(f"{_PROGRAM}: {line}", file=sys.stderr))
         tagged = TaggedImages()

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from convert.command_line import Parser
 from convert.errors import SettingsError
@@ -12,9 +13,10 @@ from train.recipes import RECIPES
 from train.run.folder import read_settings
 
 # the flags that --help tells first; the others stand in the groups of their settings
-_EVERYDAY = ("variant", "init", "resume", "dataset", "data_dir", "recipe", "output", "seed", "image_size")
+_EVERYDAY = ("task", "variant", "init", "resume", "dataset", "data_dir", "recipe", "output", "seed", "image_size")
 _EVERYDAY += ("epochs", "batch_size", "lr", "precision")
-_DIGITS = "digits"  # the data set that has a recipe of its own
+_DIGITS, _SCENES = "digits", "scenes"  # the data sets that have recipes of their own
+_TASKS = get_args(next(field.type for field in dataclasses.fields(TrainConfig) if field.name == "task"))
 _PROGRAM = "python -m train.main"
 
 
@@ -22,17 +24,19 @@ def parse_flags(argv: Sequence[str]) -> TrainConfig:
     """The settings that a command line asks for. A mistake in it prints one line and exits with 2."""
     early = Parser(prog=_PROGRAM, add_help=False)
     early.add_argument("--recipe", choices=RECIPES)
-    early.add_argument("--dataset", default=_DIGITS)
+    early.add_argument("--task", choices=_TASKS)
+    early.add_argument("--dataset")
     early.add_argument("--init")
     known, _ = early.parse_known_args(argv)
-    recipe = RECIPES[known.recipe or _usual_recipe(known.dataset, known.init)]
+    recipe = RECIPES[known.recipe or _usual_recipe(known.task or _TASKS[0], known.dataset, known.init)]
     parser = Parser(
         prog=_PROGRAM,
-        description="Train a CrossViT. With no --dataset: on the handwritten digits that scikit-learn carries.",
+        description="Train a CrossViT. With no --dataset: on the handwritten digits that scikit-learn carries, or with "
+        "--task detection or segmentation on scenes that are drawn of them.",
         epilog=f"The defaults shown are those of the recipe {recipe.recipe!r}. Recipes: {', '.join(RECIPES)}; "
-        "digits is the default for the digits; for other data finetune with --init, imagenet without. Ctrl-C and "
-        "SIGTERM save, a second one ends at once; SIGHUP (a closed terminal) and SIGUSR1 (a scheduler's warning) save. "
-        "Exit status: 0 done; 1 training failed; 2 a mistake in what was asked for; 128 and the number of the signal "
+        "digits is the default for the digits; for other data finetune with --init, imagenet without; for another "
+        "--task the recipe of its name. Ctrl-C and SIGTERM save, a second one ends at once; SIGHUP (a closed terminal) "
+        "and SIGUSR1 (a scheduler's warning) save. Exit status: 0 done; 1 training failed; 2 a mistake in what was asked for; 128 and the number of the signal "
         "after one: 130 after Ctrl-C.",
     )
     add_settings(parser, recipe)
@@ -45,8 +49,10 @@ def parse_flags(argv: Sequence[str]) -> TrainConfig:
         parser.error(str(error))
 
 
-def _usual_recipe(dataset: str, init: str | None) -> str:
-    if dataset == _DIGITS:
+def _usual_recipe(task: str, dataset: str | None, init: str | None) -> str:
+    if task != "classification":
+        return f"{task}-scenes" if dataset in (None, _SCENES) else task
+    if dataset in (None, _DIGITS):
         return "digits"
     return "imagenet" if init is None else "finetune"
 

@@ -279,7 +279,7 @@ class _Run:
         return self.final
 
     def _scores(self, params: Any) -> Scores:
-        scores = self._job.task.scores()
+        scores = self._job.task.scores(self._job.image_sets.held_out)
         batches = itertools.islice(self._watched(self._held_out), self._job.eval_steps)
         for outputs in forward(lambda batch: self._programs.eval_step(params, batch), batches):
             scores.add(outputs)

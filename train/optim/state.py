@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from train.config import TrainConfig
@@ -66,11 +67,22 @@ def abstract_model(task: Task, config: TrainConfig) -> nnx.Module:
     return model
 
 
-def trainable(params: Tree, config: TrainConfig, model: nnx.Module | None = None) -> Tree:
-    """The part of the parameters that is trained: all of them, or with a frozen backbone the model's heads."""
+def trained_and_frozen(params: Tree, config: TrainConfig, model: nnx.Module | None = None) -> tuple[Tree, Tree]:
+    """The parameters that are trained, and the others: none, or with a frozen backbone all but the model's heads."""
     if not config.freeze_backbone:
-        return params
-    return {name: part for name, part in params.items() if model.is_head(name)}
+        return params, {}
+    parts = {}, {}
+    for path, param in flatten_dict(params).items():
+        parts[model.is_head(".".join(map(str, path)))][path] = param
+    frozen, trained = map(unflatten_dict, parts)
+    return trained, frozen
+
+
+def merged(trained: Tree, frozen: Tree) -> Tree:
+    """The parameters that `trained_and_frozen` took apart."""
+    if not frozen:
+        return trained
+    return unflatten_dict(flatten_dict(frozen) | flatten_dict(trained))
 
 
 def make_state(
@@ -86,7 +98,8 @@ def make_state(
         model: whose they are; needed with a frozen backbone.
         task: what they learn; none: one without state of its own.
     """
-    opt = optimizer.init(trainable(params, config, model))
+    trained, _ = trained_and_frozen(params, config, model)
+    opt = optimizer.init(trained)
     state = {"params": params, "opt": opt, "step": jnp.zeros((), jnp.int32)}
     if config.ema_decay:
         state["ema"] = jax.tree.map(jnp.copy, params)

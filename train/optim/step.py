@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from train.config import TrainConfig
 from train.devices.mesh import batch_sharding, replicated, state_shardings
-from train.optim.state import State, trainable
+from train.optim.state import State, merged, trained_and_frozen
 from train.tasks.task import Batch, Task, Tree
 
 Metrics = dict[str, Array]
@@ -34,8 +34,7 @@ def make_train_step(
     graphdef = _structure(model, training=True)
 
     def loss(trained: Tree, frozen: Tree, extra: Tree | None, part: Batch, key: Array) -> tuple[Array, Tree]:
-        whole = nnx.merge(graphdef, {**frozen, **trained})
-        return task.loss(whole, part, extra, rngs=nnx.Rngs(dropout=key))
+        return task.loss(nnx.merge(graphdef, merged(trained, frozen)), part, extra, rngs=nnx.Rngs(dropout=key))
 
     gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -45,8 +44,7 @@ def make_train_step(
         bad = batch.pop("bad", None)
         batch = task.prepare(batch, batch_key)
 
-        trained = trainable(state["params"], config, model)
-        frozen = {name: part for name, part in state["params"].items() if name not in trained}
+        trained, frozen = trained_and_frozen(state["params"], config, model)
         extra = state.get("extra")
         if config.grad_accum == 1:
             (loss, aux), gradients = gradient(trained, frozen, extra, batch, dropout_key)
@@ -63,7 +61,7 @@ def make_train_step(
             (loss, aux), gradients = jax.tree.map(lambda x: x / config.grad_accum, sums)
 
         updates, opt = optimizer.update(gradients, state["opt"], trained)
-        params = {**state["params"], **optax.apply_updates(trained, updates)}
+        params = merged(optax.apply_updates(trained, updates), frozen)
         new = {"params": params, "opt": opt, "step": state["step"] + 1}
         if config.ema_decay:
             new["ema"] = _averaged(state["ema"], params, config.ema_decay, first=state["step"] == 0)

@@ -24,6 +24,7 @@ from convert.files import check_replaceable, csv_text, write_whole
 from convert.weights import Weights
 from crossvit_jax import CrossViT, CrossViTConfig, get_config
 from train.config import TrainConfig
+from train.data.sources import Source
 from train.images.augment import compile_augment
 from train.images.mixup import draw_mix, mix_images, mix_in_groups, mix_targets
 from train.pictures.confusion import draw_confusion
@@ -127,7 +128,7 @@ class Classification:
         confidence = jnp.max(jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32))), axis=1)
         return {"label": labels, "predicted": predicted, "confidence": confidence, "mask": mask, "sums": sums}
 
-    def scores(self) -> "ClassificationScores":
+    def scores(self, source: Source) -> "ClassificationScores":
         return ClassificationScores(self.class_names, self.metrics)
 
 

@@ -12,6 +12,8 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
+from train.data.sources import Source
+
 Batch = Mapping[str, Any]  # arrays whose first axis is that of the images, or their shapes
 Tree = Any  # nested containers of arrays
 
@@ -111,8 +113,8 @@ class Task(Protocol):
     def evaluate(self, model: nnx.Module, batch: Batch) -> Tree:
         """On the devices: what `scores` wants to know of a batch, in arrays of fixed shapes."""
 
-    def scores(self) -> Scores:
-        """A new `Scores`, to which nothing was added yet."""
+    def scores(self, source: Source) -> Scores:
+        """A new `Scores` of the images of a source, to which nothing was added yet."""
 
 
 def choosing_metric(metrics: tuple[Metric, ...]) -> Metric:

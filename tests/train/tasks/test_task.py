@@ -88,7 +88,7 @@ class Estimation:
         error = jnp.abs(model(batch["image"]) - batch["image"].mean((1, 2, 3)))
         return {"error": jnp.sum(error * batch["mask"]), "images": jnp.sum(batch["mask"])}
 
-    def scores(self):
+    def scores(self, source):
         return _Errors()
 
 
