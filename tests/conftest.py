@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 import jax
+import psutil
 import pytest
 import torch
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
@@ -80,23 +81,28 @@ def pytest_runtest_makereport() -> Iterator[None]:
     global _cpu
     report = yield
     before, _cpu = _cpu, _cpu_seconds()
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB
-    report.user_properties += [("cpu", _cpu - before), ("memory", memory)]
+    report.user_properties += [("cpu", _cpu - before), ("memory", _memory()), ("process", os.getpid())]
     return report
+
+
+def _memory() -> tuple[float, float]:
+    """GiB that this process has taken at most, and that it holds."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB
+    return most, psutil.Process().memory_info().rss / 2**30
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The sum of each folder. The slowest tests are pytest's `--durations`."""
     reports = [report for kind in ("passed", "failed", "skipped", "") for report in terminalreporter.getreports(kind)]
     folders = collections.defaultdict(lambda: [0, 0.0, 0.0])
-    memory = 0
+    memory: dict[int, tuple[float, float]] = {}  # of each process, as it was at last
     for report in reports:
         told = dict(report.user_properties)
         if "cpu" in told:
             entry = folders[str(PurePath(report.nodeid.partition("::")[0]).parent)]
             for index, value in enumerate((report.when == "call", report.duration, told["cpu"])):
                 entry[index] += value
-            memory = max(memory, told["memory"])
+            memory[told["process"]] = told["memory"]
     if not folders:
         return
     terminalreporter.section("time by folder")
@@ -104,4 +110,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     folders = sorted(folders.items(), key=lambda entry: -entry[1][2])
     for name, entry in [*folders, ("all", [sum(column) for column in zip(*(e for _, e in folders), strict=True)])]:
         terminalreporter.write_line(f"{name:24}{entry[0]:6}{entry[1]:9.0f}{entry[2]:13.0f}")
-    terminalreporter.write_line(f"most memory of a test process: {memory / 2**20:.1f} GiB")
+    told = [f"{most:.1f} at most, {held:.1f} at the end" for most, held in memory.values()]
+    terminalreporter.write_line(f"memory of the test processes in GiB: {'; '.join(told)}")
