@@ -25,6 +25,7 @@ Batch = dict[str, np.ndarray]
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
 _NEIGHBOURS = 64  # so many unreadable images in a row are not single damaged files any more
 _NOT_BAD = np.int32(-1)
+_ENDLESS = 2**31 - _NEIGHBOURS  # images of an endless source: their indices are int32
 
 
 def train_batches(
@@ -43,7 +44,8 @@ def train_batches(
     `tagged`.
 
     Every `steps_per_epoch` batches (see `train.config`) hold each image at most `repeats` times, in an order of
-    that epoch's own.
+    that epoch's own. Of an endless source (see `train.data.dense.samples`) no image comes twice: they are taken in its
+    own order, and each epoch goes on where the one before ended.
 
     `bad` (batch,) int32 is -1, or the index in the source of an image that could not be read. In its place is the next
     one that could, with its own label. DataError is raised, here or in a worker, if 64 in a row could not.
@@ -61,15 +63,18 @@ def train_batches(
         repeats: copies of an image, each augmented by itself, that follow one another in an epoch of as many fewer
             images (DeiT's repeated augmentation); 1: none.
     """
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle()
-    if repeats > 1:
-        order = _Repeated(order, repeats)
-    batches = (
-        order[: steps_per_epoch(len(source), batch_size, repeats) * batch_size]
-        .repeat()
-        .random_map(_ForTraining(source, transform))  # before the processes part, so that no two draw the same
-        .batch(batch_size // process_count, batch_fn=_stack)[process_index::process_count][start_step:]
-    )
+    if getattr(source, "endless", False):
+        order = grain.MapDataset.range(_ENDLESS).seed(seed)
+    else:
+        order = grain.MapDataset.range(len(source)).seed(seed).shuffle()
+        if repeats > 1:
+            order = _Repeated(order, repeats)
+        order = order[: steps_per_epoch(len(source), batch_size, repeats) * batch_size].repeat()
+    batches = order.random_map(
+        _ForTraining(source, transform)
+    ).batch(  # before the processes part, so that no two draw the same
+        batch_size // process_count, batch_fn=_stack
+    )[process_index::process_count][start_step:]
     return in_workers(batches.to_iter_dataset(_READ_OPTIONS), workers)
 
 
@@ -127,10 +132,11 @@ class _ForTraining:
 
     def __call__(self, index: int, rng: np.random.Generator) -> Sample:
         bad = _NOT_BAD
+        images = _ENDLESS if getattr(self.source, "endless", False) else len(self.source)
         tries = min(_NEIGHBOURS, len(self.source))
         for neighbour in range(index, index + tries):
             try:
-                read = self.source[neighbour % len(self.source)]
+                read = self.source[neighbour % images]
                 sample = self.transform(read, rng)
             except UnreadableImage as error:
                 bad, last = np.int32(index), error

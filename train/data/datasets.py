@@ -9,7 +9,7 @@ from convert.class_names import NATURAL, TEXT, in_order
 from convert.errors import ConversionError, SettingsError, quiet
 from convert.files import FOLDER_PREFIX
 from train.config import TrainConfig
-from train.data.folder import one_class_error, open_folder
+from train.data.folders.classes import one_class_error, open_folder
 from train.data.sources import ImageSets
 from train.data.tfds import data_folder, open_tfds
 

@@ -10,8 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-_TEST_SHARE = 5  # one in so many
-_SPLIT_SEED = 0
+from train.data.held_out import held_out_indices
 
 
 class SklearnDigits(tfds.core.GeneratorBasedBuilder):
@@ -49,13 +48,3 @@ class SklearnDigits(tfds.core.GeneratorBasedBuilder):
             Image.fromarray(pixels).convert("RGB").save(file, format="PNG")
             file.seek(0)
             yield int(index), {"image": file, "label": int(digits.target[index])}
-
-
-def held_out_indices(labels: np.ndarray) -> np.ndarray:
-    """Sorted indices of the fixed test split: of each class a fifth, rounded to the nearest."""
-    rng = np.random.default_rng(_SPLIT_SEED)
-    chosen = []
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        chosen.append(members[: round(len(members) / _TEST_SHARE)])
-    return np.sort(np.concatenate(chosen))

@@ -9,8 +9,8 @@ from convert.files import FOLDER_PREFIX
 from convert.metadata import understand
 from train.config import TrainConfig
 from train.data.datasets import open_image_sets
-from train.data.folder import open_split
-from train.data.layout import find_splits
+from train.data.folders.classes import open_split
+from train.data.folders.layout import find_splits
 from train.data.sources import ImageSets, Source
 from train.run.folder import read_run, read_settings
 

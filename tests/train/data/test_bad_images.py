@@ -7,7 +7,7 @@ import pytest
 
 from convert.image_files import accepted_unreadable
 from train.data.bad_images import BadImages, too_many_error
-from train.data.folder import open_folder
+from train.data.folders.classes import open_folder
 
 
 @pytest.fixture

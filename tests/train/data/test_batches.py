@@ -15,7 +15,7 @@ from crossvit_jax.preprocess import UnreadableImage, decode_image
 from train.config import steps_per_epoch
 from train.data.batches import eval_batches, train_batches
 from train.data.datasets import open_digits
-from train.data.folder import open_folder
+from train.data.folders.classes import open_folder
 from train.data.sources import DataError
 from train.data.tagged_images import TaggedImages
 from train.images.transforms import eval_transform, train_transform

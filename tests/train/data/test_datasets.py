@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 from convert.errors import SettingsError
 from train.data.datasets import open_digits, open_image_sets
-from train.data.digits import held_out_indices
+from train.data.held_out import held_out_indices
 from train.recipes import RECIPES
 
 

@@ -20,7 +20,7 @@ from crossvit_jax.config import VARIANTS
 from crossvit_jax.preprocess import preprocess_image
 from crossvit_torch import create_model
 from tests.train.small_weights import save_small
-from train.data.digits import held_out_indices
+from train.data.held_out import held_out_indices
 from train.evaluate import main as evaluate
 from train.main import main
 from train.optim.quantize import quantised

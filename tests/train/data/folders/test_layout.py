@@ -6,8 +6,8 @@ import pytest
 from convert.errors import SettingsError
 from train.config import TrainConfig
 from train.data.datasets import check_trainable, open_image_sets
-from train.data.folder import open_folder, open_split
-from train.data.layout import split_of
+from train.data.folders.classes import open_folder, open_split
+from train.data.folders.layout import split_of
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-import train.data.shared
-from train.data.folder import open_folder
-from train.data.shared import shared_images
+import train.data.folders.shared
+from train.data.folders.classes import open_folder
+from train.data.folders.shared import shared_images
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_only_whole_contents_count(write):
 
 
 def test_of_many_files_only_those_of_the_same_class_and_name_are_looked_at(write, monkeypatch):
-    monkeypatch.setattr(train.data.shared, "_LOOKED_AT", 3)
+    monkeypatch.setattr(train.data.folders.shared, "_LOOKED_AT", 3)
     asked, stat = [], os.stat
     trained = [write("train/a/1", b"1"), write("train/a/2", b"2"), write("train/b/3", b"3")]
     held_out = [write("val/a/1", b"1"), write("val/a/3", b"3"), write("val/b/4", b"2")]

@@ -8,7 +8,7 @@ import pytest
 
 from convert.errors import SettingsError
 from crossvit_jax.preprocess import UnreadableImage
-from train.data.folder import open_folder
+from train.data.folders.classes import open_folder
 
 
 def _labels_by_file(source):

@@ -12,8 +12,8 @@ import numpy as np
 from convert.errors import SettingsError, listed
 from convert.image_files import IMAGE_SUFFIXES, LeftOut
 from crossvit_jax.preprocess import UnreadableImage
-from train.data.layout import Images, class_folders, find_splits, layout_notes, list_images, visible_folders
-from train.data.shared import shared_images, shared_note
+from train.data.folders.layout import Images, class_folders, find_splits, layout_notes, list_images, visible_folders
+from train.data.folders.shared import shared_images, shared_note
 from train.data.sources import DataError, ImageSets
 
 
@@ -59,10 +59,10 @@ def _is_gone(root: str) -> bool:
 def open_folder(root: Path, *, val_fraction: float, seed: int) -> ImageSets:
     """A folder with a folder of class folders for each split, such as `train/` and `val/`, or of class folders itself.
 
-    Split folders are known in any case and many spellings, see `train.data.layout`. Held out is `val/`, or `test/`
-    where there is none; it may lack classes. Class folders alone are split: of each class the share `val_fraction` is
-    held out, at least one image, chosen by `seed`. Classes are the folders' names sorted as text. Images may lie deeper
-    inside a class folder.
+    Split folders are known in any case and many spellings, see `train.data.folders.layout`. Held out is `val/`, or
+    `test/` where there is none; it may lack classes. Class folders alone are split: of each class the share
+    `val_fraction` is held out, at least one image, chosen by `seed`. Classes are the folders' names sorted as text.
+    Images may lie deeper inside a class folder.
 
     Raises SettingsError if there is no such folder, no class, nothing to train on or to hold out, a class that has only
     held-out images, or none at all.

@@ -1,0 +1,1 @@
+"""Data sets whose pictures have boxes or masks."""

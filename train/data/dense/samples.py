@@ -1,0 +1,39 @@
+"""What data sets for detection and segmentation have in common: their sources, and a data set with both sides."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from train.data.sources import ImageSets
+
+Kind = Literal["detection", "segmentation"]
+
+
+@runtime_checkable
+class DenseSource(Protocol):
+    """A source, as in `train.data.sources`, of pictures with boxes or masks.
+
+    A sample holds `image` (encoded bytes) and `name` (str); for detection also `objects` (`train.images.dense.Boxes`)
+    and `size` (height, width: of the picture that they are for), for segmentation `segments` (height, width) uint8 with
+    `train.images.geometry.IGNORED` where nothing is asked.
+
+    `endless`: there is a sample for every index from 0 on, and `len` tells what an epoch has.
+    """
+
+    endless: bool
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def truth(self, index: int) -> dict[str, Any]:
+        """The sample without its image, read as quickly as that allows, and `image_id`: an int by which results name
+        the picture. Raises UnreadableImage as the source does."""
+
+
+@dataclass(frozen=True)
+class DenseSets(ImageSets):
+    """A data set for detection or segmentation; its sources are `DenseSource`s."""
+
+    kind: Kind = "detection"
+    most_boxes: int = 0  # the largest number of objects in a picture of either side, crowds left out; at least 1
+    category_ids: tuple[int, ...] = ()  # by which the data set's own files and results name the classes, in their order
