@@ -13,7 +13,7 @@ from convert.errors import SettingsError
 from train.data.bad_images import BadImages
 from train.data.sources import Source
 from train.data.tagged_images import TaggedImages
-from train.inference.model import Classifier
+from train.inference.model import Predictor
 from train.tasks.task import Batch, Scores
 
 BATCHES_BEHIND = 2  # results are fetched so many batches late, so that the devices never wait for the host
@@ -51,7 +51,7 @@ def without_bad(
 
 
 def evaluate(
-    classifier: Classifier,
+    predictor: Predictor,
     source: Source,
     scores: Scores,
     bad_images: BadImages,
@@ -78,12 +78,12 @@ def evaluate(
     from train.data.batches import eval_batches  # late: Grain takes long to import
     from train.data.streams import device_batches
 
-    task = classifier.task
+    task = predictor.task
     transform, shapes = task.transform(training=False), task.batch_shapes(batch_size, training=False)
     batches = eval_batches(source, transform, batch_size=batch_size, workers=workers, rounds=1)
 
-    with closing(device_batches(batches, classifier.mesh)) as stream:
-        program = classifier.compile(task.evaluate, shapes)  # while the first images are read
+    with closing(device_batches(batches, predictor.mesh)) as stream:
+        program = predictor.compile(task.evaluate, shapes)  # while the first images are read
         batches = without_bad(stream, bad_images, shapes, tagged)
         first = iter([next(batches)])
         start = time.perf_counter()  # not before: the start of worker processes says nothing about speed

@@ -13,14 +13,14 @@ from convert import load_weights
 from convert.errors import SettingsError
 from convert.models import flax_model
 from convert.weights import Weights
-from crossvit_jax import CrossViT, CrossViTConfig
+from crossvit_jax import CrossViTConfig
 from crossvit_jax.preprocess import Exif
 from train.config import TrainConfig
 from train.devices.attention import choose_attention
 from train.devices.mesh import batch_sharding, default_precision, make_mesh, replicated
 from train.optim.quantize import quantised, require_qwix
 from train.tasks.classification import Classification
-from train.tasks.task import Batch
+from train.tasks.task import Batch, Task
 
 # images at a time on one device, where the user names no number
 _BATCH_PER_CPU = 32
@@ -28,10 +28,10 @@ _BATCH_PER_ACCELERATOR = 256
 
 
 @dataclass(frozen=True)
-class Classifier:
-    """A CrossViT with a head, in evaluation mode, its parameters on every device."""
+class Predictor:
+    """A model in evaluation mode, its parameters on every device."""
 
-    task: Classification
+    task: Task
     class_names: tuple[str, ...] | None  # in the order of the logits, where the weights know them
     notes: tuple[str, ...]  # what the user should know about the weights
     trained_exif: Exif | None  # what training did with EXIF orientations, where the weights tell
@@ -39,10 +39,6 @@ class Classifier:
     graphdef: nnx.GraphDef
     params: Any
     mesh: Mesh
-
-    @property
-    def config(self) -> CrossViTConfig:
-        return self.task.model_config
 
     def batch_size(self, wanted: int | None, images: int) -> int:
         """The images to run at a time: a multiple of the number of devices, and no larger than there are images."""
@@ -59,7 +55,7 @@ class Classifier:
         return f"{count} {'device' if count == 1 else 'devices'} ({self.mesh.devices.flat[0].device_kind})"
 
     def compile(
-        self, function: Callable[[CrossViT, Batch], Any], batch: Mapping[str, jax.ShapeDtypeStruct]
+        self, function: Callable[[nnx.Module, Batch], Any], batch: Mapping[str, jax.ShapeDtypeStruct]
     ) -> Callable[[Batch], Any]:
         """Compile a function of the model and a batch of these shapes for all devices.
 
@@ -82,6 +78,16 @@ class Classifier:
             return lambda batch: jitted(self.params, batch)
         compiled = jitted.lower(self.params, batch).compile()
         return lambda batch: compiled(self.params, batch)
+
+
+class Classifier(Predictor):
+    """A CrossViT with a head."""
+
+    task: Classification
+
+    @property
+    def config(self) -> CrossViTConfig:
+        return self.task.model_config
 
 
 def load_classifier(

@@ -1,0 +1,235 @@
+"""Object detection: boxes with classes, FCOS's losses, COCO's average precision."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+import convert
+from convert.files import check_replaceable, csv_text, write_whole
+from crossvit_jax.boxes import Points, make_points
+from crossvit_jax.dense_config import DetectorConfig
+from crossvit_jax.detection import CrossViTDetector, detections_of
+from crossvit_jax.detection_loss import assign, detection_losses, mean_positives
+from train.config import TrainConfig
+from train.data.dense.samples import DenseSource
+from train.images.geometry import boxes_in_picture, whole_placement
+from train.run.best_effort import BestEffort
+from train.tasks.average_precision import MOST_DETECTIONS, AveragePrecision
+from train.tasks.task import Batch, Metric
+
+# what an evaluation leaves
+_NUMBERS, _PER_CLASS, _DETECTIONS, _PICTURE = "evaluation.json", "per_class.csv", "detections.json", "precision.png"
+_FILES = (_NUMBERS, _PER_CLASS, _DETECTIONS, _PICTURE)
+_NO_LOGIT = -1e4  # of a padded image: its probabilities are 0, and so are its losses
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Objects with boxes; see `train.tasks.task.Task`.
+
+    Batches hold `image` (batch, height, width, channels), normalised floats, `boxes` (batch, boxes, 4), float32, x1 y1
+    x2 y2 in pixels of the image, `classes` (batch, boxes), int32, `present` (batch, boxes), bool, and in evaluation
+    `mask` (batch,), float32: 0 for an image that counts nowhere.
+    """
+
+    config: TrainConfig
+    model_config: DetectorConfig
+    class_names: tuple[str, ...]
+    most_boxes: int = 1  # places for the boxes of an image
+    category_ids: tuple[int, ...] = ()  # by which the data set names the classes
+    score_threshold: float = 0.05
+    iou_threshold: float = 0.6
+    max_detections: int = MOST_DETECTIONS
+
+    metrics = (
+        Metric("ap", "AP", better="max"),
+        Metric("ap50", "AP50"),
+        Metric("ap75", "AP75"),
+    )
+
+    def headline(self) -> str:
+        model = self.model_config
+        size = " x ".join(map(str, dict.fromkeys(model.image_size)))
+        return f"CrossViT {model.name} detector at {size} pixels, {model.num_classes} classes"
+
+    def model(self, *, dtype: Any, rngs: nnx.Rngs) -> CrossViTDetector:
+        return CrossViTDetector(self.model_config, dtype=dtype, rngs=rngs)
+
+    def save(self, params: Any, path: Path, *, origin: str | None = None) -> None:
+        about = {"class_names": self.class_names, "exif": self.config.exif, "origin": origin}
+        convert.save(params, self.model_config, path, **about, overwrite=True)
+
+    def transform(self, *, training: bool) -> Callable[..., dict[str, Any]]:
+        from train.images.dense import DetectionEvalTransform, DetectionTrainTransform
+
+        config, shared = self.config, {"exif": self.config.exif, "most_boxes": self.most_boxes}
+        if not training:
+            return DetectionEvalTransform(self.model_config.image_size, **shared)
+        drawn = {name: getattr(config, name) for name in ("scale_jitter", "hflip", "color_jitter")}
+        return DetectionTrainTransform(self.model_config.image_size, **drawn, **shared)
+
+    def batch_shapes(self, batch_size: int, *, training: bool) -> dict[str, jax.ShapeDtypeStruct]:
+        image, boxes = (*self.model_config.image_size, self.model_config.in_chans), (self.most_boxes,)
+        shapes = {
+            "image": (image, jnp.float32),
+            "boxes": ((*boxes, 4), jnp.float32),
+            "classes": (boxes, jnp.int32),
+            "present": (boxes, jnp.bool),
+        }
+        shapes |= {} if training else {"mask": ((), jnp.float32)}
+        return {name: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+
+    def augment(self, batch_size: int, mesh: Mesh) -> Callable[[Batch, int], Batch]:
+        raise NotImplementedError("images with boxes are augmented on the host")
+
+    @cached_property
+    def _points(self) -> Points:
+        return make_points(self.model_config)
+
+    def prepare(self, batch: Batch, key: Array) -> Batch:
+        """Adds `positives`, what the losses are divided by."""
+        return {**batch, "positives": mean_positives(self._points, batch)}
+
+    def extra(self, params: Any) -> None:
+        return None
+
+    def loss(self, model: nnx.Module, batch: Batch, extra: None, *, rngs: nnx.Rngs) -> tuple[Array, dict[str, Array]]:
+        """The sum of the three losses, and each of them by its name."""
+        losses = detection_losses(model(batch["image"], rngs=rngs), batch, self._points, batch["positives"])
+        return sum(losses.values()), losses
+
+    def update(self, extra: None, aux: Any, params: Any, step: Array) -> None:
+        return None
+
+    def evaluate(self, model: nnx.Module, batch: Batch) -> dict[str, Any]:
+        """Each image's detections, see `detections_of`, and `mask`; and `sums` over the unmasked images of the `loss`
+        and of the `positives` that it is to be divided by."""
+        outputs, mask = model(batch["image"]), batch["mask"]
+        logits = jnp.where(mask[:, None, None] > 0, outputs["cls_logits"], _NO_LOGIT)
+        outputs = {**outputs, "cls_logits": logits}
+        found = detections_of(
+            outputs,
+            self._points,
+            self.model_config.image_size,
+            score_threshold=self.score_threshold,
+            iou_threshold=self.iou_threshold,
+            max_detections=self.max_detections,
+        )
+        undivided = jnp.full(mask.shape, 1 / mask.shape[0], mask.dtype)
+        loss = sum(detection_losses(outputs, batch, self._points, undivided).values())
+        positives = jnp.sum(assign(self._points, batch["boxes"], batch["present"]) >= 0)
+        return {**found, "mask": mask, "sums": {"loss": loss, "positives": positives}}
+
+    def scores(self, source: DenseSource) -> "DetectionScores":
+        return DetectionScores(self, source)
+
+
+class DetectionScores:
+    """COCO's figures and the loss over the images of a source, in its order."""
+
+    def __init__(self, task: Detection, source: DenseSource):
+        self._task, self._source = task, source
+        self._precision = AveragePrecision(len(task.class_names))
+        self._sums = {"loss": 0.0, "positives": 0.0}
+        self._place = 0  # of the next image
+        self._images = 0  # that could be read
+        self._results: list[dict[str, Any]] = []  # as COCO's own programs take them
+
+    def add(self, outputs: Mapping[str, Any]) -> None:
+        for name in self._sums:
+            self._sums[name] += float(outputs["sums"][name])
+        for row, mask in enumerate(outputs["mask"]):
+            if mask > 0:
+                self._add_image(self._place, {name: outputs[name][row] for name in ("boxes", "scores", "labels", "valid")})
+            self._place += 1
+
+    def _add_image(self, index: int, found: Mapping[str, np.ndarray]) -> None:
+        truth = self._source.truth(index)
+        valid = found["valid"]
+        placement = whole_placement(truth["size"], self._task.model_config.image_size)
+        boxes = boxes_in_picture(found["boxes"][valid].astype(np.float64), placement)
+        scores, labels = found["scores"][valid], found["labels"][valid]
+        self._precision.add(truth["objects"], boxes, scores, labels)
+        self._results += coco_results(truth["image_id"], boxes, scores, labels, self._task.category_ids)
+        self._images += 1
+
+    def values(self) -> dict[str, float]:
+        """`loss` per matched point, and the figures of `AveragePrecision.values`."""
+        if not self._images:
+            return {"images": 0}
+        loss = self._sums["loss"] / max(1.0, self._sums["positives"])
+        return {"images": self._images, "loss": loss, **self._precision.values()}
+
+    def details(self) -> dict[str, float]:
+        return {}
+
+    def lines(self) -> list[str]:
+        """COCO's twelve lines."""
+        return self._precision.lines()
+
+    def check_place(self, folder: Path) -> None:
+        """See `train.tasks.task.Scores`: an earlier evaluation in the folder is replaced."""
+        check_replaceable([folder / name for name in _FILES], lambda _: is_evaluation(folder / _NUMBERS, "ap"))
+
+    def write(
+        self, folder: Path, *, about: Mapping[str, Any], images: Sequence[str], say: Callable[[str], None]
+    ) -> list[str]:
+        """Numbers, those of each class, all detections as COCO's results, and the curves of precision over recall."""
+        columns = ("objects", "ap", "ap50", "ap75", "ar100")
+        rows = [
+            (name, *("" if row.get(column) is None else f"{row[column]:.6g}" for column in columns))
+            for name, row in zip(self._task.class_names, self._precision.by_class(), strict=True)
+        ]
+        texts = {
+            _NUMBERS: json.dumps({**about, **self.values()}, indent=2) + "\n",
+            _PER_CLASS: csv_text([("class", *columns), *rows]),
+            _DETECTIONS: json.dumps(self._results) + "\n",
+        }
+        for name, text in texts.items():
+            write_whole(folder / name, text.encode("utf-8", "surrogateescape"))
+        from train.pictures.precision import draw_precision
+
+        title = f"{Path(about['weights']).name} on {about['dataset']} ({about['split']}): AP {self.values()['ap']:.3f}"
+        picture = folder / _PICTURE
+        picture.unlink(missing_ok=True)  # it would stay where this one cannot be drawn
+        curves = list(self._precision.curves())
+        BestEffort(str(picture), say)(draw_precision, curves, self._task.class_names, picture, title=title)
+        return [name for name in _FILES if (folder / name).exists()]
+
+
+def coco_results(
+    image_id: int, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Detections of a picture as COCO's result format has them: boxes are x, y, width, height in its pixels.
+
+    Args:
+        category_ids: of the classes; empty: from 0 on.
+    """
+    return [
+        {
+            "image_id": image_id,
+            "category_id": int(category_ids[label]) if category_ids else int(label),
+            "bbox": [round(float(value), 3) for value in (x1, y1, x2 - x1, y2 - y1)],
+            "score": round(float(score), 6),
+        }
+        for (x1, y1, x2, y2), score, label in zip(boxes, scores, labels, strict=True)
+    ]
+
+
+def is_evaluation(file: Path, metric: str) -> bool:
+    """Whether it has the numbers of an evaluation by that metric."""
+    try:
+        numbers = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(numbers, dict) and {"weights", "dataset", "images", metric} <= numbers.keys()
