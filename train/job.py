@@ -29,7 +29,7 @@ from train.optim.carried import check_carried, read_carried
 from train.optim.quantize import require_qwix
 from train.recipes import RECIPES
 from train.run.folder import begun_settings, check_same_run, describe_run, newest_checkpoint, read_run
-from train.tasks.classification import Classification, starting_model
+from train.tasks.begin import make_task, starting_model
 from train.tasks.task import Task
 
 
@@ -89,7 +89,8 @@ def prepare(config: TrainConfig) -> Job:
     except (KeyError, TypeError, ConversionError) as error:
         raise SettingsError(f"the run in {config.output} was begun by another version: {error}") from error
     image_sets = _open_image_sets(config, begun_names, begun=saved is not None)
-    check_trainable(config, image_sets)
+    if config.task == "classification":
+        check_trainable(config, image_sets)
     if steps_per_epoch(len(image_sets.train), config.batch_size, config.repeated_aug) < 1:
         raise SettingsError(
             f"batch_size {config.batch_size} is more than the {len(image_sets.train)} training images"
@@ -126,7 +127,7 @@ def prepare(config: TrainConfig) -> Job:
         check_same_run(saved, described, config.output)
     kernel, kernel_notes = choose_attention(config.attention_kernel, model_config, config.precision, mesh)
     config = dataclasses.replace(config, attention_kernel=kernel)
-    task = Classification(config, model_config, image_sets.class_names)
+    task = make_task(config, model_config, image_sets)
     weight_notes = () if weights is None else weights.notes
     notes = [
         *image_sets.notes,

@@ -24,6 +24,8 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # wha
 # what may differ when a run is continued: none of it changes what is computed
 _FREE = {"output", "data_dir", "dataset", "init", "resume", "workers", "mesh", "coordinator", "num_processes"}
 _FREE |= {"process_id", "attention_kernel", "checkpoint_every", "max_bad_images", "patience", "wandb"}
+# settings that came later, and by default change nothing
+_LATER = {"task", "decoder", "width", "num_convs", "distances", "scale_jitter", "color_jitter", "dice", "ignore_index"}
 
 
 class CheckpointError(UserError):
@@ -73,7 +75,8 @@ def begun_settings(saved: dict[str, Any]) -> dict[str, Any]:
     """
     settings = saved.get("train", {})
     before = {"augment_on": "host", "exif": "keep", "deterministic": False, "mix_group": settings.get("batch_size")}
-    return before | settings
+    later = {field.name: field.default for field in dataclasses.fields(TrainConfig) if field.name in _LATER}
+    return before | json.loads(json.dumps(later)) | settings  # as JSON has them: lists
 
 
 def run_behind(source: str) -> str | None:

@@ -150,7 +150,9 @@ class DetectionScores:
             self._sums[name] += float(outputs["sums"][name])
         for row, mask in enumerate(outputs["mask"]):
             if mask > 0:
-                self._add_image(self._place, {name: outputs[name][row] for name in ("boxes", "scores", "labels", "valid")})
+                self._add_image(
+                    self._place, {name: outputs[name][row] for name in ("boxes", "scores", "labels", "valid")}
+                )
             self._place += 1
 
     def _add_image(self, index: int, found: Mapping[str, np.ndarray]) -> None:

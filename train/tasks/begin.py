@@ -1,0 +1,84 @@
+"""The model that a run trains, the weights that it starts from, and the task around it, by `config.task`."""
+
+from typing import Any
+
+from convert import load_weights
+from convert.errors import ConversionError, SettingsError
+from convert.weights import Weights
+from crossvit_jax.config import CUSTOM, Branch, CrossViTConfig, get_config
+from crossvit_jax.dense_config import DenseConfig, build_dense_config
+from train.config import TrainConfig
+from train.data.sources import ImageSets
+from train.tasks import classification
+from train.tasks.classification import Classification
+from train.tasks.detection import Detection
+from train.tasks.segmentation import Segmentation
+from train.tasks.task import Task
+
+ModelConfig = CrossViTConfig | DenseConfig
+
+
+def starting_model(
+    config: TrainConfig,
+    class_names: tuple[str, ...],
+    begun: ModelConfig | None,
+    *,
+    starts_anew: bool,
+    carried: Weights | None = None,
+) -> tuple[ModelConfig, Weights | None]:
+    """The model of a run for the classes of a data set, and the weights of `config.init` where it starts from them.
+
+    Args:
+        begun: the model of the run that is continued; none: it is a new one.
+        starts_anew: there is no checkpoint to continue from.
+        carried: the weights of `config.resume`, whose training goes on.
+
+    Raises SettingsError if the settings make no model, or the weights are not for such a one.
+    """
+    if begun is not None and task_of(begun) != config.task:
+        raise SettingsError(f"the run in {config.output} learns {task_of(begun)}, not {config.task}: name a new folder")
+    if config.task == "classification":
+        return classification.starting_model(config, class_names, begun, starts_anew=starts_anew, carried=carried)
+    if carried is not None:
+        raise SettingsError(
+            f"--resume {config.resume} is of a classifier, whose training cannot go on as {config.task}: --init begins "
+            "anew with its weights"
+        )
+    settings = {"num_classes": len(class_names), **config.model_overrides(), **config.dense_overrides()}
+    try:
+        if starts_anew and config.init is not None:
+            weights = _dense_weights(config, settings)
+            return weights.config, weights
+        if begun is not None:
+            return begun.replace(**settings), None
+        branches = settings.pop("branches", None)
+        backbone = CrossViTConfig(name=CUSTOM, branches=branches) if branches else get_config(config.variant or "ti")
+        return build_dense_config(config.task, backbone, **settings), None
+    except (ConversionError, ValueError) as error:
+        raise SettingsError(str(error)) from error
+
+
+def task_of(model_config: ModelConfig) -> str:
+    """What a model is for: classification, detection or segmentation."""
+    return model_config.task if isinstance(model_config, DenseConfig) else "classification"
+
+
+def make_task(config: TrainConfig, model_config: ModelConfig, sets: ImageSets) -> Task:
+    """The task of a run."""
+    if config.task == "detection":
+        return Detection(config, model_config, sets.class_names, sets.most_boxes, sets.category_ids)
+    if config.task == "segmentation":
+        return Segmentation(config, model_config, sets.class_names)
+    return Classification(config, model_config, sets.class_names)
+
+
+def _dense_weights(config: TrainConfig, settings: dict[str, Any]) -> Weights:
+    """The weights of `config.init` as those of a detector or segmenter; what is new in it is drawn from the seed."""
+    branches = config.branches and tuple(map(Branch.parse, config.branches))
+    weights = load_weights(config.init, task=config.task, seed=config.seed, **settings)
+    held = weights.config.name
+    if branches is None and config.variant not in (None, held) and get_config(config.variant).name != held:
+        raise SettingsError(f"--init {config.init} holds {held}, not the variant {config.variant}")
+    if weights.non_finite():
+        raise SettingsError(f"--init {config.init}: {weights.non_finite()}")
+    return weights

@@ -1,0 +1,187 @@
+"""Semantic segmentation: a class for each pixel, cross-entropy and Dice, mean intersection over union."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+import convert
+from convert.files import check_replaceable, csv_text, write_whole
+from crossvit_jax.dense_config import SegmenterConfig
+from crossvit_jax.segmentation import CrossViTSegmenter
+from crossvit_jax.segmentation_loss import dice_loss, pixel_cross_entropy
+from train.config import TrainConfig
+from train.data.dense.samples import DenseSource
+from train.images.geometry import IGNORED, classes_in_picture, whole_placement
+from train.pictures.confusion import draw_confusion
+from train.run.best_effort import BestEffort
+from train.tasks.detection import is_evaluation
+from train.tasks.segment_rates import mean_segment_rates, segment_confusion, segment_rates
+from train.tasks.task import Batch, Metric
+
+# what an evaluation leaves
+_NUMBERS, _PER_CLASS, _CONFUSION, _PICTURE = "evaluation.json", "per_class.csv", "confusion.csv", "confusion.png"
+_FILES = (_NUMBERS, _PER_CLASS, _CONFUSION, _PICTURE)
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """A class for each pixel; see `train.tasks.task.Task`.
+
+    Batches hold `image` (batch, height, width, channels), normalised floats, `segments` (batch, height, width), uint8
+    classes or `IGNORED`, and in evaluation `mask` (batch,), float32: 0 for an image that counts nowhere.
+    """
+
+    config: TrainConfig
+    model_config: SegmenterConfig
+    class_names: tuple[str, ...]
+
+    metrics = (
+        Metric("miou", "mIoU", better="max"),
+        Metric("macc", "mean accuracy"),
+        Metric("aacc", "accuracy"),
+    )
+
+    def headline(self) -> str:
+        model = self.model_config
+        size = " x ".join(map(str, dict.fromkeys(model.image_size)))
+        return f"CrossViT {model.name} segmenter ({model.decoder}) at {size} pixels, {model.num_classes} classes"
+
+    def model(self, *, dtype: Any, rngs: nnx.Rngs) -> CrossViTSegmenter:
+        return CrossViTSegmenter(self.model_config, dtype=dtype, rngs=rngs)
+
+    def save(self, params: Any, path: Path, *, origin: str | None = None) -> None:
+        about = {"class_names": self.class_names, "exif": self.config.exif, "origin": origin}
+        convert.save(params, self.model_config, path, **about, overwrite=True)
+
+    def transform(self, *, training: bool) -> Callable[..., dict[str, Any]]:
+        from train.images.dense import SegmentationEvalTransform, SegmentationTrainTransform
+
+        config, size = self.config, self.model_config.image_size
+        if not training:
+            return SegmentationEvalTransform(size, config.exif)
+        drawn = {name: getattr(config, name) for name in ("scale_jitter", "hflip", "color_jitter")}
+        return SegmentationTrainTransform(size, **drawn, exif=config.exif)
+
+    def batch_shapes(self, batch_size: int, *, training: bool) -> dict[str, jax.ShapeDtypeStruct]:
+        size = self.model_config.image_size
+        shapes = {"image": ((*size, self.model_config.in_chans), jnp.float32), "segments": (size, jnp.uint8)}
+        shapes |= {} if training else {"mask": ((), jnp.float32)}
+        return {name: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+
+    def augment(self, batch_size: int, mesh: Mesh) -> Callable[[Batch, int], Batch]:
+        raise NotImplementedError("images with masks are augmented on the host")
+
+    def prepare(self, batch: Batch, key: Array) -> Batch:
+        """Adds `pixels`, the mean number of pixels of an image that have a class, repeated for each."""
+        segments = batch["segments"]
+        mean = jnp.maximum(1, jnp.sum(segments != IGNORED)).astype(batch["image"].dtype) / len(segments)
+        return {**batch, "pixels": jnp.broadcast_to(mean, (len(segments),))}
+
+    def extra(self, params: Any) -> None:
+        return None
+
+    def loss(self, model: nnx.Module, batch: Batch, extra: None, *, rngs: nnx.Rngs) -> tuple[Array, dict[str, Array]]:
+        """The mean cross-entropy of the pixels that have a class, and what Dice's loss adds to it."""
+        logits, segments = model(batch["image"], rngs=rngs), batch["segments"]
+        loss = pixel_cross_entropy(logits, segments).sum() / batch["pixels"].sum()
+        if self.config.dice:
+            loss = loss + self.config.dice * dice_loss(logits, segments)
+        return loss, {}
+
+    def update(self, extra: None, aux: Any, params: Any, step: Array) -> None:
+        return None
+
+    def evaluate(self, model: nnx.Module, batch: Batch) -> dict[str, Any]:
+        """Each image's `logits` (height, width, classes), float32, and `mask`; and `sums` over the unmasked images of
+        the cross-entropy as `loss`, and of the `pixels` that it is to be divided by."""
+        logits, mask = model(batch["image"]), batch["mask"]
+        segments = jnp.where(mask[:, None, None] > 0, batch["segments"], IGNORED)
+        loss = pixel_cross_entropy(logits, segments).sum()
+        return {"logits": logits, "mask": mask, "sums": {"loss": loss, "pixels": jnp.sum(segments != IGNORED)}}
+
+    def scores(self, source: DenseSource) -> "SegmentationScores":
+        return SegmentationScores(self, source)
+
+
+class SegmentationScores:
+    """The confusion matrix of all pixels of a source's images, at their own sizes, and the loss."""
+
+    def __init__(self, task: Segmentation, source: DenseSource):
+        self._task, self._source = task, source
+        self._sums = {"loss": 0.0, "pixels": 0.0}
+        self._place = 0  # of the next image
+        self._images = 0  # that could be read
+        shape = (task.model_config.num_classes,) * 2
+        self.confusion = np.zeros(shape, np.int64)  # pixels by true and predicted class
+
+    def add(self, outputs: Mapping[str, Any]) -> None:
+        for name in self._sums:
+            self._sums[name] += float(outputs["sums"][name])
+        for logits, mask in zip(outputs["logits"], outputs["mask"], strict=True):
+            if mask > 0:
+                true = self._source.truth(self._place)["segments"]
+                placement = whole_placement(true.shape, self._task.model_config.image_size)
+                predicted = classes_in_picture(logits, placement)
+                self.confusion += segment_confusion(true, predicted, len(self.confusion))
+                self._images += 1
+            self._place += 1
+
+    def values(self) -> dict[str, float]:
+        """`loss`, the mean cross-entropy of the pixels as the model sees them, and `miou`, `macc` and `aacc`, from 0 to
+        1, of the pixels of the pictures."""
+        if not self._images:
+            return {"images": 0}
+        loss = self._sums["loss"] / max(1.0, self._sums["pixels"])
+        return {"images": self._images, "loss": loss, **mean_segment_rates(self.confusion)}
+
+    def details(self) -> dict[str, float]:
+        return {}
+
+    def lines(self) -> list[str]:
+        """Each class's IoU and accuracy."""
+        width = max(len(name) for name in ("class", *self._task.class_names))
+        rows = zip(self._task.class_names, *segment_rates(self.confusion).values(), strict=True)
+        return [
+            f"{'class':{width}}     IoU  accuracy",
+            *(f"{name:{width}}  {_shown(iou)}    {_shown(accuracy)}" for name, iou, accuracy in rows),
+        ]
+
+    def check_place(self, folder: Path) -> None:
+        """See `train.tasks.task.Scores`: an earlier evaluation in the folder is replaced."""
+        check_replaceable([folder / name for name in _FILES], lambda _: is_evaluation(folder / _NUMBERS, "miou"))
+
+    def write(
+        self, folder: Path, *, about: Mapping[str, Any], images: Sequence[str], say: Callable[[str], None]
+    ) -> list[str]:
+        """Numbers, rates of each class, and the confusion matrix of pixels as CSV and PNG."""
+        names, rates = self._task.class_names, segment_rates(self.confusion)
+        pixels = self.confusion.sum(1)
+        shown = ([_shown(value).strip("- ") for value in values] for values in rates.values())
+        rows = [(name, *row) for name, row in zip(names, self.confusion, strict=True)]
+        values = self.values()
+        texts = {
+            _NUMBERS: json.dumps({**about, **values}, indent=2) + "\n",
+            _PER_CLASS: csv_text([("class", "pixels", *rates), *zip(names, pixels, *shown, strict=True)]),
+            _CONFUSION: csv_text([("true \\ predicted", *names), *rows]),
+        }
+        for name, text in texts.items():
+            write_whole(folder / name, text.encode("utf-8", "surrogateescape"))
+        title = f"{Path(about['weights']).name} on {about['dataset']} ({about['split']}): mIoU {values['miou']:.3f}"
+        picture = folder / _PICTURE
+        picture.unlink(missing_ok=True)  # it would stay where this one cannot be drawn
+        BestEffort(str(picture), say)(draw_confusion, self.confusion, names, picture, title=title)
+        return [name for name in _FILES if (folder / name).exists()]
+
+
+def _shown(rate: float) -> str:
+    """A rate in six characters, or that there is none."""
+    return "     -" if np.isnan(rate) else f"{rate:6.4f}"
