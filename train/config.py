@@ -113,8 +113,8 @@ class TrainConfig:
     )
     dataset: str = setting(
         "digits",
-        "digits, a prepared tensorflow-datasets name, or folder:PATH (folder: may be left out); for detection scenes, "
-        "coco:PATH, voc:PATH or yolo:FILE; for segmentation scenes or masks:PATH",
+        "digits, a prepared tensorflow-datasets name, or folder:PATH (folder: may be left out); for detection digits "
+        "(scenes of them), coco:PATH, voc:PATH or yolo:FILE; for segmentation digits or masks:PATH",
         data_set,
     )
     data_dir: str | None = setting(
@@ -144,8 +144,8 @@ class TrainConfig:
         "digits",
         "detection",
         "segmentation",
-        "detection-scenes",
-        "segmentation-scenes",
+        "detection-digits",
+        "segmentation-digits",
     ] = setting("imagenet", "the set of defaults that the settings start from")
     output: str | None = setting(
         None, "folder of the run: a run in it is continued; none: a new one in runs/", home_path

@@ -18,6 +18,7 @@ from train.config import TrainConfig, class_order
 from train.inference.command import (
     SMALLER_BATCH,
     SOURCES,
+    add_detection_flags,
     add_model_flags,
     exif_notes,
     load_model,
@@ -27,6 +28,7 @@ from train.inference.command import (
 
 if TYPE_CHECKING:
     from train.inference.dataset import Data
+    from train.inference.model import Classifier, Predictor
 
 _PROGRAM = "python -m train.evaluate"
 _DATA = ("dataset", "data_dir", "seed", "val_fraction")  # flags that a run can tell
@@ -48,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog=_PROGRAM,
-        description="Evaluate a CrossViT: top-1 and top-5 accuracy, loss, precision, recall, F1, calibration error, "
-        "rates per class, a confusion matrix, and the prediction for every image.",
+        description="Evaluate a CrossViT. A classifier: top-1 and top-5 accuracy, loss, precision, recall, F1, "
+        "calibration error, rates per class, a confusion matrix, and the prediction for every image. A detector: the "
+        "twelve figures of COCO. A segmenter: mean intersection over union, and the rates of each class.",
         epilog=_EPILOG,
     )
     add_model_flags(parser)
@@ -59,8 +62,9 @@ def _parser() -> Parser:
         type=data_set,
         default=argparse.SUPPRESS,
         metavar="DATA",
-        help="digits, a prepared tensorflow-datasets name, or folder:PATH (default: that of the run, where SOURCE is "
-        "in the folder of one; what it held out is checked)",
+        help="digits, a prepared tensorflow-datasets name, or folder:PATH; for detectors digits, coco:PATH, voc:PATH "
+        "or yolo:FILE; for segmenters digits or masks:PATH (default: that of the run, where SOURCE is in the folder of "
+        "one; what it held out is checked)",
     )
     add(
         "--data-dir",
@@ -109,13 +113,23 @@ def _parser() -> Parser:
         "--output",
         type=home_path,
         metavar="DIR",
-        help="folder for evaluation.json, per_class.csv, predictions.csv, confusion.csv and confusion.png; those of an "
-        "earlier evaluation are replaced (default: nothing is written)",
+        help="folder for the figures as JSON and CSV, every prediction, and pictures of what was taken for what; those "
+        "of an earlier evaluation are replaced (default: nothing is written)",
     )
+    add_detection_flags(parser)
     return parser
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from train.inference.model import Classifier
+
+    model = load_model(args)
+    if isinstance(model, Classifier):
+        return _evaluate_classifier(args, model)
+    return _evaluate_dense(args, model)
+
+
+def _evaluate_classifier(args: argparse.Namespace, classifier: "Classifier") -> int:
     from train.data.bad_images import BadImages
     from train.data.sources import Matched, image_names
     from train.data.tagged_images import TaggedImages
@@ -128,7 +142,6 @@ def _evaluate(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in _DATA if hasattr(args, name)}
     data = open_data(given, args.split, run_behind(args.weights))
     source = data.images
-    classifier = load_model(args)
     config = classifier.config
     known, order_notes = _names_of_outputs(args.class_order, data, classifier.class_names, config.num_classes)
     classes, match_notes = match_classes(data.class_names, known, config.num_classes)
@@ -186,6 +199,66 @@ def _evaluate(args: argparse.Namespace) -> int:
         how = {"images": image_names(source), "say": lambda line: tell_error(f"{_PROGRAM}: {line}")}
         written = scores.write(output, about=about, **how)
         print(f"written     {', '.join(written)} in {output}")
+    return 0
+
+
+def _evaluate_dense(args: argparse.Namespace, model: "Predictor") -> int:
+    from train.data.bad_images import BadImages
+    from train.data.sources import image_names
+    from train.data.tagged_images import TaggedImages
+    from train.inference.dataset import open_data
+    from train.inference.evaluation import evaluate
+    from train.run.folder import run_behind
+    from train.run.progress import open_bar
+    from train.tasks.begin import matched, task_of
+
+    if args.class_order is not None:
+        raise SettingsError("--class-order is for classifiers")
+    kind = task_of(model.task.model_config)
+    given = {name: getattr(args, name) for name in _DATA if hasattr(args, name)}
+    data = open_data(given | {"exif": model.task.config.exif}, args.split, run_behind(args.weights), kind)
+    task, source, notes = matched(model.task, model.class_names, data.sets, data.images)
+    tell_notes(_PROGRAM, [*data.notes, *model.notes, *notes])
+    scores, output = task.scores(source), Path(args.output) if args.output else None
+    if output:
+        scores.check_place(output)
+        output.mkdir(parents=True, exist_ok=True)
+    print(
+        f"{task.headline()}, {model.precision}, {model.device_summary}\n"
+        f"{data.dataset}: {len(source)} images ({data.split})",
+        flush=True,
+    )
+    with open_bar(total=len(source), unit=" images") as bar:
+        bad_images = BadImages(source, lambda line: bar.write(f"{_PROGRAM}: {line}", file=sys.stderr))
+        tagged = TaggedImages()
+        workers = reading_processes(len(source)) if args.workers is None else args.workers
+        how = {"batch_size": model.batch_size(args.batch_size, len(source)), "workers": workers, "tagged": tagged}
+        model = dataclasses.replace(model, task=task)
+        images_per_s = evaluate(model, source, scores, bad_images, **how, advance=bar.update)
+    tell_notes(_PROGRAM, exif_notes(args, model, tagged))
+    values = scores.values()
+    for line in scores.lines():
+        print(line)
+    for metric in task.metrics:
+        if metric.name in values:
+            print(f"{metric.label:13} {values[metric.name]:.4f}")
+    print(f"loss          {values['loss']:.4f}")
+    print(f"images        {values['images']} (unreadable: {bad_images.count})")
+    print(f"speed         {images_per_s:.0f} images/s")
+    if output:
+        about = {
+            "weights": args.weights,
+            "dataset": data.dataset,
+            "split": data.split,
+            "model": task.model_config.name,
+            "image_size": task.model_config.image_size,
+            "exif": task.config.exif,
+            "precision": model.precision,
+            "bad_images": bad_images.count,
+            "images_per_s": images_per_s,
+        }
+        how = {"images": image_names(source), "say": lambda line: tell_error(f"{_PROGRAM}: {line}")}
+        print(f"written       {', '.join(scores.write(output, about=about, **how))} in {output}")
     return 0
 
 

@@ -15,7 +15,7 @@ from train.run.folder import read_settings
 # the flags that --help tells first; the others stand in the groups of their settings
 _EVERYDAY = ("task", "variant", "init", "resume", "dataset", "data_dir", "recipe", "output", "seed", "image_size")
 _EVERYDAY += ("epochs", "batch_size", "lr", "precision")
-_DIGITS, _SCENES = "digits", "scenes"  # the data sets that have recipes of their own
+_DIGITS = "digits"  # the data set that has recipes of its own
 _TASKS = get_args(next(field.type for field in dataclasses.fields(TrainConfig) if field.name == "task"))
 _PROGRAM = "python -m train.main"
 
@@ -36,8 +36,8 @@ def parse_flags(argv: Sequence[str]) -> TrainConfig:
         epilog=f"The defaults shown are those of the recipe {recipe.recipe!r}. Recipes: {', '.join(RECIPES)}; "
         "digits is the default for the digits; for other data finetune with --init, imagenet without; for another "
         "--task the recipe of its name. Ctrl-C and SIGTERM save, a second one ends at once; SIGHUP (a closed terminal) "
-        "and SIGUSR1 (a scheduler's warning) save. Exit status: 0 done; 1 training failed; 2 a mistake in what was asked for; 128 and the number of the signal "
-        "after one: 130 after Ctrl-C.",
+        "and SIGUSR1 (a scheduler's warning) save. Exit status: 0 done; 1 training failed; 2 a mistake in what was "
+        "asked for; 128 and the number of the signal after one: 130 after Ctrl-C.",
     )
     add_settings(parser, recipe)
     given = vars(parser.parse_args(argv))
@@ -51,7 +51,7 @@ def parse_flags(argv: Sequence[str]) -> TrainConfig:
 
 def _usual_recipe(task: str, dataset: str | None, init: str | None) -> str:
     if task != "classification":
-        return f"{task}-scenes" if dataset in (None, _SCENES) else task
+        return f"{task}-digits" if dataset in (None, _DIGITS) else task
     if dataset in (None, _DIGITS):
         return "digits"
     return "imagenet" if init is None else "finetune"

@@ -132,10 +132,6 @@ RECIPES: dict[str, TrainConfig] = {
         min_lr=0.0,
         weight_decay=0.01,
     ),
-    "detection-scenes": TrainConfig(
-        recipe="detection-scenes", task="detection", dataset="scenes", **_SCENES, distances=(24.0, 48.0)
-    ),
-    "segmentation-scenes": TrainConfig(
-        recipe="segmentation-scenes", task="segmentation", dataset="scenes", **_SCENES, dice=1.0
-    ),
+    "detection-digits": TrainConfig(recipe="detection-digits", task="detection", **_SCENES, distances=(24.0, 48.0)),
+    "segmentation-digits": TrainConfig(recipe="segmentation-digits", task="segmentation", **_SCENES, dice=1.0),
 }

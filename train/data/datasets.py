@@ -9,6 +9,7 @@ from convert.class_names import NATURAL, TEXT, in_order
 from convert.errors import ConversionError, SettingsError, quiet
 from convert.files import FOLDER_PREFIX
 from train.config import TrainConfig
+from train.data.dense.open import open_dense_sets
 from train.data.folders.classes import one_class_error, open_folder
 from train.data.sources import ImageSets
 from train.data.tfds import data_folder, open_tfds
@@ -24,6 +25,9 @@ def open_image_sets(config: TrainConfig, *, class_names: tuple[str, ...] | None 
     random, has no images, a class without images in a folder, labels that are missing or stand for no class, or other
     classes than the file that tells their order.
     """
+    if config.task != "classification":
+        names = ("seed", "val_fraction", "exif", "ignore_index", "data_dir")
+        return open_dense_sets(config.dataset, config.task, **{name: getattr(config, name) for name in names})
     sets = _open(config)
     if config.class_order is None:
         return sets

@@ -56,7 +56,7 @@ class Matched:
 
 def image_names(source: Source) -> list[str]:
     """A name for each image: its path where it is a file, else its index."""
-    if isinstance(source, Matched):
+    if hasattr(source, "source"):  # `Matched` and its like
         return image_names(source.source)
     return source.paths() if hasattr(source, "paths") else [str(index) for index in range(len(source))]
 

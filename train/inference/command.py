@@ -10,7 +10,7 @@ from convert.streams import tell_error
 
 if TYPE_CHECKING:
     from train.data.tagged_images import TaggedImages
-    from train.inference.model import Classifier
+    from train.inference.model import Predictor
 
 SOURCES = """\
 SOURCE: hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub), a .safetensors, .pth or .bin file with timm's,
@@ -63,18 +63,35 @@ def add_model_flags(parser: Parser) -> None:
     )
 
 
-def load_model(args: argparse.Namespace) -> "Classifier":
-    """The classifier that the flags of `add_model_flags` ask for. Raises as `load_classifier` does."""
+def add_detection_flags(parser: Parser) -> None:
+    """--score-threshold, --iou-threshold and --max-detections, which only detectors have; they are in `args` where
+    they are given."""
+    group = parser.add_argument_group("detectors")
+    how = {"default": argparse.SUPPRESS, "type": share, "metavar": "F"}
+    group.add_argument("--score-threshold", **how, help="boxes have a score above it (default: 0.05)")
+    group.add_argument(
+        "--iou-threshold",
+        **how,
+        help="of two boxes of a class that overlap more, the better is kept: intersection over union (default: 0.6)",
+    )
+    how |= {"type": at_least_one, "metavar": "N"}
+    group.add_argument("--max-detections", **how, help="boxes of an image, the best (default: 100)")
+
+
+def load_model(args: argparse.Namespace) -> "Predictor":
+    """The model that the flags of `add_model_flags` and `add_detection_flags` ask for. Raises as `load_predictor`
+    does."""
     from train.devices.process import keep_compiled_programs, keep_freed_memory
-    from train.inference.model import load_classifier
+    from train.inference.model import load_predictor
 
     keep_freed_memory()
     keep_compiled_programs()
     settings = ("image_size", "crop_pct", "precision", "attention_kernel", "quantize", "exif")
-    return load_classifier(args.weights, **{name: getattr(args, name) for name in settings})
+    of_detectors = (name for name in ("score_threshold", "iou_threshold", "max_detections") if name in args)
+    return load_predictor(args.weights, **{name: getattr(args, name) for name in (*settings, *of_detectors)})
 
 
-def exif_notes(args: argparse.Namespace, classifier: "Classifier", tagged: "TaggedImages") -> list[str]:
+def exif_notes(args: argparse.Namespace, classifier: "Predictor", tagged: "TaggedImages") -> list[str]:
     """What was done with the images that have an EXIF orientation, if there were any."""
     why = "as in training"
     if args.exif is not None:

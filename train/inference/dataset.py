@@ -13,6 +13,7 @@ from train.data.folders.classes import open_split
 from train.data.folders.layout import find_splits
 from train.data.sources import ImageSets, Source
 from train.run.folder import read_run, read_settings
+from train.tasks.begin import settings_of
 
 _CHOICE = ("seed", "val_fraction")  # the settings that choose the held-out images
 
@@ -26,10 +27,11 @@ class Data(NamedTuple):
     split: str  # which images they are, in words
     notes: list[str]
     sorted_by_name: bool  # see `train.data.sources.ImageSets`
+    sets: ImageSets | None = None  # that they are a part of; none: they are those of a folder as it is
 
 
-def open_data(given: dict[str, Any], split: str, run: str | None) -> Data:
-    """The images asked for.
+def open_data(given: dict[str, Any], split: str, run: str | None, task: str = "classification") -> Data:
+    """The images asked for, with labels, boxes or masks as the task needs them.
 
     Args:
         given: those of dataset, data_dir, seed and val_fraction that were asked for. Of the others, `run` has the
@@ -45,7 +47,10 @@ def open_data(given: dict[str, Any], split: str, run: str | None) -> Data:
         raise SettingsError(
             "--dataset is needed: the weights do not come from the folder of a run, which tells its own"
         )
-    config = TrainConfig(**given) if trained is None else dataclasses.replace(_data_settings(trained), **given)
+    if trained is not None and trained.task != task:
+        raise SettingsError(f"the run in {run} learns {trained.task}, and the weights are for {task}")
+    start = settings_of(task) if trained is None else _data_settings(trained)
+    config = dataclasses.replace(start, **given)
     folder = Path(config.dataset.removeprefix(FOLDER_PREFIX)) if config.dataset.startswith(FOLDER_PREFIX) else None
     splits = find_splits(folder)[0] if folder is not None and folder.is_dir() else {}
     if split in ("val", "test", "all") or (split == "train" and splits.keys() == {"train"}):
@@ -64,12 +69,12 @@ def open_data(given: dict[str, Any], split: str, run: str | None) -> Data:
         )
     told = f"training images; held out: {sets.held_out_split}" if split == "train" else sets.held_out_split
     images = sets.train if split == "train" else sets.held_out
-    return Data(config.dataset, images, sets.class_names, told, [*sets.notes, *notes], sets.sorted_by_name)
+    return Data(config.dataset, images, sets.class_names, told, [*sets.notes, *notes], sets.sorted_by_name, sets)
 
 
 def _data_settings(trained: TrainConfig) -> TrainConfig:
-    names = ("dataset", "data_dir", "seed", "val_fraction", "class_order")
-    return TrainConfig(**{name: getattr(trained, name) for name in names})
+    names = ("dataset", "data_dir", "seed", "val_fraction", "class_order", "exif", "ignore_index")
+    return dataclasses.replace(settings_of(trained.task), **{name: getattr(trained, name) for name in names})
 
 
 def _as_in_training(
@@ -88,7 +93,7 @@ def _as_in_training(
         except SettingsError:
             sets = None
         if sets is None or sets.fingerprint != print_:
-            config = TrainConfig(**given)
+            config = dataclasses.replace(settings_of(config.task), **given)
             note = f"the run in {run} was trained on {trained.dataset}, and this is other data"
             if config.dataset.startswith(FOLDER_PREFIX) and not has_splits:
                 note += f", of which {_share(config)} are taken; --split all takes all"

@@ -1,5 +1,6 @@
 """Weights from any source, and a forward pass with them on all devices of this machine."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,10 @@ from convert.models import flax_model
 from convert.weights import Weights
 from crossvit_jax import CrossViTConfig
 from crossvit_jax.preprocess import Exif
-from train.config import TrainConfig
 from train.devices.attention import choose_attention
 from train.devices.mesh import batch_sharding, default_precision, make_mesh, replicated
 from train.optim.quantize import quantised, require_qwix
+from train.tasks.begin import TASKS, settings_of, task_of
 from train.tasks.classification import Classification
 from train.tasks.task import Batch, Task
 
@@ -90,7 +91,7 @@ class Classifier(Predictor):
         return self.task.model_config
 
 
-def load_classifier(
+def load_predictor(
     source: str,
     *,
     image_size: tuple[int, int] | None = None,
@@ -99,26 +100,33 @@ def load_classifier(
     attention_kernel: str = "auto",
     quantize: str | None = None,
     exif: Exif | None = None,
-) -> Classifier:
-    """The classifier in any source that `convert.load_weights` reads.
+    **settings: Any,
+) -> Predictor:
+    """The model in any source that `convert.load_weights` reads: a `Classifier`, a detector or a segmenter.
 
     Args:
         image_size: (height, width) to resample the position embeddings to; none: as stored.
-        crop_pct: share of the resized image that the evaluation crop keeps; none: as stored.
+        crop_pct: share of the resized image that a classifier's evaluation crop keeps; none: as stored.
         precision: float32 or bfloat16; none: bfloat16 on accelerators, float32 otherwise.
         attention_kernel: auto, xla or cudnn, see `train.devices.attention.choose_attention`.
-        quantize: int8 or int4 to round the linear layers' weights to, see `train.optim.quantize`; none: as stored.
+        quantize: int8 or int4 to round a classifier's linear layers' weights to, see `train.optim.quantize`; none: as
+            stored.
         exif: what to do with EXIF orientations, see `crossvit_jax.preprocess.decode_image`; none: what training did,
             or keep where that is not known.
+        settings: fields of the task, such as `score_threshold` of a detector.
 
     Raises:
-        ConversionError, SettingsError: see `load_classifier_weights`; or jax finds no device; or qwix is needed and not
-            installed; or cuDNN's attention is asked for and cannot be had.
+        ConversionError, SettingsError: see `checked_weights`; or jax finds no device; or qwix is needed and not
+            installed; or cuDNN's attention is asked for and cannot be had; or a setting is none of the model's task.
     """
     if quantize is not None:
         require_qwix("--quantize")
     changes = {"image_size": image_size, "crop_pct": crop_pct}
-    weights = load_classifier_weights(source, **{field: value for field, value in changes.items() if value is not None})
+    weights = checked_weights(source, **{field: value for field, value in changes.items() if value is not None})
+    learned = task_of(weights.config)
+    of_classifiers = {"crop_pct": crop_pct, "quantize": quantize}
+    given = {name: value for name, value in of_classifiers.items() if value is not None}
+    _check_settings(source, learned, given | settings)
     mesh = make_mesh()
     precision = precision or default_precision(mesh)
     kernel, notes = choose_attention(attention_kernel, weights.config, precision, mesh, training=False)
@@ -130,20 +138,51 @@ def load_classifier(
         graphdef, state = nnx.split(quantised(nnx.merge(graphdef, params), quantize))
         params = nnx.to_pure_dict(state)
     names = weights.class_names or tuple(map(str, range(weights.config.num_classes)))
-    task = Classification(TrainConfig(exif=exif or weights.exif or "keep"), weights.config, names)
+    config = dataclasses.replace(settings_of(learned), exif=exif or weights.exif or "keep")
+    task = TASKS[learned](config, weights.config, names, **settings)
     notes = (*weights.notes, *notes)
-    return Classifier(task, weights.class_names, notes, weights.exif, precision, graphdef, params, mesh)
+    kind = Classifier if learned == "classification" else Predictor
+    return kind(task, weights.class_names, notes, weights.exif, precision, graphdef, params, mesh)
 
 
-def load_classifier_weights(source: str, **overrides: Any) -> Weights:
-    """The weights in a source, if they classify colour images.
+def _check_settings(source: str, learned: str, given: dict[str, Any]) -> None:
+    """Raises SettingsError for a setting that a model of this task does not have."""
+    known = {field.name for field in dataclasses.fields(TASKS[learned])}
+    known |= {"crop_pct", "quantize"} if learned == "classification" else set()
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise SettingsError(f"{source} is for {learned}, which has no setting {unknown[0].replace('_', '-')}")
+
+
+def load_classifier(source: str, **settings: Any) -> Classifier:
+    """The classifier in a source. Arguments and errors are those of `load_predictor`; raises SettingsError for other
+    models."""
+    predictor = load_predictor(source, **settings)
+    _require_classifier(source, predictor.task.model_config)
+    return predictor
+
+
+def load_classifier_weights(source: str) -> Weights:
+    """The weights of a classifier in a source. Raises as `checked_weights`, and SettingsError for other models."""
+    weights = checked_weights(source)
+    _require_classifier(source, weights.config)
+    return weights
+
+
+def _require_classifier(source: str, config: Any) -> None:
+    if task_of(config) != "classification":
+        raise SettingsError(f"{source} is for {task_of(config)}, and a classifier is needed")
+
+
+def checked_weights(source: str, **overrides: Any) -> Weights:
+    """The weights in a source, if they are of a whole model for colour images.
 
     Args:
         source, overrides: see `convert.load_weights`.
 
     Raises:
         ConversionError: the source cannot be read or adapted.
-        SettingsError: the weights classify no colour images, or hold NaN or infinity.
+        SettingsError: the weights predict nothing from colour images, or hold NaN or infinity.
     """
     weights = load_weights(source, **overrides)
     if weights.config.num_classes == 0:

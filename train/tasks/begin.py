@@ -1,5 +1,6 @@
 """The model that a run trains, the weights that it starts from, and the task around it, by `config.task`."""
 
+import dataclasses
 from typing import Any
 
 from convert import load_weights
@@ -8,7 +9,9 @@ from convert.weights import Weights
 from crossvit_jax.config import CUSTOM, Branch, CrossViTConfig, get_config
 from crossvit_jax.dense_config import DenseConfig, build_dense_config
 from train.config import TrainConfig
+from train.data.dense.samples import DenseSets, DenseSource, Reclassed
 from train.data.sources import ImageSets
+from train.recipes import RECIPES
 from train.tasks import classification
 from train.tasks.classification import Classification
 from train.tasks.detection import Detection
@@ -16,6 +19,11 @@ from train.tasks.segmentation import Segmentation
 from train.tasks.task import Task
 
 ModelConfig = CrossViTConfig | DenseConfig
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "detection": Detection,
+    "segmentation": Segmentation,
+}
 
 
 def starting_model(
@@ -63,6 +71,11 @@ def task_of(model_config: ModelConfig) -> str:
     return model_config.task if isinstance(model_config, DenseConfig) else "classification"
 
 
+def settings_of(task: str) -> TrainConfig:
+    """Settings that do for a model which is not trained."""
+    return TrainConfig() if task == "classification" else RECIPES[task]
+
+
 def make_task(config: TrainConfig, model_config: ModelConfig, sets: ImageSets) -> Task:
     """The task of a run."""
     if config.task == "detection":
@@ -70,6 +83,31 @@ def make_task(config: TrainConfig, model_config: ModelConfig, sets: ImageSets) -
     if config.task == "segmentation":
         return Segmentation(config, model_config, sets.class_names)
     return Classification(config, model_config, sets.class_names)
+
+
+def matched(
+    task: Detection | Segmentation, known: tuple[str, ...] | None, sets: DenseSets, source: DenseSource
+) -> tuple[Detection | Segmentation, DenseSource, list[str]]:
+    """The task for the images of a data set, these with the classes of the model, and what the user should know.
+
+    Args:
+        known: the names of the model's classes; none: it knows none.
+        source: a part of the data set.
+
+    Raises SettingsError if the data set has classes that the model does not have.
+    """
+    classes, notes = classification.match_classes(sets.class_names, known, task.model_config.num_classes)
+    places = tuple(classes.tolist())
+    if places != tuple(range(len(places))):
+        source = Reclassed(source, places)
+    names = known or sets.class_names
+    if isinstance(task, Segmentation):
+        return dataclasses.replace(task, class_names=names), source, notes
+    ids: list[int | None] = [None] * len(names)
+    for place, category in zip(places, sets.category_ids, strict=True):
+        ids[place] = category
+    settings = {"class_names": names, "most_boxes": sets.most_boxes, "category_ids": tuple(ids)}
+    return dataclasses.replace(task, **settings), source, notes
 
 
 def _dense_weights(config: TrainConfig, settings: dict[str, Any]) -> Weights:

@@ -30,6 +30,7 @@ from train.tasks.task import Batch, Metric
 # what an evaluation leaves
 _NUMBERS, _PER_CLASS, _DETECTIONS, _PICTURE = "evaluation.json", "per_class.csv", "detections.json", "precision.png"
 _FILES = (_NUMBERS, _PER_CLASS, _DETECTIONS, _PICTURE)
+_FOUND = ("boxes", "scores", "labels", "valid")
 _NO_LOGIT = -1e4  # of a padded image: its probabilities are 0, and so are its losses
 
 
@@ -46,7 +47,7 @@ class Detection:
     model_config: DetectorConfig
     class_names: tuple[str, ...]
     most_boxes: int = 1  # places for the boxes of an image
-    category_ids: tuple[int, ...] = ()  # by which the data set names the classes
+    category_ids: tuple[int | None, ...] = ()  # by which the data set names the classes, where it has them
     score_threshold: float = 0.05
     iou_threshold: float = 0.6
     max_detections: int = MOST_DETECTIONS
@@ -210,21 +211,22 @@ class DetectionScores:
 
 
 def coco_results(
-    image_id: int, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, category_ids: Sequence[int]
+    image_id: int, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, category_ids: Sequence[int | None]
 ) -> list[dict[str, Any]]:
     """Detections of a picture as COCO's result format has them: boxes are x, y, width, height in its pixels.
 
     Args:
-        category_ids: of the classes; empty: from 0 on.
+        category_ids: of the classes; none for those that the data set does not have, and that are left out.
     """
     return [
         {
             "image_id": image_id,
-            "category_id": int(category_ids[label]) if category_ids else int(label),
+            "category_id": category_ids[label],
             "bbox": [round(float(value), 3) for value in (x1, y1, x2 - x1, y2 - y1)],
             "score": round(float(score), 6),
         }
         for (x1, y1, x2, y2), score, label in zip(boxes, scores, labels, strict=True)
+        if category_ids[label] is not None
     ]
 
 

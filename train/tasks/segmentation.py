@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from crossvit_jax.segmentation import CrossViTSegmenter
+from crossvit_jax.segmentation_loss import dice_loss, pixel_cross_entropy
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -16,8 +18,6 @@ from jaxtyping import Array
 import convert
 from convert.files import check_replaceable, csv_text, write_whole
 from crossvit_jax.dense_config import SegmenterConfig
-from crossvit_jax.segmentation import CrossViTSegmenter
-from crossvit_jax.segmentation_loss import dice_loss, pixel_cross_entropy
 from train.config import TrainConfig
 from train.data.dense.samples import DenseSource
 from train.images.geometry import IGNORED, classes_in_picture, whole_placement

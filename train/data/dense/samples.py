@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
+
 from train.data.sources import ImageSets
+from train.images.geometry import IGNORED
 
 Kind = Literal["detection", "segmentation"]
 
@@ -37,3 +40,30 @@ class DenseSets(ImageSets):
     kind: Kind = "detection"
     most_boxes: int = 0  # the largest number of objects in a picture of either side, crowds left out; at least 1
     category_ids: tuple[int, ...] = ()  # by which the data set's own files and results name the classes, in their order
+
+
+@dataclass(frozen=True)
+class Reclassed:
+    """A source whose classes are other numbers: `classes[class]` in place of each class."""
+
+    source: DenseSource
+    classes: tuple[int, ...]
+
+    endless = False
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._reclassed(self.source[index])
+
+    def truth(self, index: int) -> dict[str, Any]:
+        return self._reclassed(self.source.truth(index))
+
+    def _reclassed(self, sample: dict[str, Any]) -> dict[str, Any]:
+        if "segments" in sample:
+            table = np.full(256, IGNORED, np.uint8)
+            table[: len(self.classes)] = self.classes
+            return {**sample, "segments": table[sample["segments"]]}
+        objects = sample["objects"]
+        return {**sample, "objects": objects._replace(classes=np.asarray(self.classes, np.int32)[objects.classes])}
