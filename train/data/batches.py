@@ -25,6 +25,7 @@ Batch = dict[str, np.ndarray]
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
 _NEIGHBOURS = 64  # so many unreadable images in a row are not single damaged files any more
 _NOT_BAD = np.int32(-1)
+_EPOCHS = 2**31  # not for ever: Grain then cannot count batches of one image
 _ENDLESS = 2**31 - _NEIGHBOURS  # images of an endless source: their indices are int32
 
 
@@ -69,7 +70,7 @@ def train_batches(
         order = grain.MapDataset.range(len(source)).seed(seed).shuffle()
         if repeats > 1:
             order = _Repeated(order, repeats)
-        order = order[: steps_per_epoch(len(source), batch_size, repeats) * batch_size].repeat()
+        order = order[: steps_per_epoch(len(source), batch_size, repeats) * batch_size].repeat(_EPOCHS)
     batches = order.random_map(
         _ForTraining(source, transform)
     ).batch(  # before the processes part, so that no two draw the same

@@ -8,11 +8,13 @@ DataError where there is no point in going on.
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from convert.errors import UserError
+from crossvit_jax.preprocess import UnreadableImage
 
 TRAIN_SPLIT = "train"
 HELD_OUT_SPLITS = ("validation", "val", "test")  # the first that is there
@@ -37,6 +39,26 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+def read_file(root: str, path: str) -> bytes:
+    """A file of the data set in a folder `root`. Raises UnreadableImage, or DataError if the data set has gone."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        if _is_gone(root):
+            raise DataError(f"the data set is gone: {root} is missing, empty or unreadable") from error
+        raise UnreadableImage(path, error.strerror or str(error)) from error
+
+
+def _is_gone(root: str) -> bool:
+    """Also true for the empty folder that an unmounted disk leaves."""
+    try:
+        with os.scandir(root) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return True
 
 
 @dataclass(frozen=True)

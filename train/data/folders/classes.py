@@ -11,10 +11,9 @@ import numpy as np
 
 from convert.errors import SettingsError, listed
 from convert.image_files import IMAGE_SUFFIXES, LeftOut
-from crossvit_jax.preprocess import UnreadableImage
 from train.data.folders.layout import Images, class_folders, find_splits, layout_notes, list_images, visible_folders
 from train.data.folders.shared import shared_images, shared_note
-from train.data.sources import DataError, ImageSets
+from train.data.sources import ImageSets, read_file
 
 
 @dataclass(frozen=True)
@@ -37,23 +36,7 @@ class FolderSource:
         """Raises UnreadableImage for a file that cannot be read, DataError if they all have gone."""
         index = int(index)
         path = os.path.join(self.root, self.files[index])
-        try:
-            with open(path, "rb") as file:
-                encoded = file.read()
-        except OSError as error:
-            if _is_gone(self.root):
-                raise DataError(f"the data set is gone: {self.root} is missing, empty or unreadable") from error
-            raise UnreadableImage(path, error.strerror or str(error)) from error
-        return {"image": encoded, "label": int(self.labels[index]), "name": path}
-
-
-def _is_gone(root: str) -> bool:
-    """Also true for the empty folder that an unmounted disk leaves."""
-    try:
-        with os.scandir(root) as entries:
-            return next(entries, None) is None
-    except OSError:
-        return True
+        return {"image": read_file(self.root, path), "label": int(self.labels[index]), "name": path}
 
 
 def open_folder(root: Path, *, val_fraction: float, seed: int) -> ImageSets:
