@@ -90,7 +90,8 @@ def test_shares_become_pixels_and_crowds_are_told(prepared, splits):
         assert sample["objects"].classes.tolist() == [1] * count + [0] * (count > 0)
         assert DetectionEvalTransform((30, 30), most_boxes=3)(sample)["present"].sum() == count
         truth = source.truth(index)
-        assert truth["image_id"] == count and truth["name"] == f"{count} of split train"
+        assert truth["name"] == sample["name"] == f"{truth['image_id']} of split train"
+        np.testing.assert_array_equal(truth["objects"].boxes, sample["objects"].boxes)
 
 
 @pytest.mark.parametrize("named", [True, False])
