@@ -6,8 +6,9 @@ import numpy as np
 from jaxtyping import Int
 
 from convert.errors import UserError, listed
-from crossvit_jax.preprocess import UnreadableImage, decode_image
+from crossvit_jax.preprocess import Exif, UnreadableImage
 from train.data.sources import Source
+from train.images.dense import decoded
 
 
 class TooManyBadImages(UserError):
@@ -22,11 +23,12 @@ class BadImages:
     Args:
         source: where the batches come from, to look again at what is wrong with an image.
         say: told one line for each such image, when it is first met.
+        exif: what the run does with EXIF orientations, which decide whether a picture has the size of its boxes.
     """
 
-    def __init__(self, source: Source, say: Callable[[str], None]):
+    def __init__(self, source: Source, say: Callable[[str], None], exif: Exif = "keep"):
         self.names: list[str] = []
-        self._source, self._say = source, say
+        self._source, self._say, self._exif = source, say, exif
         self._seen: set[int] = set()
 
     @property
@@ -45,7 +47,7 @@ class BadImages:
     def _look_again(self, index: int) -> tuple[str, str]:
         try:
             sample = self._source[index]
-            decode_image(sample["image"], sample["name"])
+            decoded(sample, self._exif)
         except UnreadableImage as error:
             return error.name, str(error)
         return sample["name"], f"could not read image {sample['name']}, which can be read now"

@@ -68,7 +68,7 @@ def open_tfds(name: str, data_dir: str | None) -> ImageSets:
     Raises SettingsError as `open_image_sets` does.
     """
 
-    builder = _prepared_builder(name, data_dir)
+    builder = prepared_builder(name, data_dir)
     splits = {split for split, info in builder.info.splits.items() if info.num_examples}
     held_out_split = next((split for split in HELD_OUT_SPLITS if split in splits), None)
     if TRAIN_SPLIT not in splits or held_out_split is None:
@@ -122,7 +122,8 @@ def _check_labels(name: str, split: str, source: TfdsSource, num_classes: int, *
         )
 
 
-def _prepared_builder(name: str, data_dir: str | None) -> Any:
+def prepared_builder(name: str, data_dir: str | None) -> Any:
+    """tensorflow-datasets' builder of a set that was prepared before. Raises SettingsError if there is none."""
     import tensorflow_datasets as tfds
 
     where = data_folder(data_dir)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DPI = 120
-_SOFTWARE = "crossvit-jax"  # in the metadata of every picture
+SOFTWARE = "crossvit-jax"  # in the metadata of every picture
 
 
 def new_figure(**settings: Any) -> "Figure":
@@ -51,7 +51,7 @@ def save_figure(figure: "Figure", path: Path) -> None:
     with warnings.catch_warnings():
         # a name in a script that the font lacks is drawn as boxes; the files beside the picture have it in full
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        metadata, compression = {"Software": _SOFTWARE}, {"compress_level": 3}
+        metadata, compression = {"Software": SOFTWARE}, {"compress_level": 3}
         figure.savefig(png, format="png", backend="agg", dpi=_DPI, metadata=metadata, pil_kwargs=compression)
     write_whole(path, png.getvalue())
 
@@ -60,7 +60,7 @@ def is_own_picture(path: Path) -> bool:
     """Whether a file was written by `save_figure`."""
     try:
         with Image.open(path) as image:
-            return image.info.get("Software") == _SOFTWARE
+            return image.info.get("Software") == SOFTWARE
     except Exception:  # whatever Pillow's parsers raise
         return False
 

@@ -1,5 +1,6 @@
 """Pictures in files with boxes: the source that all formats of boxes end in, and what can be wrong with boxes."""
 
+import dataclasses
 import hashlib
 import os
 from collections import Counter
@@ -68,13 +69,13 @@ class BoxFiles:
         """The chosen pictures."""
         counts = np.diff(self.starts)
         objects = np.repeat(chosen, counts)
-        return BoxFiles(
-            self.root,
-            tuple(file for file, take in zip(self.files, chosen, strict=True) if take),
-            self.image_ids[chosen],
-            self.sizes[chosen],
-            np.concatenate([[0], np.cumsum(counts[chosen])]),
-            Boxes(*(values[objects] for values in self.objects)),
+        return dataclasses.replace(
+            self,
+            files=tuple(file for file, take in zip(self.files, chosen, strict=True) if take),
+            image_ids=self.image_ids[chosen],
+            sizes=self.sizes[chosen],
+            starts=np.concatenate([[0], np.cumsum(counts[chosen])]),
+            objects=Boxes(*(values[objects] for values in self.objects)),
         )
 
     @property
@@ -99,6 +100,7 @@ class Annotations:
         self._sizes: list[tuple[int, int] | None] = []
         self._origins: list[str] = []
         self._owners: list[int] = []
+        self._seen: dict[tuple[int, Exif], tuple[int, int] | None] = {}  # sizes
         self._rows: list[tuple[Sequence[float], int, bool, float | None]] = []
 
     def add_picture(self, file: str, *, image_id: int, size: tuple[int, int] | None, origin: str | None = None) -> int:
@@ -176,13 +178,10 @@ class Annotations:
 
     def size_of(self, place: int, exif: Exif | None = None) -> tuple[int, int] | None:
         """Height and width of a picture as the model sees it; None where it cannot be read."""
-        try:
-            with Image.open(self._path(place)) as image:
-                width, height = image.size
-                turns = orientation(Path(self._path(place)).read_bytes()) >= 5 if width != height else False
-        except Exception:  # whatever Pillow's parsers raise
-            return None
-        return (width, height) if turns and (exif or self._exif) == "apply" else (height, width)
+        exif = exif or self._exif
+        if (place, exif) not in self._seen:
+            self._seen[place, exif] = _size_of(self._path(place), exif)
+        return self._seen[place, exif]
 
     def _size_error(self, place: int, said: tuple[int, int], found: tuple[int, int]) -> SettingsError:
         other = "keep" if self._exif == "apply" else "apply"
@@ -236,6 +235,17 @@ class Annotations:
         cut = np.clip(boxes, 0, limits)
         kept = ~empty & (cut[:, 2:] > cut[:, :2]).all(1)
         return cut, kept, notes
+
+
+def _size_of(path: str, exif: Exif) -> tuple[int, int] | None:
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+        if exif == "apply" and width != height and orientation(Path(path).read_bytes()) >= 5:
+            return width, height
+    except Exception:  # whatever Pillow's parsers raise
+        return None
+    return height, width
 
 
 def box_sets(

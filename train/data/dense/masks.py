@@ -25,7 +25,7 @@ from train.images.geometry import IGNORED
 
 CLASSES_FILE = "classes.txt"
 _LOOKED_AT = 200  # masks that are read before a run
-_UNKNOWN = 254  # in the table of classes: a value of no class
+UNKNOWN = 254  # in the table of classes: a value of no class
 _MOST_CLASSES = 254
 _IMAGES, _MASKS = ("images", "image", "img", "imgs"), ("masks", "mask", "labels", "annotations")
 _COLOUR = re.compile(r"(.+?)[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})")
@@ -38,7 +38,7 @@ class MaskFiles:
     root: str
     files: tuple[str, ...]  # relative to root
     masks: tuple[str, ...]
-    classes: Int[np.ndarray, " values"]  # by the value of a pixel, or the place of its colour: class, IGNORED, _UNKNOWN
+    classes: Int[np.ndarray, " values"]  # by the value of a pixel, or the place of its colour: class, IGNORED, UNKNOWN
     colours: UInt8[np.ndarray, "colours 3"] | None  # None: masks hold values
     endless: bool = False
 
@@ -58,49 +58,61 @@ class MaskFiles:
     def truth(self, index: int) -> dict[str, Any]:
         """See `DenseSource`."""
         name, path = (os.path.join(self.root, files[index]) for files in (self.files, self.masks))
-        return {"name": name, "image_id": int(index), "segments": self._segments(path)}
+        segments = read_mask(read_file(self.root, path), path, self.classes, self.colours)
+        return {"name": name, "image_id": int(index), "segments": segments}
 
-    def _segments(self, path: str) -> UInt8[np.ndarray, "height width"]:
-        encoded = read_file(self.root, path)
-        try:
-            with Image.open(io.BytesIO(encoded)) as mask:
-                mask.load()
-                values = self._values(mask)
-        except UnreadableImage:
-            raise
-        except Exception as error:  # whatever Pillow's parsers raise
-            raise UnreadableImage(path, one_line(error)) from error
-        wrong = values >= len(self.classes)
-        segments = self.classes[np.where(wrong, 0, values)]
-        wrong |= segments == _UNKNOWN
-        if wrong.any():
-            row, column = np.argwhere(wrong)[0]
-            known = int((self.classes < _UNKNOWN).sum())
-            raise UnreadableImage(
-                path, f"it has {values[row, column]} at x {column}, y {row}, which is none of the {known} classes"
+
+def read_mask(
+    encoded: bytes,
+    name: str,
+    classes: Int[np.ndarray, " values"],
+    colours: UInt8[np.ndarray, "colours 3"] | None = None,
+) -> UInt8[np.ndarray, "height width"]:
+    """The classes of a mask's pixels.
+
+    Args:
+        classes, colours: see `MaskFiles`.
+
+    Raises UnreadableImage if it cannot be decoded, or has a value or colour that is in neither.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded)) as mask:
+            mask.load()
+            values = _values(mask, colours)
+    except Exception as error:  # whatever Pillow's parsers raise
+        raise UnreadableImage(name, one_line(error)) from error
+    wrong = values >= len(classes)
+    segments = classes[np.where(wrong, 0, values)]
+    wrong |= segments == UNKNOWN
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        known = int((classes < UNKNOWN).sum())
+        raise UnreadableImage(
+            name, f"it has {values[row, column]} at x {column}, y {row}, which is none of the {known} classes"
+        )
+    return segments
+
+
+def _values(mask: Image.Image, colours: UInt8[np.ndarray, "colours 3"] | None) -> Int[np.ndarray, "height width"]:
+    """What the table of classes is asked for."""
+    if colours is None:
+        if mask.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
+            raise ValueError(
+                f"it is in colours ({mask.mode}), and {CLASSES_FILE} tells no colours: a line each, as `road 128 64 "
+                "128`"
             )
-        return segments
-
-    def _values(self, mask: Image.Image) -> Int[np.ndarray, "height width"]:
-        """What the table of classes is asked for."""
-        if self.colours is None:
-            if mask.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
-                raise ValueError(
-                    f"it is in colours ({mask.mode}), and {CLASSES_FILE} tells no colours: a line each, as `road 128 "
-                    "64 128`"
-                )
-            return np.asarray(mask).astype(np.int64)
-        keys = _keys(np.asarray(mask.convert("RGB")))
-        known = _keys(self.colours)
-        order = np.argsort(known)
-        places = np.minimum(np.searchsorted(known[order], keys), len(known) - 1)
-        found = order[places]
-        wrong = known[found] != keys
-        if wrong.any():
-            row, column = np.argwhere(wrong)[0]
-            colour = tuple((int(keys[row, column]) >> shift) & 255 for shift in (16, 8, 0))
-            raise ValueError(f"it has the colour {colour} at x {column}, y {row}, which is none of {CLASSES_FILE}")
-        return found
+        return np.asarray(mask).astype(np.int64)
+    keys = _keys(np.asarray(mask.convert("RGB")))
+    known = _keys(colours)
+    order = np.argsort(known)
+    places = np.minimum(np.searchsorted(known[order], keys), len(known) - 1)
+    found = order[places]
+    wrong = known[found] != keys
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        colour = tuple((int(keys[row, column]) >> shift) & 255 for shift in (16, 8, 0))
+        raise ValueError(f"it has the colour {colour} at x {column}, y {row}, which is none of {CLASSES_FILE}")
+    return found
 
 
 def _keys(colours: UInt8[np.ndarray, "*pixels 3"]) -> Int[np.ndarray, "*pixels"]:
@@ -186,11 +198,11 @@ def _read_classes(file: Path, ignore_index: int) -> tuple[tuple[str, ...], np.nd
         names = [name for name, counts in zip(names, counted, strict=True) if counts]
         return _checked(file, names), table, colours.astype(np.uint8)
     _checked(file, names)
-    table = np.full(max(256, ignore_index + 1), _UNKNOWN, np.uint8)
+    table = np.full(max(256, ignore_index + 1), UNKNOWN, np.uint8)
     values = [value for value in range(len(names) + 1) if value != ignore_index][: len(names)]
     table[values] = np.arange(len(names))
     table[ignore_index] = IGNORED
-    if table[255] == _UNKNOWN:
+    if table[255] == UNKNOWN:
         table[255] = IGNORED
     return tuple(names), table, None
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from convert.errors import SettingsError
-from convert.files import home_path
+from convert.files import FOLDER_PREFIX, home_path
 from crossvit_jax.preprocess import Exif
 from train.data.dense.coco import open_coco
 from train.data.dense.masks import open_masks
@@ -17,8 +17,8 @@ SCENES = "digits"  # the name of the scenes of digits: what `--dataset` is by it
 _BOXES = {"coco": open_coco, "voc": open_voc, "yolo": open_yolo}
 _MASKS = "masks"
 _ACCEPTED = {
-    "detection": f"{SCENES}, coco:PATH, voc:PATH, yolo:data.yaml or a prepared tensorflow-datasets set with boxes",
-    "segmentation": f"{SCENES} or masks:PATH",
+    "detection": f"{SCENES}, coco:PATH, voc:PATH, yolo:data.yaml, or a prepared tensorflow-datasets set with boxes",
+    "segmentation": f"{SCENES}, masks:PATH, or a prepared tensorflow-datasets set with masks",
 }
 
 
@@ -36,7 +36,8 @@ def open_dense_sets(
 
     Args:
         dataset: `digits` (scenes of them), `coco:PATH`, `voc:PATH`, `yolo:PATH` or the name of a prepared
-            tensorflow-datasets set for detection, `masks:PATH` for segmentation.
+            tensorflow-datasets set with boxes for detection; `digits`, `masks:PATH` or a set with masks for
+            segmentation.
         seed: draws the scenes, and the pictures that are held out where the data set does not tell them.
         val_fraction: how many of all pictures are held out then.
         exif: what is done with EXIF orientations: boxes and masks belong to the pictures as the model sees them.
@@ -58,4 +59,10 @@ def open_dense_sets(
         if prefix == _MASKS:
             return open_masks(root, ignore_index=ignore_index, val_fraction=val_fraction, seed=seed)
         return _BOXES[prefix](root, val_fraction=val_fraction, seed=seed, exif=exif)
-    raise SettingsError(f"--dataset {dataset} has no boxes or masks that are known here; for {kind}: {_ACCEPTED[kind]}")
+    if colon and prefix == FOLDER_PREFIX.rstrip(":"):
+        raise SettingsError(f"--dataset {dataset} has neither boxes nor masks; for {kind}: {_ACCEPTED[kind]}")
+    from train.data.dense.tfds import open_tfds_boxes, open_tfds_masks  # late: it takes seconds to import
+
+    if kind == "detection":
+        return open_tfds_boxes(dataset, data_dir, val_fraction=val_fraction, seed=seed)
+    return open_tfds_masks(dataset, data_dir)

@@ -16,9 +16,9 @@ def test_the_scenes_of_digits_are_the_default_of_both_tasks():
 @pytest.mark.parametrize(
     "dataset, kind, message",
     [
-        ("folder:x", "detection", "has no boxes or masks that are known here; for detection: digits, coco:PATH"),
+        ("folder:x", "detection", "has neither boxes nor masks; for detection: digits, coco:PATH"),
         ("masks:x", "detection", "has masks; for detection: digits, coco:PATH"),
-        ("coco:x", "segmentation", "has boxes; for segmentation: digits or masks:PATH"),
+        ("coco:x", "segmentation", "has boxes; for segmentation: digits, masks:PATH"),
         ("voc:", "detection", "needs a path behind the colon"),
         ("coco:x/nowhere", "detection", "there is no file or folder x/nowhere"),
         ("yolo:x/nowhere.yaml", "detection", "cannot read x/nowhere.yaml: No such file"),
