@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 _RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 BRANCH_SETTINGS = ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "image_scale")
@@ -98,6 +98,8 @@ class CrossViTConfig:
 
     Raises ValueError for settings that make no model, naming the value and what is accepted.
     """
+
+    task: ClassVar[str] = "classification"
 
     name: str  # the variant's short name, or CUSTOM
     branches: tuple[Branch, ...]

@@ -1,7 +1,6 @@
 """The whole model."""
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,6 +108,20 @@ class CrossViT(nnx.Module):
             xs = stage(xs, rngs=rngs)
         return self._normalise(xs)
 
+    def forward_patches(
+        self, images: Float[Array, "batch height width channels"], *, rngs: nnx.Rngs | None = None
+    ) -> list[Float[Array, "batch _ _ _"]]:
+        """Each branch's normalised patches as a map (batch, rows, columns, dim), for dense prediction.
+
+        Patches never see the last stage's fusion, which only makes class tokens: it is not run, see `unused`.
+        """
+        xs = self._embed(images, rngs)
+        *stages, last = self.blocks
+        for stage in stages:
+            xs = stage(xs, rngs=rngs)
+        xs = self._normalise(last.run_branches(xs, rngs=rngs))
+        return [self._as_map(x[:, 1:], branch, "NHWC") for branch, x in enumerate(xs)]
+
     def forward_head(
         self, xs: list[Float[Array, "batch _ _"]], *, pre_logits: bool = False, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch out"]:
@@ -210,9 +223,9 @@ class CrossViT(nnx.Module):
             implementation = fastest_implementation(devices, self.dtype)
         if implementation not in ("xla", "cudnn"):
             raise ValueError(f"implementation must be 'xla', 'cudnn', or 'auto' with devices; got {implementation!r}")
-        for stage in self.blocks:
-            for block in itertools.chain.from_iterable(stage.blocks):
-                block.attn.implementation = implementation
+        for _, module in nnx.iter_modules(self):
+            if isinstance(module, Attention):
+                module.implementation = implementation
 
     def set_forward_mode(self, enable: bool = True) -> None:
         """Lets `jax.jvp`, `jax.linearize` and `jax.jacfwd` through, which gradients written by hand keep out.
@@ -232,6 +245,14 @@ class CrossViT(nnx.Module):
     def is_head(self, name: str) -> bool:
         """Whether a parameter, by its dotted name, belongs to the heads."""
         return name.split(".")[0] == "head"
+
+    def unused(self, name: str) -> bool:
+        """Whether a parameter, by its dotted name, has no part in `forward_patches`: the last stage's fusion.
+
+        Its gradient is zero there; weight decay, which asks for no gradient, would still shrink it.
+        """
+        part, *path = name.split(".")
+        return part == "blocks" and int(path[0]) == len(self.blocks) - 1 and path[1] != "blocks"
 
     def layer_of(self, name: str) -> int:
         """The layer that a parameter belongs to, by its dotted name, from 0 at the image to the last at the heads.

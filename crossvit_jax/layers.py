@@ -36,9 +36,20 @@ class Linear(nnx.Linear):
 
 
 class Conv(nnx.Conv):
-    """Convolution with torch's default initialisation: weights and biases U(±1/√fan_in)."""
+    """Convolution with torch's default initialisation, weights and biases U(±1/√fan_in), unless told otherwise."""
 
-    def __init__(self, in_chans: int, out_chans: int, kernel_size: int, *, stride: int, padding: int, **kwargs):
+    def __init__(
+        self,
+        in_chans: int,
+        out_chans: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        kernel_init: nnx.Initializer | None = None,
+        bias_init: nnx.Initializer | None = None,
+        **kwargs,
+    ):
         bound = (in_chans * kernel_size**2) ** -0.5
 
         def uniform(key, shape, dtype):
@@ -50,8 +61,8 @@ class Conv(nnx.Conv):
             (kernel_size, kernel_size),
             strides=stride,
             padding=[(padding, padding)] * 2,
-            kernel_init=uniform,
-            bias_init=uniform,
+            kernel_init=kernel_init or uniform,
+            bias_init=bias_init or uniform,
             **kwargs,
         )
         self.cuts_patches = stride == kernel_size and padding == 0
@@ -61,6 +72,14 @@ class Conv(nnx.Conv):
         """See `CrossViT.set_forward_mode`."""
         by_hand = self.cuts_patches and not enable
         self.conv_general_dilated = convolve_patches if by_hand else jax.lax.conv_general_dilated
+
+
+class OutputConv(Conv):
+    """A convolution whose result leaves the model: computed in float32 or wider, in a model of half precision too."""
+
+    def __init__(self, in_chans: int, out_chans: int, kernel_size: int, *, dtype, param_dtype, **kwargs):
+        real = jnp.promote_types(param_dtype, jnp.float32)
+        super().__init__(in_chans, out_chans, kernel_size, dtype=real, param_dtype=param_dtype, **kwargs)
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -77,6 +96,24 @@ class LayerNorm(nnx.LayerNorm):
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
         y = self.layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
         return y.astype(jnp.result_type(x, self.param_dtype) if self.dtype is None else self.dtype)
+
+
+LayerNorm2d = LayerNorm  # of maps: their channels are last as well
+
+
+class GroupNorm(nnx.GroupNorm):
+    """Group norm of maps with torch's epsilon and the two-pass variance; statistics in float32 or wider."""
+
+    def __init__(self, num_groups: int, num_channels: int, *, dtype, param_dtype, rngs):
+        super().__init__(
+            num_channels,
+            num_groups=num_groups,
+            epsilon=1e-5,
+            use_fast_variance=False,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
 
 
 class GELU(nnx.Module):

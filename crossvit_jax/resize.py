@@ -1,4 +1,4 @@
-"""torch's bicubic resize, exactly: cubic with a = -0.75, no antialiasing, edge pixels repeated.
+"""torch's resizing, exactly: bicubic with a = -0.75, and for features bilinear and by averages; no antialiasing.
 
 `jax.image.resize` uses a = -0.5 and antialiases, which moves CrossViT's logits by 7-8 % of their range.
 """
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from crossvit_jax.kernels.resize import interpolate, tap_matrix
+from crossvit_jax.kernels.resize import apply_matrices, interpolate, tap_matrix
 
 
 def bicubic_taps(
@@ -60,3 +60,43 @@ def scale_image(
     real = jnp.promote_types(x.dtype, jnp.float32)  # torch computes half precision in float32 as well
     rows, columns = (bicubic_taps(have, want, real) for have, want in zip(in_size, size, strict=True))
     return interpolate(x.astype(real), rows, columns).astype(x.dtype)
+
+
+def resize_bilinear(
+    x: Float[Array, "batch in_rows in_columns channels"], size: tuple[int, int]
+) -> Float[Array, "batch rows columns channels"]:
+    """Brings features to `size` (rows, columns), as torch's `interpolate(mode="bilinear", align_corners=False)`.
+
+    Features that have the size already are returned untouched.
+    """
+    if x.shape[1:3] == size:
+        return x
+    real = jnp.promote_types(x.dtype, jnp.float32)
+    matrices = [bilinear_matrix(have, want, real) for have, want in zip(x.shape[1:3], size, strict=True)]
+    return apply_matrices(x.astype(real), *matrices).astype(x.dtype)
+
+
+def adaptive_average(
+    x: Float[Array, "batch in_rows in_columns channels"], size: tuple[int, int]
+) -> Float[Array, "batch rows columns channels"]:
+    """Means over `size` (rows, columns) bins, as torch's `AdaptiveAvgPool2d`: they overlap if sides do not divide."""
+    real = jnp.promote_types(x.dtype, jnp.float32)
+    matrices = [average_matrix(have, want, real) for have, want in zip(x.shape[1:3], size, strict=True)]
+    return apply_matrices(x.astype(real), *matrices).astype(x.dtype)
+
+
+def bilinear_matrix(in_size: int, out_size: int, dtype: np.dtype) -> Float[np.ndarray, "out_size in_size"]:
+    """The weights of every input pixel in every output pixel along one axis."""
+    real = np.dtype(dtype).type
+    position = np.maximum(real(in_size) / real(out_size) * (np.arange(out_size) + real(0.5)) - real(0.5), 0)
+    first = np.floor(position)
+    share = (position - first).astype(dtype)
+    places = np.minimum(first.astype(int) + np.arange(2)[:, None], in_size - 1)
+    return tap_matrix(places, np.stack([1 - share, share]), in_size)
+
+
+def average_matrix(in_size: int, out_size: int, dtype: np.dtype) -> Float[np.ndarray, "out_size in_size"]:
+    """The weights of every input pixel in every bin along one axis."""
+    bins, pixels = np.arange(out_size)[:, None], np.arange(in_size)
+    first, end = bins * in_size // out_size, -(-(bins + 1) * in_size // out_size)
+    return ((first <= pixels) & (pixels < end)).astype(dtype) / (end - first).astype(dtype)

@@ -117,6 +117,21 @@ class CrossViT(nn.Module):
                 xs = stage(xs)
             return self._normalise(xs)
 
+    def forward_patches(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> list[Float[Tensor, "batch _ _ _"]]:
+        """Each branch's normalised patches as a map (batch, dim, rows, columns), for dense prediction.
+
+        Patches never see the last stage's fusion, which only makes class tokens: it is not run, see `unused`.
+        """
+        with self._precision(images):
+            xs = self._embed(images)
+            *stages, last = self.blocks
+            for stage in stages:
+                xs = stage(xs)
+            xs = self._normalise(last.run_branches(xs))
+        return [self._as_map(x[:, 1:], branch, "NCHW") for branch, x in enumerate(xs)]
+
     def forward_head(
         self, xs: list[Float[Tensor, "batch _ _"]], *, pre_logits: bool = False
     ) -> Float[Tensor, "batch out"]:
@@ -215,6 +230,14 @@ class CrossViT(nn.Module):
     def is_head(self, name: str) -> bool:
         """Whether a parameter, by its dotted name, belongs to the heads."""
         return name.split(".")[0] == "head"
+
+    def unused(self, name: str) -> bool:
+        """Whether a parameter, by its dotted name, has no part in `forward_patches`: the last stage's fusion.
+
+        Its gradient is zero there; weight decay, which asks for no gradient, would still shrink it.
+        """
+        part, *path = name.split(".")
+        return part == "blocks" and int(path[0]) == len(self.blocks) - 1 and path[1] != "blocks"
 
     def layer_of(self, name: str) -> int:
         """The layer that a parameter belongs to, by its dotted name, from 0 at the image to the last at the heads.

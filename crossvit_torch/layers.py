@@ -1,5 +1,6 @@
 """The leaf layers with CrossViT's defaults: initialisation, epsilon, exact GELU."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -31,6 +32,16 @@ class Linear(nn.Linear):
 Conv = nn.Conv2d  # torch's default initialisation: weights and biases U(±1/√fan_in)
 
 
+class OutputConv(Conv):
+    """A convolution whose result leaves the model: computed in float32 or wider, in a model of half precision too."""
+
+    def forward(self, x: Float[Tensor, "batch in_chans in_rows in_columns"]) -> Float[Tensor, "batch out_chans _ _"]:
+        real = torch.promote_types(self.weight.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(real)
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.conv2d(x.to(real), self.weight.to(real), bias, self.stride, self.padding)
+
+
 class LayerNorm(nn.LayerNorm):
     """Layer norm with epsilon 1e-6."""
 
@@ -38,6 +49,14 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(dim, eps=1e-6, **kwargs)
 
 
+class LayerNorm2d(LayerNorm):
+    """The same over the channels of maps."""
+
+    def forward(self, x: Float[Tensor, "batch dim rows columns"]) -> Float[Tensor, "batch dim rows columns"]:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+GroupNorm = nn.GroupNorm  # torch's epsilon, 1e-5
 GELU = nn.GELU  # the exact (erf) GELU
 ReLU = nn.ReLU
 Identity = nn.Identity  # the head of a model without classes

@@ -1,4 +1,4 @@
-"""torch's bicubic resize: cubic with a = -0.75, no antialiasing, edge pixels repeated."""
+"""torch's resizing: bicubic with a = -0.75, and for features bilinear and by averages; no antialiasing."""
 
 from jaxtyping import Float
 from torch import Tensor
@@ -19,3 +19,22 @@ def scale_image(
         top, left = (round((have - want) / 2.0) for have, want in zip(in_size, size, strict=True))
         return x[:, :, top : top + size[0], left : left + size[1]]
     return functional.interpolate(x, size=size, mode="bicubic", align_corners=False)
+
+
+def resize_bilinear(
+    x: Float[Tensor, "batch channels in_rows in_columns"], size: tuple[int, int]
+) -> Float[Tensor, "batch channels rows columns"]:
+    """Brings features to `size` (rows, columns).
+
+    Features that have the size already are returned untouched.
+    """
+    if tuple(x.shape[2:]) == size:
+        return x
+    return functional.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def adaptive_average(
+    x: Float[Tensor, "batch channels in_rows in_columns"], size: tuple[int, int]
+) -> Float[Tensor, "batch channels rows columns"]:
+    """Means over `size` (rows, columns) bins: bins overlap where sides do not divide."""
+    return functional.adaptive_avg_pool2d(x, size)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from crossvit_jax.config import VARIANTS, CrossViTConfig
+from crossvit_jax.dense_config import DetectorConfig, SegmenterConfig, build_dense_config
 
 
 def shrink(set_item: Callable[[dict, str, CrossViTConfig], Any]) -> None:
@@ -17,3 +18,15 @@ def small_config(classes: int) -> CrossViTConfig:
     table: dict[str, CrossViTConfig] = {}
     shrink(lambda _, name, config: table.update({name: config}))
     return table["ti"].replace(image_size=48, image_scale=(1.0, 2 / 3), crop_pct=1.0, num_classes=classes)
+
+
+def small_detector(image_size: int | tuple[int, int] = 48, **settings: Any) -> DetectorConfig:
+    """The settings of a detector on the shrunk variant, which sees 48 pixels unless told otherwise."""
+    backbone = small_config(0).replace(image_size=image_size)
+    return build_dense_config("detection", backbone, **{"num_classes": 3, "width": 32, "num_convs": 1} | settings)
+
+
+def small_segmenter(image_size: int | tuple[int, int] = 48, **settings: Any) -> SegmenterConfig:
+    """The settings of a segmenter on the shrunk variant."""
+    backbone = small_config(0).replace(image_size=image_size)
+    return build_dense_config("segmentation", backbone, **{"num_classes": 4, "width": 64} | settings)

@@ -31,7 +31,15 @@ def _along(x: Array, taps: Taps, axis: int) -> Array:
 
 
 def _by_products(x: Array, rows: Taps, columns: Taps) -> Array:
-    row_matrix, column_matrix = tap_matrix(*rows, x.shape[1]), tap_matrix(*columns, x.shape[2])
+    return apply_matrices(x, tap_matrix(*rows, x.shape[1]), tap_matrix(*columns, x.shape[2]))
+
+
+def apply_matrices(
+    x: Float[Array, "batch in_height in_width channels"],
+    row_matrix: Float[np.ndarray, "height in_height"],
+    column_matrix: Float[np.ndarray, "width in_width"],
+) -> Float[Array, "batch height width channels"]:
+    """A matrix along each axis of images; gradients are products as well."""
     # "highest": a matrix product in bfloat16 or TF32, the default on accelerators, would blur the interpolation
     x = jnp.einsum("pw,bhwc->bhpc", column_matrix, x, precision="highest")
     return jnp.einsum("oh,bhpc->bopc", row_matrix, x, precision="highest")
