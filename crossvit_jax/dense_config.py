@@ -70,9 +70,12 @@ class DenseConfig:
     @property
     def default_strides(self) -> tuple[int, ...]:
         """Four levels: 6, 12, 24 and 48 for patches of 12 pixels."""
+        return self._strides(4)
+
+    def _strides(self, levels: int) -> tuple[int, ...]:
         stride = self.map_stride
         first = stride // 2 if stride % 2 == 0 else stride
-        return tuple(first * 2**level for level in range(4))
+        return tuple(first * 2**level for level in range(levels))
 
     @property
     def map_stride(self) -> int:
@@ -130,7 +133,8 @@ class DetectorConfig(DenseConfig):
 
     num_convs: int | None = None  # 3 x 3 convolutions of each tower of the head; none: 4 from a width of 256 on, else 2
     # The levels share the boxes by the longest distance from a point to a side of its box, in pixels: these are where
-    # one level ends and the next begins. None: at 8 times a level's stride, as in torchvision. For training only.
+    # one level ends and the next begins. None: at 8 times a level's stride, as in torchvision. For training only, but
+    # where no strides are given there are as many levels as these tell.
     distances: tuple[int | float, ...] | None = None
 
     def __post_init__(self):
@@ -152,9 +156,15 @@ class DetectorConfig(DenseConfig):
         """Of each level: its boxes have a longest distance above the first number and below the second."""
         return tuple(zip((0.0, *self.distances), (*self.distances, math.inf), strict=True))
 
+    @property
+    def default_strides(self) -> tuple[int, ...]:
+        return super().default_strides if self.distances is None else self._strides(len(self.distances) + 1)
+
     def replace(self, **changes: Any) -> "DenseConfig":
-        """See `DenseConfig.replace`; other strides get their own distances unless these are given."""
-        return super().replace(**({"distances": None} if "strides" in changes else {}) | changes)
+        """See `DenseConfig.replace`; strides and distances follow one another where only one of them is given."""
+        of_each_other = {"strides": "distances", "distances": "strides"}
+        followers = {other: None for name, other in of_each_other.items() if name in changes}
+        return super().replace(**followers | changes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,8 +45,9 @@ from train.tasks.task import Metric, Scores, choosing_metric
 if TYPE_CHECKING:
     from train.run.checkpoints import Checkpoints
 
-CURVES_FILE = "curves.png"
-_CURVES_EVERY_S = 60.0
+CURVES_FILE, BATCH_FILE, OUTPUTS_FILE = "curves.png", "train_batch.png", "predictions.png"
+_DRAWN_EVERY_S = 60.0
+_DRAWN_IMAGES = 12
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,8 @@ class _Run:
         self._bad_held_out = BadImages(job.image_sets.held_out, _say)
         self._tagged = {"training": TaggedImages(), "held-out": TaggedImages()}  # until they are told
         self._start, self._first_step_done, self._drawn = start, False, time.perf_counter()
-        self._curves = BestEffort(CURVES_FILE, _say)
+        self._pictures = {name: BestEffort(name, _say) for name in (CURVES_FILE, BATCH_FILE, OUTPUTS_FILE)}
+        self._seen: tuple[Any, Any] | None = None  # some images of the last evaluation, and what came of them
         self._step = step
         self._open = ExitStack()
         self._train = self._open_train()
@@ -243,7 +245,7 @@ class _Run:
             self.state, metrics = programs.train_step(self.state, batch)
             self._step += 1
             if not self._first_step_done:
-                self._after_the_first_step(metrics)
+                self._after_the_first_step(metrics, batch)
             self._meter.add(metrics)
             due = self._step % job.config.checkpoint_every == 0 or self._step % job.steps_per_epoch == 0
             if due or self._interruption.wanted(self._step):
@@ -252,11 +254,14 @@ class _Run:
         self._tell_tagged("training")
         return self._meter.finish()
 
-    def _after_the_first_step(self, metrics: Any) -> None:
+    def _after_the_first_step(self, metrics: Any, batch: dict[str, Any]) -> None:
         jax.block_until_ready(metrics)
         _say(f"the first step was done after {time.perf_counter() - self._start:.1f} s")
         self._first_step_done = True
         gc.enable()  # see train.main
+        if self._step == 1 and jax.process_count() == 1:
+            draw, picture = self._job.task.draw_batch, self._folder / BATCH_FILE
+            self._pictures[BATCH_FILE](lambda: draw(jax.device_get(_some(batch)), picture))
         _ = self._held_out  # not before: its workers would take the cores from what the first step waits for
 
     def evaluate(self, epoch: int) -> dict[str, float]:
@@ -264,7 +269,7 @@ class _Run:
         job, self.final = self._job, {}
         for name, weights in (("", "params"), ("ema_", "ema")):
             if weights in self.state:
-                values = self._scores(self.state[weights]).values()
+                values = self._scores(self.state[weights]).values()  # the last ones are drawn, too
                 images = int(values.pop("images"))
                 if not images:
                     raise TrainingFailed("none of the held-out images can be read")
@@ -281,8 +286,18 @@ class _Run:
     def _scores(self, params: Any) -> Scores:
         scores = self._job.task.scores(self._job.image_sets.held_out)
         batches = itertools.islice(self._watched(self._held_out), self._job.eval_steps)
-        for outputs in forward(lambda batch: self._programs.eval_step(params, batch), batches):
+        seen = []  # of the first batch
+
+        def step(batch: dict[str, Any]) -> Any:
+            if not seen and jax.process_count() == 1:
+                seen.append(_some(batch))
+            return self._programs.eval_step(params, batch)
+
+        for outputs in forward(step, batches):
             scores.add(outputs)
+            if len(seen) == 1:
+                seen.append(_some(outputs))
+        self._seen = jax.device_get(tuple(seen)) or None
         self._tell_tagged("held-out")
         return scores
 
@@ -347,13 +362,15 @@ class _Run:
         """A line about an epoch, and from time to time the curves."""
         self._shown.epoch(epoch=epoch, step=self._step, values=values, images_per_s=images_per_s)
         last = epoch == self._job.config.epochs  # after which weights are written first
-        if not last and time.perf_counter() - self._drawn > _CURVES_EVERY_S:
+        if not last and time.perf_counter() - self._drawn > _DRAWN_EVERY_S:
             self.draw()
 
     def draw(self) -> None:
-        """The curves so far."""
+        """The curves so far, and some held-out images with what the last evaluation made of them."""
         if is_main():
-            self._curves(self._draw_curves)
+            self._pictures[CURVES_FILE](self._draw_curves)
+            if self._seen is not None:
+                self._pictures[OUTPUTS_FILE](self._job.task.draw_outputs, *self._seen, self._folder / OUTPUTS_FILE)
             self._drawn = time.perf_counter()
 
     def _draw_curves(self) -> None:
@@ -375,6 +392,11 @@ class _Run:
 
     def close(self) -> None:
         self._open.close()
+
+
+def _some(batch: Any) -> Any:
+    """The first rows of what has rows, in memory of their own."""
+    return jax.tree.map(lambda x: x[:_DRAWN_IMAGES].copy() if np.ndim(x) else x, batch)
 
 
 def _check_bad(job: Job, bad_images: BadImages, count: int, *, held_out: bool = False) -> None:

@@ -28,6 +28,7 @@ from train.data.sources import Source
 from train.images.augment import compile_augment
 from train.images.mixup import draw_mix, mix_images, mix_in_groups, mix_targets
 from train.pictures.confusion import draw_confusion
+from train.pictures.sheet import draw_sheet
 from train.run.best_effort import BestEffort
 from train.tasks.rates import calibration_error, class_rates, mean_rates
 from train.tasks.task import Batch, Metric
@@ -127,6 +128,17 @@ class Classification:
         predicted = jnp.argmax(logits, axis=1)
         confidence = jnp.max(jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32))), axis=1)
         return {"label": labels, "predicted": predicted, "confidence": confidence, "mask": mask, "sums": sums}
+
+    def draw_batch(self, batch: Batch, path: Path) -> None:
+        """Images before they are mixed, with the names of their classes."""
+        names = [self.class_names[label] for label in batch["label"]]
+        draw_sheet(batch["image"], names, path, title="the first training images")
+
+    def draw_outputs(self, batch: Batch, outputs: Mapping[str, Any], path: Path) -> None:
+        """Images with the names of the classes that they are taken for, and of their own where that is wrong."""
+        pairs = zip(outputs["predicted"], outputs["label"], strict=True)
+        names = [self.class_names[p] + f", not {self.class_names[t]}" * bool(p != t) for p, t in pairs]
+        draw_sheet(batch["image"], names, path, title="held-out images and what they are taken for")
 
     def scores(self, source: Source) -> "ClassificationScores":
         return ClassificationScores(self.class_names, self.metrics)

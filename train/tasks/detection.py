@@ -23,6 +23,9 @@ from crossvit_jax.detection_loss import assign, detection_losses, mean_positives
 from train.config import TrainConfig
 from train.data.dense.samples import DenseSource
 from train.images.geometry import boxes_in_picture, whole_placement
+from train.pictures.dense import pixels_of, save_sheet, sheet_scale, with_boxes
+from train.pictures.precision_recall import draw_precision_recall
+from train.pictures.sheet import SHEET_COLUMNS
 from train.run.best_effort import BestEffort
 from train.tasks.average_precision import MOST_DETECTIONS, AveragePrecision
 from train.tasks.task import Batch, Metric
@@ -31,6 +34,7 @@ from train.tasks.task import Batch, Metric
 _NUMBERS, _PER_CLASS, _DETECTIONS, _PICTURE = "evaluation.json", "per_class.csv", "detections.json", "precision.png"
 _FILES = (_NUMBERS, _PER_CLASS, _DETECTIONS, _PICTURE)
 _FOUND = ("boxes", "scores", "labels", "valid")
+SHOWN_SCORE = 0.3  # of boxes that are drawn
 _NO_LOGIT = -1e4  # of a padded image: its probabilities are 0, and so are its losses
 
 
@@ -131,6 +135,33 @@ class Detection:
         positives = jnp.sum(assign(self._points, batch["boxes"], batch["present"]) >= 0)
         return {**found, "mask": mask, "sums": {"loss": loss, "positives": positives}}
 
+    def draw_batch(self, batch: Batch, path: Path) -> None:
+        """Images with their boxes."""
+        images = pixels_of(batch["image"])
+        found = (
+            {name: batch[name][row][batch["present"][row]] for name in ("boxes", "classes")}
+            for row in range(len(images))
+        )
+        self._draw(
+            images, [(boxes["boxes"], boxes["classes"], None) for boxes in found], path, "the first training images"
+        )
+
+    def draw_outputs(self, batch: Batch, outputs: Mapping[str, Any], path: Path) -> None:
+        """Images with the boxes that are found with a score of 0.3 or more."""
+        images, found = pixels_of(batch["image"]), []
+        for row in range(len(images)):
+            kept = outputs["valid"][row] & (outputs["scores"][row] >= SHOWN_SCORE)
+            found.append(tuple(outputs[name][row][kept] for name in ("boxes", "labels", "scores")))
+        self._draw(images, found, path, "held-out images and what is found in them")
+
+    def _draw(self, images: np.ndarray, found: Sequence[tuple[Any, Any, Any]], path: Path, title: str) -> None:
+        scale = sheet_scale(*images.shape[1:3])
+        pictures = [
+            with_boxes(pixels, boxes, classes, self.class_names, scores=scores, scale=scale)
+            for pixels, (boxes, classes, scores) in zip(images, found, strict=True)
+        ]
+        save_sheet(path, pictures, columns=SHEET_COLUMNS, title=title)
+
     def scores(self, source: DenseSource) -> "DetectionScores":
         return DetectionScores(self, source)
 
@@ -200,13 +231,11 @@ class DetectionScores:
         }
         for name, text in texts.items():
             write_whole(folder / name, text.encode("utf-8", "surrogateescape"))
-        from train.pictures.precision import draw_precision
-
         title = f"{Path(about['weights']).name} on {about['dataset']} ({about['split']}): AP {self.values()['ap']:.3f}"
         picture = folder / _PICTURE
         picture.unlink(missing_ok=True)  # it would stay where this one cannot be drawn
-        curves = list(self._precision.curves())
-        BestEffort(str(picture), say)(draw_precision, curves, self._task.class_names, picture, title=title)
+        curves = [curve and (curve.recall, curve.precision) for curve in self._precision.curves()]
+        BestEffort(str(picture), say)(draw_precision_recall, curves, self._task.class_names, picture, title=title)
         return [name for name in _FILES if (folder / name).exists()]
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from crossvit_jax.segmentation import CrossViTSegmenter
-from crossvit_jax.segmentation_loss import dice_loss, pixel_cross_entropy
+from crossvit_jax.segmentation_loss import cross_entropy, dice_loss, mean_valid_pixels
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -22,6 +22,8 @@ from train.config import TrainConfig
 from train.data.dense.samples import DenseSource
 from train.images.geometry import IGNORED, classes_in_picture, whole_placement
 from train.pictures.confusion import draw_confusion
+from train.pictures.dense import legend, pixels_of, save_sheet, sheet_scale, sheet_width, with_segments
+from train.pictures.sheet import SHEET_COLUMNS
 from train.run.best_effort import BestEffort
 from train.tasks.detection import is_evaluation
 from train.tasks.segment_rates import mean_segment_rates, segment_confusion, segment_rates
@@ -81,18 +83,16 @@ class Segmentation:
         raise NotImplementedError("images with masks are augmented on the host")
 
     def prepare(self, batch: Batch, key: Array) -> Batch:
-        """Adds `pixels`, the mean number of pixels of an image that have a class, repeated for each."""
-        segments = batch["segments"]
-        mean = jnp.maximum(1, jnp.sum(segments != IGNORED)).astype(batch["image"].dtype) / len(segments)
-        return {**batch, "pixels": jnp.broadcast_to(mean, (len(segments),))}
+        """Adds `valid_pixels`, what the cross-entropy is divided by."""
+        return {**batch, "valid_pixels": mean_valid_pixels(batch["segments"])}
 
     def extra(self, params: Any) -> None:
         return None
 
     def loss(self, model: nnx.Module, batch: Batch, extra: None, *, rngs: nnx.Rngs) -> tuple[Array, dict[str, Array]]:
-        """The mean cross-entropy of the pixels that have a class, and what Dice's loss adds to it."""
+        """The mean cross-entropy of the pixels that have a class, and what Dice's loss, of these images, adds to it."""
         logits, segments = model(batch["image"], rngs=rngs), batch["segments"]
-        loss = pixel_cross_entropy(logits, segments).sum() / batch["pixels"].sum()
+        loss = cross_entropy(logits, segments, batch["valid_pixels"])
         if self.config.dice:
             loss = loss + self.config.dice * dice_loss(logits, segments)
         return loss, {}
@@ -105,8 +105,28 @@ class Segmentation:
         the cross-entropy as `loss`, and of the `pixels` that it is to be divided by."""
         logits, mask = model(batch["image"]), batch["mask"]
         segments = jnp.where(mask[:, None, None] > 0, batch["segments"], IGNORED)
-        loss = pixel_cross_entropy(logits, segments).sum()
+        undivided = jnp.full(mask.shape, 1 / len(mask), mask.dtype)
+        loss = cross_entropy(logits, segments, undivided)
         return {"logits": logits, "mask": mask, "sums": {"loss": loss, "pixels": jnp.sum(segments != IGNORED)}}
+
+    def draw_batch(self, batch: Batch, path: Path) -> None:
+        """Images with the colours of their pixels' classes."""
+        self._draw(batch["image"], [batch["segments"]], path, "the first training images")
+
+    def draw_outputs(self, batch: Batch, outputs: Mapping[str, Any], path: Path) -> None:
+        """Images with the colours of the classes that their pixels are taken for, each beside the right ones."""
+        taken = outputs["logits"].argmax(-1).astype(np.uint8)
+        title = "held-out images, right classes on the left, on the right those that are predicted"
+        self._draw(batch["image"], [batch["segments"], taken], path, title)
+
+    def _draw(self, images: np.ndarray, sides: Sequence[np.ndarray], path: Path, title: str) -> None:
+        pixels, scale = pixels_of(images), sheet_scale(*images.shape[1:3])
+        pictures = [
+            with_segments(pixels[row], segments[row], scale=scale) for row in range(len(pixels)) for segments in sides
+        ]
+        seen = sorted({int(value) for segments in sides for value in np.unique(segments)} - {IGNORED})
+        below = legend(self.class_names, seen, sheet_width(pictures, SHEET_COLUMNS))
+        save_sheet(path, pictures, columns=SHEET_COLUMNS, title=title, below=below)
 
     def scores(self, source: DenseSource) -> "SegmentationScores":
         return SegmentationScores(self, source)

@@ -113,6 +113,15 @@ class Task(Protocol):
     def evaluate(self, model: nnx.Module, batch: Batch) -> Tree:
         """On the devices: what `scores` wants to know of a batch, in arrays of fixed shapes."""
 
+    def draw_batch(self, batch: Batch, path: Path) -> None:
+        """A picture of training images with what is to be learned of them; everything is on the host.
+
+        Raises NotWritten.
+        """
+
+    def draw_outputs(self, batch: Batch, outputs: Tree, path: Path) -> None:
+        """A picture of held-out images and of what `evaluate` made of them, likewise."""
+
     def scores(self, source: Source) -> Scores:
         """A new `Scores` of the images of a source, to which nothing was added yet."""
 
