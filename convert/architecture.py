@@ -16,6 +16,13 @@ from convert.errors import ConversionError
 from convert.tree import leaves, timm_shape
 from crossvit_jax import CrossViT
 from crossvit_jax.config import CUSTOM, TIMM_NAMES, VARIANTS, Branch, CrossViTConfig
+from crossvit_jax.dense_config import DenseConfig, DetectorConfig, SegmenterConfig
+from crossvit_jax.detection import CrossViTDetector
+from crossvit_jax.segmentation import CrossViTSegmenter
+
+BODY = "backbone.body."  # before the names of the CrossViT's tensors in a detector or segmenter
+PYRAMID = "backbone.pyramid."
+_CLASSES = {CrossViTConfig: CrossViT, DetectorConfig: CrossViTDetector, SegmenterConfig: CrossViTSegmenter}
 
 Shapes = Mapping[str, tuple[int, ...]]  # by timm's name
 
@@ -31,26 +38,37 @@ class SameKey(nnx.Rngs):
         return jax.random.key(0)
 
 
+def model_class(config: CrossViTConfig | DenseConfig) -> type[nnx.Module]:
+    """The Flax class that these settings are of."""
+    return _CLASSES[type(config)]
+
+
 @functools.lru_cache(maxsize=16)
-def abstract_model(config: CrossViTConfig, dtype: Any = None, param_dtype: Any = jnp.float32) -> nnx.GraphState:
+def abstract_model(
+    config: CrossViTConfig | DenseConfig, dtype: Any = None, param_dtype: Any = jnp.float32
+) -> nnx.GraphState:
     """The graph definition of the model, and its parameters as shapes in nested dicts; nothing is allocated.
 
     The result is shared: do not change it.
     """
-    model = nnx.eval_shape(lambda: CrossViT(config, dtype=dtype, param_dtype=param_dtype, rngs=SameKey()))
+    build = model_class(config)
+    model = nnx.eval_shape(lambda: build(config, dtype=dtype, param_dtype=param_dtype, rngs=SameKey()))
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
 
 
-def expected_shapes(config: CrossViTConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: CrossViTConfig | DenseConfig) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor in timm's state dict of this model, derived from the Flax module tree."""
     return dict(timm_shape(path, leaf.shape) for path, leaf in leaves(abstract_model(config)[1]))
 
 
 def infer_config(
     shapes: Shapes, image_size: tuple[int, int] | None = None, branches: Sequence[Branch] | None = None
-) -> CrossViTConfig:
+) -> CrossViTConfig | DenseConfig:
     """The settings that shapes tell: variant, image size and scale, channels, classes, qkv bias.
+
+    Of a detector or segmenter also what stands on its body; the distances of a detector, which no shape tells, are the
+    usual ones.
 
     Where tensors contradict one another, the variant that explains most of them wins, so that `check` names the rest.
 
@@ -63,6 +81,8 @@ def infer_config(
         ConversionError: nothing in it looks like a CrossViT, or like a variant where no `branches` are given; or these
             make no model.
     """
+    if any(name.startswith(PYRAMID) for name in shapes):
+        return _dense_config(shapes, image_size, branches)
     if branches is not None:
         return _custom_config(shapes, image_size, tuple(branches))
     likeness = {name: _likeness(config, shapes) for name, config in VARIANTS.items()}
@@ -117,7 +137,37 @@ def _custom_config(shapes: Shapes, image_size: tuple[int, int] | None, branches:
         raise ConversionError(str(error)) from None
 
 
-def check(shapes: Shapes, config: CrossViTConfig, what: str) -> None:
+def _dense_config(shapes: Shapes, image_size: tuple[int, int] | None, branches: Sequence[Branch] | None) -> DenseConfig:
+    """The settings of a detector or segmenter."""
+    of_body = {name.removeprefix(BODY): shape for name, shape in shapes.items() if name.startswith(BODY)}
+    backbone = infer_config(of_body, image_size, branches)
+
+    def count(pattern: str, rank: int = 4) -> int:
+        return sum(re.fullmatch(pattern, name) is not None and len(shape) == rank for name, shape in shapes.items())
+
+    try:
+        levels = count(rf"{re.escape(PYRAMID)}levels\.\d+\.conv1\.weight")
+        stride = backbone.patch_size[0] / backbone.image_scale[0]
+        first = int(stride) // 2 if f"{PYRAMID}levels.0.up.weight" in shapes else int(stride)
+        settings = {"backbone": backbone, "strides": tuple(first * 2**level for level in range(levels))}
+        settings["width"] = shapes[f"{PYRAMID}levels.0.conv1.weight"][0]
+        if any(name.startswith("head.") for name in shapes):
+            convs = count(r"head\.regression_head\.conv\.\d+\.weight")
+            classes = shapes["head.classification_head.cls_logits.bias"][0]
+            return DetectorConfig(**settings, num_classes=classes, num_convs=convs)
+        if "decoder.cls_emb" in shapes:
+            blocks = count(r"decoder\.blocks\.\d+\.attn\.qkv\.weight", rank=2)
+            classes = shapes["decoder.cls_emb"][1]
+            return SegmenterConfig(**settings, num_classes=classes, decoder="mask", num_blocks=blocks)
+        scse = "decoder.scse.reduce.weight" in shapes
+        return SegmenterConfig(**settings, num_classes=shapes["decoder.classifier.bias"][0], scse=scse)
+    except KeyError as error:
+        raise ConversionError(f"it looks like a detector or a segmenter, but has no {error.args[0]}") from None
+    except (ValueError, IndexError) as error:
+        raise ConversionError(f"it looks like a detector or a segmenter, but: {error}") from None
+
+
+def check(shapes: Shapes, config: CrossViTConfig | DenseConfig, what: str) -> None:
     """Whether the tensors are exactly those of the model.
 
     Raises:
@@ -133,10 +183,11 @@ def check(shapes: Shapes, config: CrossViTConfig, what: str) -> None:
     faults = [f"{len(names)} {kind} ({_named(names, among, details)})" for kind, names, among in kinds if names]
     if not faults:
         return
-    if any(_square_side(shapes, branch) == 0 for branch in range(len(config.branches))):
+    of_body = {name.removeprefix(BODY): shape for name, shape in shapes.items()}
+    if any(_square_side(of_body, branch) == 0 for branch in range(len(config.branches))):
         faults.append("no square image has that many patches: a rectangle needs image_size (--image-size HxW)")
-    near = f"its settings ({config.name})"
-    if config.name in TIMM_NAMES:
+    near = f"its settings ({config.name}{f', {config.task}' if isinstance(config, DenseConfig) else ''})"
+    if config.name in TIMM_NAMES and not isinstance(config, DenseConfig):
         near = f"{config.name} ({TIMM_NAMES[config.name]}), the nearest variant"
     raise ConversionError(f"{what} does not fit {near}: {'; '.join(faults)}")
 

@@ -13,26 +13,30 @@ from typing import Any, get_args
 from convert.errors import ConversionError
 from convert.weights import Weights
 from crossvit_jax.config import BRANCH_SETTINGS, Branch, CrossViTConfig
+from crossvit_jax.dense_config import CONFIGS, DenseConfig
 from crossvit_jax.preprocess import MEAN, STD, Exif
 
 KEY = "crossvit"  # in the header of a safetensors file; the name of the item in an Orbax folder
 ORIGIN = "crossvit-origin"  # in a safetensors header: where the weights come from, in words for the user
 FORMAT = 2  # 1 knew two branches only, whose settings were pairs; it is read as well
-_EXIF = "exif"
-_FIXED = {"task": "classification", "mean": list(MEAN), "std": list(STD)}  # what all models have so far
+_EXIF, _TASK = "exif", "task"
+_FIXED = {"mean": list(MEAN), "std": list(STD)}  # what all models have so far
+_CONFIGS = {"classification": CrossViTConfig, **CONFIGS}
 
 
-def describe(config: CrossViTConfig, class_names: tuple[str, ...] | None, exif: Exif | None = None) -> dict:
+def describe(
+    config: CrossViTConfig | DenseConfig, class_names: tuple[str, ...] | None, exif: Exif | None = None
+) -> dict:
     """The settings as JSON values; fractions become strings such as "14/15".
 
     Args:
         exif: what training did with EXIF orientations; None is not written.
     """
     settings = dataclasses.asdict(config)
-    for branch in settings["branches"]:
+    for branch in settings.get("backbone", settings)["branches"]:
         branch["image_scale"] = str(branch["image_scale"])
     known = {"config": settings, "class_names": class_names and list(class_names)}
-    return {"format": FORMAT, **_FIXED, **known, **({} if exif is None else {_EXIF: exif})}
+    return {"format": FORMAT, _TASK: config.task, **_FIXED, **known, **({} if exif is None else {_EXIF: exif})}
 
 
 def summary(weights: Weights) -> dict[str, Any]:
@@ -60,7 +64,7 @@ def version(package: str) -> str:
         return "unknown"
 
 
-def understand(description: dict | str) -> tuple[CrossViTConfig, tuple[str, ...] | None]:
+def understand(description: dict | str) -> tuple[CrossViTConfig | DenseConfig, tuple[str, ...] | None]:
     """The settings and class names of `describe`, or of its JSON text.
 
     Raises:
@@ -71,23 +75,26 @@ def understand(description: dict | str) -> tuple[CrossViTConfig, tuple[str, ...]
             description = json.loads(description)
         if description["format"] > FORMAT:
             raise ConversionError(f"it was written by a newer version (format {description['format']})")
-        fixed = _FIXED if description["format"] > 1 else {}
-        _refuse_unknown(description, ("format", *fixed, "config", "class_names", _EXIF))
+        is_first = description["format"] == 1
+        fixed = {} if is_first else _FIXED
+        _refuse_unknown(
+            description, ("format", *fixed, *(() if is_first else (_TASK,)), "config", "class_names", _EXIF)
+        )
         for key, value in fixed.items():
             if description[key] != value:
                 raise ConversionError(f"its {key} is {description[key]}; this version knows only {value}")
+        task = "classification" if is_first else description[_TASK]
+        if task not in _CONFIGS:
+            raise ConversionError(f"its {_TASK} is {task}; this version knows only {', '.join(_CONFIGS)}")
         if description.get(_EXIF) not in (None, *get_args(Exif)):
             known = " and ".join(get_args(Exif))
             raise ConversionError(f"its {_EXIF} is {description[_EXIF]!r}; this version knows only {known}")
         settings = dict(description["config"])
-        if not fixed:  # the first format
+        if is_first:
             columns = [settings.pop(name) for name in BRANCH_SETTINGS]
             settings["branches"] = [dict(zip(BRANCH_SETTINGS, row, strict=True)) for row in zip(*columns, strict=True)]
-        _refuse_unknown(settings, [field.name for field in dataclasses.fields(CrossViTConfig)])
-        settings["branches"] = tuple(map(_branch, settings["branches"]))
         names = description["class_names"]
-        config = CrossViTConfig(**{key: _from_json(value) for key, value in settings.items()})
-        return config, names and tuple(map(str, names))
+        return _config(_CONFIGS[task], settings), names and tuple(map(str, names))
     except ConversionError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
@@ -97,6 +104,16 @@ def understand(description: dict | str) -> tuple[CrossViTConfig, tuple[str, ...]
 def recorded_exif(description: dict | str) -> Exif | None:
     """What training did with EXIF orientations, in what `understand` understood; None: it does not tell."""
     return (json.loads(description) if isinstance(description, str) else description).get(_EXIF)
+
+
+def _config(build: type, settings: dict[str, Any]) -> CrossViTConfig | DenseConfig:
+    _refuse_unknown(settings, [field.name for field in dataclasses.fields(build)])
+    values = {key: _from_json(value) for key, value in settings.items()}
+    if "backbone" in settings:
+        values["backbone"] = _config(CrossViTConfig, dict(settings["backbone"]))
+    else:
+        values["branches"] = tuple(map(_branch, settings["branches"]))
+    return build(**values)
 
 
 def _branch(settings: Mapping[str, Any]) -> Branch:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from convert import architecture, metadata
-from convert.adapt import adapt
+from convert.dense import adapt_to_task
 from convert.errors import ConversionError
 from convert.formats import timm_config
 from convert.formats.read import read
@@ -20,18 +20,20 @@ from convert.tree import flatten, from_state_dict, nest, shapes_of
 from convert.weights import Weights
 from crossvit_jax import CrossViT
 from crossvit_jax.config import TIMM_NAMES, CrossViTConfig, get_config
+from crossvit_jax.dense_config import DenseConfig, DetectorConfig, SegmenterConfig
 from crossvit_jax.preprocess import Exif
 
 if TYPE_CHECKING:
     import torch
 
     import crossvit_torch
+    from crossvit_jax import CrossViTDetector, CrossViTSegmenter
 
 _log = logging.getLogger(__name__)
 
 
-def to_flax(state_dict: Mapping[str, Any], config: CrossViTConfig | None = None) -> dict[str | int, Any]:
-    """A state dict as the nested parameters of `crossvit_jax.CrossViT`, bit for bit.
+def to_flax(state_dict: Mapping[str, Any], config: CrossViTConfig | DenseConfig | None = None) -> dict[str | int, Any]:
+    """A state dict as the nested parameters of the Flax model, a detector and a segmenter too, bit for bit.
 
     Args:
         state_dict: torch tensors or arrays under timm's or IBM's names; `module.` prefixes are dropped.
@@ -66,14 +68,17 @@ def to_torch(params: Any) -> "dict[str, torch.Tensor]":
     return {name: as_tensor(array) for name, array in flatten(params).items()}
 
 
-def load_weights(source: str | Path, *, seed: int = 0, **overrides: Any) -> Weights:
+def load_weights(source: str | Path, *, task: str | None = None, seed: int = 0, **overrides: Any) -> Weights:
     """The weights in a source with their settings, checked and adapted, in the stored dtype.
 
     Args:
         source: `hf-hub:owner/repo`, a `.safetensors`, `.pth` or `.bin` file, an Orbax folder, or a run's folder, also
             with `:last` or `:ema`.
-        seed: of a new head.
-        **overrides: settings, see `convert.adapt.adapt`. Of a model that is no variant, `branches` have to be given
+        task: "classification", "detection" or "segmentation"; default: that of the source. For another, a new model is
+            made around the source's body, see `convert.dense.adapt_to_task`; it needs `num_classes`.
+        seed: of a new head, or whatever else is new.
+        **overrides: settings, see `convert.adapt.adapt`, and for detectors and segmenters `DetectorConfig` and
+            `SegmenterConfig`. Of a model that is no variant, `branches` have to be given
             where the source has no metadata; where it has, they may only be the same.
 
     Raises:
@@ -100,7 +105,7 @@ def load_weights(source: str | Path, *, seed: int = 0, **overrides: Any) -> Weig
     known = {"config": config, "class_names": class_names, "exif": exif}
     known |= {"origin": stored.origin, "trained": stored.trained}
     weights = Weights(tensors=stored.tensors, notes=(*stored.notes, *said), **known)
-    return adapt(weights, overrides, seed=seed)
+    return adapt_to_task(weights, task, overrides, seed=seed)
 
 
 def list_pretrained() -> dict[str, str]:
@@ -114,15 +119,16 @@ def load_flax(
     pretrained: bool = False,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
+    task: str | None = None,
     seed: int = 0,
     **overrides: Any,
-) -> CrossViT:
+) -> "CrossViT | CrossViTDetector | CrossViTSegmenter":
     """The Flax model with the weights of a source, in evaluation mode. Changes and oddities are logged as warnings.
 
     Its `class_names` are those of the outputs, in their order; None where the source does not know them.
 
     Args:
-        source, seed, overrides: see `load_weights`.
+        source, task, seed, overrides: see `load_weights`.
         pretrained: the source is a variant's name, whose published weights are meant, see `list_pretrained`.
         dtype, param_dtype: see `crossvit_jax.CrossViT`. Parameters become float32 unless told otherwise, whatever the
             file holds; float64 needs `jax_enable_x64`.
@@ -130,13 +136,13 @@ def load_flax(
     Raises:
         ConversionError, TypeError: see `load_weights`.
     """
-    weights = _load_aloud(_published(source) if pretrained else source, seed, overrides)
+    weights = _load_aloud(_published(source) if pretrained else source, task, seed, overrides)
     model = flax_model(weights, dtype=dtype, param_dtype=param_dtype)
     model.class_names = weights.class_names
     return model
 
 
-def flax_model(weights: Weights, *, dtype: Any = None, param_dtype: Any = jnp.float32) -> CrossViT:
+def flax_model(weights: Weights, *, dtype: Any = None, param_dtype: Any = jnp.float32) -> nnx.Module:
     """The Flax model with these weights, in evaluation mode; no initial weights are drawn."""
     graphdef, _ = architecture.abstract_model(weights.config, dtype, param_dtype)
     # jnp.array copies: on a CPU, jnp.asarray may share memory with tensors that belong to others
@@ -153,22 +159,23 @@ def load_torch(
     dtype: "torch.dtype | None" = None,
     param_dtype: "torch.dtype | None" = None,
     device: Any = None,
+    task: str | None = None,
     seed: int = 0,
     **overrides: Any,
-) -> "crossvit_torch.CrossViT":
+) -> "crossvit_torch.CrossViT | CrossViTDetector | CrossViTSegmenter":
     """The PyTorch twin with the weights of a source, in evaluation mode. Changes and oddities are logged as warnings.
 
     Its `class_names` are as in `load_flax`.
 
     Args:
-        source, seed, overrides: see `load_weights`.
+        source, task, seed, overrides: see `load_weights`.
         pretrained: as in `load_flax`.
         dtype, param_dtype, device: see `crossvit_torch.CrossViT`; parameters become float32 unless told otherwise.
 
     Raises:
         ConversionError, TypeError: see `load_weights`.
     """
-    weights = _load_aloud(_published(source) if pretrained else source, seed, overrides)
+    weights = _load_aloud(_published(source) if pretrained else source, task, seed, overrides)
     model = torch_model(weights, dtype=dtype, param_dtype=param_dtype, device=device)
     model.class_names = weights.class_names
     return model
@@ -180,14 +187,16 @@ def torch_model(
     dtype: "torch.dtype | None" = None,
     param_dtype: "torch.dtype | None" = None,
     device: Any = None,
-) -> "crossvit_torch.CrossViT":
+) -> "torch.nn.Module":
     """The PyTorch twin with these weights, in evaluation mode; no initial weights are drawn."""
     import torch
 
     import crossvit_torch
 
     param_dtype = param_dtype or torch.float32
-    model = crossvit_torch.CrossViT(weights.config, dtype=dtype, param_dtype=param_dtype, device="meta")
+    classes = {DetectorConfig: crossvit_torch.CrossViTDetector, SegmenterConfig: crossvit_torch.CrossViTSegmenter}
+    build = classes.get(type(weights.config), crossvit_torch.CrossViT)
+    model = build(weights.config, dtype=dtype, param_dtype=param_dtype, device="meta")
     model = model.to_empty(device=device or "cpu")
     # copies: the parameters are laid out as in a fresh model, and share no memory
     model.load_state_dict({name: as_tensor(array) for name, array in weights.tensors.items()}, strict=True)
@@ -196,7 +205,7 @@ def torch_model(
 
 def save(
     params: Any,
-    config: CrossViTConfig,
+    config: CrossViTConfig | DenseConfig,
     destination: str | Path,
     *,
     class_names: Sequence[str] | None = None,
@@ -239,8 +248,8 @@ def _published(variant: str | Path) -> str:
         raise ConversionError(f"pretrained weights are those of a variant ({known}), not of {variant}") from None
 
 
-def _load_aloud(source: str | Path, seed: int, overrides: Mapping[str, Any]) -> Weights:
-    weights = load_weights(source, seed=seed, **overrides)
+def _load_aloud(source: str | Path, task: str | None, seed: int, overrides: Mapping[str, Any]) -> Weights:
+    weights = load_weights(source, task=task, seed=seed, **overrides)
     for note in filter(None, (*weights.notes, weights.non_finite())):
         _log.warning("%s: %s", source, note)
     return weights

@@ -54,6 +54,8 @@ def predict(
         class_names, exif = class_names or weights.class_names, weights.exif or exif
         model = flax_model(weights)
     config = model.config
+    if config.task != "classification":
+        raise ConversionError(f"predict is for classifiers, and this is a model for {config.task}")
     if config.num_classes == 0 or config.in_chans != 3:
         why = "no head" if config.num_classes == 0 else f"{config.in_chans} channels"
         raise ConversionError(f"the model has {why}: it does not classify colour images")

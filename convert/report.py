@@ -3,8 +3,10 @@
 from typing import TYPE_CHECKING
 
 from convert.class_names import unlike_timm
+from convert.errors import listed
 from convert.streams import tell_error
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
+from crossvit_jax.dense_config import DenseConfig
 
 if TYPE_CHECKING:
     from convert.export.export import Exported
@@ -25,6 +27,9 @@ def tell_weights(weights: "Weights", stored: str) -> None:
     dtypes = ", ".join(weights.dtypes)
     print(f"variant     {config.name}; in timm: {_in_timm(config)}")
     print(f"image       {height} x {width} pixels (the branches see {branches}), {config.in_chans} channels")
+    if isinstance(config, DenseConfig):
+        levels = listed(map(str, config.strides))
+        print(f"task        {config.task}, on levels of {levels} pixels with {config.width} channels")
     print(f"classes     {config.num_classes or 'none: no head'}")
     print(f"weights     {len(weights.tensors)} tensors, {parameters:,} parameters, {dtypes}", end="")
     print("" if dtypes == stored else f" (stored as {stored})")
@@ -48,7 +53,8 @@ def tell_training(state: "TrainingState") -> None:
 
 def tell_class_order(weights: "Weights") -> None:
     """Prints a line where timm, given folders of these classes, would take the outputs for others."""
-    unlike = None if weights.class_names is None else unlike_timm(weights.class_names)
+    is_timms = weights.config.task == "classification"
+    unlike = None if weights.class_names is None or not is_timms else unlike_timm(weights.class_names)
     if unlike:
         print(
             f"note        {unlike}: timm takes the names in this file's order, one a line, by --class-map; they are "
@@ -70,9 +76,9 @@ def tell_result(exported: "Exported") -> int:
     return 0 if exported.passed else 1
 
 
-def _in_timm(config: CrossViTConfig) -> str:
+def _in_timm(config: CrossViTConfig | DenseConfig) -> str:
     """The call that makes this model in timm."""
-    if config.name not in TIMM_NAMES:
+    if config.name not in TIMM_NAMES or isinstance(config, DenseConfig):
         return "none"
     usual = VARIANTS[config.name]
     height, width = config.image_size

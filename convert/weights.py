@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 
 from crossvit_jax.config import CrossViTConfig
+from crossvit_jax.dense_config import DenseConfig
 from crossvit_jax.preprocess import Exif
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """The weights of one CrossViT, whatever file they came from."""
+    """The weights of one CrossViT, or of a detector or segmenter on one, whatever file they came from."""
 
-    config: CrossViTConfig
+    config: CrossViTConfig | DenseConfig
     tensors: Mapping[str, np.ndarray]  # timm's names and layouts, each in its stored dtype
     class_names: tuple[str, ...] | None = None
     exif: Exif | None = None  # whether training turned images as EXIF says, where the source tells

@@ -39,7 +39,7 @@ def mean_positives(points: Points, targets: Mapping[str, Array]) -> Float[Array,
     Counted over a whole batch, it makes the mean of the losses of its parts the loss of the batch.
     """
     matched = assign(points, targets["boxes"], targets["present"])
-    count = jnp.maximum(1, (matched >= 0).sum()).astype(targets["boxes"].dtype)
+    count = jnp.maximum(1, (matched >= 0).sum()).astype(float)
     return jnp.broadcast_to(count / len(matched), (len(matched),))
 
 

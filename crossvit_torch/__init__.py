@@ -1,6 +1,10 @@
 """CrossViT (arXiv 2103.14899) in PyTorch, the twin of `crossvit_jax`, module for module."""
 
 from crossvit_jax.config import Branch, CrossViTConfig, get_config, list_variants
+from crossvit_jax.dense_config import DetectorConfig, SegmenterConfig
 from crossvit_torch.crossvit import CrossViT, create_model
+from crossvit_torch.detection import CrossViTDetector, create_detector
+from crossvit_torch.segmentation import CrossViTSegmenter, create_segmenter
 
-__all__ = ["Branch", "CrossViT", "CrossViTConfig", "create_model", "get_config", "list_variants"]
+__all__ = ["Branch", "CrossViT", "CrossViTConfig", "CrossViTDetector", "CrossViTSegmenter", "DetectorConfig"]
+__all__ += ["SegmenterConfig", "create_detector", "create_model", "create_segmenter", "get_config", "list_variants"]

@@ -39,7 +39,7 @@ def mean_positives(points: Points, targets: Mapping[str, Tensor]) -> Float[Tenso
     Counted over a whole batch, it makes the mean of the losses of its parts the loss of the batch.
     """
     matched = assign(points, targets["boxes"], targets["present"])
-    count = (matched >= 0).sum().clamp(min=1).to(targets["boxes"].dtype)
+    count = (matched >= 0).sum().clamp(min=1).double()
     return (count / len(matched)).expand(len(matched))
 
 

@@ -115,6 +115,8 @@ def check_weights(weights: Weights, how: Export) -> None:
     first; models of other classes than the digits, where these calibrate; and of other images than evaluation makes.
     """
     config = weights.config
+    if config.task != "classification":
+        raise ConversionError(f"only classifiers are exported, and these are weights for {config.task}")
     if how.quantize is not None and weights.dtypes != ["float32"]:
         raise ConversionError(
             f"integers are made of float32, and the weights are {' and '.join(weights.dtypes)}; "

@@ -14,6 +14,9 @@ _OF_AN_OPTIMISER = re.compile(r"opt(im)?(_.*)?|(.*_)?optimi[sz]ers?(_.*)?|mu|nu|
 _OWN = re.compile(r"(cls_token|pos_embed)[._]\d+|(patch_embed|blocks|norm|head)\.\d+\..*")
 # names that no other model has, the surest first; before them, the prefix
 _LANDMARKS = (
+    re.compile(
+        r"((?:.*\.)?)backbone\.pyramid\.fuse\.(?:weight|kernel)"
+    ),  # a detector or segmenter, of which a body is a part
     re.compile(r"((?:.*\.)?)cls_token[._]0"),
     re.compile(r"((?:.*\.)?)blocks\.\d+\.(?:fusion|revert_projs)\.\d+\..*"),
 )

@@ -15,6 +15,7 @@ from convert.errors import ConversionError, listed
 from convert.files import write_bytes
 from convert.weights import Weights
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
+from crossvit_jax.dense_config import DenseConfig
 from crossvit_jax.preprocess import MEAN, STD
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -61,8 +62,10 @@ def write_hf(weights: Weights, folder: Path) -> None:
     write_bytes(folder / CARD, _card(weights).encode())
 
 
-def check_for_timm(config: CrossViTConfig) -> None:
+def check_for_timm(config: CrossViTConfig | DenseConfig) -> None:
     """Raises ConversionError for a model that timm cannot make, or makes so that it fails when it runs."""
+    if config.task != "classification":
+        raise ConversionError(f"timm has no model for {config.task}: .safetensors keeps it")
     if config.name not in TIMM_NAMES:
         raise ConversionError(f"timm has no model with the branches of {config.name}: .safetensors keeps them")
     usual = VARIANTS[config.name]

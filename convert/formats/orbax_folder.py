@@ -101,7 +101,8 @@ def _find(tree: Any, keys: tuple = ()) -> Iterator[tuple]:
     """The keys that lead to parameters of a CrossViT, or to what has their form: an average, or moments."""
     if not isinstance(tree, Mapping):
         return
-    if "cls_token_0" in tree:
+    backbone = tree.get("backbone")  # of a detector or segmenter, whose body alone is not meant
+    if "cls_token_0" in tree or (isinstance(backbone, Mapping) and "pyramid" in backbone):
         yield keys
         return
     for key in sorted(tree, key=str):

@@ -138,13 +138,9 @@ class Detection:
     def draw_batch(self, batch: Batch, path: Path) -> None:
         """Images with their boxes."""
         images = pixels_of(batch["image"])
-        found = (
-            {name: batch[name][row][batch["present"][row]] for name in ("boxes", "classes")}
-            for row in range(len(images))
-        )
-        self._draw(
-            images, [(boxes["boxes"], boxes["classes"], None) for boxes in found], path, "the first training images"
-        )
+        rows = zip(batch["boxes"], batch["classes"], batch["present"], strict=True)
+        found = [(boxes[present], classes[present], None) for boxes, classes, present in rows]
+        self._draw(images, found, path, "the first training images")
 
     def draw_outputs(self, batch: Batch, outputs: Mapping[str, Any], path: Path) -> None:
         """Images with the boxes that are found with a score of 0.3 or more."""
