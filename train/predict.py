@@ -1,19 +1,22 @@
-"""`python -m train.predict --weights SOURCE PATH...`: the most probable classes of images."""
+"""`python -m train.predict --weights SOURCE PATH...`: the most probable classes of images, or what is found in them."""
 
 # What takes long to import is imported when it is needed: `--help` and wrong flags are answered at once.
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from convert.command_line import Parser, at_least_one, leave, run
-from convert.files import check_replaceable, home_path, local_path
+from convert.errors import SettingsError, listed
+from convert.files import check_place, check_replaceable, home_path, local_path, write_whole
 from convert.image_files import LeftOut
 from convert.streams import reconfigure, tell_error
 from train.inference.command import (
     SMALLER_BATCH,
     SOURCES,
+    add_detection_flags,
     add_model_flags,
     exif_notes,
     load_model,
@@ -22,6 +25,9 @@ from train.inference.command import (
 )
 from train.inference.predictions import FORMATS
 
+if TYPE_CHECKING:
+    from train.inference.model import Classifier, Predictor
+
 _PROGRAM = "python -m train.predict"
 
 _EPILOG = f"""\
@@ -29,7 +35,7 @@ _EPILOG = f"""\
 
 PATH: an image file, a folder (with all folders below it), or - for a list on standard input, one path per line
 
-exit status: 0 all images were classified; 1 some could not be read, which stderr names; 2 nothing could be done, and
+exit status: 0 all images were read; 1 some could not be read, which stderr names; 2 nothing could be done, and
 one line on stderr says why
 """
 
@@ -46,37 +52,81 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog=_PROGRAM,
-        description="Classify images with a CrossViT, in the order in which they are given.",
+        description="Classify images with a CrossViT, in the order in which they are given; or find what is "
+        "in them, with the weights of a detector or segmenter.",
         epilog=_EPILOG,
     )
     parser.add_argument("paths", type=local_path, metavar="PATH", nargs="+")
     add_model_flags(parser)
-    parser.add_argument("--top-k", type=at_least_one, default=5, metavar="K", help="classes per image (default: 5)")
+    parser.add_argument(
+        "--top-k", type=at_least_one, metavar="K", help="of a classifier: classes per image (default: 5)"
+    )
     parser.add_argument("--format", choices=FORMATS, default="table", help="default: table")
     parser.add_argument(
         "--attention",
         type=home_path,
         metavar="OUT",
         help="folder for pictures of what the class tokens attend to, one per image; those of an earlier prediction "
-        "are replaced, no other file is; not with --quantize",
+        "are replaced, no other file is; of a classifier, not with --quantize",
+    )
+    parser.add_argument(
+        "--overlay",
+        type=home_path,
+        metavar="OUT",
+        help="folder for the images with what a detector or segmenter finds in them, likewise",
+    )
+    parser.add_argument(
+        "--masks",
+        type=home_path,
+        metavar="OUT",
+        help="folder for a PNG of each image whose values are the classes of a segmenter, with a palette, likewise",
+    )
+    add_detection_flags(parser)
+    parser.add_argument("--classes", nargs="+", metavar="NAME", help="of a detector: the objects wanted (default: all)")
+    parser.add_argument(
+        "--coco",
+        type=home_path,
+        metavar="FILE",
+        help="of a detector: write all boxes as COCO's results (JSON), images numbered from 1 in their order; a file "
+        "that is there is not replaced",
     )
     return parser
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from train.inference.image_paths import FileSource, image_paths
+    from train.inference.image_paths import image_paths
 
     left_out = LeftOut()
     paths = image_paths(args.paths, left_out)
-    pictures = _place_pictures(Path(args.attention), paths) if args.attention else None
+    folders = {name: getattr(args, name) for name in ("attention", "overlay", "masks") if getattr(args, name)}
+    places = {name: _place_pictures(Path(folder), paths) for name, folder in folders.items()}
+    model = load_model(args)
 
+    from train.inference.model import Classifier
+    from train.tasks.begin import task_of
+
+    learned = task_of(model.task.model_config)
+    own = {"classification": {"top_k", "attention"}, "detection": {"overlay", "classes", "coco"}}
+    own["segmentation"] = {"overlay", "masks"}
+    others = sorted(set.union(*own.values()) - own[learned])
+    given = [name for name in others if getattr(args, name) is not None]
+    if given:
+        raise SettingsError(f"--{given[0].replace('_', '-')} is not for {learned}, which {args.weights} is for")
+    tell_notes(_PROGRAM, [*left_out.notes(), *model.notes])
+    if isinstance(model, Classifier):
+        return _predict_classes(args, model, paths, places.get("attention"))
+    return _find(args, model, paths, places)
+
+
+def _predict_classes(
+    args: argparse.Namespace, classifier: "Classifier", paths: Sequence[str], pictures: Sequence[Path] | None
+) -> int:
     from train.data.bad_images import BadImages
     from train.data.tagged_images import TaggedImages
     from train.inference.classify import classify
+    from train.inference.image_paths import FileSource
     from train.run.progress import open_bar
 
-    classifier = load_model(args)
-    tell_notes(_PROGRAM, [*left_out.notes(), *classifier.notes])
     text = FORMATS[args.format](paths, classifier.task.class_names)
     # a path that is no text is written as the bytes it is, so that other programs find the file
     reconfigure(sys.stdout, encoding="utf-8", errors="surrogateescape")
@@ -91,7 +141,7 @@ def _predict(args: argparse.Namespace) -> int:
         bar.write(text.header, end="")
         batch_size = classifier.batch_size(args.batch_size, len(paths))
         workers = reading_processes(len(paths))
-        how = {"batch_size": batch_size, "workers": workers, "top_k": args.top_k, "pictures": pictures}
+        how = {"batch_size": batch_size, "workers": workers, "top_k": args.top_k or 5, "pictures": pictures}
         batches = classify(classifier, source, bad_images, **how, say=say, tagged=tagged)
         with closing(batches):
             for results in batches:
@@ -103,6 +153,56 @@ def _predict(args: argparse.Namespace) -> int:
     if bad_images.count:
         tell_error(f"{_PROGRAM}: {bad_images.count} of {len(paths)} images could not be read")
     return 1 if bad_images.count else 0
+
+
+def _find(
+    args: argparse.Namespace, model: "Predictor", paths: Sequence[str], places: Mapping[str, Sequence[Path]]
+) -> int:
+    from train.data.bad_images import BadImages
+    from train.data.tagged_images import TaggedImages
+    from train.inference.dense import find
+    from train.inference.findings import FORMATS, coco_file
+    from train.inference.image_paths import FileSource
+    from train.run.progress import open_bar
+    from train.tasks.begin import task_of
+
+    wanted = _class_numbers(args.classes, model.task.class_names)
+    coco = None if args.coco is None else check_place(Path(args.coco))
+    text = FORMATS[args.format](paths, model.task.class_names, boxes=task_of(model.task.model_config) == "detection")
+    reconfigure(sys.stdout, encoding="utf-8", errors="surrogateescape")
+    source, results = FileSource(tuple(paths)), []
+    with open_bar(total=len(paths), unit=" images") as bar:
+
+        def say(line: str) -> None:
+            bar.write(f"{_PROGRAM}: {line}", file=sys.stderr)
+
+        bad_images, tagged = BadImages(source, say), TaggedImages()
+        bar.write(text.header, end="")
+        batch_size = model.batch_size(args.batch_size, len(paths))
+        how = {"batch_size": batch_size, "workers": reading_processes(len(paths)), "classes": wanted, "say": say}
+        how |= {"pictures": places.get("overlay"), "masks": places.get("masks"), "tagged": tagged}
+        batches = find(model, source, bad_images, **how)
+        with closing(batches):
+            for found in batches:
+                bar.write("".join(map(text.entry, found)), end="")
+                sys.stdout.flush()
+                bar.update(min(batch_size, len(paths) - bar.n))
+                results += found if coco else []
+    tell_notes(_PROGRAM, exif_notes(args, model, tagged))
+    if coco:
+        write_whole(coco, coco_file(results, paths))
+        tell_error(f"{_PROGRAM}: {sum(len(found.boxes) for found in results)} boxes written to {coco}")
+    if bad_images.count:
+        tell_error(f"{_PROGRAM}: {bad_images.count} of {len(paths)} images could not be read")
+    return 1 if bad_images.count else 0
+
+
+def _class_numbers(wanted: Sequence[str] | None, names: Sequence[str]) -> frozenset[int] | None:
+    """Raises SettingsError for a name that no class has."""
+    unknown = [name for name in wanted or () if name not in names]
+    if unknown:
+        raise SettingsError(f"--classes: no class {unknown[0]!r}; there are {listed(names[:20], len(names))}")
+    return None if wanted is None else frozenset(place for place, name in enumerate(names) if name in wanted)
 
 
 def _place_pictures(folder: Path, images: Sequence[str]) -> list[Path]:

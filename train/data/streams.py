@@ -15,7 +15,7 @@ from train.devices.mesh import batch_sharding
 from train.images.transforms import EvalTransform
 
 BATCHES_AHEAD = 2  # already on the devices while a step runs
-_ON_HOST = ("tagged",)  # what the devices do not get
+_ON_HOST = ("tagged", "size")  # what the devices do not get
 
 
 def open_train_stream(

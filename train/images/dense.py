@@ -144,6 +144,18 @@ class SegmentationEvalTransform(_Whole):
         return {"image": self._blank_image(), "segments": np.full(self.image_size, IGNORED, np.uint8)}
 
 
+@dataclass(frozen=True)
+class WholeTransform(_Whole):
+    """For prediction: `image`, and `size` (2,) int32, the picture's height and width."""
+
+    def __call__(self, sample: Sample) -> Sample:
+        image, placement = self._placed(sample)
+        return {"image": image, "size": np.array(placement.size, np.int32)}
+
+    def blank(self) -> Sample:
+        return {"image": self._blank_image(), "size": np.array(self.image_size, np.int32)}
+
+
 def decoded(sample: Sample, exif: Exif = "keep") -> UInt8[np.ndarray, "height width 3"]:
     """The pixels of a sample's picture.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from convert.files import csv_text, shown
 
-_WIDEST_PATH, _WIDEST_CLASS = 100, 40  # characters; longer ones stand out of their column
+WIDEST_PATH, WIDEST_CLASS = 100, 40  # characters; longer ones stand out of their column
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Table:
     """Aligned columns, the path on the first line of its image."""
 
     def __init__(self, paths: Sequence[str], class_names: Sequence[str]):
-        self._path_width = min(_WIDEST_PATH, max(len(shown(path)) for path in (*paths, "image")))
-        self._class_width = min(_WIDEST_CLASS, max(len(name) for name in (*class_names, "class")))
+        self._path_width = min(WIDEST_PATH, max(len(shown(path)) for path in (*paths, "image")))
+        self._class_width = min(WIDEST_CLASS, max(len(name) for name in (*class_names, "class")))
         self.header = self._line("image", "class", "probability")
 
     def entry(self, path: str, predictions: Sequence[Prediction], picture: str | None) -> str:

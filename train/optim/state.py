@@ -68,13 +68,21 @@ def abstract_model(task: Task, config: TrainConfig) -> nnx.Module:
 
 
 def trained_and_frozen(params: Tree, config: TrainConfig, model: nnx.Module | None = None) -> tuple[Tree, Tree]:
-    """The parameters that are trained, and the others: none, or with a frozen backbone all but the model's heads."""
-    if not config.freeze_backbone:
+    """The parameters that are trained, and the others: with a frozen backbone all but the model's heads, and those that
+    a model has without using them, which weight decay would shrink.
+
+    Args:
+        model: whose they are; none: all are trained.
+    """
+    is_unused = getattr(model, "unused", None)
+    if is_unused is None and not config.freeze_backbone:
         return params, {}
     parts = {}, {}
     for path, param in flatten_dict(params).items():
-        parts[model.is_head(".".join(map(str, path)))][path] = param
-    frozen, trained = map(unflatten_dict, parts)
+        name = ".".join(map(str, path))
+        stays = (config.freeze_backbone and not model.is_head(name)) or (is_unused is not None and is_unused(name))
+        parts[stays][path] = param
+    trained, frozen = map(unflatten_dict, parts)
     return trained, frozen
 
 
@@ -95,7 +103,7 @@ def make_state(
     """A fresh state around given parameters.
 
     Args:
-        model: whose they are; needed with a frozen backbone.
+        model: whose they are, see `trained_and_frozen`.
         task: what they learn; none: one without state of its own.
     """
     trained, _ = trained_and_frozen(params, config, model)

@@ -38,7 +38,7 @@ def mask_png(segments: UInt8[np.ndarray, "height width"]) -> bytes:
     """A mask as PNG: its values are the classes, its palette `palette`."""
     image = Image.frombytes("P", segments.shape[::-1], np.ascontiguousarray(segments).tobytes())
     image.putpalette(palette().tobytes())
-    return _png(image)
+    return png_of(image)
 
 
 def pixels_of(images: Float[np.ndarray, "*batch height width 3"]) -> UInt8[np.ndarray, "*batch height width 3"]:
@@ -153,7 +153,7 @@ def save_sheet(
             draw.text((x, y), drawable(captions[place], _LONGEST_CAPTION), "black", font)
     if below is not None:
         sheet.paste(below, (_GAP, top_of_legend))
-    write_whole(path, _png(sheet))
+    write_whole(path, png_of(sheet))
 
 
 def sheet_width(pictures: Sequence[Image.Image], columns: int) -> int:
@@ -176,7 +176,8 @@ def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def _png(image: Image.Image) -> bytes:
+def png_of(image: Image.Image) -> bytes:
+    """A picture as PNG; `is_own_picture` knows it."""
     about = PngImagePlugin.PngInfo()
     about.add_text("Software", SOFTWARE)
     file = io.BytesIO()

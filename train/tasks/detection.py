@@ -116,20 +116,22 @@ class Detection:
     def update(self, extra: None, aux: Any, params: Any, step: Array) -> None:
         return None
 
+    def found(self, model: nnx.Module, images: Array) -> dict[str, Array]:
+        """Each image's detections in its pixels, see `detections_of`."""
+        return self._found(model(images))
+
+    def _found(self, outputs: Mapping[str, Array]) -> dict[str, Array]:
+        names = ("score_threshold", "iou_threshold", "max_detections")
+        settings = {name: getattr(self, name) for name in names}
+        return detections_of(outputs, self._points, self.model_config.image_size, **settings)
+
     def evaluate(self, model: nnx.Module, batch: Batch) -> dict[str, Any]:
         """Each image's detections, see `detections_of`, and `mask`; and `sums` over the unmasked images of the `loss`
         and of the `positives` that it is to be divided by."""
         outputs, mask = model(batch["image"]), batch["mask"]
         logits = jnp.where(mask[:, None, None] > 0, outputs["cls_logits"], _NO_LOGIT)
         outputs = {**outputs, "cls_logits": logits}
-        found = detections_of(
-            outputs,
-            self._points,
-            self.model_config.image_size,
-            score_threshold=self.score_threshold,
-            iou_threshold=self.iou_threshold,
-            max_detections=self.max_detections,
-        )
+        found = self._found(outputs)
         undivided = jnp.full(mask.shape, 1 / mask.shape[0], mask.dtype)
         loss = sum(detection_losses(outputs, batch, self._points, undivided).values())
         positives = jnp.sum(assign(self._points, batch["boxes"], batch["present"]) >= 0)

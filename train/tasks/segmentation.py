@@ -9,8 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from crossvit_jax.segmentation import CrossViTSegmenter
-from crossvit_jax.segmentation_loss import cross_entropy, dice_loss, mean_valid_pixels
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -18,6 +16,8 @@ from jaxtyping import Array
 import convert
 from convert.files import check_replaceable, csv_text, write_whole
 from crossvit_jax.dense_config import SegmenterConfig
+from crossvit_jax.segmentation import CrossViTSegmenter
+from crossvit_jax.segmentation_loss import cross_entropy, dice_loss, mean_valid_pixels
 from train.config import TrainConfig
 from train.data.dense.samples import DenseSource
 from train.images.geometry import IGNORED, classes_in_picture, whole_placement
@@ -99,6 +99,10 @@ class Segmentation:
 
     def update(self, extra: None, aux: Any, params: Any, step: Array) -> None:
         return None
+
+    def found(self, model: nnx.Module, images: Array) -> dict[str, Array]:
+        """The `logits` (height, width, classes) of each image."""
+        return {"logits": model(images)}
 
     def evaluate(self, model: nnx.Module, batch: Batch) -> dict[str, Any]:
         """Each image's `logits` (height, width, classes), float32, and `mask`; and `sums` over the unmasked images of

@@ -71,7 +71,8 @@ class Task(Protocol):
         """What is learned by which model, in a few words."""
 
     def model(self, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
-        """A new model; beside the call it has `no_weight_decay()`, `layer_of(name)` and `is_head(name)`."""
+        """A new model; beside the call it has `no_weight_decay()`, `layer_of(name)` and `is_head(name)`, and where no
+        output depends on some of its parameters, `unused(name)`."""
 
     def save(self, params: Tree, path: Path, *, origin: str | None = None) -> None:
         """Writes the weights with all that they should know of themselves, see `convert.save`."""

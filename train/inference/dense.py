@@ -1,0 +1,121 @@
+"""What detectors and segmenters find in image files, at the files' own sizes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+
+from convert.files import write_whole
+from train.data.bad_images import BadImages
+from train.data.tagged_images import TaggedImages
+from train.images.dense import WholeTransform, decoded
+from train.images.geometry import boxes_in_picture, classes_in_picture, whole_placement
+from train.inference.evaluation import forward, without_bad
+from train.inference.image_paths import FileSource
+from train.inference.model import Predictor
+from train.pictures.dense import mask_png, png_of, with_boxes, with_segments
+from train.run.best_effort import BestEffort
+from train.tasks.detection import SHOWN_SCORE, Detection
+
+
+class Objects(NamedTuple):
+    """What a detector finds in an image, the best first."""
+
+    path: str
+    boxes: Float[np.ndarray, "objects 4"]  # x1, y1, x2, y2 in pixels of the image
+    scores: Float[np.ndarray, " objects"]
+    classes: Int[np.ndarray, " objects"]
+    picture: str | None = None  # where they are drawn, if they are
+
+
+class Segments(NamedTuple):
+    """What a segmenter takes the pixels of an image for."""
+
+    path: str
+    segments: UInt8[np.ndarray, "height width"]  # the class of each pixel
+    picture: str | None = None  # where they are drawn, if they are
+    mask: str | None = None  # where they are written as PNG, if they are
+
+
+def find(
+    predictor: Predictor,
+    source: FileSource,
+    bad_images: BadImages,
+    *,
+    batch_size: int,
+    workers: int,
+    pictures: Sequence[Path] | None = None,
+    masks: Sequence[Path] | None = None,
+    classes: frozenset[int] | None = None,
+    say: Callable[[str], None] = print,
+    tagged: TaggedImages | None = None,
+) -> Iterator[list[Objects | Segments]]:
+    """The results of image files, in their order, batch by batch as they are ready.
+
+    Args:
+        bad_images: told which images cannot be read, and are left out.
+        batch_size: a multiple of the number of devices.
+        workers: processes that read images; 0: threads of this process.
+        pictures: for each image, the PNG in which to draw what is found.
+        masks: of a segmenter: for each image, the PNG to write with the class of each pixel. Raises NotWritten.
+        classes: of a detector: which objects to keep; none: all.
+        say: told one line if drawing fails; there are no pictures from then on.
+        tagged: told which images have an EXIF orientation.
+    """
+    from train.data.batches import eval_batches  # late: Grain takes long to import
+    from train.data.streams import device_batches
+
+    task = predictor.task
+    canvas, exif = task.model_config.image_size, task.config.exif
+    shapes = {name: task.batch_shapes(batch_size, training=False)[name] for name in ("image", "mask")}
+
+    def program(model: Any, batch: Any) -> Any:
+        return {**task.found(model, batch["image"]), "mask": batch["mask"]}
+
+    def result(place: int, outputs: dict[str, np.ndarray], size: np.ndarray) -> Objects | Segments:
+        path, placement = source.paths[place], whole_placement(tuple(size.tolist()), canvas)
+        if isinstance(task, Detection):
+            kept = outputs["valid"] & np.isin(outputs["labels"], list(classes or range(len(task.class_names))))
+            boxes = boxes_in_picture(outputs["boxes"][kept].astype(np.float64), placement)
+            found = Objects(path, boxes, outputs["scores"][kept], outputs["labels"][kept])
+        else:
+            found = Segments(path, classes_in_picture(outputs["logits"], placement))
+            if masks is not None:
+                write_whole(masks[place], mask_png(found.segments))
+                found = found._replace(mask=str(masks[place]))
+        return found if pictures is None else found._replace(picture=draw(draw_picture, place, found))
+
+    def draw_picture(place: int, found: Objects | Segments) -> str:
+        pixels = decoded(source[place], exif)
+        write_whole(pictures[place], png_of(_drawn(found, pixels, task.class_names)))
+        return str(pictures[place])
+
+    draw = BestEffort("pictures of what is found", say)
+    batches = eval_batches(source, WholeTransform(canvas, exif), batch_size=batch_size, workers=workers, rounds=1)
+    sizes: list[np.ndarray] = []
+
+    def with_sizes(stream: Iterator[Any]) -> Iterator[Any]:
+        for batch in stream:
+            sizes.append(np.asarray(batch["size"]))
+            yield batch
+
+    with closing(device_batches(batches, predictor.mesh)) as stream:
+        compiled = predictor.compile(program, shapes)  # while the first images are read
+        fed = without_bad(with_sizes(stream), bad_images, shapes, tagged)
+        for number, outputs in enumerate(forward(compiled, fed)):
+            size = sizes.pop(0)
+            yield [
+                result(number * batch_size + row, {name: array[row] for name, array in outputs.items()}, size[row])
+                for row in np.flatnonzero(outputs["mask"]).tolist()
+            ]
+
+
+def _drawn(found: Objects | Segments, pixels: UInt8[np.ndarray, "height width 3"], names: Sequence[str]) -> Image.Image:
+    if isinstance(found, Segments):
+        return with_segments(pixels, found.segments)
+    shown = found.scores >= SHOWN_SCORE
+    return with_boxes(pixels, found.boxes[shown], found.classes[shown], names, scores=found.scores[shown])
