@@ -126,11 +126,11 @@ class DenseModel(nnx.Module):
         return not name.startswith(_BODY)
 
     def unused(self, name: str) -> bool:
-        """Whether a parameter, by its dotted name, has no part in the model, see `CrossViT.unused`.
+        """Whether a parameter, by its dotted name, has no part in the model, see `CrossViT.unused_by_patches`.
 
         It is kept in the model and its files, so that a classifier can be made of them; train it in no way.
         """
-        return name.startswith(_BODY) and self.backbone.body.unused(name.removeprefix(_BODY))
+        return name.startswith(_BODY) and self.backbone.body.unused_by_patches(name.removeprefix(_BODY))
 
     def layer_of(self, name: str) -> int:
         """See `CrossViT.layer_of`. What stands on the body is in its last layer, with its final norms."""

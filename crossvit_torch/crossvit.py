@@ -122,7 +122,7 @@ class CrossViT(nn.Module):
     ) -> list[Float[Tensor, "batch _ _ _"]]:
         """Each branch's normalised patches as a map (batch, dim, rows, columns), for dense prediction.
 
-        Patches never see the last stage's fusion, which only makes class tokens: it is not run, see `unused`.
+        Patches never see the last stage's fusion, which only makes class tokens: it is not run, see `unused_by_patches`.
         """
         with self._precision(images):
             xs = self._embed(images)
@@ -231,7 +231,7 @@ class CrossViT(nn.Module):
         """Whether a parameter, by its dotted name, belongs to the heads."""
         return name.split(".")[0] == "head"
 
-    def unused(self, name: str) -> bool:
+    def unused_by_patches(self, name: str) -> bool:
         """Whether a parameter, by its dotted name, has no part in `forward_patches`: the last stage's fusion.
 
         Its gradient is zero there; weight decay, which asks for no gradient, would still shrink it.

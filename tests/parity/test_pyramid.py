@@ -230,8 +230,8 @@ def test_the_map_does_not_see_the_last_fusion_and_all_else_has_a_gradient():
     sum((level * torch.randn_like(level)).sum() for level in twin(x)).backward()
     without = {name for name, p in twin.named_parameters() if p.grad is None or not p.grad.any()}
     body = twin.body
-    assert without == {f"body.{name}" for name, _ in body.named_parameters() if body.unused(name)}
-    assert {name.split(".")[2] for name, _ in body.named_parameters() if body.unused(name)} == {
+    assert without == {f"body.{name}" for name, _ in body.named_parameters() if body.unused_by_patches(name)}
+    assert {name.split(".")[2] for name, _ in body.named_parameters() if body.unused_by_patches(name)} == {
         "projs",
         "fusion",
         "revert_projs",
