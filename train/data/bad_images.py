@@ -8,7 +8,6 @@ from jaxtyping import Int
 from convert.errors import UserError, listed
 from crossvit_jax.preprocess import Exif, UnreadableImage
 from train.data.sources import Source
-from train.images.dense import decoded
 
 
 class TooManyBadImages(UserError):
@@ -45,6 +44,9 @@ class BadImages:
             self._say(line)
 
     def _look_again(self, index: int) -> tuple[str, str]:
+        # late: a machine that only computes may lack the packages that read images
+        from train.images.dense import decoded
+
         try:
             sample = self._source[index]
             decoded(sample, self._exif)

@@ -55,7 +55,8 @@ def with_boxes(
     scores: Float[np.ndarray, " boxes"] | None = None,
     scale: int = 1,
 ) -> Image.Image:
-    """A picture with boxes, in the colours of their classes, with the classes' names and the scores, if there are some.
+    """A picture with boxes, in the colours of their classes; with the classes' names, and the scores if there are some,
+    where a box is large enough for that.
 
     Args:
         boxes: x1, y1, x2, y2 in pixels of the picture.
@@ -73,7 +74,7 @@ def with_boxes(
         draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour, width=line)
         name = drawable(class_names[classes[place]], _LONGEST_NAME)
         label = name if scores is None else f"{name} {100 * scores[place]:.0f} %"
-        _write(draw, (left, top), label, font, colour, image.size)
+        _write(draw, (left, top, right, bottom), label, font, colour, image.size)
     return image
 
 
@@ -161,12 +162,14 @@ def sheet_width(pictures: Sequence[Image.Image], columns: int) -> int:
     return min(columns, len(pictures)) * (max(picture.size[0] for picture in pictures) + _GAP) - _GAP
 
 
-def _write(draw, corner, label, font, colour, size) -> None:
-    """A label above a box, or inside where there is no room above."""
+def _write(draw, box, label, font, colour, size) -> None:
+    """A label above a box, or inside where there is no room above; none where the box is too small for it."""
     left, top, right, bottom = draw.textbbox((0, 0), label, font)
     width, height = right - left + 4, bottom - top + 4
-    x = min(max(0, corner[0]), max(0, size[0] - width))
-    y = corner[1] - height if corner[1] >= height else corner[1]
+    if width > box[2] - box[0] + 4 or height > (box[3] - box[1]) / 2:
+        return  # it would hide what is around; a legend tells the colours
+    x = min(max(0, box[0]), max(0, size[0] - width))
+    y = box[1] - height if box[1] >= height else box[1]
     draw.rectangle((x, y, x + width, y + height), fill=colour)
     draw.text((x + 2 - left, y + 2 - top), label, "white", font)
 

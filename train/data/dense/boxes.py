@@ -23,6 +23,7 @@ from train.images.dense import Boxes
 
 _LOOKED_AT = 2000  # pictures whose size is compared with what is said of it before a run
 _BEYOND = 1.0  # pixels that a box may reach out of its picture without a word: annotators' rounding
+_UNREADABLE = (2**15, 2**15)  # the size of pictures whose own is not known: whatever their boxes are, they fit
 _MOST_BEYOND = 0.1  # of the boxes may reach farther; where more do, they are in another format
 
 
@@ -170,7 +171,7 @@ class Annotations:
         for place, said in enumerate(self._sizes):
             found = self.size_of(place) if said is None or place in looked_at else said
             if found is None:  # an unreadable picture is told when it is read
-                found = said or (1, 1)
+                found = said or _UNREADABLE
             if said is not None and found != said:
                 raise self._size_error(place, said, found)
             sizes.append(found)

@@ -1,10 +1,12 @@
 """What data sets for detection and segmentation have in common: their sources, and a data set with both sides."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from convert.errors import SettingsError
 from train.data.sources import ImageSets
 from train.images.geometry import IGNORED
 
@@ -40,6 +42,12 @@ class DenseSets(ImageSets):
     kind: Kind = "detection"
     most_boxes: int = 0  # the largest number of objects in a picture of either side, crowds left out; at least 1
     category_ids: tuple[int, ...] = ()  # by which the data set's own files and results name the classes, in their order
+
+    def in_order(self, class_names: Sequence[str]) -> "DenseSets":
+        """Itself: boxes and masks keep the order of their data set. Raises SettingsError for another one."""
+        if tuple(class_names) != self.class_names:
+            raise SettingsError("the classes of boxes and masks are in the order of their data set: no other is taken")
+        return self
 
 
 @dataclass(frozen=True)

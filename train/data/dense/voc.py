@@ -91,26 +91,29 @@ class _Picture:
 
 
 def _add(
-    annotations: Annotations, picture: _Picture, pictures: dict[str, str], names: list[str], image_id: int
+    annotations: Annotations, picture: _Picture, pictures: dict[str, str], class_names: list[str], image_id: int
 ) -> None:
     # the name of the XML file is trusted more than what it says inside, which tools leave when files are renamed
-    found = pictures.get(picture.file.stem) or pictures.get(Path(picture.filename).stem)
+    names_itself = Path(picture.filename).stem == picture.file.stem
+    tried = (picture.filename if names_itself else "", picture.file.stem, Path(picture.filename).stem)
+    found = next((pictures[name] for name in tried if name in pictures), None)
     if found is None:
         wanted = picture.filename or picture.file.stem
         raise SettingsError(f"{picture.file} is for the picture {wanted}, which is missing")
     place = annotations.add_picture(found, image_id=image_id, size=picture.size, origin=str(picture.file))
     for name, box, difficult in picture.objects:
-        annotations.add_box(place, box, names.index(name), crowd=difficult)
+        annotations.add_box(place, box, class_names.index(name), crowd=difficult)
 
 
 def _pictures(root: Path) -> dict[str, str]:
-    """The image files of a data set, relative to its folder, by their names without suffix."""
+    """The image files of a data set, relative to its folder, by their names with and without suffix."""
     found: dict[str, str] = {}
     for folder in ("JPEGImages", "images", "Annotations", "."):
         if (root / folder).is_dir():
             for name in sorted(os.listdir(root / folder)):
                 if is_image(name) and not is_hidden(name):
-                    found.setdefault(Path(name).stem, os.path.normpath(os.path.join(folder, name)))
+                    for key in (name, Path(name).stem):
+                        found.setdefault(key, os.path.normpath(os.path.join(folder, name)))
     return found
 
 

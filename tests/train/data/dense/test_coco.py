@@ -9,10 +9,12 @@ import pytest
 from convert.errors import SettingsError
 from crossvit_jax.preprocess import UnreadableImage
 from tests.train.data.dense.conftest import _with_boxes
+from train.data.bad_images import BadImages
 from train.data.batches import train_batches
 from train.data.dense.coco import open_coco
 from train.images.dense import DetectionEvalTransform, DetectionTrainTransform
 
+_STREAM = {"seed": 0, "workers": 0}
 _SETTINGS = {"val_fraction": 0.25, "seed": 0, "exif": "keep"}
 
 
@@ -89,7 +91,7 @@ def test_pictures_reach_training_with_their_boxes(coco):
     sets = _open(coco())
     source = pickle.loads(pickle.dumps(sets.train))
     transform = DetectionTrainTransform((60, 60), most_boxes=sets.most_boxes)
-    batches = iter(train_batches(source, transform, batch_size=3, seed=0, workers=0))
+    batches = iter(train_batches(source, transform, batch_size=3, **_STREAM))
     batch = next(batches)
     batches.close()
     expected = sorted(len(source.truth(index)["objects"]) for index in range(3))
@@ -219,6 +221,24 @@ def test_a_picture_that_vanishes_later_is_a_bad_image(coco):
     os.remove(sets.train.paths()[0])
     with pytest.raises(UnreadableImage, match="No such file"):
         sets.train[0]
+
+
+def test_a_picture_that_is_replaced_by_one_of_another_size_is_a_bad_image_and_told_as_such(coco, picture):
+    sets, lines = _open(coco()), []
+    picture(sets.train.files[0], size=(30, 20))
+    bad = BadImages(sets.train, lines.append)
+    batches = iter(train_batches(sets.train, DetectionTrainTransform((60, 60), most_boxes=2), batch_size=3, **_STREAM))
+    bad.add(next(batches)["bad"])
+    batches.close()
+    name = sets.train.paths()[0]
+    assert lines == [f"cannot read image {name}: it has 30 x 20 pixels, and its boxes are for 60 x 40"]
+
+
+def test_classes_keep_the_order_of_their_data_set(coco):
+    sets = _open(coco())
+    assert sets.in_order(["cat", "dog", "bird"]) is sets
+    with pytest.raises(SettingsError, match="in the order of their data set"):
+        sets.in_order(["bird", "cat", "dog"])
 
 
 @pytest.mark.parametrize(

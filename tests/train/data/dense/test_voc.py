@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from convert.errors import SettingsError
+from crossvit_jax.preprocess import UnreadableImage
 from train.data.dense.voc import open_voc
+from train.images.dense import decoded
 
 _SETTINGS = {"val_fraction": 0.5, "seed": 0, "exif": "keep"}
 _OBJECT = (
@@ -70,6 +72,16 @@ def test_xml_files_may_lie_beside_their_pictures_and_lack_a_size(tmp_path, pictu
     sets = open_voc(tmp_path, **_SETTINGS)
     assert sets.train.truth(0)["size"] == (40, 60)
     assert sorted(sets.train.files + sets.held_out.files) == ["a.jpg", "b.jpg"]
+
+
+def test_a_damaged_picture_of_unknown_size_is_a_bad_image_and_no_fault_of_its_boxes(tmp_path, two, voc):
+    voc("c", ("dog", 0, 5, 5, 60, 40), size=None)
+    (tmp_path / "JPEGImages" / "c.jpg").write_bytes(b"no picture")
+    sets = open_voc(tmp_path, **_SETTINGS)
+    sides = [(side, place) for side in (sets.train, sets.held_out) for place in range(len(side))]
+    (sample,) = (side[place] for side, place in sides if side.files[place].endswith("c.jpg"))
+    with pytest.raises(UnreadableImage, match=r"c\.jpg: it is in no image format"):
+        decoded(sample)
 
 
 @pytest.mark.parametrize(
