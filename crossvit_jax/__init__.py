@@ -5,9 +5,21 @@ import importlib
 from crossvit_jax.config import Branch, CrossViTConfig, get_config, list_variants
 from crossvit_jax.dense_config import DetectorConfig, SegmenterConfig
 
-__all__ = ["Branch", "CrossViT", "CrossViTConfig", "CrossViTDetector", "CrossViTSegmenter", "DetectorConfig"]
-__all__ += ["SegmenterConfig", "create_detector", "create_model", "create_segmenter", "get_config", "list_variants"]
-__all__ += ["preprocess_image"]
+__all__ = [
+    "Branch",
+    "CrossViT",
+    "CrossViTConfig",
+    "CrossViTDetector",
+    "CrossViTSegmenter",
+    "DetectorConfig",
+    "SegmenterConfig",
+    "create_detector",
+    "create_model",
+    "create_segmenter",
+    "get_config",
+    "list_variants",
+    "preprocess_image",
+]
 
 _LATE = {"CrossViT": "crossvit", "create_model": "crossvit", "preprocess_image": "preprocess"}
 _LATE |= {"CrossViTDetector": "detection", "create_detector": "detection"}

@@ -26,6 +26,7 @@ class DenseConfig:
     """
 
     task: ClassVar[str]
+    _of_strides: ClassVar[tuple[str, ...]] = ()  # fields that get their defaults where the strides change
 
     backbone: CrossViTConfig  # its `num_classes` becomes 0
     num_classes: int
@@ -93,6 +94,8 @@ class DenseConfig:
     def replace(self, **changes: Any) -> "DenseConfig":
         """These settings with some replaced: own fields, or settings of the backbone (`image_size`, …).
 
+        Other strides get the usual distances unless these are given.
+
         Raises:
             TypeError: a name is no setting; the message lists those that are.
             ValueError: a value is refused.
@@ -101,6 +104,8 @@ class DenseConfig:
         backbone = own.pop("backbone", self.backbone).replace(**of_backbone)
         if _stride(backbone) != self.map_stride:
             own = {"strides": None, **own}
+        if own.get("strides", self.strides) != self.strides:
+            own = {**dict.fromkeys(self._of_strides), **own}
         return dataclasses.replace(self, backbone=backbone, **own)
 
 
@@ -127,6 +132,7 @@ class DetectorConfig(DenseConfig):
     """Everything that defines a detector: FCOS (arXiv 2006.09214) on the pyramid."""
 
     task: ClassVar[str] = "detection"
+    _of_strides: ClassVar[tuple[str, ...]] = ("distances",)
 
     num_convs: int | None = None  # 3 x 3 convolutions of each tower of the head; none: 4 from a width of 256 on, else 2
     # The levels share the boxes by the longest distance from a point to a side of its box, in pixels: these are where
@@ -151,10 +157,6 @@ class DetectorConfig(DenseConfig):
     def distance_ranges(self) -> tuple[tuple[float, float], ...]:
         """Of each level: its boxes have a longest distance above the first number and below the second."""
         return tuple(zip((0.0, *self.distances), (*self.distances, math.inf), strict=True))
-
-    def replace(self, **changes: Any) -> "DenseConfig":
-        """See `DenseConfig.replace`; other strides get their own distances unless these are given."""
-        return super().replace(**({"distances": None} if "strides" in changes else {}) | changes)
 
 
 @dataclass(frozen=True, kw_only=True)
