@@ -113,7 +113,8 @@ class CrossViT(nnx.Module):
     ) -> list[Float[Array, "batch _ _ _"]]:
         """Each branch's normalised patches as a map (batch, rows, columns, dim), for dense prediction.
 
-        Patches never see the last stage's fusion, which only makes class tokens: it is not run, see `unused_by_patches`.
+        Patches never see the last stage's fusion, which only makes class tokens: it is not run, see
+        `unused_by_patches`.
         """
         xs = self._embed(images, rngs)
         *stages, last = self.blocks

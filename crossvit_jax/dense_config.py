@@ -26,6 +26,7 @@ class DenseConfig:
     """
 
     task: ClassVar[str]
+    _of_strides: ClassVar[tuple[str, ...]] = ()  # fields that get their defaults where the strides change
 
     backbone: CrossViTConfig  # its `num_classes` becomes 0
     num_classes: int
@@ -96,6 +97,8 @@ class DenseConfig:
     def replace(self, **changes: Any) -> "DenseConfig":
         """These settings with some replaced: own fields, or settings of the backbone (`image_size`, …).
 
+        Other strides get the usual distances unless these are given.
+
         Raises:
             TypeError: a name is no setting; the message lists those that are.
             ValueError: a value is refused.
@@ -104,6 +107,8 @@ class DenseConfig:
         backbone = own.pop("backbone", self.backbone).replace(**of_backbone)
         if _stride(backbone) != self.map_stride:
             own = {"strides": None, **own}
+        if own.get("strides", self.strides) != self.strides:
+            own = {**dict.fromkeys(self._of_strides), **own}
         return dataclasses.replace(self, backbone=backbone, **own)
 
 
@@ -130,6 +135,7 @@ class DetectorConfig(DenseConfig):
     """Everything that defines a detector: FCOS (arXiv 2006.09214) on the pyramid."""
 
     task: ClassVar[str] = "detection"
+    _of_strides: ClassVar[tuple[str, ...]] = ("distances",)
 
     num_convs: int | None = None  # 3 x 3 convolutions of each tower of the head; none: 4 from a width of 256 on, else 2
     # The levels share the boxes by the longest distance from a point to a side of its box, in pixels: these are where
@@ -161,10 +167,8 @@ class DetectorConfig(DenseConfig):
         return super().default_strides if self.distances is None else self._strides(len(self.distances) + 1)
 
     def replace(self, **changes: Any) -> "DenseConfig":
-        """See `DenseConfig.replace`; strides and distances follow one another where only one of them is given."""
-        of_each_other = {"strides": "distances", "distances": "strides"}
-        followers = {other: None for name, other in of_each_other.items() if name in changes}
-        return super().replace(**followers | changes)
+        """See `DenseConfig.replace`; other distances get their own strides unless these are given."""
+        return super().replace(**({"strides": None} if "distances" in changes else {}) | changes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,5 +6,17 @@ from crossvit_torch.crossvit import CrossViT, create_model
 from crossvit_torch.detection import CrossViTDetector, create_detector
 from crossvit_torch.segmentation import CrossViTSegmenter, create_segmenter
 
-__all__ = ["Branch", "CrossViT", "CrossViTConfig", "CrossViTDetector", "CrossViTSegmenter", "DetectorConfig"]
-__all__ += ["SegmenterConfig", "create_detector", "create_model", "create_segmenter", "get_config", "list_variants"]
+__all__ = [
+    "Branch",
+    "CrossViT",
+    "CrossViTConfig",
+    "CrossViTDetector",
+    "CrossViTSegmenter",
+    "DetectorConfig",
+    "SegmenterConfig",
+    "create_detector",
+    "create_model",
+    "create_segmenter",
+    "get_config",
+    "list_variants",
+]

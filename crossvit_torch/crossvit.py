@@ -122,7 +122,8 @@ class CrossViT(nn.Module):
     ) -> list[Float[Tensor, "batch _ _ _"]]:
         """Each branch's normalised patches as a map (batch, dim, rows, columns), for dense prediction.
 
-        Patches never see the last stage's fusion, which only makes class tokens: it is not run, see `unused_by_patches`.
+        Patches never see the last stage's fusion, which only makes class tokens: it is not run, see
+        `unused_by_patches`.
         """
         with self._precision(images):
             xs = self._embed(images)

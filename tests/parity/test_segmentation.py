@@ -20,6 +20,7 @@ from transformers.models.upernet.modeling_upernet import UperNetHead
 from convert.architecture import SameKey
 from convert.tree import flatten
 from crossvit_jax import segmentation, segmentation_loss
+from crossvit_jax.attention import Attention
 from crossvit_torch import segmentation as torch_segmentation
 from crossvit_torch import segmentation_loss as torch_loss
 from tests.parity.reference import (
@@ -327,3 +328,18 @@ def test_class_tokens_do_not_decay_and_new_parts_are_in_the_top_layer():
         assert twin.is_head("decoder.mask_norm.bias")
     with pytest.raises(TypeError, match=r"rngs=nnx\.Rngs"):
         segmentation.create_segmenter("ti", num_classes=3)
+
+
+def test_settings_of_the_computation_reach_the_body_and_the_decoder():
+    model = nnx.eval_shape(
+        lambda: segmentation.CrossViTSegmenter(small_segmenter(decoder="mask", num_blocks=1), rngs=SameKey())
+    )
+    model.set_attention("cudnn")
+    model.set_forward_mode()
+    model.set_grad_checkpointing()
+    attentions = [module for _, module in nnx.iter_modules(model) if isinstance(module, Attention)]
+    assert len(attentions) == 3  # one in each branch, one in the decoder
+    assert all(module.implementation == "cudnn" and module.forward_mode for module in attentions)
+    assert all(stage.grad_checkpointing for stage in model.backbone.body.blocks)
+    with pytest.raises(ValueError, match="implementation must be"):
+        model.set_attention("fast")
