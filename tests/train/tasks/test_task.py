@@ -88,6 +88,12 @@ class Estimation:
         error = jnp.abs(model(batch["image"]) - batch["image"].mean((1, 2, 3)))
         return {"error": jnp.sum(error * batch["mask"]), "images": jnp.sum(batch["mask"])}
 
+    def draw_batch(self, batch, path):
+        path.write_text(str(batch["image"].shape))
+
+    def draw_outputs(self, batch, outputs, path):
+        path.write_text(f"{batch['image'].shape} {sorted(outputs)}")
+
     def scores(self, source):
         return _Errors()
 
@@ -130,6 +136,8 @@ def test_another_task_is_trained_evaluated_and_continued_with_a_state_of_its_own
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert set(lines[0]) == {"step", "epoch", "train/loss", "train/error", "train/lr", "train/bad_images"}
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "train_batch.png").read_text() == "(12, 24, 24, 3)"
+    assert (folder / "predictions.png").read_text() == "(12, 24, 24, 3) ['error', 'images']"
 
     with (
         closing(Programs(Plan(job.task, job.config, job.mesh, _STEPS_PER_EPOCH))) as programs,
