@@ -14,7 +14,9 @@ from typing import Any
 from convert.errors import ConversionError, one_line
 
 FOLDER_PREFIX = "folder:"  # before the path of a folder of images, where other data sets have a name
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://+(.*)", re.DOTALL)
+# with one slash too where pathlib may have made it of two, and nobody names a folder so
+_STORES = "abfss?|dbfs|file|gs|hdfs|https?|s3"
+_ADDRESS = re.compile(rf"((?i:{_STORES})(?=:/)|[A-Za-z][A-Za-z0-9+.-]+(?=://)):/+(.*)", re.DOTALL)
 _COPIED_BY = {"gs": " with gcloud storage cp -r", "s3": " with aws s3 cp --recursive"}
 _SHOWN = 32  # characters of a destination's name in that of its temporary folder
 
@@ -50,8 +52,7 @@ def typed_path(path: str | Path) -> Path:
     Raises:
         ConversionError: it is an address, nobody's home folder is meant, or a name is too long for a file.
     """
-    if isinstance(path, str):
-        local_path(path)
+    local_path(str(path))
     try:
         path = Path(path).expanduser()
         os.lstat(path)

@@ -151,7 +151,7 @@ class CrossViT(nn.Module):
         *,
         norm: bool = False,
         stop_early: bool = False,
-        output_fmt: str = "NHWC",
+        output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> tuple[list[Tensor], list[Tensor]] | list[Tensor]:
         """Patch features of all branches after any stage (timm `forward_intermediates`).
@@ -161,7 +161,7 @@ class CrossViT(nn.Module):
                 count from the end, an int n takes the last n, None takes all.
             norm: apply the branch's final norm to them.
             stop_early: leave out the stages after the last one asked for.
-            output_fmt: "NHWC" or "NCHW" for maps of (rows, columns) patches, "NLC" for tokens (batch, patches, dim).
+            output_fmt: "NCHW" or "NHWC" for maps of (rows, columns) patches, "NLC" for tokens (batch, patches, dim).
             intermediates_only: return only the list of intermediates.
 
         Returns:
@@ -171,8 +171,8 @@ class CrossViT(nn.Module):
             ValueError: an index out of range, or an unknown format.
         """
         wanted = self.config.feature_indices(indices)
-        if output_fmt not in ("NHWC", "NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be 'NHWC', 'NCHW' or 'NLC'; got {output_fmt!r}")
+        if output_fmt not in ("NCHW", "NHWC", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW', 'NHWC' or 'NLC'; got {output_fmt!r}")
         stages = len(self.blocks)
         last = max(index % stages for index in wanted)
         taken = {}
@@ -281,7 +281,7 @@ class CrossViT(nn.Module):
         if output_fmt == "NLC":
             return x
         x = x.reshape(x.shape[0], *self.config.grid_size[branch], x.shape[2])
-        return x if output_fmt == "NHWC" else x.permute(0, 3, 1, 2)
+        return x if output_fmt == "NHWC" else x.permute(0, 3, 1, 2).contiguous()
 
     def _precision(self, images: Tensor) -> torch.autocast:
         """Computes in `dtype` what is safe in it; torch keeps the list."""

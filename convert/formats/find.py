@@ -69,9 +69,11 @@ def find_weights(
         return None
     place = choose(places, what)
     taken, left = {}, []
+    prefixes = {other.prefix for other in places if other.keys == place.keys}
     for name, value in dicts[place.keys].items():
         own = str(name).removeprefix(place.prefix)
-        if isinstance(value, Mapping):
+        nearest = max((prefix for prefix in prefixes if str(name).startswith(prefix)), key=len, default=place.prefix)
+        if isinstance(value, Mapping) or nearest != place.prefix:
             continue
         if str(name).startswith(place.prefix) and (is_weight(value) or _OWN.fullmatch(without_wrappers(own))):
             taken[own] = value

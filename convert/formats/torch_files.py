@@ -36,13 +36,15 @@ def read_torch(path: Path) -> tuple[Mapping[str, Any], list[str]]:
                 raise ConversionError(f"{path} holds {name} as a {kind}: convert the model that it was quantised from")
         return found
     for state_dict in (*(checkpoint.get(key) for key in PREFERRED), checkpoint):
-        if isinstance(state_dict, Mapping) and any(isinstance(value, torch.Tensor) for value in state_dict.values()):
-            return state_dict, []  # of something else, which is told where it is looked at
+        tensors = {k: v for k, v in state_dict.items() if is_weight(v)} if isinstance(state_dict, Mapping) else None
+        if tensors:
+            return tensors, []  # of something else, which is told where it is looked at
     raise ConversionError(f"{path} holds no CrossViT; it holds {listed(map(str, checkpoint)) or 'nothing'}")
 
 
 class PlainValue:
-    """Stands for a number, an array or a dtype of numpy, a path or a date: classes that hold values and run nothing.
+    """Stands for a number, an array or a dtype of numpy, a path, a date or the like: classes that hold values and run
+    nothing.
 
     Nobody asks for these here, so theirs is no code that a file could mislead.
     """
@@ -54,6 +56,16 @@ class PlainValue:
         pass
 
 
+def plain_dict(*_: Any) -> dict:
+    """Stands for `collections.defaultdict`, without what that calls for a new key."""
+    return {}
+
+
+def plain_list(*_: Any) -> list:
+    """Stands for `collections.deque`."""
+    return []
+
+
 _NUMPY = ("numpy.dtype", "numpy.ndarray", "numpy.float64", "numpy.float32", "numpy.int64", "numpy.bool_", "numpy.str_")
 _NUMPY += tuple(
     f"{core}.multiarray.{name}" for core in ("numpy.core", "numpy._core") for name in ("scalar", "_reconstruct")
@@ -63,7 +75,13 @@ _PLAIN = (
     *_NUMPY,
     *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS),
     *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
+    *(f"builtins.{name}" for name in ("int", "float", "str", "list", "dict", "set")),  # what a defaultdict calls
+    *(f"builtins.{name}" for name in ("complex", "frozenset", "slice", "range", "bytearray")),
     "types.SimpleNamespace",
+    "decimal.Decimal",
+    "fractions.Fraction",
+    "uuid.UUID",
+    "uuid.SafeUUID",
 )
 
 
@@ -79,7 +97,8 @@ def load_plain(path: Path) -> Any:
         _check_sums(path)
     try:
         # IBM's, DeiT's and timm's training checkpoints hold their flags, a plain container of values
-        plain = [(PlainValue, name) for name in _PLAIN]
+        plain = [*((PlainValue, name) for name in _PLAIN)]
+        plain += [(plain_dict, "collections.defaultdict"), (plain_list, "collections.deque")]
         with torch.serialization.safe_globals([argparse.Namespace, PlainValue, *plain]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:

@@ -31,6 +31,8 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
         ("hf://timm/crossvit_tiny_240.in1k", "weights on the Hugging Face hub are hf-hub:timm/crossvit_tiny_240.in1k"),
         ("file:///data/w.pth", "name the path itself: /data/w.pth"),
         ("abfs+x://container@account/run", "use a path here, and copy"),
+        ("gs:/bucket/run", "use a path here, and copy with gcloud storage cp -r"),
+        ("dbfs:/mnt/run", "use a path here, and copy"),
     ],
 )
 def test_an_address_is_told_from_a_path_with_what_to_do(text, what_to_do):

@@ -104,8 +104,9 @@ def test_intermediates_are_chosen_as_timm_chooses(reference, chosen, choice):
 
 
 def test_intermediates_come_as_maps_or_tokens(twin, flax):
-    for result in both(twin, flax, "forward_intermediates", [0, 5], intermediates_only=True):
-        assert [tuple(x.shape) for x in result] == [(2, 10, 10, 128), (2, 7, 7, 256)]
+    maps, flax_maps = both(twin, flax, "forward_intermediates", [0, 5], intermediates_only=True)
+    assert [tuple(x.shape) for x in maps] == [(2, 128, 10, 10), (2, 256, 7, 7)]  # as timm's are
+    assert [x.shape for x in flax_maps] == [(2, 10, 10, 128), (2, 7, 7, 256)]
     for result in both(twin, flax, "forward_intermediates", [0, 5], intermediates_only=True, output_fmt="NLC"):
         assert [tuple(x.shape) for x in result] == [(2, 100, 128), (2, 49, 256)]
 
@@ -114,7 +115,7 @@ def test_maps_of_rectangular_images_have_height_before_width():
     size = (120, 240)
     model = crossvit_torch.create_model("9-dagger", image_size=size).eval()
     maps = model.forward_intermediates(torch.zeros(1, 3, *size), intermediates_only=True)
-    assert [tuple(x.shape[1:3]) for x in maps] == [(10, 20)] * 3 + [(7, 14)] * 3
+    assert [tuple(x.shape[2:]) for x in maps] == [(10, 20)] * 3 + [(7, 14)] * 3
 
 
 def test_rectangular_images_equal_the_torch_twins():

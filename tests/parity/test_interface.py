@@ -72,7 +72,9 @@ def test_timms_feature_extractor_takes_the_torch_twin():
     timms, ours = (FeatureGetterNet(model, out_indices=(0, 1)) for model in (reference, twin))
     assert ours.feature_info.channels() == timms.feature_info.channels() == [12, 24]
     assert ours.feature_info.reduction() == timms.feature_info.reduction() == [12, 24]
-    for result, expected in zip(ours(x), timms(x), strict=True):
+    by_default = [model.forward_intermediates(x)[1] for model in (twin, reference)]  # maps, channels first
+    for result, expected in (*zip(ours(x), timms(x), strict=True), *zip(*by_default, strict=True)):
+        assert result.shape == expected.shape
         assert error(result, expected) <= OUTPUT_BOUND["float32"]
     twin.reset_classifier(0)
     torch.testing.assert_close(twin(x), pooled)

@@ -146,10 +146,22 @@ def test_paths_come_from_standard_input_too(predict, photos, monkeypatch):
         (lambda names: "".join(f"{name}\r\n" for name in names).encode("utf-16"), "no path"),
         (lambda names: "".join(f"{name}\r\n" for name in names).encode("utf-16-le"), "no path"),
         (lambda names: b"\xfe\xff" + "\n".join(names).encode("utf-16-be"), "no path"),
+        (lambda names: "".join(f"{name}\r\n" for name in names).encode("utf-32"), "no path"),
+        (lambda names: "".join(f"{name}\n" for name in names).encode("utf-32-be"), "no path"),
         (lambda names: "".join(f"{name}\r\n" for name in names).encode("utf-8-sig"), "no\0path"),
         (lambda names: "".join(f"{name}\n" for name in names).encode(), "x" * 5000),
     ],
-    ids=["NULs behind", "NULs between", "UTF-16", "UTF-16 without a mark", "UTF-16-BE", "UTF-8 with a mark", "lines"],
+    ids=[
+        "NULs behind",
+        "NULs between",
+        "UTF-16",
+        "UTF-16 without a mark",
+        "UTF-16-BE",
+        "UTF-32",
+        "UTF-32-BE without one",
+        "UTF-8 with a mark",
+        "lines",
+    ],
 )
 def test_lists_on_standard_input_may_be_written_in_many_ways(photos, monkeypatch, written, other):
     good = [str(photos / "ä.png"), str(photos / "a.png")]

@@ -82,10 +82,11 @@ def _images_of(name: str, left_out: LeftOut) -> list[str]:
 def _listed_on_stdin() -> list[str]:
     """The paths of a list on standard input: one per line, or each with a NUL behind it, as `find -print0` has them.
 
-    Text in UTF-16 and byte order marks are known, as Windows writes them; otherwise any bytes are a file's name.
+    Text in UTF-16 or UTF-32 and byte order marks are known, as Windows writes them; otherwise any bytes are a file's
+    name.
     """
     content = sys.stdin.buffer.read()
-    text = _utf16(content)
+    text = _wide(content)
     if text is None:
         text = os.fsdecode(content.removeprefix(codecs.BOM_UTF8))
     if text.rstrip("\r\n").endswith("\0") or ("\0" in text and "\n" not in text):
@@ -93,11 +94,13 @@ def _listed_on_stdin() -> list[str]:
     return [name for line in text.split("\n") if (name := line.rstrip("\r"))]
 
 
-def _utf16(content: bytes) -> str | None:
-    """What bytes are in UTF-16: with a byte order mark, or with lines that would hold NULs otherwise."""
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return content.decode("utf-16", errors="replace")
-    for encoding in ("utf-16-le", "utf-16-be"):
+def _wide(content: bytes) -> str | None:
+    """What bytes are in UTF-16 or UTF-32: with a byte order mark, or with lines that would hold NULs otherwise."""
+    marks = {"utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
+    for encoding, mark in marks.items():  # the longer first: it begins with the shorter
+        if content.startswith(mark):
+            return content.decode(encoding, errors="replace")
+    for encoding in ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be"):
         with contextlib.suppress(UnicodeDecodeError):
             text = content.decode(encoding)
             if "\n" in text and "\0" not in text:

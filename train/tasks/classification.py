@@ -332,6 +332,11 @@ def initial_weights(config: TrainConfig, class_names: tuple[str, ...]) -> Weight
         raise SettingsError(str(error)) from error
     if weights.non_finite():
         raise SettingsError(f"--init {config.init}: {weights.non_finite()}")
+    if weights.exif == "apply" and config.exif == "keep":
+        notes.append(
+            "the weights were trained on images turned by their EXIF orientation, and this run takes them as they are "
+            "stored: --exif apply turns them"
+        )
     return dataclasses.replace(weights, notes=(*weights.notes, *notes))
 
 

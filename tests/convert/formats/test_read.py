@@ -1,13 +1,17 @@
 """Every form in which people hold these weights, and every way in which such a file can be bad."""
 
 import argparse
+import collections
 import datetime
+import decimal
+import fractions
 import json
 import os
 import pathlib
 import pickle
 import shutil
 import types
+import uuid
 import zipfile
 
 import jax
@@ -178,6 +182,30 @@ def test_an_averaged_model_of_torch_is_read_without_its_counter(tmp_path, few):
     assert _notes(path, few) == ["left out, since they are not the model's weights: n_averaged"]
 
 
+@pytest.mark.parametrize(
+    ("prefix", "average", "note"),
+    [
+        ("", "ema_model.module.", "the weights under no key were taken, not ema_model.module."),
+        ("model.", "ema.", "the weights under model. were taken, not ema."),
+        ("model.", "model.ema.", "the weights under model. were taken, not model.ema."),
+    ],
+)
+@pytest.mark.parametrize("form", ["pth", "safetensors"])
+def test_an_average_behind_a_prefix_is_told_once_and_no_part_of_the_model(tmp_path, few, prefix, average, note, form):
+    path = tmp_path / "file"
+    held = {prefix + name: tensor for name, tensor in few.items()}
+    held |= {average + name: tensor + 1 for name, tensor in few.items()}
+    (torch.save if form == "pth" else save_file)(held, path)
+    assert _notes(path, few) == [note]
+
+
+def test_the_weights_of_another_model_are_told_by_their_names_not_by_a_counter(tmp_path):
+    path = tmp_path / "resnet.pth"
+    torch.save({"bn1.num_batches_tracked": torch.tensor(3), "conv1.weight": torch.ones(2, 3, 7, 7)}, path)
+    with pytest.raises(ConversionError, match=r"these 1 tensors are no CrossViT \(conv1.weight, …\); it would have"):
+        load_weights(path)
+
+
 def test_what_may_be_a_layer_of_another_model_is_not_left_out(tmp_path, few):
     path = tmp_path / "more.pth"
     fc = {"fc.weight": torch.ones(2, 3)}
@@ -189,6 +217,8 @@ def test_values_of_numpy_paths_and_dates_are_no_reason_to_refuse(tmp_path, few):
     values = [np.float64(0.5), np.int64(3), np.bool_(True), np.str_("a"), np.arange(3), np.dtype("float32"), np.float32]
     values += [pathlib.PurePosixPath("/data"), pathlib.Path("runs"), pathlib.PureWindowsPath("C:/data")]
     values += [datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC), datetime.timedelta(3), types.SimpleNamespace(a=1)]
+    values += [collections.defaultdict(list, {"loss": [0.5]}), collections.defaultdict(float), collections.deque([1])]
+    values += [decimal.Decimal("0.1"), fractions.Fraction(1, 3), uuid.UUID(int=1), 1j, frozenset({1}), range(3)]
     path = tmp_path / "checkpoint.pth"
     torch.save({"model": few, "values": values, "args": argparse.Namespace(output=pathlib.Path("runs"))}, path)
     assert _notes(path, few) == []

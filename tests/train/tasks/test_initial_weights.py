@@ -12,6 +12,19 @@ from train.config import TrainConfig
 from train.tasks.classification import initial_weights
 
 
+@pytest.mark.parametrize(
+    ("trained", "asked"), [("apply", "keep"), ("apply", "apply"), ("keep", "keep"), (None, "keep")]
+)
+def test_weights_of_turned_images_are_told_where_a_run_turns_none(tmp_path, trained, asked):
+    config = small_config(3)
+    path = convert.save(
+        CrossViT(config).state_dict(), config, tmp_path / "weights.safetensors", class_names="abc", exif=trained
+    )
+    notes = initial_weights(TrainConfig(init=str(path), exif=asked), tuple("abc")).notes
+    told = [note for note in notes if "--exif apply turns them" in note]
+    assert len(told) == (trained == "apply" and asked == "keep")
+
+
 @pytest.mark.parametrize("multi_conv", [False, True])
 @pytest.mark.parametrize("channels", [1, 4])
 def test_weights_for_other_channels_are_adapted_as_timm_does_and_that_is_told(

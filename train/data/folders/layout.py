@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from convert.errors import SettingsError, listed
@@ -16,6 +16,7 @@ SPLITS = {
     "test": r"test(s|ing)?|tst",
 }
 _MORE = r"([ _.-]?(set|data|images?|imgs?|split))?"  # as in `train_set`
+_AROUND = {split: rf"(?P<before>.*[^a-z])?({names}){_MORE}(?P<after>[^a-z].*)?" for split, names in SPLITS.items()}
 
 
 def split_of(name: str) -> str | None:
@@ -27,13 +28,16 @@ def find_splits(root: Path) -> tuple[dict[str, str], list[str]]:
     """The names of the split folders in a folder, by split, and of those beside them; no splits: the classes are here.
 
     A single folder is none if it holds images and no folders, and stands beside others: `train` is a kind of vehicle.
+    Names may have more around them where two splits have the same, as `seg_train` and `seg_test` or `train2017` and
+    `val2017`, and hold folders only.
 
     Raises SettingsError if there are two folders for a split.
     """
     names = visible_folders(root)
     named = {name: split for name in names if (split := split_of(name)) is not None}
-    if len(named) == 1 and len(names) > 1 and _is_class_folder(root / next(iter(named))):
+    if len(named) == 1 and len(names) > 1 and _contents(root / next(iter(named))) == (True, False):
         named = {}
+    named = named or _with_affixes(root, names)
     for split, count in Counter(named.values()).items():
         if count > 1:
             twice = ", ".join(f"{name}/" for name in named if named[name] == split)
@@ -112,14 +116,26 @@ def layout_notes(root: Path, images: Images) -> list[str]:
     return notes
 
 
+def _with_affixes(root: Path, names: list[str]) -> dict[str, str]:
+    """The split of each folder that is named after one with the same text around it as that of another split."""
+    alike: dict[tuple, dict[str, str]] = defaultdict(dict)
+    for split, pattern in _AROUND.items():
+        for name in names:
+            if (found := re.fullmatch(pattern, name.lower())) and _contents(root / name) == (False, True):
+                alike[found["before"], found["after"]][name] = split
+    groups = [group for group in alike.values() if len(set(group.values())) > 1]
+    return {name: split for group in groups for name, split in group.items()}
+
+
 def _few(names: list[str]) -> str:
     return listed(map(shown, names[:3]), len(names))
 
 
-def _is_class_folder(folder: Path) -> bool:
+def _contents(folder: Path) -> tuple[bool, bool]:
+    """Whether there are images in a folder, and folders."""
     with os.scandir(folder) as entries:
         seen = [(_is_folder(entry), is_image(entry.name)) for entry in entries if not is_hidden(entry.name)]
-    return any(image for _, image in seen) and not any(is_folder for is_folder, _ in seen)
+    return any(image and not folder for folder, image in seen), any(folder for folder, _ in seen)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

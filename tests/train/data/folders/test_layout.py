@@ -51,6 +51,30 @@ def test_split_folders_are_never_classes(opened, train, held_out):
     assert _names(sets.held_out) == [f"{held_out}cat.png", f"{held_out}dog.png"]
 
 
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [("seg_train", "seg_test"), ("train2017", "val2017"), ("ILSVRC2012_img_train", "ILSVRC2012_img_val")],
+)
+def test_split_folders_with_the_same_text_around_their_names_are_known(opened, train, held_out):
+    names = [f"{split}/{name}/{split}{name}.png" for split in (train, held_out) for name in ("cat", "dog")]
+    sets = opened(*names)
+    assert (sets.class_names, sets.held_out_split) == (("cat", "dog"), held_out)
+    assert _names(sets.train) == [f"{train}cat.png", f"{train}dog.png"]
+    assert _names(sets.held_out) == [f"{held_out}cat.png", f"{held_out}dog.png"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{name}/{i}.png" for name in ("bus_test", "bus_train") for i in "01"],  # images, and no folders
+        [f"{name}/a/{i}.png" for name in ("bus_train", "car_test") for i in "01"],
+        [f"{name}/a/{i}.png" for name in ("bus_train", "car_train") for i in "01"],
+    ],
+)
+def test_other_folders_whose_names_hold_that_of_a_split_are_classes(opened, names):
+    assert opened(*names).class_names == tuple(sorted({name.split("/")[0] for name in names}))
+
+
 def test_valid_chooses_and_test_is_left_alone(opened):
     sets = opened(*(f"{split}/{name}/{split}.png" for split in ("train", "valid", "test") for name in "ab"))
     assert set(_names(sets.held_out)) == {"valid.png"}
