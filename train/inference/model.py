@@ -44,11 +44,15 @@ class Classifier:
     def config(self) -> CrossViTConfig:
         return self.task.model_config
 
+    @property
+    def platform(self) -> str:
+        """What jax calls the devices: cpu, gpu, tpu."""
+        return self.mesh.devices.flat[0].platform
+
     def batch_size(self, wanted: int | None, images: int) -> int:
         """The images to run at a time: a multiple of the number of devices, and no larger than there are images."""
         devices = self.mesh.size
-        platform = self.mesh.devices.flat[0].platform
-        per_device = _BATCH_PER_CPU if platform == "cpu" else _BATCH_PER_ACCELERATOR
+        per_device = _BATCH_PER_CPU if self.platform == "cpu" else _BATCH_PER_ACCELERATOR
         size = min(wanted or per_device * devices, images)
         return -(-size // devices) * devices
 
