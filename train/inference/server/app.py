@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
+import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -14,6 +15,7 @@ from starlette.routing import Route
 
 from train.inference.classify import best_classes
 from train.inference.predictions import Prediction
+from train.inference.server import protocol
 from train.inference.server.batcher import Batcher
 from train.inference.server.bodies import Asked, read_asked, read_body
 from train.inference.server.engine import Engine
@@ -86,6 +88,10 @@ class Service:
         finally:
             room.leave()
 
+    async def probabilities(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Those (classes,) of images, computed in whatever batches."""
+        return await asyncio.gather(*map(self.batcher.ask, images))
+
     async def _unless_gone(self, request: Request, answer: Awaitable[Response], seconds: float) -> Response:
         """The answer, if it is there in time and somebody still waits for it; otherwise it leaves all queues."""
         answering, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(_abandoned(request))
@@ -140,6 +146,18 @@ class _Endpoints:
             Route("/healthz", self.healthz),
             Route("/readyz", self.readyz),
             Route("/metrics", self.metrics),
+            Route("/v2", self.server_metadata),
+            Route("/v2/health/live", self.live),
+            Route("/v2/health/ready", self.ready),
+            *(
+                Route(f"/v2/models/{{name}}{number}{what}", endpoint, methods=methods)
+                for number in ("", "/versions/{version}")
+                for what, endpoint, methods in (
+                    ("", self.model_metadata, ["GET"]),
+                    ("/ready", self.model_ready, ["GET"]),
+                    ("/infer", self.infer, ["POST"]),
+                )
+            ),
         ]
 
     async def healthz(self, request: Request) -> Response:
@@ -152,6 +170,43 @@ class _Endpoints:
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._service.metrics.text(), media_type=CONTENT_TYPE)
+
+    # --- the Open Inference Protocol ---
+
+    async def server_metadata(self, request: Request) -> Response:
+        return JSONResponse(protocol.server_metadata())
+
+    async def live(self, request: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    async def ready(self, request: Request) -> Response:
+        ready = self._service.is_ready
+        return JSONResponse({"ready": ready}, 200 if ready else 503)
+
+    async def model_metadata(self, request: Request) -> Response:
+        protocol.check_model(**request.path_params)
+        return JSONResponse(protocol.model_metadata(self._service.engine))
+
+    async def model_ready(self, request: Request) -> Response:
+        protocol.check_model(**request.path_params)
+        ready = self._service.is_ready
+        return JSONResponse({"name": protocol.MODEL, "ready": ready}, 200 if ready else 503)
+
+    async def infer(self, request: Request) -> Response:
+        protocol.check_model(**request.path_params)
+        return await self._service.answered(request, self._inferred)
+
+    async def _inferred(self, request: Request, body: bytes, room: Room) -> Response:
+        pictures, length = self._service.pictures, request.headers.get(protocol.JSON_LENGTH)
+        asked = await pictures.run(protocol.read_inference, body, length)
+        room.resize(len(asked.pictures))
+        encoded = isinstance(asked.pictures, list)
+        images = await (pictures.of_files if encoded else pictures.of_pixels)(asked.pictures)
+        probabilities = np.stack(await self._service.probabilities(images))
+        content, headers = protocol.answer(asked, probabilities)
+        return Response(content, headers=headers)
+
+    # --- our own ---
 
     async def predict(self, request: Request) -> Response:
         return await self._service.answered(request, self._predicted)
@@ -166,8 +221,7 @@ class _Endpoints:
             raise Refusal(400, "attention is told for one picture at a time")
         room.resize(len(asked.pictures))
         images = await service.pictures.of_files(asked.pictures)
-        answers = await asyncio.gather(*(service.batcher.ask(image) for image in images))
-        results = [{"predictions": self._best(row, asked)} for row in answers]
+        results = [{"predictions": self._best(row, asked)} for row in await service.probabilities(images)]
         return JSONResponse({"results": results})
 
     def _best(self, probabilities: Any, asked: Asked) -> list[dict[str, Any]]:
