@@ -10,23 +10,26 @@ import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from train.inference.classify import best_classes
 from train.inference.predictions import Prediction
 from train.inference.server import protocol
+from train.inference.server.attention import told_attention
 from train.inference.server.batcher import Batcher
 from train.inference.server.bodies import Asked, read_asked, read_body
 from train.inference.server.engine import Engine
 from train.inference.server.gate import GONE, Gate, tell_failure, tell_refusal
 from train.inference.server.limits import Admission, Limits, Refusal
 from train.inference.server.metrics import CONTENT_TYPE, Metrics
+from train.inference.server.page import openapi, page
 from train.inference.server.pictures import Pictures
 
 Answer = Callable[[Request, bytes, "Room"], Coroutine[Any, Any, Response]]
 
-_OPEN = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"})  # probes bear no token
+_PROBES = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"})
+_OPEN = frozenset({"/", "/openapi.json"})  # files that are the same for everybody; the page asks for a token
 
 
 class Room:
@@ -133,7 +136,14 @@ def make_app(service: Service, *, log: Callable[[str], None] | None = None) -> G
         exception_handlers={Refusal: tell_refusal, HTTPException: tell_refusal, Exception: tell_failure},
     )
     app.router.redirect_slashes = False
-    return Gate(app, metrics=service.metrics, token=service.limits.token, open_paths=_OPEN, log=log)
+    return Gate(
+        app,
+        metrics=service.metrics,
+        token=service.limits.token,
+        open_paths=_OPEN | _PROBES,
+        quiet_paths=_PROBES,
+        log=log,
+    )
 
 
 class _Endpoints:
@@ -142,6 +152,8 @@ class _Endpoints:
 
     def routes(self) -> list[Route]:
         return [
+            Route("/", self.page),
+            Route("/openapi.json", self.openapi),
             Route("/predict", self.predict, methods=["POST"]),
             Route("/healthz", self.healthz),
             Route("/readyz", self.readyz),
@@ -159,6 +171,13 @@ class _Endpoints:
                 )
             ),
         ]
+
+    async def page(self, request: Request) -> Response:
+        text, headers = page(self._service.engine)
+        return HTMLResponse(text, headers=headers)
+
+    async def openapi(self, request: Request) -> Response:
+        return Response(openapi(), media_type="application/json")
 
     async def healthz(self, request: Request) -> Response:
         return JSONResponse({"status": "alive"})
@@ -221,6 +240,11 @@ class _Endpoints:
             raise Refusal(400, "attention is told for one picture at a time")
         room.resize(len(asked.pictures))
         images = await service.pictures.of_files(asked.pictures)
+        if asked.attention:
+            explained = await service.batcher.ask(images[0], explain=True)
+            attention = await service.pictures.run(told_attention, service.engine.config, images[0], explained)
+            result = {"predictions": self._best(explained.probabilities, asked), "attention": attention}
+            return JSONResponse({"results": [result]})
         results = [{"predictions": self._best(row, asked)} for row in await service.probabilities(images)]
         return JSONResponse({"results": results})
 

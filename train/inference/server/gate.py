@@ -10,10 +10,12 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
+from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.routing import BaseRoute
+from starlette.types import Message, Receive, Scope, Send
 
 from train.inference.server.limits import Refusal
 from train.inference.server.metrics import Metrics
@@ -28,21 +30,26 @@ class Gate:
 
     Args:
         token: that requests have to bear, but for those to `open_paths`; none: all may ask.
-        log: takes one line of JSON for each request.
+        log: takes one line of JSON for each request, but for those to `quiet_paths`: probes come every few seconds.
     """
 
     def __init__(
         self,
-        app: ASGIApp,
+        app: Starlette,
         *,
         metrics: Metrics,
         token: str | None,
         open_paths: frozenset[str],
+        quiet_paths: frozenset[str],
         log: Callable[[str], None] | None,
     ):
         self._app, self._metrics, self._log = app, metrics, log
         self._token = None if token is None else token.encode()
-        self._open_paths = open_paths
+        self._open_paths, self._quiet_paths = open_paths, quiet_paths
+
+    @property
+    def routes(self) -> list[BaseRoute]:
+        return self._app.routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -84,7 +91,7 @@ class Gate:
         # never the path: anybody could make up many
         name = getattr(scope.get("endpoint"), "__name__", "none")
         self._metrics.count(name, status, seconds)
-        if self._log is not None and scope["path"] not in self._open_paths:  # probes come every few seconds
+        if self._log is not None and scope["path"] not in self._quiet_paths:
             entry = {
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "request_id": request_id,

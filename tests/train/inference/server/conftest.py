@@ -1,10 +1,14 @@
 """A server of the shrunk model in this process, and one whose engine does as a test says."""
 
+import contextlib
 import io
+import socket
 import threading
+import time
 
 import numpy as np
 import pytest
+import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -84,3 +88,33 @@ def small_engine(small_weights):
     engine.compile()
     engine.compile = lambda: None  # once for all tests
     return engine
+
+
+@contextlib.contextmanager
+def _listening(service):
+    server = uvicorn.Server(uvicorn.Config(make_app(service), log_config=None, lifespan="on"))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.001)
+    service.starting = False  # the engine is compiled already
+    try:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def listening():
+    """`with listening(service) as address` has a server for clients that are not ours."""
+    return _listening
+
+
+@pytest.fixture(scope="session")
+def address(small_engine):
+    """Where a server of the shrunk model listens."""
+    with _listening(Service(small_engine, Limits(pictures=16))) as address:
+        yield address

@@ -3,39 +3,24 @@
 import base64
 import io
 import json
-import socket
-import threading
 
 import numpy as np
 import pytest
 import tritonclient.http
-import uvicorn
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from tests.train.inference.server.conftest import ToldEngine, encoded
-from train.inference.server.app import Service, make_app
-from train.inference.server.limits import Limits
 
 _INFER = "/v2/models/crossvit/infer"
 _PICTURES = [encoded((70, 50), seed=seed) for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
-def triton(small_engine):
-    """Triton's client, of a server at a port of this machine."""
-    service = Service(small_engine, Limits(pictures=16))
-    server = uvicorn.Server(uvicorn.Config(make_app(service), log_config=None, lifespan="on"))
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-    service.starting = False  # the engine is compiled already
-    with tritonclient.http.InferenceServerClient(f"127.0.0.1:{listener.getsockname()[1]}") as client:
+def triton(address):
+    """Triton's own client."""
+    with tritonclient.http.InferenceServerClient(address) as client:
         yield client
-    server.should_exit = True
-    thread.join()
 
 
 def _expected(engine, pictures):
