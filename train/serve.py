@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 
 from convert.command_line import Parser, at_least_one, at_least_zero, leave, run
 from convert.errors import SettingsError
+from convert.files import typed_path
 from convert.streams import let_go_of_output, tell, tell_error
 from train.inference.command import SOURCES, add_model_flags, load_model, tell_notes
 
 if TYPE_CHECKING:
     from train.inference.server.app import Service
+    from train.inference.server.engine import Engine
 
 _PROGRAM = "python -m train.serve"
 _TOKEN = "CROSSVIT_TOKEN"
@@ -25,7 +27,8 @@ _MOST_PIXELS = 178_956_970
 _PACKAGES = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
 
 _EPILOG = f"""\
-{SOURCES}
+{SOURCES}; or an .onnx file that
+python -m convert wrote, without --preprocess, which ONNX Runtime computes on CPUs. Classifiers are served so far.
 
 {_TOKEN} in the environment: requests must bear this token (Authorization: Bearer TOKEN), but for health checks and the
 page. Standard output has a line of JSON for each request, stderr the rest.
@@ -96,13 +99,9 @@ def _parser() -> Parser:
 
 def _service(args: argparse.Namespace, token: str | None) -> "Service":
     from train.inference.server.app import Service
-    from train.inference.server.engine import JaxEngine
     from train.inference.server.limits import Limits
 
-    classifier = load_model(args)
-    tell_notes(_PROGRAM, classifier.notes)
-    largest = args.max_batch or (_BATCH_ON_CPUS if classifier.platform == "cpu" else _BATCH_ON_OTHERS)
-    engine = JaxEngine(classifier, largest, explains=not args.quantize)
+    engine = _onnx_engine(args) if args.weights.endswith(".onnx") else _jax_engine(args)
     most = args.queue or 16 * engine.sizes[-1]
     return Service(
         engine,
@@ -116,6 +115,30 @@ def _service(args: argparse.Namespace, token: str | None) -> "Service":
             token=token,
         ),
     )
+
+
+def _jax_engine(args: argparse.Namespace) -> "Engine":
+    from train.inference.server.engine import JaxEngine
+
+    classifier = load_model(args)
+    tell_notes(_PROGRAM, classifier.notes)
+    largest = args.max_batch or (_BATCH_ON_CPUS if classifier.platform == "cpu" else _BATCH_ON_OTHERS)
+    # what weights attend to is not to be had once they are rounded: as in train.predict
+    return JaxEngine(classifier, largest, explains=not args.quantize)
+
+
+def _onnx_engine(args: argparse.Namespace) -> "Engine":
+    from train.inference.server.onnx_engine import OnnxEngine
+
+    path = typed_path(args.weights)
+    for name in ("image_size", "precision", "quantize"):
+        if getattr(args, name) is not None:
+            raise SettingsError(f"{path} computes as it was exported: leave out --{name.replace('_', '-')}")
+    engine = OnnxEngine(path, args.max_batch or _BATCH_ON_CPUS, crop_pct=args.crop_pct, exif=args.exif)
+    if engine.is_dynamic:
+        why = "in larger batches a picture's neighbours would change its answer, as their ranges are the whole batch's"
+        tell_notes(_PROGRAM, [f"{path} is quantised dynamically, and gets one picture at a time: {why}"])
+    return engine
 
 
 class _Log:
