@@ -28,6 +28,7 @@ _COMMANDS = {
     "benchmarks.end_to_end": [],
     "benchmarks.fusion": [],
     "benchmarks.scaling": [],
+    "benchmarks.serving": ["--weights=w"],
     "benchmarks.startup": [],
     "benchmarks.table": ["x.json"],
 }

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convert import metadata
+from convert.export.triton import CLASSES, INPUT, MODEL, PROBABILITIES, VERSION
 from train.inference.server.bodies import decoded_base64, parsed_json
 from train.inference.server.engine import Engine
 from train.inference.server.limits import Refusal
 
-MODEL, VERSION = "crossvit", "1"
-INPUT, PROBABILITIES, CLASSES = "pictures", "probabilities", "classes"
 JSON_LENGTH = "Inference-Header-Content-Length"
 
 

@@ -28,10 +28,14 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket at an address; port 0 is a free one. Raises SettingsError."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SettingsError(f"cannot listen at {address(host, port)}: {reason}") from None
+
+    # connections inherit it; asyncio misses it on them, and an answer's end would wait 40 ms for an acknowledgement
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def address(host: str, port: int) -> str:
