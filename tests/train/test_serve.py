@@ -85,7 +85,7 @@ def test_the_manifest_and_the_image_start_it_with_flags_and_probes_that_there_ar
 class _Process:
     """The command in a process of its own, and what it says."""
 
-    def __init__(self, *flags):
+    def __init__(self, *flags, until=": ready\n"):
         self.process = subprocess.Popen(
             [sys.executable, "-m", "train.serve", "--port=0", *flags],
             cwd=_ROOT,
@@ -94,7 +94,7 @@ class _Process:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self.said = []
+        self.said, self._until = [], until
         self._ready = threading.Event()
         threading.Thread(target=self._listen, daemon=True).start()
         assert self._ready.wait(300), self.said
@@ -104,7 +104,7 @@ class _Process:
     def _listen(self):
         for line in self.process.stderr:
             self.said.append(line)
-            if line.endswith(": ready\n"):
+            if self._until in line:
                 self._ready.set()
         self._ready.set()
 
@@ -153,6 +153,36 @@ def test_sigterm_answers_what_was_accepted_and_ends_well(server):
     log = [json.loads(line) for line in server.process.stdout]
     predictions = [entry for entry in log if entry["path"] == "/predict"]
     assert sum(entry["status"] == 200 for entry in predictions) == statuses.count(200)  # and none of them was lost
+
+
+@pytest.mark.slow
+def test_sigterm_ends_it_while_it_compiles(tmp_path, monkeypatch):
+    slow = tmp_path / "sitecustomize.py"
+    slow.write_text(_COMPILES_FOREVER)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{_ROOT}")
+    weights = save_small(tmp_path / "w.safetensors", "abcdefgh")
+    server = _Process(f"--weights={weights}", until="http://")
+    try:
+        while server.ask("/readyz") != (503, {"status": "starting"}):
+            pass
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+    finally:
+        server.process.kill()
+        server.process.wait()
+
+
+# as XLA does for large models, in a thread that nobody can end
+_COMPILES_FOREVER = """
+import importlib.abc, sys, time
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "train.inference.server.run":
+            sys.meta_path.remove(self)
+            from train.inference.server.engine import JaxEngine
+            JaxEngine.compile = lambda self: time.sleep(600)
+sys.meta_path.insert(0, Finder())
+"""
 
 
 def _held(server):

@@ -16,14 +16,13 @@ from starlette.routing import Route
 from train.inference.classify import best_classes
 from train.inference.predictions import Prediction
 from train.inference.server import protocol
-from train.inference.server.attention import told_attention
 from train.inference.server.batcher import Batcher
 from train.inference.server.bodies import Asked, read_asked, read_body
 from train.inference.server.engine import Engine
 from train.inference.server.gate import GONE, Gate, tell_failure, tell_refusal
 from train.inference.server.limits import Admission, Limits, Refusal
 from train.inference.server.metrics import CONTENT_TYPE, Metrics
-from train.inference.server.page import openapi, page
+from train.inference.server.page import openapi, page, told_attention
 from train.inference.server.pictures import Pictures
 
 Answer = Callable[[Request, bytes, "Room"], Coroutine[Any, Any, Response]]

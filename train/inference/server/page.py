@@ -1,4 +1,4 @@
-"""The page for people, and the description for programs: files that lie beside this one."""
+"""The page for people and what it draws, and the description for programs. Page and description are files here."""
 
 import base64
 import hashlib
@@ -6,8 +6,14 @@ import html
 import re
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
-from train.inference.server.engine import Engine
+import numpy as np
+
+from crossvit_jax import CrossViTConfig
+from train.inference.server.engine import Engine, Explained
+from train.inference.server.pictures import png
+from train.pictures.attention import seen_region
 
 
 @cache
@@ -27,6 +33,34 @@ def page(engine: Engine) -> tuple[str, dict[str, str]]:
     allowed = " ".join(f"{kind}-src {_hash(text, kind)};" for kind in ("script", "style"))
     policy = f"default-src 'none'; {allowed} img-src data: blob:; connect-src 'self'; form-action 'none'"
     return text, {"Content-Security-Policy": policy + "; frame-ancestors 'none'", "Referrer-Policy": "no-referrer"}
+
+
+def told_attention(config: CrossViTConfig, image: np.ndarray, explained: Explained) -> dict[str, Any]:
+    """The picture as the model saw it, a PNG in base64, and two maps for each branch.
+
+    A map is that of a `branch`'s class token, over the patches of the branch `over`: its own, in self-attention, or the
+    next one's, in the fusion. `values` has the share of each patch of the `grid` (rows, columns), row by row, and
+    `token` that of the token itself; together they are 1. `region` is the part of the picture that the patches cover:
+    left, top, width and height in pixels.
+    """
+    maps = []
+    for branch in range(len(config.branches)):
+        for kind, over in (("own", branch), ("across", (branch + 1) % len(config.branches))):
+            values = explained.attention[kind][branch]
+            left, right, bottom, top = seen_region(config, over)
+            maps.append(
+                {
+                    "branch": branch,
+                    "kind": kind,
+                    "over": over,
+                    "patch_size": config.patch_size[over],
+                    "grid": list(config.grid_size[over]),
+                    "region": [left + 0.5, top + 0.5, right - left, bottom - top],
+                    "token": float(values[0]),
+                    "values": values[1:].tolist(),
+                }
+            )
+    return {"picture": base64.b64encode(png(image)).decode(), "size": list(config.image_size), "maps": maps}
 
 
 def _hash(text: str, tag: str) -> str:

@@ -81,9 +81,12 @@ class _Server(uvicorn.Server):
         self._service, self._grace, self._say = service, grace, say
         self._tasks: list[asyncio.Task] = []
 
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()  # before a signal can come
+        await super().serve(sockets)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._loop = asyncio.get_running_loop()
         self._tasks.append(asyncio.create_task(self._make_ready()))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
