@@ -40,6 +40,7 @@ _OTHERS = {  # what makes the table of a file
     "deploy": "benchmarks.table:deploy_markdown",
     "end_to_end": "benchmarks.table:fed_markdown",
     "scaling": "benchmarks.scaling:as_markdown",
+    "serving": "benchmarks.serving:as_markdown",
     "startup": "benchmarks.startup:as_markdown",
 }
 

@@ -36,7 +36,7 @@ DESTINATION  .safetensors or .pth for timm and the torch twin, .flax.safetensors
              .onnx, .stablehlo or .pt exports the whole model, and keeps the file only if it computes what SOURCE
              does: .onnx with --quantize dynamic or static in int8; .pt, the PyTorch twin with its linear layers in
              integers by torchao, with --quantize int8 or int4; with --training, .pth.tar or .pth for timm's
-             train.py --resume
+             train.py --resume; with --triton, a folder for tritonserver --model-repository
 
 exit status: 0 done; 1 --verify found the twins apart, or the exported file was not kept; 2 nothing was written, and
 one line on stderr says why
@@ -85,6 +85,7 @@ def _parser() -> Parser:
     add("--target", choices=("cpu", "tensorrt"), help="what reads the static file; default: cpu")
     add("--compare", type=data_set, metavar="digits|FOLDER", help="images to compare .pt on; default: photographs")
     add("--preprocess", action="store_true", help=".onnx takes uint8 pictures of any size: resize and crop are in it")
+    add("--triton", action="store_true", help="DESTINATION is a model repository for Triton, with preprocessing")
     add(
         "--license",
         metavar="TEXT",
@@ -112,6 +113,8 @@ def _convert(args: argparse.Namespace) -> int:
         raise ConversionError("DESTINATION is needed; --info alone writes nothing")
     if args.training:
         return _training(args)
+    if args.triton:
+        return _triton(args)
     how = Export(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Export)})
     name = Path(args.destination).name  # without the slash that may be behind it
     if args.license is not None and not name.endswith((".onnx", ".pt")):
@@ -195,6 +198,23 @@ def _training(args: argparse.Namespace) -> int:
     write_torch_checkpoint(state, path)
     print(f"written     {path}")
     return 0
+
+
+def _triton(args: argparse.Namespace) -> int:
+    from convert.export.triton import check_repository, write_repository
+
+    _refuse_others(
+        args, "--triton writes a repository", "destination", "triton", "overwrite", "dtype", "license", "image_size"
+    )
+    if args.dtype == "bfloat16":
+        raise ConversionError("--triton computes in float32 or float16: ONNX Runtime has no bfloat16 on CPUs")
+    path = check_repository(args.destination, overwrite=args.overwrite)
+    weights = _load(args)
+    tell_weights(weights, ", ".join(weights.dtypes))
+    comparison = write_repository(weights, path, dtype=args.dtype or "float32", overwrite=args.overwrite)
+    print(f"{'written    ' if comparison.passed else 'NOT written'} {path}")
+    print(f"compared    {comparison}")
+    return 0 if comparison.passed else 1
 
 
 def _load(args: argparse.Namespace) -> "Weights":

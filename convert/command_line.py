@@ -122,11 +122,15 @@ def leave_if_run_anew() -> None:
     os._exit(RUN_ANEW)
 
 
-def leave(status: int) -> NoReturn:
-    """Ends the process; after an interruption at once: jax, stopped as it compiles, crashes on the usual way out."""
+def leave(status: int, *, at_once: bool = False) -> NoReturn:
+    """Ends the process; after an interruption at once: jax, stopped as it compiles, crashes on the usual way out.
+
+    Args:
+        at_once: in any case, without waiting for threads, which may compile for minutes.
+    """
     jax = sys.modules.get("jax")
     # the other processes of a run would miss one that leaves without a word
-    if status > 128 and not (jax and jax.distributed.is_initialized()):
+    if (status > 128 or at_once) and not (jax and jax.distributed.is_initialized()):
         let_go_of_output()
         multiprocessing.util._run_finalizers(0)  # or Python tells of semaphores that were left behind
         os._exit(status)

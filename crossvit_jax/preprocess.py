@@ -8,7 +8,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -95,7 +95,9 @@ def read_image(path: str | os.PathLike, *, exif: Exif = "keep") -> Image.Image:
     return decode_image(encoded, os.fspath(path), exif=exif)
 
 
-def decode_image(encoded: bytes, name: str, *, exif: Exif = "keep") -> Image.Image:
+def decode_image(
+    encoded: bytes, name: str, *, exif: Exif = "keep", formats: Sequence[str] | None = None
+) -> Image.Image:
     """An image file's bytes as an RGB image. Transparency is dropped, of an animation the first picture is taken.
 
     Read as torchvision's and timm's loaders do, but for 16-bit grey.
@@ -103,13 +105,14 @@ def decode_image(encoded: bytes, name: str, *, exif: Exif = "keep") -> Image.Ima
     Args:
         exif: "apply" turns an image as its EXIF orientation says, as `PIL.ImageOps.exif_transpose` does; "keep" takes
             it as it is stored. (TIFF files Pillow turns by itself.)
+        formats: those that may be read, by Pillow's names; none: all that Pillow knows.
 
     Raises UnreadableImage if they are no whole image, or one whose values do not tell how bright they are.
     """
     if not encoded:
         raise UnreadableImage(name, "it is empty")
     with _failures_named(name):
-        return _to_rgb(Image.open(io.BytesIO(encoded)), exif)
+        return _to_rgb(Image.open(io.BytesIO(encoded), formats=formats), exif)
 
 
 def orientation(encoded: bytes) -> int:

@@ -19,6 +19,7 @@ _COMMANDS = {
     "train.main": [],
     "train.evaluate": ["--weights=w", "--dataset=digits"],
     "train.predict": ["--weights=w", "p.png"],
+    "train.serve": ["--weights=w"],
     "train.compile": [],
     "benchmarks.__main__": [],
     "benchmarks.command": [],
@@ -27,6 +28,7 @@ _COMMANDS = {
     "benchmarks.end_to_end": [],
     "benchmarks.fusion": [],
     "benchmarks.scaling": [],
+    "benchmarks.serving": ["--weights=w"],
     "benchmarks.startup": [],
     "benchmarks.table": ["x.json"],
 }
@@ -40,6 +42,7 @@ _PATHS = [
     *(("train.evaluate", ["--weights=w", "--dataset=digits", flag, ""]) for flag in ("--data-dir", "--output")),
     ("train.evaluate", ["--weights=w", "--dataset", ""]),
     ("train.predict", ["--weights", "", "p.png"]),
+    ("train.serve", ["--weights", ""]),
     ("train.predict", ["--weights=w", "p.png", "--attention", ""]),
     ("train.predict", ["--weights=w", ""]),
     ("benchmarks.__main__", ["--output", ""]),

@@ -73,7 +73,7 @@ def _defined(module: str) -> set[str]:
     names = {other.removeprefix(f"{module}.") for other in _FILES}
     nodes = list(_TREES[module].body)
     for node in nodes:  # which grows
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             names.update(ast.literal_eval(node.value))  # some of it comes from a __getattr__

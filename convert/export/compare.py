@@ -34,6 +34,7 @@ class Comparison:
     bound: float
     images: str = "the images"  # which ones
     source: str = "the source's"  # whose outputs these are
+    outputs: str = "logits"  # what is compared
 
     @property
     def value(self) -> float:
@@ -53,7 +54,7 @@ class Comparison:
         told = {"largest": f"{self.largest:.1e} of the largest", "spread": f"{self.spread:.3f} of their spread"}
         bounded, (other,) = told.pop(self.of), told.values()
         return (
-            f"on {self.images} its logits differ from {self.source} by {bounded} (bound {self.bound:g})"
+            f"on {self.images} its {self.outputs} differ from {self.source} by {bounded} (bound {self.bound:g})"
             f"{'' if self.passed else ': TOO MUCH'}, {other}; top-1 agreement {self.agreement:.1%}"
         )
 
@@ -65,7 +66,7 @@ def compare(
 
     Args:
         numbers: that the model computes with, a key of `BOUNDS`.
-        **told: `images` and `source` of the comparison.
+        **told: `images`, `source` and `outputs` of the comparison.
 
     Raises:
         ConversionError: the outputs have other shapes than the source's.

@@ -47,11 +47,8 @@ def with_preprocessing(model: onnx.ModelProto, config: CrossViTConfig) -> onnx.M
     Raises:
         ConversionError: see `check_pictures`.
     """
-    check_pictures(config)
-    before = optimizer.optimize(_preprocessing(config))  # functions become nodes, and constants are cast
-    before = onnx.compose.add_prefix(before, _PREFIX, rename_inputs=False).graph
     (images,) = model.graph.input
-    before.node[-1].output[0] = images.name
+    before = preprocessing(config, output=images.name).graph
     joined = onnx.ModelProto()
     joined.CopyFrom(model)
     del joined.graph.node[:], joined.graph.input[:]
@@ -62,6 +59,16 @@ def with_preprocessing(model: onnx.ModelProto, config: CrossViTConfig) -> onnx.M
     about["input"] = "uint8 RGB pictures (batch, height, width, 3), in each call of one size, which may be any"
     onnx.helper.set_model_props(joined, about)
     return joined
+
+
+def preprocessing(config: CrossViTConfig, *, output: str) -> onnx.ModelProto:
+    """The preprocessing alone: from `pictures`, see `with_preprocessing`, to images (batch, 3, height, width), float32
+    and normalised, under the name of `output`. Raises ConversionError, see `check_pictures`."""
+    check_pictures(config)
+    model = optimizer.optimize(_preprocessing(config))  # functions become nodes, and constants are cast
+    model = onnx.compose.add_prefix(model, _PREFIX, rename_inputs=False)
+    model.graph.node[-1].output[0] = model.graph.output[0].name = output
+    return model
 
 
 @script(default_opset=op)

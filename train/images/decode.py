@@ -1,5 +1,7 @@
 """The pixels of an encoded image, faster than by Pillow where that is the same."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
@@ -11,9 +13,14 @@ _JPEG = b"\xff\xd8\xff"
 _ORDINARY = 2**26  # pixels; larger images are Pillow's, which warns of them or refuses them
 
 
-def decode_pixels(encoded: bytes, name: str, exif: Exif = "keep") -> UInt8[np.ndarray, "height width 3"]:
+def decode_pixels(
+    encoded: bytes, name: str, exif: Exif = "keep", formats: Sequence[str] | None = None
+) -> UInt8[np.ndarray, "height width 3"]:
     """The pixels of `crossvit_jax.preprocess.decode_image`. Those of an ordinary JPEG file cost a third less, by the
     same library as Pillow's.
+
+    Args:
+        formats: those that may be read, see there; JPEG is always one of them.
 
     Raises UnreadableImage as it does.
     """
@@ -26,4 +33,4 @@ def decode_pixels(encoded: bytes, name: str, exif: Exif = "keep") -> UInt8[np.nd
                 return pixels if lying == 1 else np.array(turned(Image.fromarray(pixels), lying))
         except ValueError:
             pass  # Pillow may be able to use it, or says what is wrong
-    return np.array(decode_image(encoded, name, exif=exif))
+    return np.array(decode_image(encoded, name, exif=exif, formats=formats))

@@ -17,6 +17,7 @@ from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
 from crossvit_jax.config import CrossViTConfig
@@ -145,11 +146,15 @@ class EvalTransform:
     image_size: tuple[int, int]
     crop_pct: float
     exif: Exif = "keep"
+    formats: tuple[str, ...] | None = None  # that may be read; see `decode_pixels`
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        pixels = decode_pixels(sample["image"], sample["name"], self.exif)
-        crop = evaluation_crop(pixels, self.image_size, self.crop_pct, resize=resize)
-        return {"image": normalised(crop), "label": np.int32(sample["label"])}
+        pixels = decode_pixels(sample["image"], sample["name"], self.exif, self.formats)
+        return {"image": self.model_input(pixels), "label": np.int32(sample["label"])}
+
+    def model_input(self, pixels: UInt8[np.ndarray, "height width 3"]) -> Float32[np.ndarray, "rows columns 3"]:
+        """What the model takes for decoded pixels: resized, cut and normalised."""
+        return normalised(evaluation_crop(pixels, self.image_size, self.crop_pct, resize=resize))
 
     def blank(self) -> dict[str, Any]:
         """What stands in for an image that cannot be read: zeros."""

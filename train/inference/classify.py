@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float
 
 from convert.files import shown
+from crossvit_jax import CrossViT
 from train.data.bad_images import BadImages
 from train.data.tagged_images import TaggedImages
 from train.inference.evaluation import forward, without_bad
@@ -17,6 +19,19 @@ from train.inference.model import Classifier
 from train.inference.predictions import Prediction
 from train.pictures.attention import class_token_attention, draw_attention
 from train.run.best_effort import BestEffort
+
+
+def probabilities(model: CrossViT, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch classes"]:
+    """The probability of each class for normalised images."""
+    return jax.nn.softmax(model(images))
+
+
+def best_classes(
+    probabilities: Float[np.ndarray, " classes"], class_names: Sequence[str], top_k: int
+) -> list[Prediction]:
+    """The most probable classes of an image, the best first; of equal ones that with the lower index."""
+    best = np.argsort(-probabilities, kind="stable")[:top_k].tolist()
+    return [Prediction(class_names[i], i, float(probabilities[i])) for i in best]
 
 
 class Result(NamedTuple):
@@ -56,15 +71,14 @@ def classify(
     task = classifier.task
 
     def program(model: Any, batch: Any) -> Any:
-        outputs = {"probability": jax.nn.softmax(model(batch["image"])), "mask": batch["mask"]}
+        outputs = {"probability": probabilities(model, batch["image"]), "mask": batch["mask"]}
         if pictures:
             outputs |= {"image": batch["image"], "attention": class_token_attention(model, batch["image"])}
         return outputs
 
     def result(place: int, outputs: Any) -> Result:
         path = source.paths[place]
-        best = np.argsort(-outputs["probability"], kind="stable")[:top_k].tolist()
-        predictions = [Prediction(task.class_names[i], i, float(outputs["probability"][i])) for i in best]
+        predictions = best_classes(outputs["probability"], task.class_names, top_k)
         picture = draw(draw_picture, place, predictions, outputs) if pictures else None
         return Result(path, predictions, picture)
 

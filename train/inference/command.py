@@ -21,8 +21,12 @@ SMALLER_BATCH = "choose a smaller --batch-size"  # what helps against too little
 _IMAGES_PER_PROCESS = 1000  # a process takes seconds to start, which fewer images do not take themselves
 
 
-def add_model_flags(parser: Parser) -> None:
-    """--weights, --image-size, --crop-pct, --exif, --precision, --attention-kernel, --quantize and --batch-size."""
+def add_model_flags(parser: Parser, *, batches: bool = True) -> None:
+    """--weights, --image-size, --crop-pct, --exif, --precision, --attention-kernel and --quantize.
+
+    Args:
+        batches: --batch-size too.
+    """
     parser.add_argument("--weights", type=weights_source, required=True, metavar="SOURCE", help="the weights to use")
     parser.add_argument(
         "--image-size",
@@ -55,12 +59,13 @@ def add_model_flags(parser: Parser) -> None:
         choices=("int8", "int4"),
         help="round the linear layers' weights to this, and what they multiply to int8 (default: as they are)",
     )
-    parser.add_argument(
-        "--batch-size",
-        type=at_least_one,
-        metavar="N",
-        help="images at a time, over all devices (default: what suits the devices)",
-    )
+    if batches:
+        parser.add_argument(
+            "--batch-size",
+            type=at_least_one,
+            metavar="N",
+            help="images at a time, over all devices (default: what suits the devices)",
+        )
 
 
 def add_detection_flags(parser: Parser) -> None:

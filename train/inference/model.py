@@ -41,11 +41,15 @@ class Predictor:
     params: Any
     mesh: Mesh
 
+    @property
+    def platform(self) -> str:
+        """What jax calls the devices: cpu, gpu, tpu."""
+        return self.mesh.devices.flat[0].platform
+
     def batch_size(self, wanted: int | None, images: int) -> int:
         """The images to run at a time: a multiple of the number of devices, and no larger than there are images."""
         devices = self.mesh.size
-        platform = self.mesh.devices.flat[0].platform
-        per_device = _BATCH_PER_CPU if platform == "cpu" else _BATCH_PER_ACCELERATOR
+        per_device = _BATCH_PER_CPU if self.platform == "cpu" else _BATCH_PER_ACCELERATOR
         size = min(wanted or per_device * devices, images)
         return -(-size // devices) * devices
 
@@ -158,18 +162,19 @@ def load_classifier(source: str, **settings: Any) -> Classifier:
     """The classifier in a source. Arguments and errors are those of `load_predictor`; raises SettingsError for other
     models."""
     predictor = load_predictor(source, **settings)
-    _require_classifier(source, predictor.task.model_config)
+    require_classifier(source, predictor.task.model_config)
     return predictor
 
 
 def load_classifier_weights(source: str) -> Weights:
     """The weights of a classifier in a source. Raises as `checked_weights`, and SettingsError for other models."""
     weights = checked_weights(source)
-    _require_classifier(source, weights.config)
+    require_classifier(source, weights.config)
     return weights
 
 
-def _require_classifier(source: str, config: Any) -> None:
+def require_classifier(source: str, config: Any) -> None:
+    """Raises SettingsError for the settings of any other model."""
     if task_of(config) != "classification":
         raise SettingsError(f"{source} is for {task_of(config)}, and a classifier is needed")
 

@@ -107,7 +107,7 @@ def draw_attention(
         for column, (seen, values) in enumerate(maps):
             axes = figure.add_axes(place(0.345 + 0.33 * column, 0.53 - 0.46 * branch, 0.32, 0.36))
             rows, columns = config.grid_size[seen]
-            _draw_map(axes, pixels, values[1:].reshape(rows, columns), region=_region(config, seen))
+            _draw_map(axes, pixels, values[1:].reshape(rows, columns), region=seen_region(config, seen))
             whose, where = (f"branch {seen}'s", "fusion") if column else ("its own", "self-attention")
             axes.set_title(
                 f"class token of branch {branch} over\n"
@@ -150,8 +150,12 @@ def _draw_map(
     axes.set_axis_off()
 
 
-def _region(config: CrossViTConfig, branch: int) -> tuple[float, float, float, float]:
-    """The part of the image that a branch sees, as (left, right, bottom, top) in pixels: all of it, or its middle."""
+def seen_region(config: CrossViTConfig, branch: int) -> tuple[float, float, float, float]:
+    """The part of the image that a branch sees: all of it, or its middle.
+
+    Returns:
+        (left, right, bottom, top) in pixels, whose centres are whole numbers.
+    """
     height, width = config.image_size
     seen_height, seen_width = config.branch_image_size[branch] if config.crop_scale else (height, width)
     top, left = round((height - seen_height) / 2) - 0.5, round((width - seen_width) / 2) - 0.5

@@ -1,0 +1,1 @@
+"""A classifier behind HTTP: pictures come in, and are computed in batches of a few sizes that are compiled ahead."""

@@ -1,0 +1,158 @@
+"""Reads what a request carries: counted bytes, and in them pictures as they are, as a form or in JSON."""
+
+import base64
+import binascii
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from python_multipart.exceptions import FormParserError
+from starlette.datastructures import Headers
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+
+from train.inference.server.limits import Limits, Refusal
+
+TOP_K = 5
+_DISCARDED = 4  # times the largest body; so much more is read, to no use, before a refusal
+_RAW = ("application/octet-stream", "application/x-www-form-urlencoded")  # the latter: curl, if it is told no other
+_JSON_KEYS = ("picture", "pictures", "top_k", "attention")
+
+
+class Asked(NamedTuple):
+    """What `POST /predict` is to answer."""
+
+    pictures: list[bytes]  # encoded
+    top_k: int = TOP_K
+    attention: bool = False
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """The whole body. Raises Refusal if it is encoded, or has more bytes than allowed whatever its header says."""
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise Refusal(415, "bodies are taken as they are, without Content-Encoding")
+    most, parts, count = limits.body_bytes, [], 0
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > most and "expect" in request.headers:
+        raise _too_large(most)  # it has not been sent yet
+    with suppress(ClientDisconnect):
+        async for part in request.stream():
+            count += len(part)
+            if count <= most:
+                parts.append(part)
+            elif count > _DISCARDED * most:
+                break
+            else:
+                parts.clear()  # read to its end all the same: many clients listen only when they have sent all
+        if count > most:
+            raise _too_large(most)
+        return b"".join(parts)
+    raise Refusal(400, "the request was not sent to its end")
+
+
+def _too_large(most: int) -> Refusal:
+    return Refusal(413, f"the body has more than {most} bytes", {"Connection": "close"})
+
+
+async def read_asked(content_type: str, query: Mapping[str, str], body: bytes) -> Asked:
+    """What a body of this type asks for. Raises Refusal."""
+    kind = content_type.partition(";")[0].strip().lower()
+    unknown = set(query) - {"top_k", "attention"}
+    if unknown:
+        raise Refusal(400, f"unknown in the query: {sorted(unknown)[0][:40]!r}; known are top_k and attention")
+    options: dict[str, Any] = {}
+    if "top_k" in query:
+        options["top_k"] = _top_k(int(query["top_k"]) if _is_whole(query["top_k"]) else query["top_k"])
+    if "attention" in query:
+        options["attention"] = _flag({"true": True, "1": True, "false": False, "0": False}.get(query["attention"]))
+    if kind == "application/json":
+        pictures, more = _of_json(body)
+        options |= more
+    elif kind == "multipart/form-data":
+        pictures = await _of_form(content_type, body)
+    elif not kind or kind in _RAW or kind.startswith("image/"):
+        pictures = [body]
+    else:
+        raise Refusal(415, "a body is image/*, application/octet-stream, multipart/form-data or application/json")
+    if not pictures:
+        raise Refusal(400, "there is no picture in the request")
+    return Asked(pictures, **options)
+
+
+def parsed_json(body: bytes) -> Any:
+    """What a JSON text says. Raises Refusal."""
+    try:
+        return json.loads(body)
+    except RecursionError:
+        raise Refusal(400, "the JSON is nested too deeply") from None
+    except ValueError as error:  # also of bytes that are no text
+        raise Refusal(400, f"the body is no JSON: {error}") from None
+
+
+def decoded_base64(text: Any, name: str) -> bytes:
+    """The bytes that a text stands for. Raises Refusal."""
+    if not isinstance(text, str):
+        raise Refusal(400, f"{name} must be a string in base64")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Refusal(400, f"{name} is not in base64: {error}") from None
+
+
+def _of_json(body: bytes) -> tuple[list[bytes], dict[str, Any]]:
+    asked = parsed_json(body)
+    if not isinstance(asked, dict) or set(asked) - set(_JSON_KEYS) or ("picture" in asked) == ("pictures" in asked):
+        raise Refusal(400, 'JSON is an object with "picture" or "pictures", and may have "top_k" and "attention"')
+    texts = asked["pictures"] if "pictures" in asked else [asked["picture"]]
+    if not isinstance(texts, list):
+        raise Refusal(400, "pictures must be an array of strings in base64")
+    options = {}
+    if "top_k" in asked:
+        options["top_k"] = _top_k(asked["top_k"])
+    if "attention" in asked:
+        options["attention"] = _flag(asked["attention"])
+    return [decoded_base64(text, f"picture {place}") for place, text in enumerate(texts, start=1)], options
+
+
+class _InMemory(MultiPartParser):
+    spool_max_size = 2**62  # no picture is ever written to the disk; the body is counted already
+
+
+async def _of_form(content_type: str, body: bytes) -> list[bytes]:
+    async def stream() -> AsyncIterator[bytes]:
+        yield body
+
+    try:
+        form = await _InMemory(Headers({"content-type": content_type}), stream()).parse()
+    except (
+        MultiPartException,
+        FormParserError,
+        ValueError,
+        LookupError,
+    ) as error:  # also of unknown charsets
+        message = error.message if isinstance(error, MultiPartException) else "it is damaged"
+        raise Refusal(400, f"the form cannot be read: {message}") from None
+    files = []
+    for name, part in form.multi_items():
+        if isinstance(part, str):
+            raise Refusal(400, f"the form has a field {name[:40]!r} that is no file; top_k goes into the query")
+        files.append(await part.read())
+    await form.close()
+    return files
+
+
+def _is_whole(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
+
+
+def _top_k(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise Refusal(400, "top_k must be a whole number, 1 or more")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise Refusal(400, "attention must be true or false")
+    return value

@@ -1,0 +1,83 @@
+"""An exported ONNX file as the server's engine, run by ONNX Runtime on CPUs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import metadata
+from convert.errors import ConversionError, SettingsError, one_line
+from crossvit_jax.preprocess import Exif
+from train.images.transforms import eval_transform
+from train.inference.server.engine import Explained, Images, Probabilities, batch_sizes
+
+
+class OnnxEngine:
+    """What `python -m convert SOURCE FILE.onnx` wrote, of any dtype.
+
+    A dynamically quantised file finds the ranges of its activations in the whole batch, so that neighbours would change
+    an answer: it gets one image at a time.
+
+    Args:
+        largest: images in the largest batch.
+        crop_pct, exif: as in `train.inference.model.load_classifier`; none: what the file tells.
+
+    Raises:
+        SettingsError: onnxruntime is missing; or the file cannot be read, does not tell what it is, or takes no images
+            of a classifier.
+    """
+
+    platform = "onnxruntime_onnx"
+    explains = False
+
+    def __init__(self, path: Path, largest: int, *, crop_pct: float | None = None, exif: Exif | None = None):
+        self._session = _session(path)
+        about = self._session.get_modelmeta().custom_metadata_map
+        if metadata.KEY not in about:
+            raise SettingsError(f"{path} does not tell what it is: write it with python -m convert SOURCE {path.name}")
+        try:
+            config, names = metadata.understand(about[metadata.KEY])
+        except ConversionError as error:
+            raise SettingsError(f"{path}: {error}") from None
+        takes, gives = ([one.name for one in some()] for some in (self._session.get_inputs, self._session.get_outputs))
+        if takes == ["pictures"]:
+            raise SettingsError(
+                f"{path} has preprocessing in it, which is the server's: export it without --preprocess"
+            )
+        if (takes, gives) != (["images"], ["logits"]) or config.in_chans != 3:
+            raise SettingsError(
+                f"{path} takes {', '.join(takes)} and gives {', '.join(gives)}: it classifies no images"
+            )
+        self.config = config if crop_pct is None else config.replace(crop_pct=crop_pct)
+        self.class_names = names or tuple(map(str, range(config.num_classes)))
+        self.transform = eval_transform(self.config, exif or metadata.recorded_exif(about[metadata.KEY]) or "keep")
+        self.is_dynamic = about.get("quantization") == "dynamic"
+        self.sizes = (1,) if self.is_dynamic else batch_sizes(largest)
+        size = " x ".join(map(str, dict.fromkeys(config.image_size)))
+        self.headline = f"CrossViT {config.name} at {size} pixels, {config.num_classes} classes, "
+        self.headline += f"in {about['dtype']} by ONNX Runtime"
+
+    def compile(self) -> None:
+        for size in self.sizes:  # which plans the memory for each
+            self.classify(np.zeros((size, *self.config.image_size, 3), np.float32))
+
+    def classify(self, images: Images) -> Probabilities:
+        (logits,) = self._session.run(None, {"images": np.ascontiguousarray(images.transpose(0, 3, 1, 2))})
+        powers = np.exp(logits - logits.max(1, keepdims=True))
+        return powers / powers.sum(1, keepdims=True)
+
+    def explain(self, images: Images) -> Explained:
+        raise NotImplementedError("an ONNX file has no attention maps; `explains` says so")
+
+
+def _session(path: Path) -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise SettingsError(f"{path} needs onnxruntime: pip install 'crossvit-jax[onnx]'") from None
+    if not path.is_file():
+        raise SettingsError(f"{path} does not exist")
+    try:
+        return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # as many types as there are ways to fail, none of them documented
+        raise SettingsError(f"{path} cannot be read: {one_line(error)}") from None

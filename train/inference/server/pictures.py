@@ -1,0 +1,92 @@
+"""From the bytes of pictures that somebody sent to images as the model takes them."""
+
+import asyncio
+import io
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from crossvit_jax.preprocess import MEAN, STD, UnreadableImage
+from train.images.transforms import EvalTransform
+from train.inference.server.limits import Limits, Refusal
+from train.inference.server.metrics import Metrics
+
+# What browsers and cameras send. Pillow knows forty more, some of them with a history of flaws.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_LONGEST_PREFIX = 16  # bytes that Pillow looks at to tell a format
+
+
+class Pictures:
+    """Decodes in a few threads, whose number bounds how many decoded pictures are in memory."""
+
+    def __init__(self, transform: EvalTransform, limits: Limits, metrics: Metrics):
+        self._transform = replace(transform, formats=FORMATS)
+        self._limits, self._metrics = limits, metrics
+        self._threads = ThreadPoolExecutor(os.cpu_count(), "decode")
+
+    async def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """A function's result, computed in one of the threads. Cancelled, it is not begun."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    async def prepare(self) -> None:
+        """Loads and compiles what the first picture would wait for."""
+        await self.run(self._transform.model_input, np.zeros((64, 48, 3), np.uint8))
+
+    async def of_files(self, encoded: Sequence[bytes]) -> list[np.ndarray]:
+        """Images (height, width, 3) of encoded pictures. Raises Refusal, naming the picture where there are several."""
+        names = ["the picture"] if len(encoded) == 1 else [f"picture {place}" for place in range(1, len(encoded) + 1)]
+        reading = [self.run(self._of_file, *one) for one in zip(encoded, names, strict=True)]
+        return list(await asyncio.gather(*reading))
+
+    async def of_pixels(self, pixels: np.ndarray) -> list[np.ndarray]:
+        """The same of decoded ones (pictures, height, width, 3), uint8 RGB."""
+        self._check_size((pixels.shape[2], pixels.shape[1]), "a picture")
+        return list(await asyncio.gather(*(self.run(self._transform.model_input, one) for one in pixels)))
+
+    def _of_file(self, encoded: bytes, name: str) -> np.ndarray:
+        start = time.monotonic()
+        self._check_size(_header_size(encoded, name), name)
+        try:
+            image = self._transform({"image": encoded, "label": 0, "name": name})["image"]
+        except UnreadableImage as error:
+            raise Refusal(422, f"{name} cannot be read: {error.reason}") from None
+        self._metrics.decode_seconds.observe(time.monotonic() - start)
+        return image
+
+    def _check_size(self, size: tuple[int, int], name: str) -> None:
+        width, height = size
+        if width * height > self._limits.pixels:
+            raise Refusal(413, f"{name} has {width} x {height} pixels; at most {self._limits.pixels} are taken")
+
+
+def png(image: np.ndarray) -> bytes:
+    """A model's image (height, width, 3) as people see it."""
+    file = io.BytesIO()
+    Image.fromarray(np.rint(255 * np.clip(image * STD + MEAN, 0, 1)).astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def _header_size(encoded: bytes, name: str) -> tuple[int, int]:
+    """Width and height as the header tells them: nothing is decoded."""
+    if not encoded:
+        raise Refusal(422, f"{name} cannot be read: it is empty")
+    try:
+        return Image.open(io.BytesIO(encoded), formats=FORMATS).size
+    except UnidentifiedImageError:
+        prefix = encoded[:_LONGEST_PREFIX]
+        if any(accepts is not None and accepts(prefix) is True for _, accepts in map(Image.OPEN.get, FORMATS)):
+            raise Refusal(422, f"{name} cannot be read: it is damaged") from None
+        raise Refusal(415, f"{name} is in none of the formats {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError:
+        raise Refusal(413, f"{name} has more pixels than are taken") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # over damaged files Pillow's parsers stumble in any way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise Refusal(422, f"{name} cannot be read: {reason}") from None
