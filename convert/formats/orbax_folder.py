@@ -1,7 +1,6 @@
 """Orbax checkpoints: ours, and any other whose tree holds the parameters of a CrossViT somewhere."""
 
 import functools
-import json
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from convert import metadata
 from convert.errors import ConversionError, one_line, quiet
+from convert.formats import fingerprint
 from convert.formats.find import Place, choose, others_than
 
 _ITEM = "params"
@@ -23,7 +23,7 @@ def is_orbax(folder: Path) -> bool:
 
 
 def write_orbax(folder: Path, params: Mapping, description: dict) -> None:
-    """Writes nested Flax parameters as item `params`, and the description as a JSON item beside it.
+    """Writes nested Flax parameters as item `params`, and the description and a fingerprint as JSON items beside it.
 
     Raises:
         Exception: whatever Orbax raises; it leaves a temporary folder beside `folder` then.
@@ -31,7 +31,11 @@ def write_orbax(folder: Path, params: Mapping, description: dict) -> None:
     import orbax.checkpoint as ocp
 
     arrays = jax.tree.map(np.ascontiguousarray, params)
-    items = {_ITEM: ocp.args.StandardSave(arrays), metadata.KEY: ocp.args.JsonSave(description)}
+    items = {
+        _ITEM: ocp.args.StandardSave(arrays),
+        metadata.KEY: ocp.args.JsonSave(description),
+        fingerprint.ITEM: ocp.args.JsonSave(fingerprint.sealed(fingerprint.marks_of(arrays), {}, description)),
+    }
     with quiet("absl"), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(folder.absolute(), ocp.args.Composite(**items))
 
@@ -55,7 +59,7 @@ def read_orbax(folder: Path) -> tuple[dict[str, Any], dict | None, list[str]]:
     try:
         params, found = _read_params(folder)
         file = folder / metadata.KEY / "metadata"  # Orbax's JSON items are one file of this name
-        description = json.loads(file.read_text()) if file.is_file() else None
+        description = fingerprint.read_json(file) if file.exists() else None
     except ConversionError:
         raise
     except Exception as error:  # Orbax and tensorstore raise whatever the damage leads to
@@ -86,7 +90,9 @@ def _read_params(folder: Path) -> tuple[dict[str, Any], list[str]]:
         # as numpy: nothing is cast, and nothing is put on a device that this machine may not have
         how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
-        restored = functools.reduce(operator.getitem, keys, checkpointer.restore(item.absolute(), args=args))
+        held = checkpointer.restore(item.absolute(), args=args)
+    fingerprint.check(folder, item.name, held, fingerprint.paths(trees[item]))
+    restored = functools.reduce(operator.getitem, keys, held)
     return _without_value(restored), _notes(place, list(places))
 
 

@@ -1,7 +1,7 @@
 """The folder of a training run as a source of weights: which of all that it keeps are meant."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +71,8 @@ def read_state(checkpoint: Path, keys: Sequence[str] | None = None) -> dict[str,
     import numpy as np
     import orbax.checkpoint as ocp
 
+    from convert.formats import fingerprint  # late: commands ask what a folder is before they need jax
+
     folder = (checkpoint / _STATE).absolute()
     try:
         with quiet("absl"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -82,7 +84,9 @@ def read_state(checkpoint: Path, keys: Sequence[str] | None = None) -> dict[str,
             # as numpy: nothing is cast, and nothing is put on a device that this machine may not have
             how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
             args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
-            return checkpointer.restore(folder, args=args)
+            state = checkpointer.restore(folder, args=args)
+        fingerprint.check(checkpoint, _STATE, state, fingerprint.paths(tree))
+        return state
     except ConversionError:
         raise
     except Exception as error:  # Orbax and tensorstore raise whatever the damage leads to
@@ -91,11 +95,26 @@ def read_state(checkpoint: Path, keys: Sequence[str] | None = None) -> dict[str,
 
 def read_description(checkpoint: Path) -> dict[str, Any]:
     """The description of the model beside the state. Raises ConversionError."""
-    from convert import metadata  # late: commands ask what a folder is before they need numpy
+    from convert import metadata  # late, as above
+    from convert.formats import fingerprint
 
+    return _read_item(checkpoint, lambda: fingerprint.read_json(checkpoint / metadata.KEY / "metadata"))
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """What a run remembers beside the state, if that is what was written. Raises ConversionError."""
+    from convert.formats import fingerprint
+
+    progress = _read_item(checkpoint, lambda: fingerprint.read_seal(checkpoint))
+    if progress is None:
+        raise ConversionError(f"{checkpoint} is a damaged checkpoint: it has no {fingerprint.RUN_ITEM}")
+    return progress
+
+
+def _read_item(checkpoint: Path, read: Callable[[], Any]) -> Any:
     try:
-        return json.loads((checkpoint / metadata.KEY / "metadata").read_text())
-    except (OSError, ValueError) as error:
+        return read()
+    except OSError as error:
         raise ConversionError(f"{checkpoint} is a damaged checkpoint: {one_line(error)}") from None
 
 

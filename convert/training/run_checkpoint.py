@@ -9,12 +9,12 @@ import numpy as np
 
 from convert import architecture, metadata
 from convert.errors import ConversionError, one_line
-from convert.formats.run_folder import newest_checkpoint, read_description, read_state
+from convert.formats.run_folder import newest_checkpoint, read_description, read_progress, read_state
 from convert.training.state import Rule, TrainingState
 from convert.tree import flatten, shapes_of
 from convert.weights import Weights
 
-_CONFIG, _PROGRESS = "config.json", "progress"
+_CONFIG = "config.json"
 
 
 def read_run_checkpoint(folder: Path) -> TrainingState:
@@ -33,7 +33,7 @@ def read_run_checkpoint(folder: Path) -> TrainingState:
     tree = read_state(step)
     config, class_names = metadata.understand(read_description(step))
     try:
-        progress = json.loads((step / _PROGRESS / "metadata").read_text())
+        progress = read_progress(step)
         tensors = flatten(tree["params"])
         architecture.check(shapes_of(tensors), config, str(step))
         moments, updates = _moments(tree["opt"], settings["optimizer"])

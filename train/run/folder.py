@@ -169,7 +169,7 @@ def newest_checkpoint(folder: Path) -> int:
     except OSError as error:
         raise CheckpointError(f"cannot keep checkpoints in {folder / CHECKPOINTS}: {error.strerror}") from error
     newest = max((int(name) for name in names if name.isdecimal()), default=0)
-    if not newest and any(name.endswith(".damaged") for name in names):
+    if not newest and any(".damaged" in name for name in names):
         raise CheckpointError(f"all checkpoints in {folder / CHECKPOINTS} are damaged")
     return newest
 

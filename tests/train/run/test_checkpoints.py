@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from convert.errors import SettingsError
-from train.run.checkpoints import Checkpoints, fingerprint
+from train.run.checkpoints import Checkpoints
 from train.run.folder import CheckpointError, newest_checkpoint, read_run
 from train.run.run_state import RunState
 
@@ -69,6 +69,12 @@ def test_the_config_of_another_program_is_one_line(tmp_path, content):
         read_run(str(tmp_path))
 
 
-def test_truth_values_in_a_state_change_its_fingerprint():
-    one, other = (fingerprint({"seen": jnp.array([True, value])}) for value in (True, False))
-    assert one.tolist() != other.tolist()
+def test_a_checkpoint_damaged_a_second_time_is_put_aside_as_the_first_was(folder):
+    for names in (["1", "2.damaged"], ["1", "2.damaged", "2.damaged-2"]):
+        with closing(Checkpoints(folder, description={}, say=print)) as checkpoints:
+            checkpoints.save({"params": jnp.ones(3)}, RunState(step=2), {})
+            checkpoints.wait()
+        file = folder / "checkpoints" / "2" / "progress" / "metadata"
+        file.write_text(file.read_text().replace('"log_bytes": 0', '"log_bytes": 1'))
+        assert _restore(folder)[1].step == 1
+        assert _steps(folder) == names
