@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from convert import metadata
-from convert.errors import ConversionError, one_line, quiet
+from convert.errors import ConversionError, one_line, quiet_storage
 from convert.formats import fingerprint
 from convert.formats.find import Place, choose, others_than
 
@@ -36,7 +36,7 @@ def write_orbax(folder: Path, params: Mapping, description: dict) -> None:
         metadata.KEY: ocp.args.JsonSave(description),
         fingerprint.ITEM: ocp.args.JsonSave(fingerprint.sealed(fingerprint.marks_of(arrays), {}, description)),
     }
-    with quiet("absl"), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with quiet_storage(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(folder.absolute(), ocp.args.Composite(**items))
 
 
@@ -72,7 +72,7 @@ def _read_params(folder: Path) -> tuple[dict[str, Any], list[str]]:
     import orbax.checkpoint as ocp
 
     items = [folder] if (folder / "_METADATA").is_file() else sorted(p.parent for p in folder.glob("*/_METADATA"))
-    with quiet("absl"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with quiet_storage(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         trees = {item: checkpointer.metadata(item.absolute()).item_metadata.tree for item in items}
         places = {
             Place((*(() if item == folder else (item.name,)), *map(str, keys))): (item, keys)

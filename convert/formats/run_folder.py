@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from convert.errors import ConversionError, one_line, quiet
+from convert.errors import ConversionError, one_line, quiet_storage
 
 # what a run leaves in its folder: at its end the last weights, those of the best evaluation, and the average
 WEIGHTS, BEST, AVERAGE = "weights.safetensors", "weights-best.safetensors", "weights-ema.safetensors"
@@ -75,7 +75,7 @@ def read_state(checkpoint: Path, keys: Sequence[str] | None = None) -> dict[str,
 
     folder = (checkpoint / _STATE).absolute()
     try:
-        with quiet("absl"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with quiet_storage(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.metadata(folder).item_metadata.tree
             missing = [key for key in keys or () if key not in tree]
             if missing:

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationContext
 
 from convert import metadata
-from convert.errors import one_line, quiet
+from convert.errors import one_line, quiet_storage
 from convert.formats import fingerprint
 from train.run.folder import CHECKPOINTS, CheckpointError
 from train.run.run_state import RunState
@@ -35,11 +35,14 @@ class Checkpoints:
         self._description, self._say = description, say
         self.best_step: int | None = None  # whose checkpoint is kept as the best: known only after it was saved
         self._last_whole: int | None = None
+        self._saving: int | None = None  # the step that is being written in the background
         self._fingerprint = jax.jit(fingerprint.marks_on_devices, static_argnames="version")
         options = ocp.CheckpointManagerOptions(preservation_policy=self, enable_async_checkpointing=True)
         try:
-            with quiet("absl"):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(quiet_storage())  # as long as its threads write
                 self._manager = ocp.CheckpointManager(self._folder, options=options)
+                self._open = stack.pop_all()
         except OSError as error:
             raise CheckpointError(f"cannot keep checkpoints in {self._folder}: {one_line(error)}") from error
 
@@ -60,6 +63,7 @@ class Checkpoints:
         step = run.step
         if step in self._manager.all_steps():
             return
+        self._finish()
         items = {
             _STATE: ocp.args.StandardSave(state),
             _PROGRESS: ocp.args.JsonSave(
@@ -68,20 +72,26 @@ class Checkpoints:
             metadata.KEY: ocp.args.JsonSave(self._description),
         }
         self._attempt(step, lambda: self._manager.save(step, args=ocp.args.Composite(**items), force=True))
+        self._saving = step
+
+    def check(self) -> None:
+        """Raises CheckpointError if what goes on in the background has failed. To be called with every step."""
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self._finish()
 
     def wait(self) -> None:
         """Return when the last checkpoint is whole on the disk, and no other than those to keep are there.
 
         Raises CheckpointError if it cannot be written.
         """
-        self._attempt(self._manager.latest_step(), self._manager.wait_until_finished)
+        self._finish()
         steps = sorted(self._manager.all_steps())
         for step in {*steps[:-_KEPT]} - {self.best_step}:
             self._manager.delete(step)
 
     def close(self) -> None:
         """Wait for what is being written, and end the threads. What went wrong there is told by `save` and `wait`."""
-        with quiet("absl"), contextlib.suppress(Exception):
+        with self._open, contextlib.suppress(Exception):
             self._manager.close()
 
     def restore(self, shapes: State) -> tuple[State, RunState] | None:
@@ -118,8 +128,7 @@ class Checkpoints:
     def _read(self, step: int, shapes: State) -> tuple[State, RunState]:
         items = {_STATE: ocp.args.StandardRestore(shapes), _PROGRESS: ocp.args.JsonRestore()}
         items[metadata.KEY] = ocp.args.JsonRestore()
-        with quiet("absl"):
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         state, sealed = restored[_STATE], restored[_PROGRESS]
         progress = fingerprint.open_seal(sealed, restored[metadata.KEY])
         if not fingerprint.is_of(sealed, self._marks(state, fingerprint.version_of(sealed))):
@@ -143,10 +152,15 @@ class Checkpoints:
             multihost_utils.sync_global_devices(f"checkpoint {step} put aside")
         self._manager.reload()
 
-    def _attempt(self, step: int | None, write: Callable[[], Any]) -> None:
+    def _finish(self) -> None:
+        step, self._saving = self._saving, None
+        if step is not None:
+            self._attempt(step, self._manager.wait_until_finished)
+            self._last_whole = step
+
+    def _attempt(self, step: int, write: Callable[[], Any]) -> None:
         try:
-            with quiet("absl"):
-                write()
+            write()
         except Exception as error:  # besides OSError, whatever Orbax and tensorstore raise
             reason = "no space left on device" if "No space left" in str(error) else one_line(error)[:300]
             last = "none is whole" if self._last_whole is None else f"the last whole one is of step {self._last_whole}"
