@@ -126,7 +126,7 @@ def test_branches_of_ones_own_replace_a_variants():
         (["--epochs=-1"], "epochs must be at least 1; got -1"),
         (["--recipe=paper"], "argument --recipe: invalid choice: 'paper'"),
         (["--batch-size=0"], "batch_size must be at least 1"),
-        (["--workers=-1"], "workers must be 0 or more; got -1"),
+        (["--workers=-1"], "workers must be at least 0 and at most 1024; got -1"),
         (["--lr=nan"], "lr must be above 0; got nan"),
         (["--lr=-1"], "lr must be above 0"),
         (["--seed=-1"], "seed must be 0 or more"),
