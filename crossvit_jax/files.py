@@ -1,10 +1,11 @@
 """Files that may come from anybody: only regular ones are read."""
 
+import json
 import os
 import stat
-from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+_LARGEST_JSON = 2**28  # bytes
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -51,21 +52,38 @@ def read_regular(path: str | os.PathLike, *, at_most: int | None = None) -> byte
         return file.read() if at_most is None else file.read(at_most)
 
 
-def check_regular(folder: str | os.PathLike) -> None:
-    """Whether all that lies below a folder is regular files and folders, for those who give a folder to a library.
+def read_json(path: str | os.PathLike) -> Any:
+    """The content of a JSON file that may be damaged, or anything else.
 
     Raises:
-        NotRegular: something is neither, or is a link to a folder, which may lead back.
-        OSError: a folder cannot be read.
+        ValueError: it is no JSON.
+        OSError: as `read_regular` does.
     """
-    folders = [os.fspath(folder)]
+    try:
+        return json.loads(read_regular(path, at_most=_LARGEST_JSON))
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
+
+
+def check_regular(folder: str | os.PathLike, *, levels: int = 8) -> None:
+    """Whether all that lies below a folder is regular files and folders, for those who give a folder to a library.
+
+    Links to folders are followed, so many levels deep, and each folder is looked at once.
+
+    Raises:
+        NotRegular: something is neither.
+        OSError: a folder cannot be read, or a link leads nowhere.
+    """
+    folders, seen = [(os.fspath(folder), 0)], set()
     while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                else:
-                    _check(os.stat(entry.path).st_mode, entry.path)
+        path, level = folders.pop()
+        found = os.stat(path)
+        if stat.S_ISDIR(found.st_mode) and level <= levels:
+            if (found.st_dev, found.st_ino) not in seen:
+                seen.add((found.st_dev, found.st_ino))
+                folders += [(os.path.join(path, name), level + 1) for name in os.listdir(path)]
+        else:
+            _check(found.st_mode, path)
 
 
 def check_open(descriptor: int, path: str | os.PathLike) -> None:
@@ -79,8 +97,8 @@ def _check(mode: int, path: str | os.PathLike) -> None:
         raise NotRegular(21, f"it is {kind}, not a regular file", os.fspath(path))
 
 
-def _possible(path: str | os.PathLike) -> Path:
+def _possible(path: str | os.PathLike) -> str:
     """Raises FileNotFoundError for a name that no file can have, of which Python raises ValueError."""
     if "\0" in os.fspath(path):
-        raise FileNotFoundError(2, "a NUL is in the name", os.fspath(path).replace("\0", "\\0"))
-    return Path(path)
+        raise FileNotFoundError(2, "it is no path: embedded null byte", os.fspath(path).replace("\0", "\\0"))
+    return os.fspath(path)

@@ -9,7 +9,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -17,6 +16,7 @@ from jaxtyping import Float32, Float64, UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from crossvit_jax.config import CrossViTConfig
+from crossvit_jax.files import read_regular
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's: what every published CrossViT was trained with
 Exif = Literal["keep", "apply"]  # images as they are stored, as timm takes them; or turned as EXIF says
@@ -33,6 +33,7 @@ _TURNS = {
 # some of it is in every file whose EXIF or XMP data, or whose format (AVIF), tells an orientation
 _ORIENTATION_MARKS = (b"Exif", b"EXIF", b"eXIf", b"tiff:Orientation", b"Raw profile type", b"adobe.xmp")
 _ORIENTATION_MARKS += (b"irot", b"imir")
+_LARGEST_FILE = 2**31  # bytes
 _LARGEST = 2**24  # pixels that an image may be resized to as a whole
 
 # Every worker would print them, in every epoch. What cannot be used is an error; the rest (odd metadata, many pixels)
@@ -89,10 +90,16 @@ def preprocess_image(
 def read_image(path: str | os.PathLike, *, exif: Exif = "keep") -> Image.Image:
     """An image file as an RGB image. Raises UnreadableImage as `decode_image` does, and if there is no such file."""
     try:
-        encoded = Path(path).read_bytes()
+        encoded = read_image_file(path)
     except OSError as error:
         raise UnreadableImage(os.fspath(path), error.strerror or str(error)) from error
     return decode_image(encoded, os.fspath(path), exif=exif)
+
+
+def read_image_file(path: str | os.PathLike) -> bytes:
+    """The bytes of an image file. Raises OSError, also for what is no regular file, and for one that is far larger than
+    any picture."""
+    return read_regular(path, at_most=_LARGEST_FILE)
 
 
 def decode_image(encoded: bytes, name: str, *, exif: Exif = "keep") -> Image.Image:

@@ -17,7 +17,7 @@ import numpy as np
 
 from convert import metadata
 from convert.errors import ConversionError
-from crossvit_jax.files import read_regular
+from crossvit_jax.files import read_json
 
 VERSION = 2
 ITEM = "fingerprint"  # of a folder that convert writes
@@ -26,7 +26,6 @@ _MARKS, _SUM = "marks", "sum"
 _OF_BEFORE = "fingerprint"  # numbers without paths, in jax's order of the leaves
 _COVERED = {RUN_ITEM: "state", ITEM: "params"}  # whose arrays they are of
 _STEP, _ONE = np.uint32(2654435761), np.uint32(1)
-_LARGEST_JSON = 2**28  # bytes
 
 
 # --- marks ---
@@ -130,20 +129,15 @@ def read_seal(folder: Path) -> dict[str, Any] | None:
     )
     if file is None:
         return None
-    values, described = read_json(file), folder / metadata.KEY / "metadata"
+    described = folder / metadata.KEY / "metadata"
     try:
+        values = read_json(file)
         open_seal(values, read_json(described) if described.exists() else None)
     except ConversionError as error:
         raise ConversionError(f"{folder}: {error}") from None
+    except ValueError:
+        raise ConversionError(f"{folder} is damaged: beside its arrays is no JSON") from None
     return values
-
-
-def read_json(file: Path) -> Any:
-    """The content of a JSON item. Raises ConversionError if it is damaged, OSError if it cannot be read."""
-    try:
-        return json.loads(read_regular(file, at_most=_LARGEST_JSON))
-    except (ValueError, RecursionError):
-        raise ConversionError(f"{file} is damaged: it is no JSON") from None
 
 
 def _kept(values: Mapping[str, Any], folder: Path, item: str, every: Iterable[str]) -> Mapping[str, int] | None:

@@ -13,6 +13,7 @@ from convert import metadata
 from convert.errors import ConversionError, one_line, quiet_storage
 from convert.formats import fingerprint
 from convert.formats.find import Place, choose, others_than
+from crossvit_jax.files import check_regular, read_json
 
 _ITEM = "params"
 
@@ -48,6 +49,7 @@ def read_orbax(folder: Path) -> tuple[dict[str, Any], dict | None, list[str]]:
 
     Raises:
         ConversionError: it is no Orbax checkpoint, it is damaged, or there is no CrossViT in it.
+        OSError: something in it is no regular file, or cannot be read.
     """
     notes = []
     if not is_orbax(folder):
@@ -56,10 +58,11 @@ def read_orbax(folder: Path) -> tuple[dict[str, Any], dict | None, list[str]]:
             raise ConversionError(f"{folder} is a folder but no Orbax checkpoint; to read a file in it, name the file")
         folder = max(steps, key=lambda step: int(step.name))
         notes = [f"step {folder.name}, the latest of {len(steps)}, was taken"] if steps[1:] else []
+    check_regular(folder)
     try:
         params, found = _read_params(folder)
         file = folder / metadata.KEY / "metadata"  # Orbax's JSON items are one file of this name
-        description = fingerprint.read_json(file) if file.exists() else None
+        description = read_json(file) if file.exists() else None
     except ConversionError:
         raise
     except Exception as error:  # Orbax and tensorstore raise whatever the damage leads to

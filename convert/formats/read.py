@@ -18,6 +18,7 @@ from convert.formats.torch_files import read_torch
 from convert.tensors import DTYPES
 from convert.tree import flatten, from_flax_paths, from_state_dict
 from crossvit_jax.config import TIMM_NAMES, get_config
+from crossvit_jax.files import open_regular
 
 _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
@@ -81,7 +82,7 @@ def _read_of_run(choice: run_folder.Choice) -> Stored:
 def _read_file(path: Path) -> Stored:
     if path.name == hf_folder.INDEX:
         return _read_safetensors(path, hf_folder.shards(path))
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(512)
     return _reader(path, head)(path)
 
@@ -110,6 +111,8 @@ def _read_safetensors(path: Path, files: Sequence[Path] = ()) -> Stored:
     """What a file holds, or all `files` together, which `path` is the index of."""
     from safetensors import SafetensorError, safe_open
 
+    for file in files:
+        open_regular(file).close()
     try:
         with ExitStack() as stack:
             opened = [stack.enter_context(safe_open(file, "numpy")) for file in files or (path,)]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from convert.errors import ConversionError, one_line, quiet_storage
+from crossvit_jax.files import check_regular, read_json, read_regular
 
 # what a run leaves in its folder: at its end the last weights, those of the best evaluation, and the average
 WEIGHTS, BEST, AVERAGE = "weights.safetensors", "weights-best.safetensors", "weights-ema.safetensors"
@@ -75,6 +76,7 @@ def read_state(checkpoint: Path, keys: Sequence[str] | None = None) -> dict[str,
 
     folder = (checkpoint / _STATE).absolute()
     try:
+        check_regular(checkpoint)
         with quiet_storage(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.metadata(folder).item_metadata.tree
             missing = [key for key in keys or () if key not in tree]
@@ -96,9 +98,8 @@ def read_state(checkpoint: Path, keys: Sequence[str] | None = None) -> dict[str,
 def read_description(checkpoint: Path) -> dict[str, Any]:
     """The description of the model beside the state. Raises ConversionError."""
     from convert import metadata  # late, as above
-    from convert.formats import fingerprint
 
-    return _read_item(checkpoint, lambda: fingerprint.read_json(checkpoint / metadata.KEY / "metadata"))
+    return _read_item(checkpoint, lambda: read_json(checkpoint / metadata.KEY / "metadata"))
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
@@ -114,16 +115,20 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
 def _read_item(checkpoint: Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
-    except OSError as error:
+    except ConversionError:
+        raise
+    except (OSError, ValueError) as error:
         raise ConversionError(f"{checkpoint} is a damaged checkpoint: {one_line(error)}") from None
 
 
 def how_trained(folder: Path) -> dict[str, Any] | None:
     """What is told of a run to those who get its weights: settings and data; None where its folder tells nothing."""
     try:
-        about = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        about = read_json(folder / _CONFIG)
         train, data = about["train"], about.get("data", {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if not isinstance(train, dict) or not isinstance(data, dict):
         return None
     names = (
         "dataset",
@@ -164,7 +169,7 @@ def _best_checkpoint(folder: Path, checkpoints: Sequence[Path]) -> Choice | None
     """The best evaluation of those whose checkpoints are kept, by the run's log; None where that tells none."""
     there = {int(path.name): path for path in checkpoints}
     try:
-        lines = [json.loads(line) for line in (folder / _LOG).read_text().splitlines()]
+        lines = [json.loads(line) for line in read_regular(folder / _LOG).splitlines()]
         names = {"ema": "eval/ema_top1", "params": "eval/top1"}  # the better is taken, of equal ones the average
         scored = [
             (line[name], -place, line, key)
@@ -172,7 +177,7 @@ def _best_checkpoint(folder: Path, checkpoints: Sequence[Path]) -> Choice | None
             for line in lines
             if line.get(name) is not None and line["step"] in there
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if not scored:
         return None

@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.errors import SettingsError, listed
 from convert.image_files import IMAGE_SUFFIXES, LeftOut
-from crossvit_jax.preprocess import UnreadableImage
+from crossvit_jax.preprocess import UnreadableImage, read_image_file
 from train.data.layout import Images, class_folders, find_splits, layout_notes, list_images, visible_folders
 from train.data.shared import shared_images, shared_note
 from train.data.sources import DataError, ImageSets
@@ -38,8 +38,7 @@ class FolderSource:
         index = int(index)
         path = os.path.join(self.root, self.files[index])
         try:
-            with open(path, "rb") as file:
-                encoded = file.read()
+            encoded = read_image_file(path)
         except OSError as error:
             if _is_gone(self.root):
                 raise DataError(f"the data set is gone: {self.root} is missing, empty or unreadable") from error

@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from convert.errors import SettingsError, UserError
+from convert.errors import SettingsError, UserError, one_line
 from convert.files import home_path, write_whole
 from convert.formats.run_folder import CHECKPOINTS, split_kind
 from crossvit_jax.config import BRANCH_SETTINGS
+from crossvit_jax.files import read_json
 from train.config import TrainConfig
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "timm", "pillow", "numpy")
@@ -43,12 +44,18 @@ def read_run(output: str | None) -> dict[str, Any] | None:
     try:
         if not os.path.lexists(folder) or (folder.is_dir() and _is_unused(folder)):
             return None
-        saved = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        saved = read_json(folder / _CONFIG)
     except (FileNotFoundError, NotADirectoryError):
         raise SettingsError(f"--output {folder} holds something, but no run to continue: name a new folder") from None
     except (OSError, ValueError) as error:
-        raise SettingsError(f"cannot read {folder / _CONFIG}: {error}") from error
-    if not isinstance(saved, dict) or not isinstance(saved.get("train"), dict):
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise SettingsError(f"cannot read {folder / _CONFIG}: {reason}") from error
+    parts = ("train", "model", "data")
+    if (
+        not isinstance(saved, dict)
+        or "train" not in saved
+        or not all(isinstance(saved.get(p, {}), dict) for p in parts)
+    ):
         raise SettingsError(f"{folder / _CONFIG} was written by another program: name a new folder")
     return saved
 
@@ -85,7 +92,7 @@ def run_behind(source: str) -> str | None:
     path = Path(home_path(split_kind(source)[0]))
     for folder in (path, path.parent, *([path.parent.parent] if path.parent.name == CHECKPOINTS else [])):
         try:
-            saved = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+            saved = read_json(folder / _CONFIG)
         except (OSError, ValueError):
             continue
         if isinstance(saved, dict) and isinstance(saved.get("train"), dict):

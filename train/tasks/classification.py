@@ -23,6 +23,7 @@ from convert.errors import ConversionError, SettingsError, listed
 from convert.files import check_replaceable, csv_text, write_whole
 from convert.weights import Weights
 from crossvit_jax import CrossViT, CrossViTConfig, get_config
+from crossvit_jax.files import read_json
 from train.config import TrainConfig
 from train.images.augment import compile_augment
 from train.images.mixup import draw_mix, mix_images, mix_in_groups, mix_targets
@@ -214,7 +215,7 @@ class ClassificationScores:
 def _is_evaluation(file: Path) -> bool:
     """Whether it has the numbers of an evaluation."""
     try:
-        numbers = json.loads(file.read_bytes())
+        numbers = read_json(file)
     except (OSError, ValueError):
         return False
     return isinstance(numbers, dict) and {"weights", "dataset", "images", "top1"} <= numbers.keys()
