@@ -30,8 +30,9 @@ class SettingsError(UserError, ValueError):
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type where it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of an exception's message, or its type where it has none; of a MemoryError what it means."""
+    name = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), name)
 
 
 def listed(names: Iterable[str], count: int | None = None) -> str:

@@ -26,8 +26,10 @@ def local_path(text: str) -> str:
     """The text, if it can be a path.
 
     Raises:
-        ConversionError: it is an address such as gs://bucket/run or https://host/file.
+        ConversionError: a NUL is in it, or it is an address such as gs://bucket/run or https://host/file.
     """
+    if "\0" in text:
+        raise ConversionError(f"{shown(text)} is no path: a NUL is in it")
     address = _ADDRESS.fullmatch(text)
     if address is None:
         return text
@@ -48,7 +50,7 @@ def typed_path(path: str | Path) -> Path:
     """The path, with the home folder in place of `~` or `~name`.
 
     Raises:
-        ConversionError: it is an address, nobody's home folder is meant, or a name is too long for a file.
+        ConversionError: it is an address or has a NUL, nobody's home folder is meant, or a name is too long for a file.
     """
     if isinstance(path, str):
         local_path(path)

@@ -14,6 +14,7 @@ _RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "dro
 # bounds of what can be asked for, far above any model; what a machine can compute is found later
 _LARGEST = 2**16  # pixels, channels
 _DEEPEST = 2**10  # blocks of a stage, stages
+_SMALLEST_CROP = 0.001
 _MOST_BRANCHES, _MOST_CLASSES, _LONGEST_NAME = 64, 2**24, 64
 BRANCH_SETTINGS = ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "image_scale")
 
@@ -190,6 +191,8 @@ class CrossViTConfig:
         if self.global_pool not in ("token", "avg"):
             raise ValueError(f"global_pool must be 'token' or 'avg'; got {shown_value(self.global_pool)}")
         _require_number("crop_pct", self.crop_pct, above=0, at_most=1)
+        if self.crop_pct < _SMALLEST_CROP:  # of a picture resized a thousandfold
+            raise ValueError(f"crop_pct must be at least {_SMALLEST_CROP}; got {self.crop_pct}")
         for field in ("multi_conv", "crop_scale", "qkv_bias"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be True or False; got {shown_value(getattr(self, field))}")

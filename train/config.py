@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import operator
+import re
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -269,6 +270,16 @@ class TrainConfig:
         distributed = (self.coordinator, self.num_processes, self.process_id)
         if any(value is None for value in distributed) != all(value is None for value in distributed):
             raise SettingsError("coordinator, num_processes and process_id go together: give all three or none")
+        if re.search(r"\d{4}", self.auto_augment):  # such as a thousand operations on each image
+            raise SettingsError(f"auto_augment has numbers below 1000; got {self.auto_augment[:100]}")
+        if self.variant not in (None, CUSTOM):
+            try:
+                get_config(self.variant)
+            except ValueError as error:
+                raise SettingsError(str(error)) from None
+        port = None if self.coordinator is None else re.fullmatch(r"[^\s/]+:([0-9]{1,5})", self.coordinator)
+        if self.coordinator is not None and not (port and 0 < int(port[1]) < 2**16):
+            raise SettingsError(f"coordinator must be address:port, such as 10.0.0.1:1234; got {self.coordinator}")
         if self.coordinator is not None and self.process_id >= self.num_processes:
             raise SettingsError(f"process_id must be below num_processes {self.num_processes}; got {self.process_id}")
 
