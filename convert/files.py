@@ -16,6 +16,7 @@ from convert.errors import ConversionError, one_line
 FOLDER_PREFIX = "folder:"  # before the path of a folder of images, where other data sets have a name
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://+(.*)", re.DOTALL)
 _COPIED_BY = {"gs": " with gcloud storage cp -r", "s3": " with aws s3 cp --recursive"}
+_FORMULA, _NUMBER = ("=", "+", "-", "@", "\t", "\r"), re.compile(r"[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.ASCII)
 _SHOWN = 32  # characters of a destination's name in that of its temporary folder
 
 
@@ -175,10 +176,20 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
-    """Rows as the text of a CSV file."""
+    """Rows as the text of a CSV file.
+
+    Texts that spreadsheets would take for a formula, and compute, get an apostrophe before them, by which these show
+    them as they are. Nothing else is changed: a path can be found again by its bytes.
+    """
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows(map(_cell, row) for row in rows)
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return f"'{value}" if value.startswith(_FORMULA) and not _NUMBER.fullmatch(value) else value
 
 
 def write_bytes(path: Path, *parts: bytes | memoryview) -> None:

@@ -5,6 +5,8 @@ import os
 import stat
 from typing import Any, BinaryIO
 
+# of an image, unless `crossvit_jax.preprocess.limit_pixels` says otherwise: as many as Pillow would read
+MAX_PIXELS = 178_956_970
 _LARGEST_JSON = 2**28  # bytes
 _KINDS = {
     stat.S_IFIFO: "a named pipe",

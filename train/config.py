@@ -15,6 +15,7 @@ from convert.errors import SettingsError
 from convert.files import home_path
 from convert.image_files import USUAL_SHARE
 from crossvit_jax.config import CUSTOM, EXAMPLE, Branch, CrossViTConfig, get_config, read_fraction
+from crossvit_jax.files import MAX_PIXELS
 
 _COMPARE = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 # bounds that several settings have
@@ -142,6 +143,7 @@ class TrainConfig:
     exif: Literal["keep", "apply"] = setting(
         "keep", "images as they are stored, as timm takes them (keep), or turned as their EXIF orientation says (apply)"
     )
+    max_pixels: int = setting(MAX_PIXELS, "images of more pixels are unreadable: they are not decoded", at_least=1)
     crop_scale: tuple[float, float] = setting(
         (0.08, 1.0), "area of a random crop, as share of the image", number_pair, **_PART
     )

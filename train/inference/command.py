@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from convert.command_line import Parser, at_least_one, image_size, share, weights_source
 from convert.streams import tell_error
+from crossvit_jax.files import MAX_PIXELS
 
 if TYPE_CHECKING:
     from train.data.tagged_images import TaggedImages
@@ -22,7 +23,8 @@ _IMAGES_PER_PROCESS = 1000  # a process takes seconds to start, which fewer imag
 
 
 def add_model_flags(parser: Parser) -> None:
-    """--weights, --image-size, --crop-pct, --exif, --precision, --attention-kernel, --quantize and --batch-size."""
+    """--weights, --image-size, --crop-pct, --exif, --precision, --attention-kernel, --quantize, --max-pixels and
+    --batch-size."""
     parser.add_argument("--weights", type=weights_source, required=True, metavar="SOURCE", help="the weights to use")
     parser.add_argument(
         "--image-size",
@@ -56,6 +58,12 @@ def add_model_flags(parser: Parser) -> None:
         help="round the linear layers' weights to this, and what they multiply to int8 (default: as they are)",
     )
     parser.add_argument(
+        "--max-pixels",
+        type=at_least_one,
+        metavar="N",
+        help=f"images of more pixels are unreadable: they are not decoded (default: {MAX_PIXELS:,})",
+    )
+    parser.add_argument(
         "--batch-size",
         type=at_least_one,
         metavar="N",
@@ -65,11 +73,13 @@ def add_model_flags(parser: Parser) -> None:
 
 def load_model(args: argparse.Namespace) -> "Classifier":
     """The classifier that the flags of `add_model_flags` ask for. Raises as `load_classifier` does."""
+    from crossvit_jax.preprocess import limit_pixels
     from train.devices.process import keep_compiled_programs, keep_freed_memory
     from train.inference.model import load_classifier
 
     keep_freed_memory()
     keep_compiled_programs()
+    limit_pixels(args.max_pixels)
     settings = ("image_size", "crop_pct", "precision", "attention_kernel", "quantize", "exif")
     return load_classifier(args.weights, **{name: getattr(args, name) for name in settings})
 

@@ -24,7 +24,7 @@ _CONFIG, _LOCK = "config.json", ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # what file systems without locks answer
 # what may differ when a run is continued: none of it changes what is computed
 _FREE = {"output", "data_dir", "dataset", "init", "resume", "workers", "mesh", "coordinator", "num_processes"}
-_FREE |= {"process_id", "attention_kernel", "checkpoint_every", "max_bad_images", "patience", "wandb"}
+_FREE |= {"process_id", "attention_kernel", "checkpoint_every", "max_bad_images", "max_pixels", "patience", "wandb"}
 
 
 class CheckpointError(UserError):
