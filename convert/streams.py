@@ -59,15 +59,13 @@ def safe(text: str, *, lines: bool = False) -> str:
 
 
 def tell(line: str) -> None:
-    """Prints a line, or several, at once and as `safe` has them. A closed terminal or a full disk is told once, and
-    then nothing more is printed.
+    """Prints a line, or several, at once and as `safe` has them.
 
-    Raises BrokenPipeError where nobody reads any more, as in `| head`.
+    A run of weeks does not end of its printing: a closed terminal, a full disk or a pipe that nobody reads any more, as
+    in `| head`, is told once, and then nothing more is printed.
     """
     try:
         print(safe(line, lines=True), flush=True)
-    except BrokenPipeError:
-        raise
     except OSError as error:
         let_go_of_output()
         tell_error(f"note: nothing more is printed: {error.strerror}")
