@@ -21,6 +21,7 @@ from convert.errors import ConversionError, listed
 from convert.files import local_path, shown
 from convert.report import tell_class_order, tell_result, tell_training, tell_warning, tell_weights
 from crossvit_jax.config import EXAMPLE
+from crossvit_jax.files import MAX_PIXELS
 
 if TYPE_CHECKING:
     from convert.export.export import Export
@@ -82,6 +83,7 @@ def _parser() -> Parser:
         help="images for static ranges: scikit-learn's digits, or image files (folder:FOLDER means the same)",
     )
     add("--calibration-images", type=at_least_one, metavar="N", help="how many of them at most; default: 128")
+    add("--max-pixels", type=at_least_one, metavar="N", help=f"images of more are not read; default: {MAX_PIXELS:,}")
     add("--target", choices=("cpu", "tensorrt"), help="what reads the static file; default: cpu")
     add("--compare", type=data_set, metavar="digits|FOLDER", help="images to compare .pt on; default: photographs")
     add("--preprocess", action="store_true", help=".onnx takes uint8 pictures of any size: resize and crop are in it")
@@ -106,7 +108,9 @@ def _convert(args: argparse.Namespace) -> int:
     from convert.export.export import Export
     from convert.formats.write import EXPORTED, check_destination, check_writable, write, written_for_timm
     from convert.tensors import DTYPES
+    from crossvit_jax.preprocess import limit_pixels
 
+    limit_pixels(args.max_pixels)
     if args.info:
         return _info(args)
     if args.destination is None:

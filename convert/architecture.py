@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -25,6 +26,8 @@ PYRAMID = "backbone.pyramid."
 _CLASSES = {CrossViTConfig: CrossViT, DetectorConfig: CrossViTDetector, SegmenterConfig: CrossViTSegmenter}
 
 Shapes = Mapping[str, tuple[int, ...]]  # by timm's name
+_DEEPEST_NAME = 12  # keys in the name of a tensor
+_NAMED = 100  # groups of tensors in a message
 
 
 class SameKey(nnx.Rngs):
@@ -121,7 +124,7 @@ def _custom_config(shapes: Shapes, image_size: tuple[int, int] | None, branches:
     if image_size is None or len(sizes) == len(branches):  # a square, whatever size it shall get
         size = int(sizes[0]) if sizes else 240
         image_size = (size, size)
-    names = [name.split(".") for name in shapes if re.match(r"blocks\.\d+\.fusion\.0\.", name)]
+    names = [name.split(".") for name in shapes if re.match(r"blocks\.\d{1,4}\.fusion\.0\.\d{0,4}\b", name, re.ASCII)]
     stages = 1 + max((int(name[1]) for name in names), default=-1)
     fusions = [[int(name[4]) for name in names if name[1] == str(i) and name[4].isdigit()] for i in range(stages)]
     try:
@@ -173,6 +176,11 @@ def check(shapes: Shapes, config: CrossViTConfig | DenseConfig, what: str) -> No
     Raises:
         ConversionError: names all that are missing, unexpected or mis-shaped, and the variant that they fit best.
     """
+    blocks = sum(map(sum, config.stage_depths)) + sum(config.fusion_depths)
+    if blocks > len(shapes):  # before the model is made, which takes the longer the more blocks it has
+        raise ConversionError(
+            f"{what} does not fit its settings: they are of {blocks} blocks, and it has {len(shapes)} tensors"
+        )
     expected = expected_shapes(config)
     missing = [name for name in expected if name not in shapes]
     unexpected = [name for name in shapes if name not in expected]
@@ -240,26 +248,25 @@ def _geometry(config: CrossViTConfig, shapes: Shapes, image_size: tuple[int, int
 
 
 def _named(names: list[str], among: Collection[str], details: Mapping[str, str]) -> str:
-    """All the names in one line; many of them as `blocks.2.* (98)` where everything below is meant."""
+    """The names in one line; many of them as `blocks.2.* (98)` where everything below is meant."""
     if len(names) <= 12:
         return ", ".join(name + details.get(name, "") for name in names)
-    groups = dict.fromkeys(_widest_prefix(name, set(names), among) for name in names)
+    named, all_names = (Counter(prefix for name in some for prefix in _prefixes(name)) for some in (names, among))
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        widest = next((prefix for prefix in _prefixes(name) if named[prefix] == all_names[prefix]), name)
+        groups.setdefault(widest, []).append(name)
     parts = []
-    for group in groups:
-        members = [name for name in names if name == group or name.startswith(group + ".")]
+    for group, members in groups.items():
         first = members[0] + details[members[0]] if members[0] in details else ""
         if members == [group]:
             parts.append(first or group)
         else:
             parts.append(f"{group}.* ({len(members)}{', such as ' + first if first else ''})")
-    return ", ".join(parts)
+    return ", ".join(parts[:_NAMED]) + f" and {len(parts) - _NAMED} more" * (len(parts) > _NAMED)
 
 
-def _widest_prefix(name: str, named: set[str], among: Collection[str]) -> str:
-    """The shortest dotted prefix of `name` below which every name among all is one of the named."""
-    keys = name.split(".")
-    for length in range(1, len(keys)):
-        prefix = ".".join(keys[:length])
-        if all(other in named for other in among if other.startswith(prefix + ".")):
-            return prefix
-    return name
+def _prefixes(name: str) -> Iterator[str]:
+    """The dotted prefixes of a name, the shortest first: at most as many as a parameter's name has."""
+    keys = name.split(".", _DEEPEST_NAME)
+    return (".".join(keys[:length]) for length in range(1, len(keys)))

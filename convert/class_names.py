@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from convert.errors import ConversionError, listed
 from convert.files import shown, typed_path
+from crossvit_jax.files import read_regular
 
+_LONGEST = 2**28  # bytes of a file of names
 NATURAL, TEXT = "natural", "text"
 
 
@@ -42,7 +44,7 @@ def read_names(file: str) -> tuple[str, ...]:
     Raises ConversionError if it cannot be read, is no text, has an empty line between two names, or a name twice.
     """
     try:
-        lines = typed_path(file).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_regular(typed_path(file), at_most=_LONGEST).decode("utf-8-sig").splitlines()
     except OSError as error:
         raise ConversionError(
             f"{file} is neither {NATURAL} nor {TEXT}, nor a file of class names: {error.strerror}"

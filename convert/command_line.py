@@ -18,7 +18,7 @@ from convert.errors import UserError, one_line
 from convert.files import FOLDER_PREFIX, home_path, local_path
 from convert.formats import hub
 from convert.streams import let_go_of_output, open_streams, tell_error
-from crossvit_jax.config import Branch
+from crossvit_jax.config import Branch, shown_value
 
 UNGUARDED = (
     "a script that starts worker processes is run by each of them once more: put what it does below "
@@ -177,8 +177,8 @@ def _terminate(heeded: list[int], number: int, _: object) -> NoReturn:
 
 def at_least_zero(text: str, *, least: int = 0) -> int:
     """A whole number, 0 or more."""
-    if not (text.isascii() and text.isdigit() and int(text) >= least):
-        raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more; got {text!r}")
+    if not (re.fullmatch(r"[0-9]{1,15}", text) and int(text) >= least):  # Python reads no text of thousands of digits
+        raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more; got {shown_value(text)}")
     return int(text)
 
 
@@ -219,9 +219,10 @@ def data_set(text: str) -> str:
 
 def image_size(text: str) -> tuple[int, int]:
     """`240` or `240x480` as (height, width)."""
-    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text, re.ASCII)
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text, re.ASCII)
     if not match:
-        raise argparse.ArgumentTypeError(f"must be pixels such as 240, or HEIGHTxWIDTH such as 240x480; got {text!r}")
+        got = shown_value(text)
+        raise argparse.ArgumentTypeError(f"must be pixels such as 240, or HEIGHTxWIDTH such as 240x480; got {got}")
     return int(match[1]), int(match[2] or match[1])
 
 

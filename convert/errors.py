@@ -1,8 +1,12 @@
 """The errors that a command tells in one line, and how names and other libraries' errors fit into one."""
 
 import contextlib
+import functools
 import logging
+import sys
+import warnings
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 _NAMES_IN_A_MESSAGE = 20
 
@@ -26,8 +30,9 @@ class SettingsError(UserError, ValueError):
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type where it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of an exception's message, or its type where it has none; of a MemoryError what it means."""
+    name = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), name)
 
 
 def listed(names: Iterable[str], count: int | None = None) -> str:
@@ -40,6 +45,42 @@ def listed(names: Iterable[str], count: int | None = None) -> str:
     shown = names[:_NAMES_IN_A_MESSAGE]
     more = (len(names) if count is None else count) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+
+
+@contextlib.contextmanager
+def quiet_storage() -> Iterator[None]:
+    """Silences what Orbax and tensorstore tell of a failure beside the exception that they raise.
+
+    Some of it comes later, when what has failed is thrown away: that is silenced for the rest of the process.
+    """
+    _silence_left_overs()
+    with quiet("absl"), quiet("asyncio"):
+        yield
+
+
+@functools.cache
+def _silence_left_overs() -> None:
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        # a future of tensorstore's, done after the loop that waited for it was closed by another failure
+        if isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed":
+            return
+        before(unraisable)
+
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(lambda record: not _is_of_storage(record))
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning, r"(.*\.)?(orbax|absl)\b.*")
+
+
+def _is_of_storage(record: logging.LogRecord) -> bool:
+    """Whether asyncio tells of a task that nobody asked for any more, and which was Orbax's."""
+    frame = record.exc_info[2] if record.exc_info else None
+    while frame is not None:
+        if "orbax" in frame.tb_frame.f_code.co_filename:
+            return True
+        frame = frame.tb_next
+    return "orbax" in record.getMessage() or "tensorstore" in record.getMessage()
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ FOLDER_PREFIX = "folder:"  # before the path of a folder of images, where other 
 _STORES = "abfss?|dbfs|file|gs|hdfs|https?|s3"
 _ADDRESS = re.compile(rf"((?i:{_STORES})(?=:/)|[A-Za-z][A-Za-z0-9+.-]+(?=://)):/+(.*)", re.DOTALL)
 _COPIED_BY = {"gs": " with gcloud storage cp -r", "s3": " with aws s3 cp --recursive"}
+_FORMULA, _NUMBER = ("=", "+", "-", "@", "\t", "\r"), re.compile(r"[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.ASCII)
 _SHOWN = 32  # characters of a destination's name in that of its temporary folder
 
 
@@ -28,8 +29,10 @@ def local_path(text: str) -> str:
     """The text, if it can be a path.
 
     Raises:
-        ConversionError: it is an address such as gs://bucket/run or https://host/file.
+        ConversionError: a NUL is in it, or it is an address such as gs://bucket/run or https://host/file.
     """
+    if "\0" in text:
+        raise ConversionError(f"{shown(text)} is no path: a NUL is in it")
     address = _ADDRESS.fullmatch(text)
     if address is None:
         return text
@@ -50,7 +53,7 @@ def typed_path(path: str | Path) -> Path:
     """The path, with the home folder in place of `~` or `~name`.
 
     Raises:
-        ConversionError: it is an address, nobody's home folder is meant, or a name is too long for a file.
+        ConversionError: it is an address or has a NUL, nobody's home folder is meant, or a name is too long for a file.
     """
     local_path(str(path))
     try:
@@ -174,10 +177,20 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
-    """Rows as the text of a CSV file."""
+    """Rows as the text of a CSV file.
+
+    Texts that spreadsheets would take for a formula, and compute, get an apostrophe before them, by which these show
+    them as they are. Nothing else is changed: a path can be found again by its bytes.
+    """
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows(map(_cell, row) for row in rows)
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return f"'{value}" if value.startswith(_FORMULA) and not _NUMBER.fullmatch(value) else value
 
 
 def write_bytes(path: Path, *parts: bytes | memoryview) -> None:

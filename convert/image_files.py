@@ -46,9 +46,10 @@ class LeftOut:
     suffixes: Counter[str] = field(default_factory=Counter)  # how many files that are no images have each
     links: list[str] = field(default_factory=list)  # those to folders that are not followed
     unreadable: list[str] = field(default_factory=list)  # images, where those who read them say so
+    no_files: list[str] = field(default_factory=list)  # named pipes, devices and sockets, which look like images
 
     def notes(self) -> list[str]:
-        """A line for the files, one for the links and one for unreadable images, where there are any."""
+        """A line for each kind of what was passed over, where there is any."""
         notes = []
         if self.suffixes:
             counts = sorted(self.suffixes.items(), key=lambda item: (-item[1], item[0]))
@@ -57,6 +58,8 @@ class LeftOut:
         if self.links:
             names = listed(map(shown, self.links))
             notes.append(f"links are not followed to folders above, beside or seen already: {names}")
+        if self.no_files:
+            notes.append(f"left out, as they are no regular files: {listed(map(shown, self.no_files))}")
         if self.unreadable:
             notes.append(f"left out, as they cannot be read: {listed(map(shown, self.unreadable))}")
         return notes
@@ -153,6 +156,8 @@ def _search(
                     found = _File(names, entry.name, entry.path, (device, entry.inode()), False) if is_file else None
                 if found is not None and is_image(entry.name):
                     files.append(found)
+                elif found is None:
+                    left_out.no_files.append(entry.path)
                 else:
                     left_out.suffixes[_suffix(entry.name)] += 1
     return links

@@ -7,12 +7,11 @@ import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
-from fractions import Fraction
 from typing import Any, get_args
 
 from convert.errors import ConversionError
 from convert.weights import Weights
-from crossvit_jax.config import BRANCH_SETTINGS, Branch, CrossViTConfig
+from crossvit_jax.config import BRANCH_SETTINGS, CUSTOM, VARIANTS, Branch, CrossViTConfig, read_fraction, shown_value
 from crossvit_jax.dense_config import CONFIGS, DenseConfig
 from crossvit_jax.preprocess import MEAN, STD, Exif
 
@@ -29,11 +28,16 @@ def describe(
 ) -> dict:
     """The settings as JSON values; fractions become strings such as "14/15".
 
+    A variant whose heads, widths or depths were changed is named as what it is, a model of one's own.
+
     Args:
         exif: what training did with EXIF orientations; None is not written.
     """
     settings = dataclasses.asdict(config)
-    for branch in settings.get("backbone", settings)["branches"]:
+    of_body = settings.get("backbone", settings)
+    if _unlike_variant(getattr(config, "backbone", config)):
+        of_body["name"] = CUSTOM
+    for branch in of_body["branches"]:
         branch["image_scale"] = str(branch["image_scale"])
     known = {"config": settings, "class_names": class_names and list(class_names)}
     return {"format": FORMAT, _TASK: config.task, **_FIXED, **known, **({} if exif is None else {_EXIF: exif})}
@@ -73,6 +77,8 @@ def understand(description: dict | str) -> tuple[CrossViTConfig | DenseConfig, t
     try:
         if isinstance(description, str):
             description = json.loads(description)
+        if not isinstance(description["format"], int) or description["format"] < 1:
+            raise ValueError(f"its format is {shown_value(description['format'])}")
         if description["format"] > FORMAT:
             raise ConversionError(f"it was written by a newer version (format {description['format']})")
         is_first = description["format"] == 1
@@ -93,12 +99,34 @@ def understand(description: dict | str) -> tuple[CrossViTConfig | DenseConfig, t
         if is_first:
             columns = [settings.pop(name) for name in BRANCH_SETTINGS]
             settings["branches"] = [dict(zip(BRANCH_SETTINGS, row, strict=True)) for row in zip(*columns, strict=True)]
-        names = description["class_names"]
-        return _config(_CONFIGS[task], settings), names and tuple(map(str, names))
+        config = _config(_CONFIGS[task], settings)
+        backbone = getattr(config, "backbone", config)
+        unlike = _unlike_variant(backbone)  # heads, above all, are in no shape: others would be computed with
+        if unlike:
+            raise ConversionError(f"its {KEY!r} metadata names the variant {backbone.name} with {unlike}")
+        return config, _class_names(description["class_names"], config.num_classes)
     except ConversionError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ConversionError(f"its {KEY!r} metadata is damaged: {type(error).__name__}: {error}") from None
+
+
+def _class_names(names: Any, count: int) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class_names are a list of texts; got {shown_value(names)}")
+    if len(names) != count:
+        raise ConversionError(f"its {KEY!r} metadata names {len(names)} classes, and there are {count}")
+    return tuple(names)
+
+
+def _unlike_variant(config: CrossViTConfig) -> str | None:
+    """The first setting that makes a model another one than the variant whose name it has; None where none does."""
+    usual = VARIANTS.get(config.name, config)
+    names = ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "multi_conv", "stages")
+    unlike = (name for name in names if getattr(config, name) != getattr(usual, name))
+    return next((f"{name} {getattr(config, name)}, not {getattr(usual, name)}" for name in unlike), None)
 
 
 def recorded_exif(description: dict | str) -> Exif | None:
@@ -119,7 +147,8 @@ def _config(build: type, settings: dict[str, Any]) -> CrossViTConfig | DenseConf
 def _branch(settings: Mapping[str, Any]) -> Branch:
     _refuse_unknown(settings, BRANCH_SETTINGS)
     values = {key: _from_json(value) for key, value in settings.items()}
-    return Branch(**values | {"image_scale": Fraction(values["image_scale"])})
+    scale = values.get("image_scale")
+    return Branch(**values | ({"image_scale": read_fraction(scale)} if isinstance(scale, str) else {}))
 
 
 def _from_json(value: Any) -> Any:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from convert.class_names import unlike_timm
 from convert.errors import listed
-from convert.streams import tell_error
+from convert.streams import safe, tell_error
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
 from crossvit_jax.dense_config import DenseConfig
 
@@ -34,7 +34,7 @@ def tell_weights(weights: "Weights", stored: str) -> None:
     print(f"weights     {len(weights.tensors)} tensors, {parameters:,} parameters, {dtypes}", end="")
     print("" if dtypes == stored else f" (stored as {stored})")
     for note in weights.notes:
-        print(f"note        {note}")
+        print(safe(f"note        {note}"))
     warning = weights.non_finite()
     if warning:
         tell_warning(warning)
@@ -48,7 +48,7 @@ def tell_training(state: "TrainingState") -> None:
     print(f"training    {state.epochs} epochs{counted}, {rule.optimizer}, learning rate {rule.lr:.4g}, ", end="")
     print(f"{average} an average of the weights")
     for note in state.notes:
-        print(f"note        {note}")
+        print(safe(f"note        {note}"))
 
 
 def tell_class_order(weights: "Weights") -> None:
@@ -72,7 +72,7 @@ def tell_result(exported: "Exported") -> int:
     size = f", {exported.path.stat().st_size:,} bytes" if exported.passed else ""
     print(f"{'written    ' if exported.passed else 'NOT written'} {exported.path}{size}")
     for comparison in exported.comparisons:
-        print(f"compared    {comparison}")
+        print(safe(f"compared    {comparison}"))
     return 0 if exported.passed else 1
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 from typing import Any
 
+_LONGEST = 10_000  # characters of a message
 _ERRORS = "crossvit-escape"
 
 
@@ -40,24 +41,40 @@ def reconfigure(stream: Any, **settings: str) -> None:
             stream.reconfigure(**settings)
 
 
-def tell(line: str) -> None:
-    """Prints a line at once. A closed terminal or a full disk is told once, and then nothing more is printed.
+def safe(text: str, *, lines: bool = False) -> str:
+    """Text that may be anybody's, such as names in a file, as any terminal can show it.
 
-    Raises BrokenPipeError where nobody reads any more, as in `| head`.
+    What cannot be printed, and would move the cursor or change colours there, is written as `\\x1b` or `\\udcff`; of
+    what is too long for anybody to read, the middle is left out.
+
+    Args:
+        lines: whether it is of several lines, which it keeps.
+    """
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 4 :]}"
+    if text.isprintable():
+        return text
+    kept = "\n" if lines else ""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+def tell(line: str) -> None:
+    """Prints a line, or several, at once and as `safe` has them.
+
+    A run of weeks does not end of its printing: a closed terminal, a full disk or a pipe that nobody reads any more, as
+    in `| head`, is told once, and then nothing more is printed.
     """
     try:
-        print(line, flush=True)
-    except BrokenPipeError:
-        raise
+        print(safe(line, lines=True), flush=True)
     except OSError as error:
         let_go_of_output()
         tell_error(f"note: nothing more is printed: {error.strerror}")
 
 
 def tell_error(line: str) -> None:
-    """Prints a line on stderr. Does nothing where that takes nothing more: the exit status has to do."""
+    """Prints a line on stderr, as `safe` has it. Does nothing where that takes nothing more: the status has to do."""
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(safe(line), file=sys.stderr, flush=True)
     except OSError:
         let_go_of_output()
 

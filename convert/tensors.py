@@ -11,6 +11,7 @@ from convert.errors import ConversionError
 if TYPE_CHECKING:
     import torch
 
+MOST_AXES = 8
 DTYPES = {np.dtype(t).name: np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)}
 
 
@@ -24,7 +25,11 @@ def as_array(value: Any, name: str) -> np.ndarray:
     if torch is not None and isinstance(value, torch.Tensor):
         if value.layout != torch.strided or value.is_meta or value.is_quantized:
             raise ConversionError(f"{name} is no plain tensor ({value.layout}, {value.dtype}, {value.device})")
-        value = value.detach().cpu()
+        if value.ndim > MOST_AXES:
+            raise ConversionError(f"{name} has {value.ndim} axes; weights have {MOST_AXES} at most")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # as of `expand`: stride 0
+            raise ConversionError(f"{name} has {value.numel():,} elements that share memory: save a copy of it")
+        value = value.detach().cpu().resolve_conj().resolve_neg()
         if value.dtype == torch.bfloat16:  # numpy has none of its own
             return value.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
         dtype = str(value.dtype).removeprefix("torch.")

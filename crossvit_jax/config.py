@@ -4,13 +4,52 @@ import dataclasses
 import difflib
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
 
 _RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
+# bounds of what can be asked for, far above any model; what a machine can compute is found later
+_LARGEST = 2**16  # pixels, channels
+_DEEPEST = 2**10  # blocks of a stage, stages
+_SMALLEST_CROP = 0.001
+_MOST_BRANCHES, _MOST_CLASSES, _LONGEST_NAME = 64, 2**24, 64
 BRANCH_SETTINGS = ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "image_scale")
+
+
+def read_fraction(text: str) -> Fraction:
+    """The number in a text such as `14/15` or `0.5`.
+
+    Raises ValueError for any other text, also for numbers that are longer than anybody would write: Python's own
+    `Fraction` computes all digits of 1e99999999.
+    """
+    if not _FRACTION.fullmatch(text.strip()):
+        raise ValueError(text)
+    try:
+        return Fraction(text)
+    except ZeroDivisionError:
+        raise ValueError(text) from None
+
+
+_FRACTION = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})(e[+-]?\d{1,2}|/\d{1,20})?", re.ASCII | re.IGNORECASE)
+
+
+def _require_whole(field: str, value: object, least: int, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{field} must be a whole number from {least} to {most}; got {shown_value(value)}")
+
+
+def _require_number(field: str, value: object, *, above: int, at_most: int) -> None:
+    if not isinstance(value, int | float | Fraction) or isinstance(value, bool) or not above < value <= at_most:
+        raise ValueError(f"{field} must be a number above {above}, at most {at_most}; got {shown_value(value)}")
+
+
+def shown_value(value: object) -> str:
+    """A value for a message: as Python writes it, at most 100 characters of it."""
+    text = f"{value}" if isinstance(value, Fraction) else repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,17 +70,17 @@ class Branch:
     image_scale: int | float | Fraction = 1  # share of the image size that the branch sees; becomes a Fraction
 
     def __post_init__(self):
-        # timm writes a float (224/240), a fraction makes every size exact
-        object.__setattr__(self, "image_scale", Fraction(self.image_scale).limit_denominator(1024))
         for field in ("embed_dim", "num_heads", "patch_size"):
-            _require_whole(field, getattr(self, field), 1)
+            _require_whole(field, getattr(self, field), 1, _LARGEST)
         for depth in self.depth if isinstance(self.depth, tuple) else (self.depth,):
-            _require_whole("depth", depth, 1)
+            _require_whole("depth", depth, 1, _DEEPEST)
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} cannot be cut into num_heads {self.num_heads}")
-        for field in ("mlp_ratio", "image_scale"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field} must be above 0; got {getattr(self, field)}")
+        _require_number("mlp_ratio", self.mlp_ratio, above=0, at_most=_LARGEST)
+        _require_number("image_scale", self.image_scale, above=0, at_most=_LARGEST)
+        # timm writes a float (224/240), a fraction makes every size exact
+        object.__setattr__(self, "image_scale", Fraction(self.image_scale).limit_denominator(1024))
+        _require_number("image_scale", self.image_scale, above=0, at_most=_LARGEST)
 
     def __str__(self):
         depth = ":".join(map(str, self.depth if isinstance(self.depth, tuple) else (self.depth,)))
@@ -76,13 +115,12 @@ def _depth(text: str) -> int | tuple[int, ...]:
     return depths if len(depths) > 1 else depths[0]
 
 
-_READERS = {"depth": _depth, "mlp_ratio": float, "image_scale": Fraction}
+_READERS = {"depth": _depth, "mlp_ratio": float, "image_scale": read_fraction}
 EXAMPLE = "embed_dim=96,depth=1,num_heads=3,mlp_ratio=4,patch_size=12,image_scale=1"
 
 
-def _require_whole(field: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{field} must be a whole number, at least {least}; got {value!r}")
+def _is_list(value: object) -> bool:
+    return isinstance(value, tuple | list)
 
 
 def _of_each_branch(field: str) -> property:
@@ -130,27 +168,40 @@ class CrossViTConfig:
 
     def __post_init__(self):
         size = self.image_size
-        self._set("image_size", (size, size) if isinstance(size, int) else tuple(size))
-        if not self.branches:
-            raise ValueError("branches must be at least one")
-        if len(self.image_size) != 2 or any(not isinstance(side, int) or side < 1 for side in self.image_size):
-            raise ValueError(f"image_size must be an int or (height, width), all positive; got {size!r}")
+        self._set("image_size", (size, size) if isinstance(size, int) else tuple(size) if _is_list(size) else ())
+        if not _is_list(self.branches) or not all(isinstance(branch, Branch) for branch in self.branches):
+            raise ValueError(f"branches must be a tuple of Branch; got {shown_value(self.branches)}")
+        if not 0 < len(self.branches) <= _MOST_BRANCHES:
+            raise ValueError(f"branches must be at least one, at most {_MOST_BRANCHES}; got {len(self.branches)}")
+        if len(self.image_size) != 2:
+            raise ValueError(f"image_size must be an int or (height, width), all positive; got {shown_value(size)}")
+        for side in self.image_size:
+            _require_whole("image_size", side, 1, _LARGEST)
         self._count_stages()
-        for field, least in (("in_chans", 1), ("stages", 1)):
-            if getattr(self, field) < least:
-                raise ValueError(f"{field} must be at least {least}; got {getattr(self, field)}")
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes must be 0 (no head) or more; got {self.num_classes}")
-        if self.global_pool not in ("token", "avg"):
-            raise ValueError(f"global_pool must be 'token' or 'avg'; got {self.global_pool!r}")
-        for field in _RATES:
-            if not 0.0 <= getattr(self, field) < 1.0:
-                raise ValueError(f"{field} must be in [0, 1); got {getattr(self, field)}")
+        self._check_fields()
         if self.multi_conv and not set(self.patch_size) <= {12, 16}:
             raise ValueError(f"three-convolution patch embedding needs patch_size 12 or 16; got {self.patch_size}")
         for axis, side in zip(("height", "width"), self.image_size, strict=True):
             if any(side * branch.image_scale % branch.patch_size for branch in self.branches):
                 raise ValueError(self._bad_side(axis, side))
+
+    def _check_fields(self) -> None:
+        if not isinstance(self.name, str) or not 0 < len(self.name) <= _LONGEST_NAME or not self.name.isprintable():
+            raise ValueError(f"name must be a text of at most {_LONGEST_NAME} characters; got {shown_value(self.name)}")
+        _require_whole("in_chans", self.in_chans, 1, _LARGEST)
+        _require_whole("num_classes", self.num_classes, 0, _MOST_CLASSES)  # 0: no head
+        if self.global_pool not in ("token", "avg"):
+            raise ValueError(f"global_pool must be 'token' or 'avg'; got {shown_value(self.global_pool)}")
+        _require_number("crop_pct", self.crop_pct, above=0, at_most=1)
+        if self.crop_pct < _SMALLEST_CROP:  # of a picture resized a thousandfold
+            raise ValueError(f"crop_pct must be at least {_SMALLEST_CROP}; got {self.crop_pct}")
+        for field in ("multi_conv", "crop_scale", "qkv_bias"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} must be True or False; got {shown_value(getattr(self, field))}")
+        for field in _RATES:
+            value = getattr(self, field)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0.0 <= value < 1.0:
+                raise ValueError(f"{field} must be a number in [0, 1); got {shown_value(value)}")
 
     def _set(self, field: str, value: object) -> None:
         object.__setattr__(self, field, value)
@@ -161,11 +212,12 @@ class CrossViTConfig:
         numbers = [(field, value) for field, values in numbers.items() for value in values if isinstance(value, tuple)]
         if self.stages is None:
             self._set("stages", len(numbers[0][1]) if numbers else 3)
+        _require_whole("stages", self.stages, 1, _DEEPEST)
         for field, value in numbers:
             if len(value) != self.stages:
                 raise ValueError(f"{field} {value} has numbers for {len(value)} stages; there are {self.stages}")
         for depth in self.fusion_depths:
-            _require_whole("fusion_depth", depth, 0)
+            _require_whole("fusion_depth", depth, 0, _DEEPEST)
         self._set("fusion_depth", _as_one(self.fusion_depth))
         self._set("branches", tuple(dataclasses.replace(b, depth=_as_one(b.depth)) for b in self.branches))
 

@@ -7,9 +7,9 @@ import contextlib
 import io
 import math
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from jaxtyping import Float32, Float64, UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from crossvit_jax.config import CrossViTConfig
+from crossvit_jax.files import MAX_PIXELS, read_regular
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's: what every published CrossViT was trained with
 Exif = Literal["keep", "apply"]  # images as they are stored, as timm takes them; or turned as EXIF says
@@ -33,11 +34,19 @@ _TURNS = {
 # some of it is in every file whose EXIF or XMP data, or whose format (AVIF), tells an orientation
 _ORIENTATION_MARKS = (b"Exif", b"EXIF", b"eXIf", b"tiff:Orientation", b"Raw profile type", b"adobe.xmp")
 _ORIENTATION_MARKS += (b"irot", b"imir")
+# Pillow's names of the formats that are read, whatever a file is called: others start programs (EPS does), fetch other
+# files, or are read by hardly tried code
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+_MAX_PIXELS = "CROSSVIT_MAX_PIXELS"  # in the environment, so that worker processes know
+_LARGEST_FILE = 2**31  # bytes
 _LARGEST = 2**24  # pixels that an image may be resized to as a whole
 
 # Every worker would print them, in every epoch. What cannot be used is an error; the rest (odd metadata, many pixels)
 # does no harm. Not `catch_warnings`: reader threads would undo each other's.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+_pillows_limit_lock = threading.Lock()
 
 
 class UnreadableImage(ValueError):
@@ -89,10 +98,16 @@ def preprocess_image(
 def read_image(path: str | os.PathLike, *, exif: Exif = "keep") -> Image.Image:
     """An image file as an RGB image. Raises UnreadableImage as `decode_image` does, and if there is no such file."""
     try:
-        encoded = Path(path).read_bytes()
+        encoded = read_image_file(path)
     except OSError as error:
         raise UnreadableImage(os.fspath(path), error.strerror or str(error)) from error
     return decode_image(encoded, os.fspath(path), exif=exif)
+
+
+def read_image_file(path: str | os.PathLike) -> bytes:
+    """The bytes of an image file. Raises OSError, also for what is no regular file, and for one that is far larger than
+    any picture."""
+    return read_regular(path, at_most=_LARGEST_FILE)
 
 
 def decode_image(
@@ -112,7 +127,35 @@ def decode_image(
     if not encoded:
         raise UnreadableImage(name, "it is empty")
     with _failures_named(name):
-        return _to_rgb(Image.open(io.BytesIO(encoded), formats=formats), exif)
+        return _to_rgb(_opened(encoded, formats), exif)
+
+
+def limit_pixels(count: int | None) -> None:
+    """Images of more pixels are unreadable from now on, here and in processes that are started; None: `MAX_PIXELS`.
+
+    The number is read from an image's header, before any memory is taken for its pixels.
+    """
+    os.environ[_MAX_PIXELS] = str(count or MAX_PIXELS)
+
+
+def max_pixels() -> int:
+    """What `limit_pixels` was told."""
+    return int(os.environ.get(_MAX_PIXELS, MAX_PIXELS))
+
+
+def _opened(encoded: bytes, formats: Sequence[str] | None = None) -> Image.Image:
+    """An image of which no more than the header is read."""
+    limit = max_pixels()
+    with _pillows_limit_lock:
+        pillows, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is told better, and can be raised
+        try:
+            image = Image.open(io.BytesIO(encoded), formats=FORMATS if formats is None else formats)
+        finally:
+            Image.MAX_IMAGE_PIXELS = pillows
+    width, height = image.size
+    if width * height > limit:
+        raise ValueError(f"it has {width:,} x {height:,} pixels; at most {limit:,} in all are read (--max-pixels)")
+    return image
 
 
 def orientation(encoded: bytes) -> int:
@@ -121,7 +164,7 @@ def orientation(encoded: bytes) -> int:
     if not any(mark in encoded for mark in _ORIENTATION_MARKS):
         return 1
     try:
-        image = Image.open(io.BytesIO(encoded))
+        image = _opened(encoded)
         return 1 if image.format == "TIFF" else _orientation(image)
     except MemoryError:
         raise
@@ -142,7 +185,7 @@ def _failures_named(name: str) -> Iterator[None]:
     except MemoryError:
         raise  # the machine's fault
     except UnidentifiedImageError as error:
-        raise UnreadableImage(name, "it is in no image format that Pillow knows") from error
+        raise UnreadableImage(name, f"it is in no image format that is read: {', '.join(FORMATS)}") from error
     except Exception as error:  # over damaged files Pillow's parsers stumble in any way: TypeError, OverflowError
         raise UnreadableImage(name, " ".join(str(error).split()) or type(error).__name__) from error
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from crossvit_jax.config import VARIANTS, CrossViTConfig
+from crossvit_jax.config import CUSTOM, VARIANTS, CrossViTConfig
 from crossvit_jax.dense_config import DetectorConfig, SegmenterConfig, build_dense_config
 
 
@@ -14,10 +14,10 @@ def shrink(set_item: Callable[[dict, str, CrossViTConfig], Any]) -> None:
 
 
 def small_config(classes: int) -> CrossViTConfig:
-    """The settings of the shrunk variant at 48 pixels, all of which are seen."""
+    """The settings of the shrunk variant at 48 pixels, all of which are seen, under a name of their own."""
     table: dict[str, CrossViTConfig] = {}
     shrink(lambda _, name, config: table.update({name: config}))
-    return table["ti"].replace(image_size=48, image_scale=(1.0, 2 / 3), crop_pct=1.0, num_classes=classes)
+    return table["ti"].replace(name=CUSTOM, image_size=48, image_scale=(1.0, 2 / 3), crop_pct=1.0, num_classes=classes)
 
 
 def small_detector(image_size: int | tuple[int, int] = 48, **settings: Any) -> DetectorConfig:

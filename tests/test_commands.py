@@ -203,6 +203,14 @@ def test_a_run_whose_terminal_was_closed_goes_on_without_it(monkeypatch, capsys)
     standard_streams.tell("epoch 2")
 
 
+def test_a_run_whose_output_nobody_reads_any_more_goes_on(monkeypatch, capsys):
+    with _unread() as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        standard_streams.tell("epoch 1")
+        standard_streams.tell("epoch 2")
+    assert capsys.readouterr().err == "note: nothing more is printed: Broken pipe\n"
+
+
 # --- addresses ---
 
 

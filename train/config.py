@@ -3,17 +3,19 @@
 import dataclasses
 import math
 import operator
+import re
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Union, get_args, get_origin
 
 from convert.class_names import NATURAL, TEXT
 from convert.command_line import data_set, weights_source
 from convert.errors import SettingsError
 from convert.files import home_path
 from convert.image_files import USUAL_SHARE
-from crossvit_jax.config import CUSTOM, EXAMPLE, Branch, CrossViTConfig, get_config
+from crossvit_jax.config import CUSTOM, EXAMPLE, Branch, CrossViTConfig, get_config, read_fraction
+from crossvit_jax.files import MAX_PIXELS
 
 _COMPARE = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 # bounds that several settings have
@@ -29,6 +31,7 @@ _MEANS_NOTHING = {
     "detection": _CLASSIFICATION | _SEGMENTATION,
     "segmentation": _CLASSIFICATION | _DETECTION,
 }
+_MOST, _LONGEST_TEXT = 10**15, 4096  # of what is asked for; a path can be no longer
 _REPEAT_ROUND = 256  # with repeated augmentation, DeiT's sampler leaves out what does not fill so many places
 
 
@@ -58,10 +61,7 @@ def setting(
 
 def number_tuple(text: str) -> tuple[float, ...]:
     """`"1,2/3"` as numbers. Raises ValueError for anything else."""
-    try:
-        return tuple(float(Fraction(part.strip())) for part in text.split(","))
-    except ZeroDivisionError as error:
-        raise ValueError(text) from error
+    return tuple(float(read_fraction(part)) for part in text.split(","))
 
 
 def number_pair(text: str) -> tuple[float, float]:
@@ -154,7 +154,7 @@ class TrainConfig:
         0, "decides initial weights, order of the images, augmentation, dropout and folder splits", at_least=0
     )
     workers: int | None = setting(
-        None, "processes that read and augment; 0: threads only; none: one per CPU core", int, at_least=0
+        None, "processes that read and augment; 0: threads only; none: one per CPU core", int, at_least=0, at_most=1024
     )
 
     image_size: int | None = setting(
@@ -169,6 +169,7 @@ class TrainConfig:
     exif: Literal["keep", "apply"] = setting(
         "keep", "images as they are stored, as timm takes them (keep), or turned as their EXIF orientation says (apply)"
     )
+    max_pixels: int = setting(MAX_PIXELS, "images of more pixels are unreadable: they are not decoded", at_least=1)
     crop_scale: tuple[float, float] = setting(
         (0.08, 1.0), "area of a random crop, as share of the image", number_pair, **_PART
     )
@@ -329,6 +330,16 @@ class TrainConfig:
         distributed = (self.coordinator, self.num_processes, self.process_id)
         if any(value is None for value in distributed) != all(value is None for value in distributed):
             raise SettingsError("coordinator, num_processes and process_id go together: give all three or none")
+        if re.search(r"\d{4}", self.auto_augment):  # such as a thousand operations on each image
+            raise SettingsError(f"auto_augment has numbers below 1000; got {self.auto_augment[:100]}")
+        if self.variant not in (None, CUSTOM):
+            try:
+                get_config(self.variant)
+            except ValueError as error:
+                raise SettingsError(str(error)) from None
+        port = None if self.coordinator is None else re.fullmatch(r"[^\s/]+:([0-9]{1,5})", self.coordinator)
+        if self.coordinator is not None and not (port and 0 < int(port[1]) < 2**16):
+            raise SettingsError(f"coordinator must be address:port, such as 10.0.0.1:1234; got {self.coordinator}")
         if self.coordinator is not None and self.process_id >= self.num_processes:
             raise SettingsError(f"process_id must be below num_processes {self.num_processes}; got {self.process_id}")
 
@@ -381,20 +392,52 @@ def steps_per_epoch(images: int, batch_size: int, repeats: int = 1) -> int:
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:
-    """Raises SettingsError if a value is not among the choices of its field, or not within its bounds."""
+    """Raises SettingsError if a value is not of the type of its field, among its choices, or within its bounds."""
     choices, bounds = [text for text in get_args(field.type) if isinstance(text, str)], field.metadata["bounds"]
-    if value is None or not (choices or bounds):
+    if value is None and _is_of(None, field.type):
         return
     if choices:
-        fine, accepted = value in choices, " or ".join(choices)
+        fine, accepted = isinstance(value, str) and value in choices, " or ".join(choices)
+    elif not _is_of(value, field.type):
+        fine, accepted = False, _type_in_words(field.type)
     else:
         numbers = value if isinstance(value, tuple) else (value,)
         # NaN is refused too: every comparison with it is false
         fine = all(_COMPARE[name](number, bound) for name, bound in bounds.items() for number in numbers)
-        fine = fine and list(numbers) == sorted(numbers) and max(numbers) < math.inf
+        fine = fine and (not bounds or (list(numbers) == sorted(numbers) and max(numbers) < math.inf))
         accepted = _in_words(bounds, pair=len(numbers) > 1)
     if not fine:
-        raise SettingsError(f"{field.name} must be {accepted}; got {value}")
+        raise SettingsError(f"{field.name} must be {accepted}; got {str(value)[:100]}")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value, perhaps from a file, is of the type of a field."""
+    if get_origin(kind) in (types.UnionType, Union):
+        return any(_is_of(value, one) for one in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        alike = kinds[:1] * len(value) if isinstance(value, tuple) and kinds[1:] == (...,) else kinds
+        return isinstance(value, tuple) and len(value) == len(alike) and all(map(_is_of, value, alike))
+    if isinstance(value, bool) or kind is bool:
+        return kind is bool and isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, float) or (isinstance(value, int) and abs(value) < _MOST)
+    if kind is int:
+        return isinstance(value, int) and abs(value) < _MOST
+    if kind is str:
+        return isinstance(value, str) and "\0" not in value and len(value) <= _LONGEST_TEXT
+    return value is None and kind is types.NoneType
+
+
+def _type_in_words(kind: Any) -> str:
+    if get_origin(kind) in (types.UnionType, Union):
+        return " or ".join(_type_in_words(one) for one in get_args(kind) if one is not types.NoneType)
+    if get_origin(kind) is tuple:
+        return f"a list of such: {_type_in_words(get_args(kind)[0])}"
+    words = {int: f"a whole number below {_MOST:.0e}", float: "a number", bool: "true or false"}
+    return words.get(kind, f"a text without NUL, of at most {_LONGEST_TEXT} characters")
 
 
 def _in_words(bounds: dict[str, float], *, pair: bool) -> str:

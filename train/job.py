@@ -18,6 +18,7 @@ from convert.errors import SettingsError
 from convert.metadata import describe, understand
 from convert.training.state import TrainingState
 from convert.weights import Weights
+from crossvit_jax.preprocess import limit_pixels
 from train.config import TrainConfig, steps_per_epoch
 from train.data.datasets import check_trainable, open_image_sets
 from train.data.sources import ImageSets
@@ -68,6 +69,7 @@ def prepare(config: TrainConfig) -> Job:
     Raises SettingsError for the first mistake. The digits are prepared here if they never were.
     """
     leave_if_run_anew()
+    limit_pixels(config.max_pixels)
     saved = read_run(config.output)
     if saved is None and config.init is None and config.resume is None:
         config.model_config(num_classes=1)  # the variant and the image size; the classes are not known yet

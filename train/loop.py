@@ -247,6 +247,7 @@ class _Run:
             if not self._first_step_done:
                 self._after_the_first_step(metrics, batch)
             self._meter.add(metrics)
+            self._checkpoints.check()
             due = self._step % job.config.checkpoint_every == 0 or self._step % job.steps_per_epoch == 0
             if due or self._interruption.wanted(self._step):
                 self._save()

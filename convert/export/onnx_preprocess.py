@@ -26,11 +26,9 @@ _FLOAT, _INT64, _DOUBLE = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.T
 
 
 def check_pictures(config: CrossViTConfig) -> None:
-    """Raises ConversionError where the model takes no RGB images, or evaluation would pad them."""
+    """Raises ConversionError where the model takes no RGB images."""
     if config.in_chans != 3:
         raise ConversionError(f"--preprocess is for RGB pictures, and the model takes {config.in_chans} channels")
-    if config.crop_pct > 1:
-        raise ConversionError(f"--preprocess cuts pictures, and with crop_pct {config.crop_pct} evaluation pads them")
 
 
 def with_preprocessing(model: onnx.ModelProto, config: CrossViTConfig) -> onnx.ModelProto:

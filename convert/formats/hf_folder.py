@@ -16,6 +16,7 @@ from convert.files import write_bytes
 from convert.weights import Weights
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
 from crossvit_jax.dense_config import DenseConfig
+from crossvit_jax.files import read_json
 from crossvit_jax.preprocess import MEAN, STD
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -39,7 +40,7 @@ def weights_in(folder: Path) -> Path | None:
 def shards(index: Path) -> list[Path]:
     """The files that an index of weights names, beside it. Raises ConversionError if it is damaged."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConversionError(f"{index} is a damaged index: it has no weight_map of names and files") from None
     if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):

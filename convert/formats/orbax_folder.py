@@ -1,7 +1,6 @@
 """Orbax checkpoints: ours, and any other whose tree holds the parameters of a CrossViT somewhere."""
 
 import functools
-import json
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,10 @@ import jax
 import numpy as np
 
 from convert import metadata
-from convert.errors import ConversionError, one_line, quiet
+from convert.errors import ConversionError, one_line, quiet_storage
+from convert.formats import fingerprint
 from convert.formats.find import Place, choose, others_than
+from crossvit_jax.files import check_regular, read_json
 
 _ITEM = "params"
 
@@ -23,7 +24,7 @@ def is_orbax(folder: Path) -> bool:
 
 
 def write_orbax(folder: Path, params: Mapping, description: dict) -> None:
-    """Writes nested Flax parameters as item `params`, and the description as a JSON item beside it.
+    """Writes nested Flax parameters as item `params`, and the description and a fingerprint as JSON items beside it.
 
     Raises:
         Exception: whatever Orbax raises; it leaves a temporary folder beside `folder` then.
@@ -31,8 +32,12 @@ def write_orbax(folder: Path, params: Mapping, description: dict) -> None:
     import orbax.checkpoint as ocp
 
     arrays = jax.tree.map(np.ascontiguousarray, params)
-    items = {_ITEM: ocp.args.StandardSave(arrays), metadata.KEY: ocp.args.JsonSave(description)}
-    with quiet("absl"), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    items = {
+        _ITEM: ocp.args.StandardSave(arrays),
+        metadata.KEY: ocp.args.JsonSave(description),
+        fingerprint.ITEM: ocp.args.JsonSave(fingerprint.sealed(fingerprint.marks_of(arrays), {}, description)),
+    }
+    with quiet_storage(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(folder.absolute(), ocp.args.Composite(**items))
 
 
@@ -44,6 +49,7 @@ def read_orbax(folder: Path) -> tuple[dict[str, Any], dict | None, list[str]]:
 
     Raises:
         ConversionError: it is no Orbax checkpoint, it is damaged, or there is no CrossViT in it.
+        OSError: something in it is no regular file, or cannot be read.
     """
     notes = []
     if not is_orbax(folder):
@@ -52,10 +58,11 @@ def read_orbax(folder: Path) -> tuple[dict[str, Any], dict | None, list[str]]:
             raise ConversionError(f"{folder} is a folder but no Orbax checkpoint; to read a file in it, name the file")
         folder = max(steps, key=lambda step: int(step.name))
         notes = [f"step {folder.name}, the latest of {len(steps)}, was taken"] if steps[1:] else []
+    check_regular(folder)
     try:
         params, found = _read_params(folder)
         file = folder / metadata.KEY / "metadata"  # Orbax's JSON items are one file of this name
-        description = json.loads(file.read_text()) if file.is_file() else None
+        description = read_json(file) if file.exists() else None
     except ConversionError:
         raise
     except Exception as error:  # Orbax and tensorstore raise whatever the damage leads to
@@ -68,7 +75,7 @@ def _read_params(folder: Path) -> tuple[dict[str, Any], list[str]]:
     import orbax.checkpoint as ocp
 
     items = [folder] if (folder / "_METADATA").is_file() else sorted(p.parent for p in folder.glob("*/_METADATA"))
-    with quiet("absl"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with quiet_storage(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         trees = {item: checkpointer.metadata(item.absolute()).item_metadata.tree for item in items}
         places = {
             Place((*(() if item == folder else (item.name,)), *map(str, keys))): (item, keys)
@@ -86,7 +93,9 @@ def _read_params(folder: Path) -> tuple[dict[str, Any], list[str]]:
         # as numpy: nothing is cast, and nothing is put on a device that this machine may not have
         how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
-        restored = functools.reduce(operator.getitem, keys, checkpointer.restore(item.absolute(), args=args))
+        held = checkpointer.restore(item.absolute(), args=args)
+    fingerprint.check(folder, item.name, held, fingerprint.paths(trees[item]))
+    restored = functools.reduce(operator.getitem, keys, held)
     return _without_value(restored), _notes(place, list(places))
 
 

@@ -1,5 +1,7 @@
 """Reads weights in every form in which people hold them."""
 
+import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -9,15 +11,16 @@ from typing import Any
 import numpy as np
 
 from convert import metadata
-from convert.errors import ConversionError, one_line
+from convert.errors import ConversionError, listed, one_line
 from convert.files import typed_path
 from convert.formats import hf_folder, hub, run_folder, timm_config
 from convert.formats.find import find_weights
 from convert.formats.orbax_folder import read_orbax
 from convert.formats.torch_files import read_torch
-from convert.tensors import DTYPES
+from convert.tensors import DTYPES, MOST_AXES
 from convert.tree import flatten, from_flax_paths, from_state_dict
 from crossvit_jax.config import TIMM_NAMES, get_config
+from crossvit_jax.files import open_regular
 
 _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
@@ -81,7 +84,7 @@ def _read_of_run(choice: run_folder.Choice) -> Stored:
 def _read_file(path: Path) -> Stored:
     if path.name == hf_folder.INDEX:
         return _read_safetensors(path, hf_folder.shards(path))
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(512)
     return _reader(path, head)(path)
 
@@ -110,6 +113,8 @@ def _read_safetensors(path: Path, files: Sequence[Path] = ()) -> Stored:
     """What a file holds, or all `files` together, which `path` is the index of."""
     from safetensors import SafetensorError, safe_open
 
+    for file in files or (path,):
+        _check_names(file)
     try:
         with ExitStack() as stack:
             opened = [stack.enter_context(safe_open(file, "numpy")) for file in files or (path,)]
@@ -117,8 +122,11 @@ def _read_safetensors(path: Path, files: Sequence[Path] = ()) -> Stored:
             taken, notes = find_weights(entries, _is_weight, str(path)) or (entries, [])
             dtypes = {name: entry.get_dtype() for name, entry in taken.items()}
             wrong = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _SAFETENSORS_DTYPES]
+            wrong += [
+                f"{name} ({len(a)} axes)" for name, entry in taken.items() if len(a := entry.get_shape()) > MOST_AXES
+            ]
             if wrong:
-                raise ConversionError(f"{path}: weights can have {', '.join(DTYPES)}; not so {', '.join(wrong)}")
+                raise ConversionError(f"{path}: weights can have {', '.join(DTYPES)}; not so {listed(wrong)}")
             tensors = {name: entry[...] for name, entry in taken.items()}
             said = opened[0].metadata() or {}
     except SafetensorError as error:
@@ -127,6 +135,26 @@ def _read_safetensors(path: Path, files: Sequence[Path] = ()) -> Stored:
     tensors = from_flax_paths(tensors) if is_flax else from_state_dict(tensors)
     known = {"description": said.get(metadata.KEY), "origin": said.get(metadata.ORIGIN)}
     return Stored(tensors=tensors, notes=notes, **known)
+
+
+def _check_names(file: Path) -> None:
+    """Raises ConversionError if a tensor is there twice under one name: the library takes the last without a word."""
+
+    def unequal(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+            raise ConversionError(f"{file} has names twice: {listed(twice)}")
+        return dict(pairs)
+
+    with open_regular(file) as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = opened.read(length) if length <= _LONGEST_HEADER else b""
+    try:
+        json.loads(header, object_pairs_hook=unequal)
+    except ConversionError:
+        raise
+    except (ValueError, RecursionError):  # of damage the library tells
+        return
 
 
 def _is_weight(entry: Any) -> bool:

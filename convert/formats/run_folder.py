@@ -1,11 +1,12 @@
 """The folder of a training run as a source of weights: which of all that it keeps are meant."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from convert.errors import ConversionError, one_line, quiet
+from convert.errors import ConversionError, one_line, quiet_storage
+from crossvit_jax.files import check_regular, read_json, read_regular
 
 # what a run leaves in its folder: at its end the last weights, those of the best evaluation, and the average
 WEIGHTS, BEST, AVERAGE = "weights.safetensors", "weights-best.safetensors", "weights-ema.safetensors"
@@ -71,9 +72,12 @@ def read_state(checkpoint: Path, keys: Sequence[str] | None = None) -> dict[str,
     import numpy as np
     import orbax.checkpoint as ocp
 
+    from convert.formats import fingerprint  # late: commands ask what a folder is before they need jax
+
     folder = (checkpoint / _STATE).absolute()
     try:
-        with quiet("absl"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        check_regular(checkpoint)
+        with quiet_storage(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.metadata(folder).item_metadata.tree
             missing = [key for key in keys or () if key not in tree]
             if missing:
@@ -82,7 +86,9 @@ def read_state(checkpoint: Path, keys: Sequence[str] | None = None) -> dict[str,
             # as numpy: nothing is cast, and nothing is put on a device that this machine may not have
             how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
             args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
-            return checkpointer.restore(folder, args=args)
+            state = checkpointer.restore(folder, args=args)
+        fingerprint.check(checkpoint, _STATE, state, fingerprint.paths(tree))
+        return state
     except ConversionError:
         raise
     except Exception as error:  # Orbax and tensorstore raise whatever the damage leads to
@@ -91,10 +97,26 @@ def read_state(checkpoint: Path, keys: Sequence[str] | None = None) -> dict[str,
 
 def read_description(checkpoint: Path) -> dict[str, Any]:
     """The description of the model beside the state. Raises ConversionError."""
-    from convert import metadata  # late: commands ask what a folder is before they need numpy
+    from convert import metadata  # late, as above
 
+    return _read_item(checkpoint, lambda: read_json(checkpoint / metadata.KEY / "metadata"))
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """What a run remembers beside the state, if that is what was written. Raises ConversionError."""
+    from convert.formats import fingerprint
+
+    progress = _read_item(checkpoint, lambda: fingerprint.read_seal(checkpoint))
+    if progress is None:
+        raise ConversionError(f"{checkpoint} is a damaged checkpoint: it has no {fingerprint.RUN_ITEM}")
+    return progress
+
+
+def _read_item(checkpoint: Path, read: Callable[[], Any]) -> Any:
     try:
-        return json.loads((checkpoint / metadata.KEY / "metadata").read_text())
+        return read()
+    except ConversionError:
+        raise
     except (OSError, ValueError) as error:
         raise ConversionError(f"{checkpoint} is a damaged checkpoint: {one_line(error)}") from None
 
@@ -102,9 +124,11 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
 def how_trained(folder: Path) -> dict[str, Any] | None:
     """What is told of a run to those who get its weights: settings and data; None where its folder tells nothing."""
     try:
-        about = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        about = read_json(folder / _CONFIG)
         train, data = about["train"], about.get("data", {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if not isinstance(train, dict) or not isinstance(data, dict):
         return None
     names = (
         "dataset",
@@ -145,7 +169,7 @@ def _best_checkpoint(folder: Path, checkpoints: Sequence[Path]) -> Choice | None
     """The best evaluation of those whose checkpoints are kept, by the run's log; None where that tells none."""
     there = {int(path.name): path for path in checkpoints}
     try:
-        lines = [json.loads(line) for line in (folder / _LOG).read_text().splitlines()]
+        lines = [json.loads(line) for line in read_regular(folder / _LOG).splitlines()]
         names = {"ema": "eval/ema_top1", "params": "eval/top1"}  # the better is taken, of equal ones the average
         scored = [
             (line[name], -place, line, key)
@@ -153,7 +177,7 @@ def _best_checkpoint(folder: Path, checkpoints: Sequence[Path]) -> Choice | None
             for line in lines
             if line.get(name) is not None and line["step"] in there
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if not scored:
         return None

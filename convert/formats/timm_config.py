@@ -4,13 +4,13 @@ Pooling, cropping and the names of the classes are taken over. Images are prepar
 another are refused.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from convert.errors import ConversionError, one_line
 from crossvit_jax.config import CrossViTConfig, get_config
+from crossvit_jax.files import read_json
 from crossvit_jax.preprocess import MEAN, STD
 
 FILE = "config.json"
@@ -26,13 +26,13 @@ def read_beside(weights: Path) -> dict[str, Any] | None:
     """
     file = weights.with_name(FILE)
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
+        said = read_json(file)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         if weights.name not in WEIGHTS:  # somebody else's
             return None
-        raise ConversionError(f"{file} cannot be read: {one_line(error)}") from None
+        raise ConversionError(f"{file} cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from None
     if not isinstance(said, dict) or not isinstance(said.get("architecture"), str):
         return None
     if weights.name not in WEIGHTS and _variant(said["architecture"]) is None:

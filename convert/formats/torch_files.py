@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +41,9 @@ def read_torch(path: Path) -> tuple[Mapping[str, Any], list[str]]:
         if tensors:
             return tensors, []  # of something else, which is told where it is looked at
     raise ConversionError(f"{path} holds no CrossViT; it holds {listed(map(str, checkpoint)) or 'nothing'}")
+
+
+_ENCRYPTED = 0x1  # among the flags of a part of a zip
 
 
 class PlainValue:
@@ -99,7 +103,9 @@ def load_plain(path: Path) -> Any:
         # IBM's, DeiT's and timm's training checkpoints hold their flags, a plain container of values
         plain = [*((PlainValue, name) for name in _PLAIN)]
         plain += [(plain_dict, "collections.defaultdict"), (plain_list, "collections.deque")]
-        with torch.serialization.safe_globals([argparse.Namespace, PlainValue, *plain]):
+        known = torch.serialization.safe_globals([argparse.Namespace, PlainValue, *plain])
+        with known, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of what it reads: ours tell whether it can be used
             return torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
@@ -119,8 +125,15 @@ def _check_sums(path: Path) -> None:
     """torch itself reads damaged tensors without a word."""
     try:
         with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            if any(part.compress_type != zipfile.ZIP_STORED or part.flag_bits & _ENCRYPTED for part in parts):
+                raise ConversionError(f"{path} is a compressed or encrypted zip: torch.save writes none")
+            if not any(part.filename.endswith("/data.pkl") for part in parts):
+                raise ConversionError(f"{path} is a zip that torch.save did not write: it has no data.pkl")
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
+    except (ConversionError, MemoryError):
+        raise
+    except Exception as error:  # zipfile raises whatever the damage leads to: BadZipFile, RuntimeError, ValueError, …
         raise ConversionError(f"{path} is a truncated or damaged torch checkpoint: {one_line(error)}") from None
     if damaged:
         raise ConversionError(f"{path} is damaged: the checksum of its part {damaged} is wrong")

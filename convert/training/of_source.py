@@ -10,6 +10,7 @@ from convert.formats.torch_files import load_plain
 from convert.training.run_checkpoint import read_run_checkpoint
 from convert.training.state import TrainingState
 from convert.training.torch_checkpoint import read_torch_checkpoint
+from crossvit_jax.files import open_regular
 
 
 def training_state_of(source: str) -> TrainingState | None:
@@ -27,7 +28,7 @@ def training_state_of(source: str) -> TrainingState | None:
 
 def _has_optimizer(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             is_torch = file.read(2) in (b"PK", b"\x80\x02")
         held = load_plain(path) if is_torch else None
     except (OSError, ConversionError):

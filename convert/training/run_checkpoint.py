@@ -1,6 +1,5 @@
 """The training state in the folder of a run: its newest Orbax checkpoint, read as numpy arrays."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,13 @@ import numpy as np
 
 from convert import architecture, metadata
 from convert.errors import ConversionError, one_line
-from convert.formats.run_folder import newest_checkpoint, read_description, read_state
+from convert.formats.run_folder import newest_checkpoint, read_description, read_progress, read_state
 from convert.training.state import Rule, TrainingState
 from convert.tree import flatten, shapes_of
 from convert.weights import Weights
+from crossvit_jax.files import read_json
 
-_CONFIG, _PROGRESS = "config.json", "progress"
+_CONFIG = "config.json"
 
 
 def read_run_checkpoint(folder: Path) -> TrainingState:
@@ -24,7 +24,7 @@ def read_run_checkpoint(folder: Path) -> TrainingState:
         ConversionError: there is no run or no checkpoint in the folder, it is damaged, or torch has no counterpart.
     """
     try:
-        about = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        about = read_json(folder / _CONFIG)
         settings, data = about["train"], about["data"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ConversionError(f"{folder} is not the folder of a training run: --training reads no other") from None
@@ -33,7 +33,7 @@ def read_run_checkpoint(folder: Path) -> TrainingState:
     tree = read_state(step)
     config, class_names = metadata.understand(read_description(step))
     try:
-        progress = json.loads((step / _PROGRESS / "metadata").read_text())
+        progress = read_progress(step)
         tensors = flatten(tree["params"])
         architecture.check(shapes_of(tensors), config, str(step))
         moments, updates = _moments(tree["opt"], settings["optimizer"])

@@ -56,7 +56,7 @@ def test_a_variant_stands_for_its_published_weights_only_when_these_are_asked_fo
         return load_weights(small, **changes)
 
     monkeypatch.setattr("convert.models.load_weights", load)
-    assert load_flax("crossvit_tiny_224", pretrained=True).config.name == "ti"
+    assert load_flax("crossvit_tiny_224", pretrained=True).config.name == "custom"
     load_torch("ti", pretrained=True)
     assert asked == ["hf-hub:timm/crossvit_tiny_240.in1k"] * 2
     with pytest.raises(ConversionError, match="pretrained weights are those of a variant"):

@@ -65,7 +65,7 @@ def test_a_stopped_run_on_a_folder_goes_on(written, logged_alike, small_variant,
     logged_alike("folder-run", "folder.jsonl")
 
 
-def test_the_folder_of_a_run_that_did_not_end_is_a_source(written):
+def test_the_folder_of_a_run_that_did_not_end_is_a_source(written, small_variant):
     weights = load_weights(written / "digits-run")
     assert weights.tensors.keys() == load_weights(written / "files" / "model.safetensors").tensors.keys()
     assert weights.class_names == tuple("0123456789")
@@ -86,7 +86,7 @@ def test_files_of_weights_load(written, small_variant, file, bound):
     np.testing.assert_allclose(logits, expected, atol=bound * np.abs(expected).max())
 
 
-def test_exported_files_run(written):
+def test_exported_files_run(written, small_variant):
     import onnxruntime
     import torch
     from jax import export

@@ -194,7 +194,8 @@ def test_names_on_standard_input_that_cannot_be_read_are_told_and_the_others_ans
     assert status == 1
     assert [os.path.relpath(line["path"], photos) for line in _lines(out)] == ["b.png", "a.png"]
     told = error.splitlines()
-    reasons = ["it is no path: embedded null byte", "File name too long", *3 * ["it is no file, or a folder"]]
+    reasons = ["it is no path: embedded null byte", "File name too long", "it is a named pipe, not a regular file"]
+    reasons += ["it is a device, not a regular file", "it is a folder, not a regular file"]
     for line, name, reason in zip(told, wrong, reasons, strict=False):
         assert f"cannot read image {shown(str(name))}: {reason}" in line
     assert told[5:] == ["python -m train.predict: 5 of 7 images could not be read"]

@@ -12,7 +12,7 @@ from train.config import TrainConfig
 from train.data.dense.open import open_dense_sets
 from train.data.folders.classes import one_class_error, open_folder
 from train.data.sources import ImageSets
-from train.data.tfds import data_folder, open_tfds
+from train.data.tfds import check_prepared, data_folder, open_tfds
 
 
 def open_image_sets(config: TrainConfig, *, class_names: tuple[str, ...] | None = None) -> ImageSets:
@@ -64,6 +64,7 @@ def open_digits(data_dir: str | None) -> ImageSets:
     from train.data.digits import SklearnDigits
 
     where = data_folder(data_dir)
+    check_prepared(where, "sklearn_digits")
     try:
         # tfds prints what it downloads, and warns of a folder that is only being filled
         with quiet("absl"), contextlib.redirect_stdout(io.StringIO()):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from convert.errors import UserError
-from crossvit_jax.preprocess import UnreadableImage
+from crossvit_jax.preprocess import UnreadableImage, read_image_file
 
 TRAIN_SPLIT = "train"
 HELD_OUT_SPLITS = ("validation", "val", "test")  # the first that is there
@@ -44,8 +44,7 @@ class Source(Protocol):
 def read_file(root: str, path: str) -> bytes:
     """A file of the data set in a folder `root`. Raises UnreadableImage, or DataError if the data set has gone."""
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        return read_image_file(path)
     except OSError as error:
         if _is_gone(root):
             raise DataError(f"the data set is gone: {root} is missing, empty or unreadable") from error

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from convert.errors import SettingsError
+from crossvit_jax.files import check_regular
 from crossvit_jax.preprocess import UnreadableImage
 from train.data.sources import HELD_OUT_SPLITS, TRAIN_SPLIT, DataError, ImageSets
 
@@ -105,6 +106,16 @@ def data_folder(data_dir: str | None) -> str:
     return where
 
 
+def check_prepared(where: str, name: str) -> None:
+    """Raises SettingsError if what lies where a data set is prepared is not all regular files, such as a named pipe."""
+    folder = Path(where, name)
+    try:
+        if folder.is_dir():
+            check_regular(folder)
+    except OSError as error:
+        raise SettingsError(f"data set {name} cannot be read: {error.filename}: {error.strerror}") from error
+
+
 def _check_labels(name: str, split: str, source: TfdsSource, num_classes: int, *, small: bool) -> None:
     count = len(source) if small else min(_LABELS_OF_LARGE_SPLIT, len(source))
     indices = np.linspace(0, len(source) - 1, count, dtype=int).tolist()
@@ -129,12 +140,13 @@ def prepared_builder(name: str, data_dir: str | None) -> Any:
     where = data_folder(data_dir)
     if data_dir is not None and not Path(data_dir).is_dir():
         raise SettingsError(f"there is no folder {data_dir} (--data-dir)")
+    bare = name.split("/")[0].split(":")[0]
+    check_prepared(where, bare)
     try:
         # from its files alone: the code of a data set may be missing here, or import TensorFlow
         return tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
     except (tfds.core.registered.DatasetNotFoundError, ValueError):
         pass
-    bare = name.split("/")[0].split(":")[0]
     prepared = sorted(path.name for path in Path(where).glob("[!.]*") if any(path.glob("**/dataset_info.json")))
     known = set(tfds.list_builders(with_community_datasets=False))
     if bare in known or bare in prepared:

@@ -5,6 +5,8 @@ import jax
 from convert.errors import SettingsError
 from train.config import TrainConfig
 
+_HEARTBEAT_S = 45  # after which a host that says nothing is lost, and the others end; jax waits 100
+
 
 def join_processes(config: TrainConfig) -> None:
     """Join the other processes of the run, if there are any. To be called before anything touches a device.
@@ -16,7 +18,9 @@ def join_processes(config: TrainConfig) -> None:
     if jax.distributed.is_initialized():
         return
     try:
-        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+        jax.distributed.initialize(
+            config.coordinator, config.num_processes, config.process_id, heartbeat_timeout_seconds=_HEARTBEAT_S
+        )
     except ValueError as error:
         if config.coordinator is not None:
             raise SettingsError(f"cannot join the other processes: {error}") from error

@@ -1,17 +1,23 @@
 """What a process keeps: memory that it freed, for the next step on CPUs, and compiled programs, for the next start."""
 
+import contextlib
 import ctypes
+import glob
 import os
 import platform
+import re
 import resource
+import warnings
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 # <malloc.h> of glibc
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _LARGEST_HEAP = 64 * 2**20  # bytes, of a thread
 _MADV_HUGEPAGE, _HUGE_PAGE = 14, 2 * 2**20  # <sys/mman.h> of Linux
+_DAMAGED_PROGRAM = re.compile("Error (reading|writing) persistent compilation cache entry for '([^']*)'")
 _OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 
 
@@ -57,10 +63,40 @@ def keep_compiled_programs() -> None:
     """
     import jax
 
+    drop_damaged_programs()
     if jax.config.jax_compilation_cache_dir is None:
         caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         if os.path.isabs(caches):  # what has no home folder stays as it is
             jax.config.update("jax_compilation_cache_dir", str(Path(caches, "crossvit", "jax")))
+
+
+def drop_damaged_programs() -> None:
+    """Let a kept program that cannot be read be made anew, such as one that a full disk has cut short.
+
+    jax warns of it, compiles, and leaves the file as it is: it would do so at every start. Here the files of a program
+    of that name are removed when jax warns, which is before it would write.
+    """
+    before = warnings.showwarning
+
+    def show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        damaged = _DAMAGED_PROGRAM.match(str(message))
+        if damaged is None:
+            before(message, *args, **kwargs)
+        else:
+            _remove_programs(damaged[2])
+
+    warnings.filterwarnings("always", _DAMAGED_PROGRAM.pattern, UserWarning)
+    warnings.showwarning = show
+
+
+def _remove_programs(name: str) -> None:
+    import jax
+
+    folder = jax.config.jax_compilation_cache_dir
+    if folder is not None:
+        for file in Path(folder).glob(f"{glob.escape(name)}-*-cache"):
+            with contextlib.suppress(OSError):
+                file.unlink()
 
 
 def _malloc_is_set() -> bool:

@@ -7,7 +7,7 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image
 
-from crossvit_jax.preprocess import Exif, decode_image, orientation, turned
+from crossvit_jax.preprocess import Exif, decode_image, max_pixels, orientation, turned
 
 _JPEG = b"\xff\xd8\xff"
 _ORDINARY = 2**26  # pixels; larger images are Pillow's, which warns of them or refuses them
@@ -27,7 +27,7 @@ def decode_pixels(
     if encoded.startswith(_JPEG):
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
-            if colours in ("YCbCr", "Gray") and height * width <= _ORDINARY:
+            if colours in ("YCbCr", "Gray") and height * width <= min(_ORDINARY, max_pixels()):
                 pixels = simplejpeg.decode_jpeg(encoded)
                 lying = orientation(encoded) if exif == "apply" else 1
                 return pixels if lying == 1 else np.array(turned(Image.fromarray(pixels), lying))

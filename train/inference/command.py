@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from convert.command_line import Parser, at_least_one, image_size, share, weights_source
 from convert.streams import tell_error
+from crossvit_jax.files import MAX_PIXELS
 
 if TYPE_CHECKING:
     from train.data.tagged_images import TaggedImages
@@ -22,7 +23,7 @@ _IMAGES_PER_PROCESS = 1000  # a process takes seconds to start, which fewer imag
 
 
 def add_model_flags(parser: Parser, *, batches: bool = True) -> None:
-    """--weights, --image-size, --crop-pct, --exif, --precision, --attention-kernel and --quantize.
+    """--weights, --image-size, --crop-pct, --exif, --precision, --attention-kernel, --quantize and --max-pixels.
 
     Args:
         batches: --batch-size too.
@@ -59,6 +60,12 @@ def add_model_flags(parser: Parser, *, batches: bool = True) -> None:
         choices=("int8", "int4"),
         help="round the linear layers' weights to this, and what they multiply to int8 (default: as they are)",
     )
+    parser.add_argument(
+        "--max-pixels",
+        type=at_least_one,
+        metavar="N",
+        help=f"images of more pixels are unreadable: they are not decoded (default: {MAX_PIXELS:,})",
+    )
     if batches:
         parser.add_argument(
             "--batch-size",
@@ -86,11 +93,13 @@ def add_detection_flags(parser: Parser) -> None:
 def load_model(args: argparse.Namespace) -> "Predictor":
     """The model that the flags of `add_model_flags` and `add_detection_flags` ask for. Raises as `load_predictor`
     does."""
+    from crossvit_jax.preprocess import limit_pixels
     from train.devices.process import keep_compiled_programs, keep_freed_memory
     from train.inference.model import load_predictor
 
     keep_freed_memory()
     keep_compiled_programs()
+    limit_pixels(args.max_pixels)
     settings = ("image_size", "crop_pct", "precision", "attention_kernel", "quantize", "exif")
     of_detectors = (name for name in ("score_threshold", "iou_threshold", "max_detections") if name in args)
     return load_predictor(args.weights, **{name: getattr(args, name) for name in (*settings, *of_detectors)})

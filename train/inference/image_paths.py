@@ -3,17 +3,15 @@
 import codecs
 import contextlib
 import os
-import stat
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from convert.errors import SettingsError
 from convert.files import shown
 from convert.image_files import IMAGE_SUFFIXES, LeftOut, image_files
-from crossvit_jax.preprocess import UnreadableImage
+from crossvit_jax.preprocess import UnreadableImage, read_image_file
 
 STDIN = "-"
 
@@ -31,9 +29,7 @@ class FileSource:
         """Raises UnreadableImage for a file that cannot be read."""
         path = self.paths[index]
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):  # to read a pipe or a device might never end
-                raise OSError("it is no file, or a folder whose files cannot be listed")
-            encoded = Path(path).read_bytes()
+            encoded = read_image_file(path)
         except OSError as error:
             raise UnreadableImage(shown(path), error.strerror or str(error)) from error
         except ValueError as error:  # no file can have such a name

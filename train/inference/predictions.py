@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from convert.files import csv_text, shown
 
 WIDEST_PATH, WIDEST_CLASS = 100, 40  # characters; longer ones stand out of their column
+_LONGEST_CLASS = 400  # of which a table shows no more
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,14 @@ class Table:
 
     def __init__(self, paths: Sequence[str], class_names: Sequence[str]):
         self._path_width = min(WIDEST_PATH, max(len(shown(path)) for path in (*paths, "image")))
-        self._class_width = min(WIDEST_CLASS, max(len(name) for name in (*class_names, "class")))
+        self._class_width = min(WIDEST_CLASS, max(len(shown(name)) for name in (*class_names, "class")))
         self.header = self._line("image", "class", "probability")
 
     def entry(self, path: str, predictions: Sequence[Prediction], picture: str | None) -> str:
         """An image with its predictions, the best first, and where its picture of attention is, if it has one."""
         names = [shown(path)] + [""] * (len(predictions) - 1)
         rows = zip(names, predictions, strict=True)
-        return "".join(self._line(name, p.class_name, f"{100 * p.probability:9.2f} %") for name, p in rows)
+        return "".join(self._line(name, _short(p.class_name), f"{100 * p.probability:9.2f} %") for name, p in rows)
 
     def _line(self, path: str, class_name: str, probability: str) -> str:
         return f"{path:{self._path_width}}  {class_name:{self._class_width}}  {probability}\n"
@@ -44,7 +45,8 @@ class Csv:
 
     def entry(self, path: str, predictions: Sequence[Prediction], picture: str | None) -> str:
         return csv_text(
-            [path, rank, p.class_name, p.index, _rounded(p.probability)] for rank, p in enumerate(predictions, start=1)
+            [path, rank, shown(p.class_name), p.index, _rounded(p.probability)]
+            for rank, p in enumerate(predictions, start=1)
         )
 
 
@@ -61,6 +63,12 @@ class JsonLines:
 
 
 FORMATS: dict[str, type[Table | Csv | JsonLines]] = {"table": Table, "csv": Csv, "jsonl": JsonLines}
+
+
+def _short(class_name: str) -> str:
+    """A name that somebody's weights have, as a table can show it."""
+    name = shown(class_name)
+    return name if len(name) <= _LONGEST_CLASS else f"{name[:_LONGEST_CLASS]}…"
 
 
 def _rounded(probability: float) -> float:

@@ -75,7 +75,8 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], metrics: "Sequence[Metric]",
     all_axes[-1].set_ylim(bottom=0)
     all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
     # told by the last evaluation, which comes at the end of an epoch
-    steps_per_epoch = next((line["step"] / line["epoch"] for line in reversed(lines) if "eval/loss" in line), None)
+    ends = (line for line in reversed(lines) if "eval/loss" in line and line["epoch"])
+    steps_per_epoch = next((line["step"] / line["epoch"] for line in ends), None)
     if steps_per_epoch:
         to_epoch, to_step = (lambda step: step / steps_per_epoch), (lambda epoch: epoch * steps_per_epoch)
         epochs = all_axes[0].secondary_xaxis("top", functions=(to_epoch, to_step))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from convert.files import write_whole
+from crossvit_jax.files import open_regular
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +60,7 @@ def save_figure(figure: "Figure", path: Path) -> None:
 def is_own_picture(path: Path) -> bool:
     """Whether a file was written by `save_figure`."""
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
             return image.info.get("Software") == SOFTWARE
     except Exception:  # whatever Pillow's parsers raise
         return False

@@ -5,24 +5,24 @@ that every one of them is a SOURCE of `python -m convert`.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationContext
 
 from convert import metadata
-from convert.errors import one_line, quiet
+from convert.errors import one_line, quiet_storage
+from convert.formats import fingerprint
 from train.run.folder import CHECKPOINTS, CheckpointError
 from train.run.run_state import RunState
 
 State = dict[str, Any]  # what a step changes: arrays by name, see `train.optim.state`
 
-_STATE, _PROGRESS = "state", "progress"
+_STATE, _PROGRESS = "state", fingerprint.RUN_ITEM
 _KEPT = 2
 
 
@@ -35,11 +35,14 @@ class Checkpoints:
         self._description, self._say = description, say
         self.best_step: int | None = None  # whose checkpoint is kept as the best: known only after it was saved
         self._last_whole: int | None = None
-        self._fingerprint = jax.jit(fingerprint)
+        self._saving: int | None = None  # the step that is being written in the background
+        self._fingerprint = jax.jit(fingerprint.marks_on_devices, static_argnames="version")
         options = ocp.CheckpointManagerOptions(preservation_policy=self, enable_async_checkpointing=True)
         try:
-            with quiet("absl"):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(quiet_storage())  # as long as its threads write
                 self._manager = ocp.CheckpointManager(self._folder, options=options)
+                self._open = stack.pop_all()
         except OSError as error:
             raise CheckpointError(f"cannot keep checkpoints in {self._folder}: {one_line(error)}") from error
 
@@ -60,32 +63,42 @@ class Checkpoints:
         step = run.step
         if step in self._manager.all_steps():
             return
+        self._finish()
         items = {
             _STATE: ocp.args.StandardSave(state),
-            _PROGRESS: ocp.args.JsonSave({**run.to_json(), "run": about, "fingerprint": self._marks(state)}),
+            _PROGRESS: ocp.args.JsonSave(
+                fingerprint.sealed(self._marks(state), {**run.to_json(), "run": about}, self._description)
+            ),
             metadata.KEY: ocp.args.JsonSave(self._description),
         }
         self._attempt(step, lambda: self._manager.save(step, args=ocp.args.Composite(**items), force=True))
+        self._saving = step
+
+    def check(self) -> None:
+        """Raises CheckpointError if what goes on in the background has failed. To be called with every step."""
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self._finish()
 
     def wait(self) -> None:
         """Return when the last checkpoint is whole on the disk, and no other than those to keep are there.
 
         Raises CheckpointError if it cannot be written.
         """
-        self._attempt(self._manager.latest_step(), self._manager.wait_until_finished)
+        self._finish()
         steps = sorted(self._manager.all_steps())
         for step in {*steps[:-_KEPT]} - {self.best_step}:
             self._manager.delete(step)
 
     def close(self) -> None:
         """Wait for what is being written, and end the threads. What went wrong there is told by `save` and `wait`."""
-        with quiet("absl"), contextlib.suppress(Exception):
+        with self._open, contextlib.suppress(Exception):
             self._manager.close()
 
     def restore(self, shapes: State) -> tuple[State, RunState] | None:
         """The newest whole checkpoint and what the run remembered; None if there is none.
 
-        A damaged one is told, and the one before is taken; when that is whole, the other is renamed to `STEP.damaged`.
+        A damaged one is told, and the one before is taken; when that is whole, the other is renamed to `STEP.damaged`,
+        or `STEP.damaged-2` where there is one.
 
         Args:
             shapes: the state with `ShapeDtypeStruct`s that carry shardings: those of this run, not of the one before.
@@ -114,29 +127,40 @@ class Checkpoints:
 
     def _read(self, step: int, shapes: State) -> tuple[State, RunState]:
         items = {_STATE: ocp.args.StandardRestore(shapes), _PROGRESS: ocp.args.JsonRestore()}
-        with quiet("absl"):
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        state, progress = restored[_STATE], restored[_PROGRESS]
-        if self._marks(state) != progress.pop("fingerprint"):
+        items[metadata.KEY] = ocp.args.JsonRestore()
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        state, sealed = restored[_STATE], restored[_PROGRESS]
+        progress = fingerprint.open_seal(sealed, restored[metadata.KEY])
+        if not fingerprint.is_of(sealed, self._marks(state, fingerprint.version_of(sealed))):
             raise ValueError("its content is not what was written")
         return state, RunState.from_json(progress)
 
-    def _marks(self, state: State) -> list[int]:
-        return jax.device_get(self._fingerprint(state)).tolist()
+    def _marks(self, state: State, version: int = fingerprint.VERSION) -> dict[str, int]:
+        marks = jax.device_get(self._fingerprint(state, version=version)).tolist()
+        return dict(zip(fingerprint.paths(state), marks, strict=True))
 
     def _put_aside(self, step: int) -> None:
         if jax.process_index() == 0:
-            (self._folder / str(step)).rename(self._folder / f"{step}.damaged")
+            number = itertools.count(2)  # it may be damaged again, after it was written anew
+            aside = self._folder / f"{step}.damaged"
+            while aside.exists():
+                aside = self._folder / f"{step}.damaged-{next(number)}"
+            (self._folder / str(step)).rename(aside)
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
             multihost_utils.sync_global_devices(f"checkpoint {step} put aside")
         self._manager.reload()
 
-    def _attempt(self, step: int | None, write: Callable[[], Any]) -> None:
+    def _finish(self) -> None:
+        step, self._saving = self._saving, None
+        if step is not None:
+            self._attempt(step, self._manager.wait_until_finished)
+            self._last_whole = step
+
+    def _attempt(self, step: int, write: Callable[[], Any]) -> None:
         try:
-            with quiet("absl"):
-                write()
+            write()
         except Exception as error:  # besides OSError, whatever Orbax and tensorstore raise
             reason = "no space left on device" if "No space left" in str(error) else one_line(error)[:300]
             last = "none is whole" if self._last_whole is None else f"the last whole one is of step {self._last_whole}"
@@ -145,19 +169,3 @@ class Checkpoints:
             ) from error
         whole = [known for known in self._manager.all_steps() if known != step]
         self._last_whole = max(whole, default=None)
-
-
-def fingerprint(state: State) -> jax.Array:
-    """Numbers that change when any bit of a state does: for each leaf a sum of its bits, weighted by place (uint32).
-
-    Integers add up to the same in any order, so neither mesh nor number of devices matters.
-    """
-
-    def mark(leaf: jax.Array) -> jax.Array:
-        leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}.get(leaf.dtype.itemsize, jnp.uint32)
-        bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32).reshape(-1)
-        places = jnp.arange(bits.size, dtype=jnp.uint32) * np.uint32(2654435761) + np.uint32(1)
-        return jnp.sum(bits * places, dtype=jnp.uint32)
-
-    return jnp.stack([mark(leaf) for leaf in jax.tree.leaves(state)])

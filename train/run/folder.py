@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from convert.errors import SettingsError, UserError
+from convert.errors import SettingsError, UserError, one_line
 from convert.files import home_path, write_whole
 from convert.formats.run_folder import CHECKPOINTS, split_kind
 from crossvit_jax.config import BRANCH_SETTINGS
+from crossvit_jax.files import read_json
 from train.config import TrainConfig
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "timm", "pillow", "numpy")
@@ -23,7 +24,7 @@ _CONFIG, _LOCK = "config.json", ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # what file systems without locks answer
 # what may differ when a run is continued: none of it changes what is computed
 _FREE = {"output", "data_dir", "dataset", "init", "resume", "workers", "mesh", "coordinator", "num_processes"}
-_FREE |= {"process_id", "attention_kernel", "checkpoint_every", "max_bad_images", "patience", "wandb"}
+_FREE |= {"process_id", "attention_kernel", "checkpoint_every", "max_bad_images", "max_pixels", "patience", "wandb"}
 # settings that came later, and by default change nothing
 _LATER = {"task", "decoder", "width", "num_convs", "distances", "scale_jitter", "color_jitter", "dice", "ignore_index"}
 
@@ -45,12 +46,18 @@ def read_run(output: str | None) -> dict[str, Any] | None:
     try:
         if not os.path.lexists(folder) or (folder.is_dir() and _is_unused(folder)):
             return None
-        saved = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        saved = read_json(folder / _CONFIG)
     except (FileNotFoundError, NotADirectoryError):
         raise SettingsError(f"--output {folder} holds something, but no run to continue: name a new folder") from None
     except (OSError, ValueError) as error:
-        raise SettingsError(f"cannot read {folder / _CONFIG}: {error}") from error
-    if not isinstance(saved, dict) or not isinstance(saved.get("train"), dict):
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise SettingsError(f"cannot read {folder / _CONFIG}: {reason}") from error
+    parts = ("train", "model", "data")
+    if (
+        not isinstance(saved, dict)
+        or "train" not in saved
+        or not all(isinstance(saved.get(p, {}), dict) for p in parts)
+    ):
         raise SettingsError(f"{folder / _CONFIG} was written by another program: name a new folder")
     return saved
 
@@ -88,7 +95,7 @@ def run_behind(source: str) -> str | None:
     path = Path(home_path(split_kind(source)[0]))
     for folder in (path, path.parent, *([path.parent.parent] if path.parent.name == CHECKPOINTS else [])):
         try:
-            saved = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+            saved = read_json(folder / _CONFIG)
         except (OSError, ValueError):
             continue
         if isinstance(saved, dict) and isinstance(saved.get("train"), dict):
@@ -172,7 +179,7 @@ def newest_checkpoint(folder: Path) -> int:
     except OSError as error:
         raise CheckpointError(f"cannot keep checkpoints in {folder / CHECKPOINTS}: {error.strerror}") from error
     newest = max((int(name) for name in names if name.isdecimal()), default=0)
-    if not newest and any(name.endswith(".damaged") for name in names):
+    if not newest and any(".damaged" in name for name in names):
         raise CheckpointError(f"all checkpoints in {folder / CHECKPOINTS} are damaged")
     return newest
 

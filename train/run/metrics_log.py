@@ -2,20 +2,47 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from crossvit_jax.files import check_open, read_regular
 from train.run.best_effort import BestEffort
 
 FILE = "metrics.jsonl"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl` so far."""
-    return [json.loads(line) for line in (folder / FILE).read_text(encoding="utf-8").splitlines()]
+    """The lines of a run's `metrics.jsonl` so far. What is no line of a run, as in a damaged file, is left out.
+
+    Raises OSError if there is no such file.
+    """
+    lines = map(_line, read_regular(folder / FILE).splitlines())
+    return [line for line in lines if line is not None]
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    """None for what is no line of a run: `step` and `epoch`, which are whole numbers, and other finite numbers."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):  # digits without end and brackets without end are among the former
+        return None
+    if not isinstance(line, dict) or not all(is_whole(line.get(name)) for name in ("step", "epoch")):
+        return None
+    return line if all(is_number(value) for value in line.values()) else None
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a count of steps or epochs."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a number that can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 class MetricsLog:
@@ -37,11 +64,14 @@ class MetricsLog:
         """Go on after `position` bytes and `step` training steps; what was written later is dropped.
 
         Args:
-            say: told one line if TensorBoard's events or Weights & Biases fail; the lines are written all the same.
+            say: told one line if what was written before is not there, and if TensorBoard's events or Weights & Biases
+                fail; the lines are written all the same.
+
+        Raises OSError if the file cannot be written.
         """
-        self._lines = open(folder / FILE, "ab")  # noqa: SIM115 (closed by close)
-        self._lines.truncate(min(position, self._lines.tell()))
-        self._lines.seek(0, os.SEEK_END)
+        self._lines = _open_to_write(folder / FILE)
+        for note in _go_on_after(self._lines, position):
+            say(f"note: {folder / FILE}: {note}")
         self._folder, self._step = folder, step
         self._wandb = wandb_run
         self._to_tensorboard, self._to_wandb = BestEffort("TensorBoard", say), BestEffort("Weights & Biases", say)
@@ -78,6 +108,38 @@ class MetricsLog:
             self._to_tensorboard(self._events.close)
         if self._wandb is not None:
             self._to_wandb(self._wandb.finish)
+
+
+def _open_to_write(path: Path) -> BinaryIO:
+    """A regular file, also one that is not there yet; a named pipe is not waited for."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    try:
+        check_open(descriptor, path)
+        return open(descriptor, "r+b")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _go_on_after(file: BinaryIO, position: int) -> list[str]:
+    """Drops what is behind a position, and goes to the end; returns what of the lines before it is lost, in words."""
+    size = file.seek(0, os.SEEK_END)
+    file.truncate(min(position, size))
+    file.seek(0, os.SEEK_END)
+    notes = []
+    if size < position:
+        notes.append(f"it has {size:,} bytes, and had {position:,} at the checkpoint: the lines between are lost")
+    file.seek(0)
+    lines = file.read().splitlines(keepends=True)
+    damaged = sum(_line(line) is None for line in lines)
+    if damaged:
+        notes.append(
+            f"{damaged} of its {len(lines)} lines are damaged: they are kept as they are, and drawn in no curve"
+        )
+    if lines and not lines[-1].endswith(b"\n"):
+        file.write(b"\n")  # or the next line would be damaged, too
+    file.seek(0, os.SEEK_END)
+    return notes
 
 
 class _Events:

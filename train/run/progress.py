@@ -1,5 +1,6 @@
 """What the user sees of a run: a progress bar on a terminal, and one line per epoch everywhere."""
 
+import contextlib
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -55,9 +56,14 @@ class Progress:
     def step(self, *, epoch: int, values: Mapping[str, float], lr: float, images_per_s: float) -> None:
         """One more step of `epoch` (from 1) is done, with its loss and metrics in their units."""
         self._start = self._start or time.perf_counter()
+        if self._bar.disable:
+            return
         shown = [f"loss {values['loss']:.3f}", *self._shown(values), f"lr {lr:.1e} {images_per_s:.0f} images/s"]
         self._bar.set_description_str(f"epoch {epoch}/{self._epochs} {' '.join(shown)}", refresh=False)
-        self._bar.update()
+        try:
+            self._bar.update()
+        except OSError:  # the terminal is closed, and the run goes on
+            self._bar.disable = True
 
     def epoch(self, *, epoch: int, step: int, values: dict[str, float], images_per_s: float) -> None:
         """A line about an epoch (from 1) that ended after `step` steps, with the metrics that are there."""
@@ -76,8 +82,11 @@ class Progress:
         shown.append(f"{tqdm.format_interval(left)} left")
         if not self._silent:
             line = f"epoch {epoch:{len(str(self._epochs))}}/{self._epochs} | " + " | ".join(shown)
-            with self._bar.external_write_mode():  # without disturbing the bar
+            if self._bar.disable:
                 tell(line)
+            else:
+                with self._bar.external_write_mode():  # without disturbing the bar
+                    tell(line)
 
     def _shown(self, values: Mapping[str, float], prefix: str = "") -> list[str]:
         """The task's metrics that are among the values."""
@@ -85,4 +94,5 @@ class Progress:
         return [metric.shown(values[prefix + metric.name], digits=1) for metric in known]
 
     def close(self) -> None:
-        self._bar.close()
+        with contextlib.suppress(OSError):
+            self._bar.close()

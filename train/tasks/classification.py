@@ -20,9 +20,10 @@ import convert
 from convert import load_weights
 from convert.adapt import adapt
 from convert.errors import ConversionError, SettingsError, listed
-from convert.files import check_replaceable, csv_text, write_whole
+from convert.files import check_replaceable, csv_text, shown, write_whole
 from convert.weights import Weights
 from crossvit_jax import CrossViT, CrossViTConfig, get_config
+from crossvit_jax.files import read_json
 from train.config import TrainConfig
 from train.data.sources import Source
 from train.images.augment import compile_augment
@@ -194,7 +195,7 @@ class ClassificationScores:
         Args:
             images: the names of those evaluated, in their order. One that could not be read has nothing but its name.
         """
-        names, totals, right = self._class_names, self.confusion.sum(1), np.diag(self.confusion)
+        names, totals, right = list(map(shown, self._class_names)), self.confusion.sum(1), np.diag(self.confusion)
         shares = [f"{100 * r / total:.2f}" if total else "" for r, total in zip(right, totals, strict=True)]
         rates = class_rates(self.confusion)
         precision, f1 = ([f"{rate:.2f}" for rate in rates[name]] for name in ("precision", "f1"))
@@ -217,7 +218,7 @@ class ClassificationScores:
         return [name for name in _FILES if (folder / name).exists()]
 
     def _predictions(self, images: Sequence[str]) -> Iterator[tuple[str, ...]]:
-        names = self._class_names
+        names = list(map(shown, self._class_names))
         found = zip(*self._of_images().values(), strict=True)  # the batches are longer, see `_of_images`
         for image, (label, predicted, confidence, mask) in zip(images, found, strict=False):
             # a blank image stands for one that could not be read
@@ -227,7 +228,7 @@ class ClassificationScores:
 def _is_evaluation(file: Path) -> bool:
     """Whether it has the numbers of an evaluation."""
     try:
-        numbers = json.loads(file.read_bytes())
+        numbers = read_json(file)
     except (OSError, ValueError):
         return False
     return isinstance(numbers, dict) and {"weights", "dataset", "images", "top1"} <= numbers.keys()

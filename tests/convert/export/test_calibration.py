@@ -119,7 +119,7 @@ def test_images_are_turned_as_in_training(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"", "it is empty"), (b"text", "no image format that Pillow knows"), (None, "Truncated")],
+    [(b"", "it is empty"), (b"text", "no image format that is read"), (None, "Truncated")],
 )
 def test_an_image_that_cannot_be_read_is_named(tmp_path, content, reason):
     buffer = io.BytesIO()

@@ -69,7 +69,7 @@ def test_the_file_says_what_it_is(exported):
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     described = {entry.key: entry.value for entry in model.metadata_props}
-    assert described["variant"] == "ti"
+    assert described["variant"] == "custom"
     assert tuple(json.loads(described["class_names"])) == CLASS_NAMES
     assert json.loads(described["image_size"]) == [48, 48]
     assert json.loads(described["mean"]) == [0.485, 0.456, 0.406]

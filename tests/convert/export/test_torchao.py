@@ -49,7 +49,7 @@ def test_a_source_becomes_a_file(capsys, small, tmp_path, scheme):
     licence = {"int8": [], "int4": ["--license", "MIT"]}[scheme]
     status, out, err = run(capsys, small, path, "--quantize", scheme, *licence)
     assert (status, err) == (0, "")
-    assert "variant     ti; in timm: " in out and "classes     5\n" in out
+    assert "variant     custom; in timm: none" in out and "classes     5\n" in out
     assert f"written     {path}, {path.stat().st_size:,} bytes\n" in out
     assert "on 64 photographs its logits differ from the source's by 0." in out
     assert f"(bound {BOUNDS[scheme]})" in out
@@ -98,7 +98,7 @@ def test_torch_reads_the_file_as_plain_data_and_finds_what_it_is(written):
 
     stored = torch.load(path, weights_only=True)
     assert stored["quantize"] == scheme
-    assert (stored["variant"], stored["num_classes"], stored["image_size"]) == ("ti", 5, (48, 48))
+    assert (stored["variant"], stored["num_classes"], stored["image_size"]) == ("custom", 5, (48, 48))
     config, class_names = understand(stored["crossvit"])
     read = read_torchao(path)
     assert (read.config, read.class_names, read.scheme) == (config, class_names, scheme)

@@ -84,7 +84,9 @@ def test_folders_of_the_hub_are_read_in_one_file_or_several(folder, timm_model, 
 
 def test_what_timm_cannot_run_is_refused_before_anything_is_written(small, capsys, tmp_path):
     message = refused(capsys, small, tmp_path / "out.hf")
-    assert "timm's crossvit_tiny_240 has no depth (1, 1) and no " in message
+    assert "timm has no model with the branches of custom" in message
+    with pytest.raises(ConversionError, match=r"timm's crossvit_tiny_240 has no depth \(1, 1\) and no "):
+        check_for_timm(get_config("ti", stages=1, depth=(1, 1)))
     assert list(tmp_path.iterdir()) == []
     scaled = get_config("ti", image_size=1440, image_scale=(1, Fraction(7, 10)))
     with pytest.raises(ConversionError, match="in timm the branches would see 1440 x 1440 and 1007 x 1007 pixels"):

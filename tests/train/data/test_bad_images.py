@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from convert.image_files import accepted_unreadable
+from crossvit_jax.preprocess import FORMATS
 from train.data.bad_images import BadImages, too_many_error
 from train.data.folders.classes import open_folder
 
@@ -40,7 +41,7 @@ def test_each_bad_image_is_told_once_with_its_name_and_the_reason(source):
     assert bad.names == names
     assert bad.count == 3
     assert told == [
-        f"cannot read image {names[0]}: it is in no image format that Pillow knows",
+        f"cannot read image {names[0]}: it is in no image format that is read: {', '.join(FORMATS)}",
         f"cannot read image {names[1]}: it is empty",
         f"cannot read image {names[2]}: No such file or directory",
     ]

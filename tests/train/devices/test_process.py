@@ -3,12 +3,20 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from train.devices.process import _memory_is_limited, keep_compiled_programs, keep_freed_memory
+from train.devices.process import (
+    _memory_is_limited,
+    drop_damaged_programs,
+    keep_compiled_programs,
+    keep_freed_memory,
+)
 
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the setting is glibc's")
 
@@ -112,3 +120,27 @@ def test_a_folder_that_the_user_chose_is_taken(cache_dir, tmp_path):
     cache_dir(str(tmp_path / "mine"))
     keep_compiled_programs()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
+
+
+def test_a_kept_program_that_was_cut_short_is_made_anew_once(tmp_path):
+    settings = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in settings}
+    with warnings.catch_warnings():
+        try:
+            for name, value in zip(settings, (str(tmp_path), 0.0), strict=True):
+                jax.config.update(name, value)
+            reset_cache()
+            drop_damaged_programs()
+            sizes = []
+            for _ in range(3):
+                assert jax.jit(lambda x: 3 * x + 1)(np.float32(2)) == 7
+                (file,) = tmp_path.glob("jit__lambda*-cache")
+                sizes.append(file.stat().st_size)
+                if len(sizes) == 1:
+                    os.truncate(file, sizes[0] // 2)  # what a full disk leaves
+                jax.clear_caches()
+            assert min(sizes) > 0.9 * max(sizes)
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            reset_cache()

@@ -1,6 +1,10 @@
 """What is taken for damage, and what is not; and folders that hold no run to continue."""
 
+import gc
 import json
+import resource
+import signal
+import time
 from contextlib import closing
 
 import jax
@@ -8,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from convert.errors import SettingsError
-from train.run.checkpoints import Checkpoints, fingerprint
+from train.run.checkpoints import Checkpoints
 from train.run.folder import CheckpointError, newest_checkpoint, read_run
 from train.run.run_state import RunState
 
@@ -69,6 +73,32 @@ def test_the_config_of_another_program_is_one_line(tmp_path, content):
         read_run(str(tmp_path))
 
 
-def test_truth_values_in_a_state_change_its_fingerprint():
-    one, other = (fingerprint({"seen": jnp.array([True, value])}) for value in (True, False))
-    assert one.tolist() != other.tolist()
+def test_a_checkpoint_damaged_a_second_time_is_put_aside_as_the_first_was(folder):
+    for names in (["1", "2.damaged"], ["1", "2.damaged", "2.damaged-2"]):
+        with closing(Checkpoints(folder, description={}, say=print)) as checkpoints:
+            checkpoints.save({"params": jnp.ones(3)}, RunState(step=2), {})
+            checkpoints.wait()
+        file = folder / "checkpoints" / "2" / "progress" / "metadata"
+        file.write_text(file.read_text().replace('"log_bytes": 0', '"log_bytes": 1'))
+        assert _restore(folder)[1].step == 1
+        assert _steps(folder) == names
+
+
+def test_a_save_that_fails_in_the_background_is_told_before_the_next_one(tmp_path, capfd):
+    with closing(Checkpoints(tmp_path, description={}, say=print)) as checkpoints:
+        checkpoints.save({"params": jnp.ones(3)}, RunState(step=1), {})
+        checkpoints.wait()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))  # as a full disk
+            with pytest.raises(CheckpointError, match=r"step 2\): .*; the last whole one is of step 1"):
+                checkpoints.save({"params": jnp.arange(30_000.0)}, RunState(step=2), {})
+                for _ in range(3000):
+                    checkpoints.check()
+                    time.sleep(0.01)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, before)
+    gc.collect()
+    assert capfd.readouterr().err == ""

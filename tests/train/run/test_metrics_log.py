@@ -1,6 +1,7 @@
 """What is written about a run while it goes on."""
 
 import json
+import os
 from contextlib import closing
 
 import pytest
@@ -111,3 +112,34 @@ def test_a_resumed_log_tells_tensorboard_which_events_count_no_more(tmp_path):
     assert events[0].file_version == "brain.Event:2"
     assert [(event.step, event.session_log.status) for event in events[1:]] == [(8, SessionLog.START), (8, 0)]
     assert all(event.wall_time > 0 for event in events)
+
+
+def test_a_damaged_log_is_told_and_what_can_be_read_of_it_goes_on(tmp_path):
+    with closing(MetricsLog(tmp_path)) as log:
+        for step in (1, 2, 3):
+            log.write(step=step, epoch=1, values={"train/loss": 3.0})
+        position = log.position
+    file, told = tmp_path / "metrics.jsonl", []
+    whole = file.read_bytes()
+    for damaged, lost, left in (
+        (b"", "it has 0 bytes, and had", [4]),
+        (whole[:-20], "the lines between are lost", [1, 2, 4]),
+        (whole.replace(b'"step": 2', b'"step": \xff'), "1 of its 3 lines are damaged", [1, 3, 4]),
+        (b"\0" * len(whole), "1 of its 1 lines are damaged", [4]),
+        (b'{"step": 1, "epoch": 1, "x": 1e999}\n' + b"[" * 100_000, "2 of its 2 lines are damaged", [4]),
+    ):
+        file.write_bytes(damaged)
+        told.clear()
+        with closing(MetricsLog(tmp_path, position=max(position, len(damaged)), step=3, say=told.append)) as log:
+            log.write(step=4, epoch=1, values={"train/loss": 2.0})
+            assert log.position == file.stat().st_size
+        assert lost in "; ".join(told)
+        assert [line["step"] for line in read_metrics(tmp_path)] == left
+
+
+def test_a_pipe_in_place_of_the_log_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(OSError, match="a named pipe"):
+        MetricsLog(tmp_path)
+    with pytest.raises(OSError, match="a named pipe"):
+        read_metrics(tmp_path)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from convert.files import shown
+from crossvit_jax.files import open_regular
 
 # Of up to so many files the size of each is asked for: 0.1 s in all with the ends of those few that are alike, or some
 # seconds where each question goes over a network, on which those of ImageNet's 1.3 million files would take minutes. Of
@@ -53,14 +54,14 @@ def _size(path: str) -> int:
 
 
 def _ends(path: str) -> bytes:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         first = file.read(_END)
         file.seek(-min(_END, os.fstat(file.fileno()).st_size), os.SEEK_END)
         return first + file.read(_END)
 
 
 def _all(path: str) -> bytes:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 
