@@ -36,7 +36,12 @@ def try_inputs(kind: str, seeds: range, folder: Path) -> tuple[list[Outcome], li
     finally:
         worker.close()
     told = zip(seeds, outcomes, strict=True)
-    return outcomes, [f"{kind} {seed}: {outcome.fault}" for seed, outcome in told if outcome.fault]
+    return outcomes, [f"{kind} {seed}: {fault}" for seed, outcome in told if (fault := _fault(outcome))]
+
+
+def _fault(outcome: Outcome) -> str | None:
+    """What is wrong with an end: 0 for what was read, and 2 for what was refused, are right."""
+    return outcome.fault or (None if outcome.status in (0, 2) else f"status {outcome.status}: {outcome.output}")
 
 
 def prepare(folder: Path) -> None:
