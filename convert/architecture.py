@@ -176,7 +176,8 @@ def check(shapes: Shapes, config: CrossViTConfig | DenseConfig, what: str) -> No
     Raises:
         ConversionError: names all that are missing, unexpected or mis-shaped, and the variant that they fit best.
     """
-    blocks = sum(map(sum, config.stage_depths)) + sum(config.fusion_depths)
+    of_body = config.backbone if isinstance(config, DenseConfig) else config
+    blocks = sum(map(sum, of_body.stage_depths)) + sum(of_body.fusion_depths)
     if blocks > len(shapes):  # before the model is made, which takes the longer the more blocks it has
         raise ConversionError(
             f"{what} does not fit its settings: they are of {blocks} blocks, and it has {len(shapes)} tensors"

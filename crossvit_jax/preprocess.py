@@ -127,7 +127,7 @@ def decode_image(
     if not encoded:
         raise UnreadableImage(name, "it is empty")
     with _failures_named(name):
-        return _to_rgb(_opened(encoded, formats), exif)
+        return _to_rgb(open_image(encoded, formats), exif)
 
 
 def limit_pixels(count: int | None) -> None:
@@ -143,8 +143,14 @@ def max_pixels() -> int:
     return int(os.environ.get(_MAX_PIXELS, MAX_PIXELS))
 
 
-def _opened(encoded: bytes, formats: Sequence[str] | None = None) -> Image.Image:
-    """An image of which no more than the header is read."""
+def open_image(encoded: bytes, formats: Sequence[str] | None = None) -> Image.Image:
+    """An image of which no more than the header is read.
+
+    Args:
+        formats: that are looked for; none: all that are read.
+
+    Raises ValueError for one of more pixels than `limit_pixels` allows, and whatever Pillow raises.
+    """
     limit = max_pixels()
     with _pillows_limit_lock:
         pillows, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is told better, and can be raised
@@ -164,7 +170,7 @@ def orientation(encoded: bytes) -> int:
     if not any(mark in encoded for mark in _ORIENTATION_MARKS):
         return 1
     try:
-        image = _opened(encoded)
+        image = open_image(encoded)
         return 1 if image.format == "TIFF" else _orientation(image)
     except MemoryError:
         raise

@@ -23,7 +23,7 @@ _PROGRAM = "python -m train.serve"
 _TOKEN = "CROSSVIT_TOKEN"
 _BATCH_ON_CPUS, _BATCH_ON_OTHERS = 8, 64
 _LAST_PORT, _LONGEST = 65535, 86400
-_MOST_PIXELS = 178_956_970
+_MOST_PIXELS = 50_000_000  # of a picture, unless more are asked for
 _PACKAGES = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
 
 _EPILOG = f"""\
@@ -48,7 +48,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog=_PROGRAM, description="Answer HTTP requests for what pictures show, with a CrossViT.", epilog=_EPILOG
     )
-    add_model_flags(parser, batches=False)
+    add_model_flags(parser, batches=False, max_pixels=_MOST_PIXELS)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=_port, default=8000, help="0: a free one (default: 8000)")
     parser.add_argument(
@@ -85,22 +85,17 @@ def _parser() -> Parser:
         "--max-body", type=at_least_one, default=32, metavar="MB", help="megabytes of a request (default: 32)"
     )
     limits.add_argument(
-        "--max-pixels",
-        type=_pixels,
-        default=50_000_000,
-        metavar="N",
-        help="of a picture, by its header, before it is decoded (default: 50000000)",
-    )
-    limits.add_argument(
         "--grace", type=_seconds, default=30.0, metavar="S", help="seconds to end in after SIGTERM (default: 30)"
     )
     return parser
 
 
 def _service(args: argparse.Namespace, token: str | None) -> "Service":
+    from crossvit_jax.preprocess import limit_pixels
     from train.inference.server.app import Service
     from train.inference.server.limits import Limits
 
+    limit_pixels(args.max_pixels)  # of what is decoded, too
     engine = _onnx_engine(args) if args.weights.endswith(".onnx") else _jax_engine(args)
     most = args.queue or 16 * engine.sizes[-1]
     return Service(
@@ -183,12 +178,6 @@ def _positive(text: str, unit: str) -> float:
     if not 0 < value <= _LONGEST:
         raise argparse.ArgumentTypeError(f"must be {unit}, above 0 and at most {_LONGEST}; got {text!r}")
     return value
-
-
-def _pixels(text: str) -> int:
-    if at_least_one(text) > _MOST_PIXELS:
-        raise argparse.ArgumentTypeError(f"must be at most {_MOST_PIXELS}, as Pillow takes no more; got {text!r}")
-    return int(text)
 
 
 def _serve(args: argparse.Namespace) -> int:

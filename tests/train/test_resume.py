@@ -78,7 +78,7 @@ def _assert_same(folder, other):
             np.testing.assert_array_equal(ours[key], theirs[key])
 
 
-def test_a_run_keeps_the_last_two_checkpoints_and_the_best_and_each_can_be_converted(uninterrupted):
+def test_a_run_keeps_the_last_two_checkpoints_and_the_best_and_each_can_be_converted(uninterrupted, small_variant):
     evaluations = [line for line in read_metrics(uninterrupted) if "eval/top1" in line]
     assert [line["step"] for line in evaluations] == [_STEPS_PER_EPOCH * epoch for epoch in range(1, _EPOCHS + 1)]
     best = max(evaluations, key=lambda line: (max(line["eval/ema_top1"], line["eval/top1"]), -line["step"]))["step"]

@@ -55,7 +55,8 @@ def test_a_run_leaves_settings_metrics_and_weights_and_tells_the_result(run, sma
     status, out, _, folder = run(*_SHORT)
     assert status == 0
     names = {path.name.split(".")[0] for path in folder.iterdir() if path.name != ".lock"}
-    assert names == {"config", "metrics", "events", "weights", "weights-best", "checkpoints", "curves"}
+    pictures = {"curves", "train_batch", "predictions"}
+    assert names == {"config", "metrics", "events", "weights", "weights-best", "checkpoints", *pictures}
 
     training = [line for line in _lines(folder) if "train/loss" in line]
     (evaluation,) = [line for line in _lines(folder) if "eval/loss" in line]

@@ -35,7 +35,7 @@ _PROGRAM = "python -m train.serve"
         ("--batching-delay=-1", "milliseconds"),
         ("--deadline=0", "seconds, above 0"),
         ("--grace=inf", "seconds, above 0"),
-        ("--max-pixels=200000000", "Pillow takes no more"),
+        ("--max-pixels=0", "1 or more"),
         ("--overload-status=500", "503, 429"),
         ("--batch-size=4", "unrecognized"),
     ],

@@ -22,11 +22,12 @@ SMALLER_BATCH = "choose a smaller --batch-size"  # what helps against too little
 _IMAGES_PER_PROCESS = 1000  # a process takes seconds to start, which fewer images do not take themselves
 
 
-def add_model_flags(parser: Parser, *, batches: bool = True) -> None:
+def add_model_flags(parser: Parser, *, batches: bool = True, max_pixels: int = MAX_PIXELS) -> None:
     """--weights, --image-size, --crop-pct, --exif, --precision, --attention-kernel, --quantize and --max-pixels.
 
     Args:
         batches: --batch-size too.
+        max_pixels: default of the flag.
     """
     parser.add_argument("--weights", type=weights_source, required=True, metavar="SOURCE", help="the weights to use")
     parser.add_argument(
@@ -64,7 +65,8 @@ def add_model_flags(parser: Parser, *, batches: bool = True) -> None:
         "--max-pixels",
         type=at_least_one,
         metavar="N",
-        help=f"images of more pixels are unreadable: they are not decoded (default: {MAX_PIXELS:,})",
+        default=max_pixels,
+        help=f"images of more pixels are not decoded, by their header (default: {max_pixels:,})",
     )
     if batches:
         parser.add_argument(

@@ -76,10 +76,11 @@ def test_training_images_are_timms_with_few_of_its_steps_or_none(only):
 
 def _assert_timms(reference, sample, seed, config):
     seeds = [int(part) for part in np.random.default_rng(seed).integers(0, 2**32, size=3)]
+    image = decode_image(sample["image"], "photo")  # before: beartype draws from Python's generator to check sequences
     random.seed(seeds[0])
     np.random.seed(seeds[1])
     torch.manual_seed(seeds[2])
-    expected = reference(decode_image(sample["image"], "photo")).permute(1, 2, 0).numpy()
+    expected = reference(image).permute(1, 2, 0).numpy()
     augmented = _augmented(sample, seed, config)
     np.testing.assert_array_equal(augmented["image"], expected)
     assert augmented["label"] == 7

@@ -32,7 +32,7 @@ def _timm_rates(config: TrainConfig) -> list[float]:
 
 
 @pytest.mark.parametrize("stepping", ["epoch", "epoch-late"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [name for name, recipe in RECIPES.items() if recipe.lr_schedule == "cosine"])
 def test_every_epoch_of_a_recipe_equals_timms_scheduler(recipe, stepping):
     config = dataclasses.replace(RECIPES[recipe], lr_stepping=stepping)
     np.testing.assert_allclose(learning_rates(config), _timm_rates(config), rtol=1e-14)

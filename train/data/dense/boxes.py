@@ -15,7 +15,8 @@ from PIL import Image
 
 from convert.errors import SettingsError, listed
 from convert.files import shown
-from crossvit_jax.preprocess import Exif, orientation
+from crossvit_jax.files import open_regular
+from crossvit_jax.preprocess import FORMATS, Exif, orientation, read_image_file
 from train.data.dense.samples import DenseSets
 from train.data.held_out import draw_held_out
 from train.data.sources import read_file
@@ -240,9 +241,9 @@ class Annotations:
 
 def _size_of(path: str, exif: Exif) -> tuple[int, int] | None:
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
             width, height = image.size
-        if exif == "apply" and width != height and orientation(Path(path).read_bytes()) >= 5:
+        if exif == "apply" and width != height and orientation(read_image_file(path)) >= 5:
             return width, height
     except Exception:  # whatever Pillow's parsers raise
         return None

@@ -1,7 +1,6 @@
 """Pictures with masks: PNG files whose values, palette indices or colours tell the class of each pixel."""
 
 import hashlib
-import io
 import os
 import re
 from collections.abc import Sequence
@@ -16,7 +15,8 @@ from PIL import Image
 from convert.errors import SettingsError, listed, one_line
 from convert.files import shown
 from convert.image_files import image_files
-from crossvit_jax.preprocess import UnreadableImage
+from crossvit_jax.files import open_regular
+from crossvit_jax.preprocess import FORMATS, UnreadableImage, open_image
 from train.data.dense.samples import DenseSets
 from train.data.folders.layout import find_splits
 from train.data.held_out import draw_held_out
@@ -76,7 +76,7 @@ def read_mask(
     Raises UnreadableImage if it cannot be decoded, or has a value or colour that is in neither.
     """
     try:
-        with Image.open(io.BytesIO(encoded)) as mask:
+        with open_image(encoded) as mask:
             mask.load()
             values = _values(mask, colours)
     except Exception as error:  # whatever Pillow's parsers raise
@@ -276,7 +276,8 @@ def _look_at(source: MaskFiles) -> set[int]:
             raise SettingsError(f"mask {path} cannot be used: {error.reason}") from None
         seen.update(np.unique(segments).tolist())
         try:
-            with Image.open(os.path.join(source.root, source.files[index])) as image:
+            picture = os.path.join(source.root, source.files[index])
+            with open_regular(picture) as file, Image.open(file, formats=FORMATS) as image:
                 size = image.size[::-1]
         except Exception:  # told when the picture is read
             continue

@@ -4,16 +4,14 @@ All records are looked at once before a run, their pictures not decoded: for the
 """
 
 import hashlib
-import io
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
-from PIL import Image
 
 from convert.errors import SettingsError, one_line
-from crossvit_jax.preprocess import UnreadableImage
+from crossvit_jax.preprocess import UnreadableImage, open_image
 from train.data.dense.boxes import Annotations, BoxFiles, box_sets
 from train.data.dense.masks import UNKNOWN, read_mask
 from train.data.dense.samples import DenseSets
@@ -151,7 +149,7 @@ def _scan_boxes(
     for index in range(len(records)):
         try:
             example = records[index]
-            with Image.open(io.BytesIO(example[image])) as picture:
+            with open_image(example[image]) as picture:
                 width, height = picture.size
         except Exception:  # whatever Pillow's parsers raise; told when it is read
             annotations.add_picture(records.name(index), image_id=index, size=(1, 1))
