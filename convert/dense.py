@@ -101,6 +101,13 @@ def _adapt_dense(weights: Weights, overrides: Mapping[str, Any], seed: int) -> W
     return dataclasses.replace(weights, config=config, tensors=tensors, class_names=class_names, notes=notes)
 
 
+def with_fresh_classes(weights: Weights, *, seed: int) -> Weights:
+    """The weights of a detector or segmenter with a new last layer, for as many classes of other names."""
+    fresh = _fresh(weights.config, seed, weights.tensors[f"{BODY}cls_token_0"].dtype)
+    tensors = {**weights.tensors, **{name: fresh[name] for name in class_axes(weights.config)}}
+    return dataclasses.replace(weights, tensors=tensors, class_names=None)
+
+
 def class_axes(config: DenseConfig) -> dict[str, int]:
     """The tensors whose shapes follow from the number of classes, by their names, and along which axis."""
     shapes, others = (expected_shapes(c) for c in (config, config.replace(num_classes=config.num_classes + 1)))

@@ -84,7 +84,12 @@ def _parser() -> Parser:
         help="folder for a PNG of each image whose values are the classes of a segmenter, with a palette, likewise",
     )
     add_detection_flags(parser)
-    parser.add_argument("--classes", nargs="+", metavar="NAME", help="of a detector: the objects wanted (default: all)")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="of a detector: the objects wanted; PATH stands before it (default: all)",
+    )
     parser.add_argument(
         "--coco",
         type=home_path,

@@ -227,7 +227,7 @@ def test_what_prediction_cannot_write_is_told_before_anything_is(run, capsys, tm
     pictures, out = _pictures(tmp_path), tmp_path / "out"
 
     def refused(*flags):
-        message = _refused(capsys, "predict", train.predict.main, f"--weights={run.folder}", *flags, *pictures)
+        message = _refused(capsys, "predict", train.predict.main, f"--weights={run.folder}", *pictures, *flags)
         assert not out.exists()
         return message
 

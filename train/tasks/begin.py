@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from convert import load_weights
-from convert.dense import adapt_to_task, class_axes
+from convert.dense import adapt_to_task, class_axes, with_fresh_classes
 from convert.errors import ConversionError, SettingsError
 from convert.weights import Weights
 from crossvit_jax.config import CUSTOM, CrossViTConfig, get_config
@@ -154,8 +154,5 @@ def _fit_classes(weights: Weights, class_names: tuple[str, ...], *, seed: int) -
         moved = {name: np.take(weights.tensors[name], places, axis) for name, axis in axes.items()}
         weights = dataclasses.replace(weights, tensors={**weights.tensors, **moved}, class_names=class_names)
         return weights, ["the last layer is kept: it is for these classes, and its outputs are put into their order"]
-    # by way of another number, since the same would change nothing
-    other = adapt_to_task(weights, None, {"num_classes": count + 1})
-    fresh = adapt_to_task(other, None, {"num_classes": count}, seed=seed)
     note = f"new last layer: the {count} classes are others than those of the weights"
-    return dataclasses.replace(fresh, notes=weights.notes), [note]
+    return with_fresh_classes(weights, seed=seed), [note]
