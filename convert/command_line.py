@@ -198,6 +198,17 @@ def share(text: str) -> float:
     return value
 
 
+def threshold(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1; got {text!r}")
+    return value
+
+
 def weights_source(text: str) -> str:
     """What `convert.load_weights` takes: a path, or a repository on the hub. Raises ConversionError for an address."""
     return text if text.startswith(hub.PREFIXES) else local_path(text)

@@ -93,13 +93,29 @@ def _adapt_dense(weights: Weights, overrides: Mapping[str, Any], seed: int) -> W
     tensors = {**weights.tensors, **_with_body(body)}
     notes, class_names = body.notes, weights.class_names
     if config.num_classes != old.num_classes:
-        expected, dtype = expected_shapes(config), body.tensors["cls_token_0"].dtype
-        fresh = _fresh(config, seed, dtype)
-        other = {name: array for name, array in fresh.items() if tensors[name].shape != expected[name]}
+        fresh = _fresh(config, seed, body.tensors["cls_token_0"].dtype)
+        other = {name: fresh[name] for name in sorted(class_axes(config))}
         tensors |= other
         told = f"{config.num_classes} classes instead of {old.num_classes}"
         notes, class_names = (*notes, f"new for {told}, and untrained: {listed(other)}"), None
     return dataclasses.replace(weights, config=config, tensors=tensors, class_names=class_names, notes=notes)
+
+
+def with_fresh_classes(weights: Weights, *, seed: int) -> Weights:
+    """The weights of a detector or segmenter with a new last layer, for as many classes of other names."""
+    fresh = _fresh(weights.config, seed, weights.tensors[f"{BODY}cls_token_0"].dtype)
+    tensors = {**weights.tensors, **{name: fresh[name] for name in class_axes(weights.config)}}
+    return dataclasses.replace(weights, tensors=tensors, class_names=None)
+
+
+def class_axes(config: DenseConfig) -> dict[str, int]:
+    """The tensors whose shapes follow from the number of classes, by their names, and along which axis."""
+    shapes, others = (expected_shapes(c) for c in (config, config.replace(num_classes=config.num_classes + 1)))
+    return {
+        name: next(axis for axis, (side, other) in enumerate(zip(shape, others[name], strict=True)) if side != other)
+        for name, shape in shapes.items()
+        if shape != others[name]
+    }
 
 
 def _settings_of(config: CrossViTConfig) -> dict[str, Any]:

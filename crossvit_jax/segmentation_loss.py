@@ -2,12 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 IGNORED = 255
 
 
-def mean_valid_pixels(labels: Int[Array, "batch height width"]) -> Float[Array, " batch"]:
+def mean_valid_pixels(labels: Integer[Array, "batch height width"]) -> Float[Array, " batch"]:
     """The mean number of pixels that count, over all images and repeated for each.
 
     Counted over a whole batch, it makes the mean of the cross-entropies of its parts that of the batch.
@@ -18,7 +18,7 @@ def mean_valid_pixels(labels: Int[Array, "batch height width"]) -> Float[Array, 
 
 def cross_entropy(
     logits: Float[Array, "batch height width classes"],
-    labels: Int[Array, "batch height width"],
+    labels: Integer[Array, "batch height width"],
     valid_pixels: Float[Array, " batch"] | None = None,
 ) -> Float[Array, ""]:
     """The mean cross-entropy over the pixels that count, in float32 or wider.
@@ -36,7 +36,7 @@ def cross_entropy(
 
 def dice_loss(
     logits: Float[Array, "batch height width classes"],
-    labels: Int[Array, "batch height width"],
+    labels: Integer[Array, "batch height width"],
     epsilon: float = 1e-7,
 ) -> Float[Array, ""]:
     """1 - the Dice coefficient of each class over all images, as a mean over all classes, in float32 or wider.
@@ -52,6 +52,6 @@ def dice_loss(
     return jnp.where(targets.any(pixels), losses, 0).mean()
 
 
-def _one_hot(labels: Int[Array, "batch height width"], classes: int, dtype) -> Float[Array, "batch height width _"]:
+def _one_hot(labels: Integer[Array, "batch height width"], classes: int, dtype) -> Float[Array, "batch height width _"]:
     """All zeros where the label is ignored."""
     return (labels[..., None] == jnp.arange(classes)).astype(dtype)

@@ -1,13 +1,13 @@
 """Losses of semantic segmentation. Labels are (batch, height, width), whole numbers; 255 counts nowhere."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 IGNORED = 255
 
 
-def mean_valid_pixels(labels: Int[Tensor, "batch height width"]) -> Float[Tensor, " batch"]:
+def mean_valid_pixels(labels: Integer[Tensor, "batch height width"]) -> Float[Tensor, " batch"]:
     """The mean number of pixels that count, over all images and repeated for each.
 
     Counted over a whole batch, it makes the mean of the cross-entropies of its parts that of the batch.
@@ -18,7 +18,7 @@ def mean_valid_pixels(labels: Int[Tensor, "batch height width"]) -> Float[Tensor
 
 def cross_entropy(
     logits: Float[Tensor, "batch classes height width"],
-    labels: Int[Tensor, "batch height width"],
+    labels: Integer[Tensor, "batch height width"],
     valid_pixels: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, ""]:
     """The mean cross-entropy over the pixels that count, in float32 or wider.
@@ -35,7 +35,7 @@ def cross_entropy(
 
 def dice_loss(
     logits: Float[Tensor, "batch classes height width"],
-    labels: Int[Tensor, "batch height width"],
+    labels: Integer[Tensor, "batch height width"],
     epsilon: float = 1e-7,
 ) -> Float[Tensor, ""]:
     """1 - the Dice coefficient of each class over all images, as a mean over all classes, in float32 or wider.
@@ -51,6 +51,8 @@ def dice_loss(
     return torch.where(targets.sum(pixels) > 0, losses, 0).mean()
 
 
-def _one_hot(labels: Int[Tensor, "batch height width"], classes: int, dtype) -> Float[Tensor, "batch _ height width"]:
+def _one_hot(
+    labels: Integer[Tensor, "batch height width"], classes: int, dtype
+) -> Float[Tensor, "batch _ height width"]:
     """All zeros where the label is ignored."""
     return (labels[:, None] == torch.arange(classes, device=labels.device)[:, None, None]).to(dtype)

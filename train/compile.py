@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from convert.command_line import Parser, leave, run
+from convert.errors import SettingsError
 from convert.files import check_place, check_replaceable, home_path
 from train.config import TrainConfig
 from train.cost.figures import check_case, compile_step, prepare_environment
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def compile_all() -> int:
         configs = [apply_flags(recipe, given | {"variant": variant}) for variant in variants]
         for config in configs:
+            if config.task != "classification":
+                raise SettingsError(f"only programs of classification are compiled, not those of {config.task}")
             config.model_config(num_classes)
             check_augment_on(config)
         if file is not None:

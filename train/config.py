@@ -22,7 +22,9 @@ _COMPARE = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.l
 _SHARE, _PART, _RATE = {"at_least": 0, "at_most": 1}, {"above": 0, "at_most": 1}, {"at_least": 0, "below": 1}
 # Settings of some tasks only, and their values where they mean nothing
 _CLASSIFICATION = {"mixup": 0, "cutmix": 0, "smoothing": 0, "repeated_aug": 1, "loss": "softmax", "qat": None}
-_CLASSIFICATION |= {"auto_augment": "", "erase_prob": 0, "class_order": None, "crop_pct": None}
+_CLASSIFICATION |= {"auto_augment": "", "erase_prob": 0, "class_order": None, "crop_pct": None, "dropout": 0}
+_CLASSIFICATION |= {"crop_scale": (0.08, 1.0), "crop_ratio": (3 / 4, 4 / 3), "mix_prob": 1, "cutmix_share": 0.5}
+_CLASSIFICATION |= {"mix_group": None}
 _DENSE = {"width": None, "scale_jitter": (1.0, 1.0), "color_jitter": 0}
 _DETECTION = {"num_convs": None, "distances": None}
 _SEGMENTATION = {"decoder": None, "dice": 0, "ignore_index": 255}
@@ -223,7 +225,11 @@ class TrainConfig:
         (1.0, 1.0), "smallest and largest size of an image in training; 1: it just fits", number_pair, above=0
     )
     color_jitter: float = setting(0.0, "largest change of brightness, contrast and saturation in training", at_least=0)
-    dice: float = setting(0.0, "segmentation: weight of the Dice loss beside the cross-entropy", at_least=0)
+    dice: float = setting(
+        0.0,
+        "segmentation: weight of the Dice loss beside the cross-entropy; with --grad-accum it is that of each part",
+        at_least=0,
+    )
     ignore_index: int = setting(
         255, "segmentation: the number in masks that stands for no class", at_least=0, at_most=255
     )
@@ -443,7 +449,7 @@ def _type_in_words(kind: Any) -> str:
 def _in_words(bounds: dict[str, float], *, pair: bool) -> str:
     words = [f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items()]
     if pair:
-        return f"two rising numbers {', '.join(words)}"
+        return f"rising numbers {', '.join(words)}"
     if bounds == {"at_least": 0}:
         return "0 or more"
     if bounds == _SHARE:

@@ -30,7 +30,7 @@ from train.optim.carried import check_carried, read_carried
 from train.optim.quantize import require_qwix
 from train.recipes import RECIPES
 from train.run.folder import begun_settings, check_same_run, describe_run, newest_checkpoint, read_run
-from train.tasks.begin import make_task, starting_model
+from train.tasks.begin import check_task, make_task, starting_model
 from train.tasks.task import Task
 
 
@@ -85,11 +85,13 @@ def prepare(config: TrainConfig) -> Job:
     if jax.process_count() > 1 and config.output is None:
         raise SettingsError("with several processes, --output must name the run's folder, on a disk that all share")
     check_divides(config, mesh)
-    config = dataclasses.replace(config, mix_group=mix_group(config, saved, mesh))
+    if config.task == "classification":
+        config = dataclasses.replace(config, mix_group=mix_group(config, saved, mesh))
     try:
         begun, begun_names = (None, None) if saved is None else understand(saved["model"])
     except (KeyError, TypeError, ConversionError) as error:
         raise SettingsError(f"the run in {config.output} was begun by another version: {error}") from error
+    check_task(config, begun)
     image_sets = _open_image_sets(config, begun_names, begun=saved is not None)
     if config.task == "classification":
         check_trainable(config, image_sets)

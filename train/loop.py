@@ -325,6 +325,8 @@ class _Run:
         name, larger = self._choosing.name, self._choosing.better == "max"
         names = {"ema": f"eval/ema_{name}", "params": f"eval/{name}"}  # of equal ones the average counts
         scored = {kind: self.final[name] for kind, name in names.items() if name in self.final}
+        if not scored:  # such as AP where no held-out picture that can be read has a box
+            return
         kind = (max if larger else min)(scored, key=scored.get)
         value = scored[kind]
         if self.best is None or (value > self.best.value if larger else value < self.best.value):

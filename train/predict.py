@@ -2,6 +2,7 @@
 
 # What takes long to import is imported when it is needed: `--help` and wrong flags are answered at once.
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from train.inference.model import Classifier, Predictor
 
 _PROGRAM = "python -m train.predict"
+_FOLDERS = ("attention", "overlay", "masks")  # flags that name folders for pictures
 
 _EPILOG = f"""\
 {SOURCES}
@@ -82,7 +84,12 @@ def _parser() -> Parser:
         help="folder for a PNG of each image whose values are the classes of a segmenter, with a palette, likewise",
     )
     add_detection_flags(parser)
-    parser.add_argument("--classes", nargs="+", metavar="NAME", help="of a detector: the objects wanted (default: all)")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="of a detector: the objects wanted; PATH stands before it (default: all)",
+    )
     parser.add_argument(
         "--coco",
         type=home_path,
@@ -98,8 +105,10 @@ def _predict(args: argparse.Namespace) -> int:
 
     left_out = LeftOut()
     paths = image_paths(args.paths, left_out)
-    folders = {name: getattr(args, name) for name in ("attention", "overlay", "masks") if getattr(args, name)}
-    places = {name: _place_pictures(Path(folder), paths) for name, folder in folders.items()}
+    folders = {name: Path(getattr(args, name)) for name in _FOLDERS if getattr(args, name)}
+    if len(set(map(os.path.realpath, folders.values()))) < len(folders):
+        raise SettingsError(f"--{' and --'.join(folders)} name the same folder, and their files have the same names")
+    places = {name: _place_pictures(folder, paths) for name, folder in folders.items()}
     model = load_model(args)
 
     from train.inference.model import Classifier
@@ -112,10 +121,14 @@ def _predict(args: argparse.Namespace) -> int:
     given = [name for name in others if getattr(args, name) is not None]
     if given:
         raise SettingsError(f"--{given[0].replace('_', '-')} is not for {learned}, which {args.weights} is for")
+    wanted = _class_numbers(args.classes, model.task.class_names)
+    coco = None if args.coco is None else check_place(Path(args.coco))
+    for folder in folders.values():  # nothing can be wrong any more
+        folder.mkdir(parents=True, exist_ok=True)
     tell_notes(_PROGRAM, [*left_out.notes(), *model.notes])
     if isinstance(model, Classifier):
         return _predict_classes(args, model, paths, places.get("attention"))
-    return _find(args, model, paths, places)
+    return _find(args, model, paths, places, wanted, coco)
 
 
 def _predict_classes(
@@ -156,7 +169,12 @@ def _predict_classes(
 
 
 def _find(
-    args: argparse.Namespace, model: "Predictor", paths: Sequence[str], places: Mapping[str, Sequence[Path]]
+    args: argparse.Namespace,
+    model: "Predictor",
+    paths: Sequence[str],
+    places: Mapping[str, Sequence[Path]],
+    wanted: frozenset[int] | None,
+    coco: Path | None,
 ) -> int:
     from train.data.bad_images import BadImages
     from train.data.tagged_images import TaggedImages
@@ -166,8 +184,6 @@ def _find(
     from train.run.progress import open_bar
     from train.tasks.begin import task_of
 
-    wanted = _class_numbers(args.classes, model.task.class_names)
-    coco = None if args.coco is None else check_place(Path(args.coco))
     text = FORMATS[args.format](paths, model.task.class_names, boxes=task_of(model.task.model_config) == "detection")
     reconfigure(sys.stdout, encoding="utf-8", errors="surrogateescape")
     source, results = FileSource(tuple(paths)), []
@@ -206,14 +222,13 @@ def _class_numbers(wanted: Sequence[str] | None, names: Sequence[str]) -> frozen
 
 
 def _place_pictures(folder: Path, images: Sequence[str]) -> list[Path]:
-    """Where the pictures of images go, in a folder that is made. Raises ConversionError rather than replace a file that
-    is not a picture of ours, or that is one of the images."""
+    """Where the pictures of images go, in a folder. Raises ConversionError rather than replace a file that is not a
+    picture of ours, or that is one of the images."""
     from train.pictures.attention import picture_paths
     from train.pictures.figure import is_own_picture
 
     pictures = picture_paths(folder, images)
     check_replaceable(pictures, is_own_picture, inputs=images)
-    folder.mkdir(parents=True, exist_ok=True)
     return pictures
 
 

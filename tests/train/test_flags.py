@@ -134,7 +134,7 @@ def test_branches_of_ones_own_replace_a_variants():
         (["--smoothing=1"], "smoothing must be at least 0 and below 1"),
         (["--image-scale=x"], "argument --image-scale: invalid number_tuple value: 'x'"),
         (["--image-scale=1,2/0"], "argument --image-scale"),
-        (["--crop-scale=0.5,0.1"], "crop_scale must be two rising numbers"),
+        (["--crop-scale=0.5,0.1"], "crop_scale must be rising numbers"),
         (["--warmup-epochs=20", "--epochs=20"], "warmup_epochs must be below the 20 epochs; got 20"),
         (["--epochs=" + "9" * 20], "epochs must be a whole number below 1e+15; got 99999999999999999999"),
         (["--workers=100000"], "workers must be at least 0 and at most 1024; got 100000"),

@@ -35,9 +35,6 @@ class Boxes(NamedTuple):
     crowd: Bool[np.ndarray, " boxes"]  # not to be trained on, and ignored in scores
     area: Float[np.ndarray, " boxes"]  # by which scores tell small from large: of the object, or of its box
 
-    def __len__(self) -> int:
-        return len(self.boxes)
-
 
 def padded_boxes(objects: Boxes, placement: Placement, most_boxes: int) -> dict[str, np.ndarray]:
     """What a batch has of a picture's objects: `boxes` (most_boxes, 4) float32 x1, y1, x2, y2 in pixels of the canvas,

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from convert.command_line import Parser, at_least_one, image_size, share, weights_source
+from convert.command_line import Parser, at_least_one, image_size, share, threshold, weights_source
 from convert.streams import tell_error
 from crossvit_jax.files import MAX_PIXELS
 
@@ -81,7 +81,7 @@ def add_detection_flags(parser: Parser) -> None:
     """--score-threshold, --iou-threshold and --max-detections, which only detectors have; they are in `args` where
     they are given."""
     group = parser.add_argument_group("detectors")
-    how = {"default": argparse.SUPPRESS, "type": share, "metavar": "F"}
+    how = {"default": argparse.SUPPRESS, "type": threshold, "metavar": "F"}
     group.add_argument("--score-threshold", **how, help="boxes have a score above it (default: 0.05)")
     group.add_argument(
         "--iou-threshold",

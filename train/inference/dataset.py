@@ -107,10 +107,12 @@ def _as_in_training(
     asked = [f"{name} {getattr(config, name)}, not {getattr(trained, name)}" for name in _CHOICE]
     asked = [text for text, name in zip(asked, _CHOICE, strict=True) if getattr(config, name) != getattr(trained, name)]
     why = f"{' and '.join(asked)} was asked for" if asked else "images were added, removed or moved since then"
-    instead = "--split val or test" if has_splits else "--split all"
+    instead = ""
+    if config.dataset.startswith(FOLDER_PREFIX):
+        instead = f"; --split {'val or test takes that folder' if has_splits else 'all takes all images'} as it is"
     raise SettingsError(
         f"{config.dataset} is not split as in the run in {run}: {why}, so that images which it was trained on would be "
-        f"evaluated as held out; {instead} takes {'that folder' if has_splits else 'all images'} as it is"
+        f"evaluated as held out{instead}"
     )
 
 

@@ -138,8 +138,11 @@ def _model_settings(description: dict[str, Any]) -> dict[str, Any]:
     from convert.metadata import understand  # late: flags read the settings of a run, too
 
     config, class_names = understand(description)
-    names = [field.name for field in dataclasses.fields(config) if field.name != "branches"]
-    settings = {name: getattr(config, name) for name in (*names, *BRANCH_SETTINGS)} | {"class_names": class_names}
+    backbone, settings = getattr(config, "backbone", config), {}  # a detector or segmenter has one
+    for part in (backbone, config):  # what both have is the latter's, such as the number of classes
+        names = [field.name for field in dataclasses.fields(part) if field.name not in ("branches", "backbone")]
+        settings |= {name: getattr(part, name) for name in names}
+    settings |= {name: getattr(backbone, name) for name in BRANCH_SETTINGS} | {"class_names": class_names}
     return json.loads(json.dumps(settings, default=str))  # as JSON has it: lists, and fractions as text
 
 

@@ -3,10 +3,13 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from convert import load_weights
+from convert.dense import adapt_to_task, class_axes, with_fresh_classes
 from convert.errors import ConversionError, SettingsError
 from convert.weights import Weights
-from crossvit_jax.config import CUSTOM, Branch, CrossViTConfig, get_config
+from crossvit_jax.config import CUSTOM, CrossViTConfig, get_config
 from crossvit_jax.dense_config import DenseConfig, build_dense_config
 from train.config import TrainConfig
 from train.data.dense.samples import DenseSets, DenseSource, Reclassed
@@ -43,8 +46,6 @@ def starting_model(
 
     Raises SettingsError if the settings make no model, or the weights are not for such a one.
     """
-    if begun is not None and task_of(begun) != config.task:
-        raise SettingsError(f"the run in {config.output} learns {task_of(begun)}, not {config.task}: name a new folder")
     if config.task == "classification":
         return classification.starting_model(config, class_names, begun, starts_anew=starts_anew, carried=carried)
     if carried is not None:
@@ -55,10 +56,11 @@ def starting_model(
     settings = {"num_classes": len(class_names), **config.model_overrides(), **config.dense_overrides()}
     try:
         if starts_anew and config.init is not None:
-            weights = _dense_weights(config, settings)
+            weights = _dense_weights(config, class_names, settings)
             return weights.config, weights
         if begun is not None:
-            return begun.replace(**settings), None
+            name = begun.name if config.variant in (None, begun.name) else get_config(config.variant).name
+            return begun.replace(name=name, **settings), None
         branches = settings.pop("branches", None)
         backbone = CrossViTConfig(name=CUSTOM, branches=branches) if branches else get_config(config.variant or "ti")
         return build_dense_config(config.task, backbone, **settings), None
@@ -69,6 +71,12 @@ def starting_model(
 def task_of(model_config: ModelConfig) -> str:
     """What a model is for: classification, detection or segmentation."""
     return model_config.task if isinstance(model_config, DenseConfig) else "classification"
+
+
+def check_task(config: TrainConfig, begun: ModelConfig | None) -> None:
+    """Raises SettingsError if the run that is continued learns something else."""
+    if begun is not None and task_of(begun) != config.task:
+        raise SettingsError(f"the run in {config.output} learns {task_of(begun)}, not {config.task}: name a new folder")
 
 
 def settings_of(task: str) -> TrainConfig:
@@ -110,13 +118,41 @@ def matched(
     return dataclasses.replace(task, **settings), source, notes
 
 
-def _dense_weights(config: TrainConfig, settings: dict[str, Any]) -> Weights:
-    """The weights of `config.init` as those of a detector or segmenter; what is new in it is drawn from the seed."""
-    branches = config.branches and tuple(map(Branch.parse, config.branches))
-    weights = load_weights(config.init, task=config.task, seed=config.seed, **settings)
+def _dense_weights(config: TrainConfig, class_names: tuple[str, ...], settings: dict[str, Any]) -> Weights:
+    """The weights of `config.init` as those of a detector or segmenter for these classes; changes are in `notes`.
+
+    What is new in it is drawn from the seed. The last layer of a detector or segmenter is kept if it is known to be, or
+    may be, for these very classes.
+    """
+    branches = {"branches": settings["branches"]} if config.branches else {}
+    weights = load_weights(config.init, **branches)
     held = weights.config.name
-    if branches is None and config.variant not in (None, held) and get_config(config.variant).name != held:
+    if config.variant not in (None, held) and get_config(config.variant).name != held:
         raise SettingsError(f"--init {config.init} holds {held}, not the variant {config.variant}")
+    notes: list[str] = []
+    if task_of(weights.config) == config.task:
+        weights, notes = _fit_classes(weights, class_names, seed=config.seed)
+    # runs read colour images
+    weights = adapt_to_task(weights, config.task, {"in_chans": 3, **settings}, seed=config.seed)
     if weights.non_finite():
         raise SettingsError(f"--init {config.init}: {weights.non_finite()}")
-    return weights
+    return dataclasses.replace(weights, notes=(*weights.notes, *notes))
+
+
+def _fit_classes(weights: Weights, class_names: tuple[str, ...], *, seed: int) -> tuple[Weights, list[str]]:
+    """The weights of a detector or segmenter with outputs for these classes, unless there is another number of them."""
+    count = len(class_names)
+    if weights.config.num_classes != count:
+        return weights, []
+    if weights.class_names is None:
+        return weights, [f"the last layer is kept: it has {count} classes too, and their names are not known"]
+    if weights.class_names == class_names:
+        return weights, ["the last layer is kept: it is for these classes"]
+    if sorted(weights.class_names) == sorted(class_names) and len(set(class_names)) == count:
+        places = [weights.class_names.index(name) for name in class_names]
+        axes = class_axes(weights.config)
+        moved = {name: np.take(weights.tensors[name], places, axis) for name, axis in axes.items()}
+        weights = dataclasses.replace(weights, tensors={**weights.tensors, **moved}, class_names=class_names)
+        return weights, ["the last layer is kept: it is for these classes, and its outputs are put into their order"]
+    note = f"new last layer: the {count} classes are others than those of the weights"
+    return with_fresh_classes(weights, seed=seed), [note]

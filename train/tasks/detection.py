@@ -217,19 +217,20 @@ class DetectionScores:
         self, folder: Path, *, about: Mapping[str, Any], images: Sequence[str], say: Callable[[str], None]
     ) -> list[str]:
         """Numbers, those of each class, all detections as COCO's results, and the curves of precision over recall."""
-        columns = ("objects", "ap", "ap50", "ap75", "ar100")
+        columns, values = ("objects", "ap", "ap50", "ap75", "ar100"), {"ap": None} | self.values()
         rows = [
             (name, *("" if row.get(column) is None else f"{row[column]:.6g}" for column in columns))
             for name, row in zip(self._task.class_names, self._precision.by_class(), strict=True)
         ]
         texts = {
-            _NUMBERS: json.dumps({**about, **self.values()}, indent=2) + "\n",
+            _NUMBERS: json.dumps({**about, **values}, indent=2) + "\n",
             _PER_CLASS: csv_text([("class", *columns), *rows]),
             _DETECTIONS: json.dumps(self._results) + "\n",
         }
         for name, text in texts.items():
             write_whole(folder / name, text.encode("utf-8", "surrogateescape"))
-        title = f"{Path(about['weights']).name} on {about['dataset']} ({about['split']}): AP {self.values()['ap']:.3f}"
+        shown = "none" if values["ap"] is None else f"{values['ap']:.3f}"
+        title = f"{Path(about['weights']).name} on {about['dataset']} ({about['split']}): AP {shown}"
         picture = folder / _PICTURE
         picture.unlink(missing_ok=True)  # it would stay where this one cannot be drawn
         curves = [curve and (curve.recall, curve.precision) for curve in self._precision.curves()]

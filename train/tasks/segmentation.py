@@ -191,7 +191,7 @@ class SegmentationScores:
         pixels = self.confusion.sum(1)
         shown = ([_shown(value).strip("- ") for value in values] for values in rates.values())
         rows = [(name, *row) for name, row in zip(names, self.confusion, strict=True)]
-        values = self.values()
+        values = {"miou": None} | self.values()
         texts = {
             _NUMBERS: json.dumps({**about, **values}, indent=2) + "\n",
             _PER_CLASS: csv_text([("class", "pixels", *rates), *zip(names, pixels, *shown, strict=True)]),
@@ -199,7 +199,8 @@ class SegmentationScores:
         }
         for name, text in texts.items():
             write_whole(folder / name, text.encode("utf-8", "surrogateescape"))
-        title = f"{Path(about['weights']).name} on {about['dataset']} ({about['split']}): mIoU {values['miou']:.3f}"
+        mean = "none" if values["miou"] is None else f"{values['miou']:.3f}"
+        title = f"{Path(about['weights']).name} on {about['dataset']} ({about['split']}): mIoU {mean}"
         picture = folder / _PICTURE
         picture.unlink(missing_ok=True)  # it would stay where this one cannot be drawn
         BestEffort(str(picture), say)(draw_confusion, self.confusion, names, picture, title=title)

@@ -307,7 +307,7 @@ def box_sets(
 
 def _check_boxes(side: str, source: BoxFiles, origin: str) -> None:
     if not source.counts.any():
-        crowds = ", only crowds" if len(source.objects) else ""
+        crowds = ", only crowds" if len(source.objects.boxes) else ""
         raise SettingsError(f"none of the {len(source)} pictures{side} in {origin} has a box{crowds}")
 
 

@@ -52,7 +52,7 @@ def test_a_single_file_is_split_by_pictures_and_keeps_names_and_ids(coco):
     objects = truths["a.png"]["objects"]
     assert objects.boxes.tolist() == [[5, 6, 15, 26], [0, 0, 60, 40]]
     assert (objects.classes.tolist(), objects.area.tolist()) == ([0, 2], [100, 1200])
-    assert len(truths["c.png"]["objects"]) == 0
+    assert len(truths["c.png"]["objects"].boxes) == 0
     assert truths["b.png"]["size"] == (40, 60)
 
 
@@ -94,7 +94,7 @@ def test_pictures_reach_training_with_their_boxes(coco):
     batches = iter(train_batches(source, transform, batch_size=3, **_STREAM))
     batch = next(batches)
     batches.close()
-    expected = sorted(len(source.truth(index)["objects"]) for index in range(3))
+    expected = sorted(len(source.truth(index)["objects"].boxes) for index in range(3))
     assert sorted(batch["present"].sum(1).tolist()) == expected
     assert batch["image"].shape == (3, 60, 60, 3) and batch["bad"].tolist() == [-1, -1, -1]
 
@@ -179,7 +179,7 @@ def test_what_does_not_fit_together_is_told_before_training(coco, tmp_path, chan
 
 def test_boxes_without_area_are_left_out_and_told(coco):
     sets = _open(coco(_box(5, 6, 0, 20)))
-    assert len(_all(sets)["a.png"]["objects"]) == 1
+    assert len(_all(sets)["a.png"]["objects"].boxes) == 1
     (note,) = (note for note in sets.notes if "area" in note)
     assert note.startswith("left out, as they have no area: 1 of 4 boxes; ")
     assert note.endswith("box (5, 6, 5, 26) of a.png, 60 x 40 pixels")
@@ -200,7 +200,7 @@ def test_few_boxes_that_reach_out_of_their_picture_are_cut_and_told(coco):
 
 def test_annotations_of_the_same_id_are_all_taken_and_told(coco):
     sets = _open(coco(lambda content: content["annotations"][1].update(id=1)))
-    assert len(_all(sets)["a.png"]["objects"]) == 2
+    assert len(_all(sets)["a.png"]["objects"].boxes) == 2
     assert any("1 annotations have the id of another one" in note for note in sets.notes)
 
 

@@ -28,7 +28,7 @@ def test_boxes_are_tight_around_the_masks_of_their_digits(detection, segmentatio
     alone = 0
     for index in range(200):
         objects, segments = detection.train[index]["objects"], segmentation.train[index]["segments"]
-        assert 1 <= len(objects) <= MOST_DIGITS
+        assert 1 <= len(objects.boxes) <= MOST_DIGITS
         for box, digit, area in zip(objects.boxes, objects.classes, objects.area, strict=True):
             rows, columns = np.nonzero(segments == digit + 1)
             if list(objects.classes).count(digit) > 1 or len(rows) != area:

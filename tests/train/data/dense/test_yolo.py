@@ -42,7 +42,7 @@ def test_shares_become_pixels_and_polygons_boxes(yolo):
     objects = sets.train.truth(0)["objects"]
     np.testing.assert_allclose(objects.boxes, [[0, 0, 60, 40], [0, 15, 30, 25]])
     assert objects.classes.tolist() == [1, 0]
-    assert len(sets.train.truth(1)["objects"]) == 0
+    assert len(sets.train.truth(1)["objects"].boxes) == 0
     np.testing.assert_allclose(sets.held_out.truth(0)["objects"].boxes, [[6, 8, 30, 28]], rtol=1e-6)
     assert sets.train[0]["size"] == (40, 60)
 
