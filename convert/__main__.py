@@ -85,6 +85,7 @@ def _parser() -> Parser:
     add("--target", choices=("cpu", "tensorrt"), help="what reads the static file; default: cpu")
     add("--compare", type=data_set, metavar="digits|FOLDER", help="images to compare .pt on; default: photographs")
     add("--preprocess", action="store_true", help=".onnx takes uint8 pictures of any size: resize and crop are in it")
+    add("--raw", action="store_true", help="of a detector, .onnx and .stablehlo return what it says at each point")
     add(
         "--license",
         metavar="TEXT",
