@@ -21,12 +21,8 @@ from convert.streams import tell_error
 
 _PROGRAM = "python -m benchmarks"
 _GRACE = 10.0  # seconds that a benchmark has to end its processes and remove its folders
-_KEEP_WHAT_IS_DONE = (
-    "inference",
-    "training",
-    "detection",
-    "end_to_end",
-)  # where time is short, they end with fewer rounds
+# where time is short, they end with fewer rounds
+_KEEP_WHAT_IS_DONE = ("inference", "training", "detection", "end_to_end")
 
 _EPILOG = """\
 On a GPU: training, end to end and inference in bfloat16, each variant at a batch at which all sides fit. On a CPU: Ti

@@ -115,9 +115,10 @@ def _result(measured: Measured) -> dict[str, Any]:
 def as_markdown(content: Content) -> str:
     """A line on what was measured where, a table with a row per side, and whether the goal is reached."""
     results = content["results"]
-    size = " x ".join(map(str, results[0]["image_size"]))
+    first = results[0]
+    size = " x ".join(map(str, first["image_size"]))
     lines = [
-        f"CrossViT {results[0]['variant']} detector at {size} pixels, batch {results[0]['batch_size']}; {where(content)}",
+        f"CrossViT {first['variant']} detector at {size} pixels, batch {first['batch_size']}; {where(content)}",
         "",
         *markdown_table(_TITLES, [_cells(result, side) for result in results for side in result["sides"]]),
     ]

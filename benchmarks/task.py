@@ -158,7 +158,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionTask:
-    """One detector and batch, from images to boxes or one training step, on a CPU in float32; every side gets the same."""
+    """A detector and a batch, from images to boxes or a training step, on a CPU; every side gets the same."""
 
     benchmark: str  # inference or training
     variant: str

@@ -79,7 +79,8 @@ def _facts() -> dict[str, str]:
 
 
 def _inference(task: DetectionTask, model: FCOS, images: list[Tensor], _: torch.optim.Optimizer) -> Program:
-    forward = torch.inference_mode()(model.eval())
+    model.eval()
+    forward = torch.inference_mode()(lambda images: model(images))
 
     def check() -> dict[str, np.ndarray]:
         scores = np.zeros((len(images), _THRESHOLDS["detections_per_img"]), np.float32)
