@@ -7,7 +7,7 @@ import dataclasses
 import pkgutil
 
 from benchmarks import model_flops, worker
-from benchmarks.task import DataTask, DeployTask, EndToEndTask, Program, Task
+from benchmarks.task import DataTask, DeployTask, DetectionTask, EndToEndTask, Program, Task
 from crossvit_jax.config import VARIANTS
 from tests.small_model import small_config
 
@@ -37,6 +37,10 @@ class BriefTask(_Brief, Task):
 
 
 class BriefDataTask(_Brief, DataTask):
+    pass
+
+
+class BriefDetectionTask(_Brief, DetectionTask):
     pass
 
 
