@@ -88,7 +88,7 @@ class Program:
     warm_up_s: float = 3.0  # on a CPU; by then a process has the memory that it needs
     peak_bytes: Callable[[], int | None] = lambda: None  # the most device memory in use so far; None on a CPU
     flops: Callable[[], int] | None = None  # of the model in a call: see `flops_per_image`
-    peak_flops: Callable[[], float] | None = None  # measures the device's, see `benchmarks.model_flops`
+    peak_flops: Callable[[], float] | None = None  # measures the device's, see `benchmarks.sides.model_flops`
     float32: Callable[[], Any] | None = None  # for a task in bfloat16: what `check` would give in float32
 
 

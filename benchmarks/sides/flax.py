@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from benchmarks.model_flops import PRODUCT, flops_per_image, peak_flops
+from benchmarks.sides.model_flops import PRODUCT, flops_per_image, peak_flops
 from benchmarks.task import CHECKED_STEPS, Program, Task, jax_facts, on_gpu, repeated
 from convert import load_flax, load_weights
 from convert.tree import flatten, nest

@@ -13,7 +13,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from benchmarks.model_flops import PRODUCT, peak_flops
+from benchmarks.sides.model_flops import PRODUCT, peak_flops
 from benchmarks.task import CHECKED_STEPS, Program, Task, on_gpu, repeated
 from crossvit_jax.config import TIMM_NAMES
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.errors import ConversionError
 from convert.export.calibration import DIGITS, calibration_images, find_images, shortage
-from convert.export.compare import Comparison, Images, Outputs, Run, compare, outputs, photographs, picture_batches
+from convert.export.compare import Comparison, Images, Run, compare, outputs, photographs, picture_batches
 from convert.export.kept_boxes import KeptBoxes, compare_kept, kept_of
 from convert.files import FOLDER_PREFIX, check_place, replacing, typed_path, write_bytes
 from convert.formats.write import require_space
@@ -189,7 +189,8 @@ def export(
         if how.preprocess and comparisons[0].passed:
             comparisons.append(_add_preprocessing(new, run, weights.config, how.dtype or "float32"))
         if weights.config.task == "detection" and not how.raw and comparisons[0].passed:
-            comparisons.append(_add_detections(new, weights, how, images, got, named))
+            found = outputs(_DETECTORS[path.suffix](weights, how, new), images)
+            comparisons.append(compare_kept(found, kept_of(got, weights.config), weights.config, named))
         done = Exported(path, tuple(comparisons))
         if not done.passed:
             new.unlink()
@@ -246,22 +247,25 @@ def _add_preprocessing(path: Path, without: Run, config: CrossViTConfig, dtype: 
     return compare(got, expected, dtype, images=f"{len(got)} pictures", source="those for their images")
 
 
-def _add_detections(path: Path, weights: Weights, how: Export, images: Images, raw: Outputs, named: str) -> KeptBoxes:
-    """Writes the file anew with the boxes for outputs, and compares them with those of the outputs that it had."""
-    if path.suffix == ".onnx":
-        import onnx
+def _detect_onnx(weights: Weights, how: Export, path: Path) -> Run:
+    import onnx
 
-        from convert.export.onnx_detections import with_detections
-        from convert.export.onnx_graph import run_onnx
+    from convert.export.onnx_detections import with_detections
+    from convert.export.onnx_graph import run_onnx
 
-        write_bytes(path, with_detections(onnx.load(path), weights.config).SerializeToString())
-        run = run_onnx(path)
-    else:
-        from convert.export.stablehlo import run_stablehlo, stablehlo_program
+    write_bytes(path, with_detections(onnx.load(path), weights.config).SerializeToString())
+    return run_onnx(path)
 
-        write_bytes(path, stablehlo_program(weights, how.dtype or "float32", detect=True))
-        run = run_stablehlo(path)
-    return compare_kept(outputs(run, images), kept_of(raw, weights.config), weights.config, named)
+
+def _detect_stablehlo(weights: Weights, how: Export, path: Path) -> Run:
+    from convert.export.stablehlo import run_stablehlo, stablehlo_program
+
+    write_bytes(path, stablehlo_program(weights, how.dtype or "float32", detect=True))
+    return run_stablehlo(path)
+
+
+# each makes the file of raw outputs one of detections, and returns how that is run
+_DETECTORS = {".onnx": _detect_onnx, ".stablehlo": _detect_stablehlo}
 
 
 def _images(

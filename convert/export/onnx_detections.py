@@ -94,7 +94,7 @@ def _graph(config: DetectorConfig) -> onnx.ModelProto:
     """The graph from raw outputs to detections."""
     points, dim = sum(rows * columns for rows, columns in config.level_grids), torch.export.Dim
     program = torch.onnx.export(
-        _Detections(config),
+        _Detections(config).eval(),
         tuple(torch.zeros(2, points, width) for width in (config.num_classes, 4, 1)),
         dynamo=True,
         opset_version=OPSET,

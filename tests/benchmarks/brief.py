@@ -6,7 +6,8 @@ The processes of the sides import this module, so it imports no framework.
 import dataclasses
 import pkgutil
 
-from benchmarks import model_flops, worker
+from benchmarks import worker
+from benchmarks.sides import model_flops
 from benchmarks.task import DataTask, DeployTask, DetectionTask, EndToEndTask, Program, Task
 from crossvit_jax.config import VARIANTS
 from tests.small_model import small_config

@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks import command
 from benchmarks.command import main, workers_environment, writable_json
-from benchmarks.model_flops import flops_per_image
 from benchmarks.rounds import Measured, SidesDisagree, Times
+from benchmarks.sides.model_flops import flops_per_image
 from benchmarks.worker import Ready, Round, SideFailed
 from convert.command_line import Parser, run
 from convert.errors import ConversionError

@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.model_flops import flops_per_image
 from benchmarks.model_table import multiply_adds, parameters
+from benchmarks.sides.model_flops import flops_per_image
 from crossvit_jax.config import get_config
 from crossvit_jax.dense_config import get_dense_config
 

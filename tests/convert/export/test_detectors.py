@@ -18,7 +18,6 @@ from convert.export.onnx_detections import FOUND, with_detections
 from convert.models import torch_model
 from crossvit_torch import CrossViTDetector
 from tests.convert.conftest import perturb, refused, run
-from tests.convert.tensorrt import unsupported
 from tests.small_model import small_detector
 
 RAW = ("cls_logits", "bbox_regression", "bbox_ctrness")
@@ -84,14 +83,13 @@ def test_an_onnx_file_finds_what_the_twin_finds_and_says_what_it_is(capsys, dete
     assert told["task"] == "detection" and "crop_pct" not in told
 
 
-def test_raw_outputs_are_the_twins_with_operators_that_tensorrt_has(capsys, detector, quick, tmp_path):
+def test_raw_outputs_are_the_twins(capsys, detector, quick, tmp_path):
     path = tmp_path / "raw.onnx"
     status, out, err = run(capsys, detector, path, "--raw")
     assert (status, err) == (0, "") and "keeps" not in out
     assert float(out.split("differ from the source's by ")[1].split()[0]) < 1e-5
     graph = onnx.load(path)
     assert [output.name for output in graph.graph.output] == list(RAW)
-    assert unsupported(graph) == []
 
 
 def test_in_int8_the_products_of_the_body_are_rounded_and_the_boxes_are_those_of_its_outputs(
