@@ -215,7 +215,8 @@ def _verify(weights: "Weights", path: Path) -> int:
         return 1
     difference = largest_difference(written)
     print("verified    every tensor comes back bit for bit; ", end="")
-    print(f"the twins' logits differ by {difference:.1e} of the largest (bound {BOUND:.0e})", end="")
+    what = "outputs" if weights.config.task == "detection" else "logits"
+    print(f"the twins' {what} differ by {difference:.1e} of the largest (bound {BOUND:.0e})", end="")
     passed = difference <= BOUND  # not so for NaN either
     print("" if passed else ": TOO MUCH")
     return 0 if passed else 1

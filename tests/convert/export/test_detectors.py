@@ -1,5 +1,6 @@
 """Exported detectors find the boxes that `detect` finds, whatever runs them, and are not kept otherwise."""
 
+import functools
 import json
 import os
 
@@ -12,15 +13,16 @@ import torch
 
 import convert.export.onnx_graph
 from convert import load_weights, save
+from convert.export import onnx_detections
 from convert.export.compare import photographs
 from convert.export.kept_boxes import compare_kept, kept_of
-from convert.export.onnx_detections import FOUND, with_detections
+from convert.export.onnx_detections import FOUND, RAW, with_detections
 from convert.models import torch_model
 from crossvit_torch import CrossViTDetector
 from tests.convert.conftest import perturb, refused, run
 from tests.small_model import small_detector
 
-RAW = ("cls_logits", "bbox_regression", "bbox_ctrness")
+_exported_once = functools.cache(onnx_detections._graph)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,7 @@ def quick(monkeypatch, raw):
         return copy
 
     monkeypatch.setattr(convert.export.onnx_graph, "onnx_graph", again)
+    monkeypatch.setattr(onnx_detections, "_graph", _exported_once)
 
 
 def some_images(config, batch):
@@ -186,8 +189,8 @@ def test_a_file_that_keeps_other_boxes_is_not_kept(capsys, detector, quick, tmp_
         model = with_detections(model, config)
         for node in model.graph.node:
             if node.op_type == "NonMaxSuppression":
-                iou = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[3])
-                iou.CopyFrom(onnx.numpy_helper.from_array(np.float32([0.3]), iou.name))
+                model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32([0.3]), "lower"))
+                node.input[3] = "lower"
         return model
 
     monkeypatch.setattr("convert.export.onnx_detections.with_detections", lower)
