@@ -21,7 +21,8 @@ from convert.streams import tell_error
 
 _PROGRAM = "python -m benchmarks"
 _GRACE = 10.0  # seconds that a benchmark has to end its processes and remove its folders
-_KEEP_WHAT_IS_DONE = ("inference", "training", "end_to_end")  # where time is short, they end with fewer rounds
+# where time is short, they end with fewer rounds
+_KEEP_WHAT_IS_DONE = ("inference", "training", "detection", "end_to_end")
 
 _EPILOG = """\
 On a GPU: training, end to end and inference in bfloat16, each variant at a batch at which all sides fit. On a CPU: Ti
@@ -51,6 +52,7 @@ def plan(device: str) -> dict[str, Entry]:
             "cpu-inference-ti": Entry(["inference", *ti, "--repeats", "9"], 0.5),
             "cpu-training-ti": Entry(["training", *ti, "--repeats", "4"], 0.6),
             "data": Entry(["data", "--repeats", "6"], 0.3),
+            "cpu-detection-ti": Entry(["detection", "--repeats", "3"], 0.5),
             "startup": Entry(["startup", "--repeats", "1"], 0.4),
             "cpu-end-to-end-ti": Entry(["end_to_end", *ti, "--augment-on", "host", "--repeats", "2"], 0.5),
         }

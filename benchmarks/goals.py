@@ -12,6 +12,8 @@ PEAK_MEMORY = 1.0  # of timm's best, at most; of training steps
 FED_SHARE = 0.90  # of the step alone, with the input pipeline; of variants s and b
 FED_TIMES_AS_FAST = 4.0  # as timm's step with timm's loader; of variant ti
 
+DETECTION_TIMES_AS_FAST = 1.0  # as the best of torchvision: detectors and their training steps, on a CPU
+
 DATA_TIMES_AS_FAST = 3.0  # as timm's transform, on a core
 
 

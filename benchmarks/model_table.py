@@ -1,6 +1,10 @@
-"""The command `python -m benchmarks.model_table`: the variants, measured, beside the paper's figures, as Markdown."""
+"""The command `python -m benchmarks.model_table`: the variants, measured, beside the paper's figures, as Markdown.
+
+With `--dense`, the detectors and segmenters that are made of them.
+"""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import torch
@@ -11,9 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import crossvit_torch
 from benchmarks.result import markdown_table
+from convert.architecture import model_class
 from convert.command_line import Parser, leave, run
-from crossvit_jax import CrossViT
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
+from crossvit_jax.dense_config import DenseConfig, get_dense_config
 
 # parameters in millions, "FLOPs" (multiply-adds) in 10⁹, ImageNet top-1 in percent: arXiv 2103.14899, tables 2 and 4;
 # and top-1 of timm's published weights
@@ -30,19 +35,30 @@ _PUBLISHED = {
     "15-dagger-408": (28.5, 21.4, 83.5, 83.842),
     "18-dagger-408": (44.6, 32.4, 83.9, 84.198),
 }
+_TWINS = {
+    "classification": crossvit_torch.CrossViT,
+    "detection": crossvit_torch.CrossViTDetector,
+    "segmentation": crossvit_torch.CrossViTSegmenter,
+}
+# for COCO's classes and for those of ADE20K
+_DENSE = {
+    "FCOS": ("detection", {"num_classes": 80}),
+    "UPerNet": ("segmentation", {"num_classes": 150}),
+    "mask transformer": ("segmentation", {"num_classes": 150, "decoder": "mask"}),
+}
 _HEADER = (
     *("variant", "in timm", "image", "parameters", "in the paper", "GMACs", "in the paper"),
     *("top-1 in the paper", "of timm's weights"),
 )
 
 
-def parameters(config: CrossViTConfig) -> int:
+def parameters(config: CrossViTConfig | DenseConfig) -> int:
     """The number of parameters of our Flax model."""
-    model = nnx.eval_shape(lambda: CrossViT(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: model_class(config)(config, rngs=nnx.Rngs(0)))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
 
 
-def multiply_adds(config: CrossViTConfig) -> int:
+def multiply_adds(config: CrossViTConfig | DenseConfig) -> int:
     """Multiply-adds of one image's forward pass in matrix products and convolutions: what the paper calls FLOPs.
 
     Counted in the torch twin, which computes cross-attention in the paper's order (Flax needs a little less). Nothing
@@ -50,7 +66,7 @@ def multiply_adds(config: CrossViTConfig) -> int:
     """
     # the counter does not know every fused attention kernel, but it knows matrix products
     with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model = crossvit_torch.CrossViT(config).eval()
+        model = _TWINS[config.task](config).eval()
         images = torch.empty(1, config.in_chans, *config.image_size)
         with FlopCounterMode(display=False) as counter:
             model(images)
@@ -79,11 +95,26 @@ def table() -> str:
     return "\n".join(markdown_table(_HEADER, rows))
 
 
-def main() -> int:
+def dense_table() -> str:
+    """The Markdown table of detectors and segmenters with their default settings."""
+    rows = []
+    for name, config in VARIANTS.items():
+        height, width = config.image_size
+        built = [get_dense_config(task, name, **settings) for task, settings in _DENSE.values()]
+        row = [f"`{name}`", f"{height} x {width}", str(built[0].width)]
+        for dense in built:
+            row += [f"{parameters(dense) / 1e6:.2f} M", f"{multiply_adds(dense) / 1e9:.2f}"]
+        rows.append(row)
+    figures = [title for kind in _DENSE for title in (f"{kind}: parameters", "GMACs")]
+    return "\n".join(markdown_table(["variant", "image", "width", *figures], rows))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table."""
     parser = Parser(prog="python -m benchmarks.model_table", description="Print the table of variants.")
-    parser.parse_args()
-    return run(parser.prog, lambda: print(table()) or 0)
+    parser.add_argument("--dense", action="store_true", help="that of the detectors and segmenters made of them")
+    args = parser.parse_args(argv)
+    return run(parser.prog, lambda: print(dense_table() if args.dense else table()) or 0)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rounds import ACCEPTED_OTHERS, Measured, Times, cores_of_others
-from benchmarks.task import Task, usable_cores
+from benchmarks.task import DetectionTask, Task, usable_cores
 from convert.files import write_whole
 
 Content = Mapping[str, Any]  # of a JSON file
@@ -64,7 +64,7 @@ def _result(measured: Measured) -> dict[str, Any]:
     return result | {"best_timm": best_timm, "times_as_fast_as_best_timm": ratios}
 
 
-def task_as_json(task: Task, sides: Mapping[str, Times]) -> dict[str, Any]:
+def task_as_json(task: Task | DetectionTask, sides: Mapping[str, Times]) -> dict[str, Any]:
     """What was measured, and whether other programs disturbed it: of models, and of steps fed from files."""
     others = cores_of_others(sides)
     return {

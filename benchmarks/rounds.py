@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.task import Loadable, Task
+from benchmarks.task import DETECTION_SIDES, DetectionTask, Loadable, Task
 from benchmarks.worker import PATIENCE, Ready, Round, SideFailed, Worker
 from convert.errors import UserError
 from convert.streams import tell_error
@@ -22,6 +22,7 @@ BOUNDS = {
     "logits": {"float32": 1e-4, "bfloat16": 0.1},
     "losses": {"float32": 1e-5, "bfloat16": 5e-3},
     "gradients": {"float32": 1e-3, "bfloat16": 0.1},
+    "scores": {"float32": 1e-4},  # of detections, best first
 }
 
 # Cores that other programs may keep busy: above this ratios mean nothing, and are shown with a warning. To take turns
@@ -79,12 +80,12 @@ def cores_of_others(sides: Mapping[str, Times]) -> float | None:
 class Measured:
     """A task, measured on each side."""
 
-    task: Task
+    task: Task | DetectionTask
     reference: str  # the side that the others are compared with
     sides: dict[str, Times]
 
 
-def measure(task: Task, sides: Sequence[str], **how: Any) -> Measured:
+def measure(task: Task | DetectionTask, sides: Sequence[str], **how: Any) -> Measured:
     """Times the sides of a model or training step.
 
     Args:
@@ -93,7 +94,7 @@ def measure(task: Task, sides: Sequence[str], **how: Any) -> Measured:
     Raises:
         SidesDisagree: before any round, see `require_agreement`.
     """
-    reference = next((side for side in ("timm", "timm-compile") if side in sides), sides[0])
+    reference = next((side for side in ("timm", "timm-compile", *DETECTION_SIDES) if side in sides), sides[0])
     measured = Measured(task, reference, {side: Times() for side in sides})
     take_turns(task, measured.sides, compare=lambda: require_agreement(measured), device=task.device, **how)
     return measured
@@ -226,7 +227,7 @@ def difference(what: str, got: np.ndarray, expected: np.ndarray) -> float:
     """How far two sides are apart, as `BOUNDS` has it.
 
     Args:
-        what: `logits`, `losses` or `gradients`.
+        what: `logits`, `losses`, `gradients` or `scores`.
     """
     scale = np.abs(expected).max()
     if what == "gradients":

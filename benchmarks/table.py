@@ -38,6 +38,7 @@ MODELS = ("inference", "training")  # the benchmarks whose files share tables
 _OTHERS = {  # what makes the table of a file
     "data": "benchmarks.data:as_markdown",
     "deploy": "benchmarks.table:deploy_markdown",
+    "detection": "benchmarks.detection:as_markdown",
     "end_to_end": "benchmarks.table:fed_markdown",
     "scaling": "benchmarks.scaling:as_markdown",
     "serving": "benchmarks.serving:as_markdown",

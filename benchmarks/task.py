@@ -16,6 +16,7 @@ from jaxtyping import Float32
 
 from convert.files import FOLDER_PREFIX
 from crossvit_jax.config import get_config
+from crossvit_jax.dense_config import DetectorConfig, get_dense_config
 from train.config import TrainConfig
 from train.recipes import RECIPES
 
@@ -24,6 +25,9 @@ SIDES = ("flax", "flax-cudnn", "timm", "timm-compile", "timm-channels-last")
 _GPU_WARM_UP_S = 1.0  # see `Program.warm_up_s`
 CHECKED_STEPS = 2  # the loss of the second one also tells whether gradient and update were right
 _DIFFERENT_IMAGES = 256  # in larger batches they come again: drawing thousands takes longer than the search
+
+DETECTION_SIDES = ("torchvision", "torchvision-compile", "flax")
+DETECTION_CLASSES, _BOXES = 80, 8  # COCO's classes; in each image
 
 DATA_SIDES = ("timm", "host", "device-worker", "device-augment")
 SIDES_ON_A_CORE = DATA_SIDES[:3]  # the last one is the device's own part, on as many cores as XLA takes
@@ -148,6 +152,56 @@ class Task:
             lr_batch_size=self.batch_size,
             lr=1e-4,
             warmup_epochs=0,
+            drop_path=0.0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionTask:
+    """A detector and a batch, from images to boxes or a training step, on a CPU; every side gets the same."""
+
+    benchmark: str  # inference or training
+    variant: str
+    batch_size: int
+    weights: str  # a safetensors file of our detector
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def loader(self, side: str) -> str:
+        """See `Loadable`."""
+        return f"benchmarks.sides.{'flax' if side == 'flax' else 'torchvision'}_detection:load"
+
+    def config(self) -> DetectorConfig:
+        return get_dense_config("detection", self.variant, num_classes=DETECTION_CLASSES)
+
+    def images(self) -> Images:
+        """The same numbers in every process."""
+        shape = (self.batch_size, *self.config().image_size, 3)
+        return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+    def targets(self) -> dict[str, np.ndarray]:
+        """Boxes of each image from large to small, whose areas torchvision tells apart in float32."""
+        height, width = self.config().image_size
+        rng, shape = np.random.default_rng(1), (self.batch_size, _BOXES)
+        shares = np.geomspace(0.9, 0.1, _BOXES)[:, None] * rng.uniform(0.9, 1, (*shape, 2))
+        sides = shares * [width, height]
+        first = rng.uniform(size=sides.shape) * ([width, height] - sides)
+        return {
+            "boxes": np.concatenate([first, first + sides], axis=-1).astype(np.float32),
+            "classes": rng.integers(DETECTION_CLASSES, size=shape, dtype=np.int32),
+            "present": np.ones(shape, bool),
+        }
+
+    def recipe(self) -> TrainConfig:
+        """The trainer's settings for data of one's own, at a small constant learning rate, the same in all layers."""
+        return dataclasses.replace(
+            RECIPES["detection"],
+            batch_size=self.batch_size,
+            lr_batch_size=self.batch_size,
+            lr=1e-4,
+            warmup_epochs=0,
+            layer_decay=None,
+            clip_grad=None,
             drop_path=0.0,
         )
 

@@ -88,6 +88,7 @@ def _parser() -> Parser:
     add("--compare", type=data_set, metavar="digits|FOLDER", help="images to compare .pt on; default: photographs")
     add("--preprocess", action="store_true", help=".onnx takes uint8 pictures of any size: resize and crop are in it")
     add("--triton", action="store_true", help="DESTINATION is a model repository for Triton, with preprocessing")
+    add("--raw", action="store_true", help="of a detector, .onnx and .stablehlo return what it says at each point")
     add(
         "--license",
         metavar="TEXT",
@@ -238,7 +239,8 @@ def _verify(weights: "Weights", path: Path) -> int:
         return 1
     difference = largest_difference(written)
     print("verified    every tensor comes back bit for bit; ", end="")
-    print(f"the twins' logits differ by {difference:.1e} of the largest (bound {BOUND:.0e})", end="")
+    what = "outputs" if weights.config.task == "detection" else "logits"
+    print(f"the twins' {what} differ by {difference:.1e} of the largest (bound {BOUND:.0e})", end="")
     passed = difference <= BOUND  # not so for NaN either
     print("" if passed else ": TOO MUCH")
     return 0 if passed else 1

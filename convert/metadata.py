@@ -51,13 +51,22 @@ def summary(weights: Weights) -> dict[str, Any]:
         "class_names": weights.class_names and list(weights.class_names),
         "input": "normalised float32 images (batch, channels, height, width) of image_size",
         "image_size": config.image_size,
-        "crop_pct": config.crop_pct,
+        **_fitted(config),
         "license": weights.license,
         "library": f"crossvit-jax {version('crossvit-jax')}",
         KEY: json.dumps(describe(config, weights.class_names, weights.exif)),
     }
     about |= {"mean": MEAN, "std": STD} if config.in_chans == 3 else {}
     return about | ({} if weights.exif is None else {_EXIF: weights.exif})
+
+
+def _fitted(config: CrossViTConfig | DenseConfig) -> dict[str, Any]:
+    """How evaluation brings a picture to the size of the model's images."""
+    if config.task == "classification":
+        return {"crop_pct": config.crop_pct}
+    fit = "the longer side resized to that of the images, the rest filled up right and below with ImageNet's mean"
+    points = {"strides": config.strides, "level_grids": config.level_grids} if config.task == "detection" else {}
+    return {"task": config.task, "fit": fit, **points}
 
 
 def version(package: str) -> str:

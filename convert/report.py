@@ -6,7 +6,7 @@ from convert.class_names import unlike_timm
 from convert.errors import listed
 from convert.streams import safe, tell_error
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
-from crossvit_jax.dense_config import DenseConfig
+from crossvit_jax.dense_config import DenseConfig, SegmenterConfig
 
 if TYPE_CHECKING:
     from convert.export.export import Exported
@@ -28,8 +28,7 @@ def tell_weights(weights: "Weights", stored: str) -> None:
     print(f"variant     {config.name}; in timm: {_in_timm(config)}")
     print(f"image       {height} x {width} pixels (the branches see {branches}), {config.in_chans} channels")
     if isinstance(config, DenseConfig):
-        levels = listed(map(str, config.strides))
-        print(f"task        {config.task}, on levels of {levels} pixels with {config.width} channels")
+        print(f"task        {_task(config)}")
     print(f"classes     {config.num_classes or 'none: no head'}")
     print(f"weights     {len(weights.tensors)} tensors, {parameters:,} parameters, {dtypes}", end="")
     print("" if dtypes == stored else f" (stored as {stored})")
@@ -74,6 +73,13 @@ def tell_result(exported: "Exported") -> int:
     for comparison in exported.comparisons:
         print(safe(f"compared    {comparison}"))
     return 0 if exported.passed else 1
+
+
+def _task(config: DenseConfig) -> str:
+    """What stands on the backbone, and on what of it."""
+    by = f" by {config.decoder}{' with scse' if config.scse else ''}" if isinstance(config, SegmenterConfig) else ""
+    several = "levels" if len(config.strides) > 1 else "a level"
+    return f"{config.task}{by}, on {several} of {listed(map(str, config.strides))} pixels with {config.width} channels"
 
 
 def _in_timm(config: CrossViTConfig | DenseConfig) -> str:

@@ -48,6 +48,13 @@ class LayerNorm(nn.LayerNorm):
     def __init__(self, dim: int, **kwargs):
         super().__init__(dim, eps=1e-6, **kwargs)
 
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        if self.weight.dtype.itemsize >= x.dtype.itemsize:
+            return super().forward(x)
+        # the last norm of a model in half precision, whose result leaves the model
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
 
 class LayerNorm2d(LayerNorm):
     """The same over the channels of maps."""

@@ -1,11 +1,11 @@
 """Whether an exported model computes what its source does, on images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Float32, Num
+from jaxtyping import Float, Float32, Num, Shaped
 
 from convert.errors import ConversionError
 from crossvit_jax.config import CrossViTConfig
@@ -17,8 +17,11 @@ BOUNDS = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.2, "int8": 0.12, "int4
 
 Images = Float32[np.ndarray, "images height width channels"]
 
-# images or pictures (batch, height, width, channels) to outputs (batch, out)
-Run = Callable[[Num[np.ndarray, "batch height width channels"]], Float[np.ndarray, "batch out"]]
+# logits or features (batch, out), of a segmenter (batch, classes, height, width); a detector's, by name
+Outputs = Float[np.ndarray, "batch out *size"] | dict[str, Shaped[np.ndarray, "batch ..."]]
+
+# from images or pictures (batch, height, width, channels)
+Run = Callable[[Num[np.ndarray, "batch height width channels"]], Outputs]
 
 _BATCH = 7  # the last batch has another size, at which a graph fails that fixed its batch dimension
 
@@ -29,12 +32,13 @@ class Comparison:
 
     largest: float  # difference, relative to the source's largest output
     spread: float  # root mean square difference, relative to the standard deviation of the source's outputs
-    agreement: float  # share of the images with the same most probable class
+    agreement: float  # share of the images, pixels or points with the same most probable class
     of: Literal["largest", "spread"]  # which of the two is bounded
     bound: float
     images: str = "the images"  # which ones
     source: str = "the source's"  # whose outputs these are
     outputs: str = "logits"  # what is compared
+    agree: str = "top-1 agreement"  # what `agreement` is called
 
     @property
     def value(self) -> float:
@@ -55,14 +59,14 @@ class Comparison:
         bounded, (other,) = told.pop(self.of), told.values()
         return (
             f"on {self.images} its {self.outputs} differ from {self.source} by {bounded} (bound {self.bound:g})"
-            f"{'' if self.passed else ': TOO MUCH'}, {other}; top-1 agreement {self.agreement:.1%}"
+            f"{'' if self.passed else ': TOO MUCH'}, {other}; {self.agree} {self.agreement:.1%}"
         )
 
 
-def compare(
-    got: Float[np.ndarray, "images out"], expected: Float[np.ndarray, "images out"], numbers: str, **told: str
-) -> Comparison:
+def compare(got: Outputs, expected: Outputs, numbers: str, **told: str) -> Comparison:
     """How far the outputs of an exported model are from its source's in float32.
+
+    Of several outputs, the one counts that is farthest off; the first are those of the classes.
 
     Args:
         numbers: that the model computes with, a key of `BOUNDS`.
@@ -71,23 +75,45 @@ def compare(
     Raises:
         ConversionError: the outputs have other shapes than the source's.
     """
-    if got.shape != expected.shape:
-        raise ConversionError(f"the exported model returns {got.shape}, and its source {expected.shape}")
+    classes_axis = 1
+    if isinstance(expected, dict):
+        told, classes_axis = {"outputs": "outputs", "agree": "points of the same class"} | told, -1
+    elif expected.ndim == 4:
+        told = {"agree": "pixels of the same class"} | told
+    pairs = _pairs(got, expected)
     with np.errstate(invalid="ignore", divide="ignore"):
-        error = got - expected
+        errors = [(own - reference, reference) for own, reference in pairs]
+        first, reference = (x.argmax(axis=classes_axis) for x in pairs[0])
         return Comparison(
-            largest=float(np.abs(error).max() / np.abs(expected).max()),
-            spread=float(np.sqrt(np.mean(error**2)) / expected.std()),
-            agreement=float((got.argmax(axis=1) == expected.argmax(axis=1)).mean()),
+            largest=float(_largest(np.abs(error).max() / np.abs(reference).max() for error, reference in errors)),
+            spread=float(_largest(np.sqrt(np.mean(error**2)) / reference.std() for error, reference in errors)),
+            agreement=float((first == reference).mean()),
             of="spread" if numbers.startswith("int") else "largest",
             bound=BOUNDS[numbers],
             **told,
         )
 
 
-def outputs(run: Run, images: Images) -> Float[np.ndarray, "images out"]:
+def outputs(run: Run, images: Images) -> Outputs:
     """Runs a model on images, in batches of two sizes."""
-    return np.concatenate([run(images[start : start + _BATCH]) for start in range(0, len(images), _BATCH)])
+    parts = [run(images[start : start + _BATCH]) for start in range(0, len(images), _BATCH)]
+    if isinstance(parts[0], dict):
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return np.concatenate(parts)
+
+
+def _largest(values: Iterable[float]) -> float:
+    return np.max(list(values))  # NaN if one is
+
+
+def _pairs(got: Outputs, expected: Outputs) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Each output beside its source's, whose order they have. Raises ConversionError if they have other shapes."""
+    got, expected = (x if isinstance(x, dict) else {"": x} for x in (got, expected))
+    shapes = [{name: array.shape for name, array in x.items()} for x in (got, expected)]
+    if shapes[0] != shapes[1]:
+        told = [", ".join(f"{name} {shape}".strip() for name, shape in x.items()) for x in shapes]
+        raise ConversionError(f"the exported model returns {told[0]}, and its source {told[1]}")
+    return [(got[name], array) for name, array in expected.items()]
 
 
 def picture_batches(config: CrossViTConfig) -> Sequence[tuple[Num[np.ndarray, "batch rows columns 3"], Images]]:

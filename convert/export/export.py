@@ -12,6 +12,7 @@ import numpy as np
 from convert.errors import ConversionError
 from convert.export.calibration import DIGITS, calibration_images, find_images, shortage
 from convert.export.compare import Comparison, Images, Run, compare, outputs, photographs, picture_batches
+from convert.export.kept_boxes import KeptBoxes, compare_kept, kept_of
 from convert.files import FOLDER_PREFIX, check_place, replacing, typed_path, write_bytes
 from convert.formats.write import require_space
 from convert.image_files import LeftOut
@@ -20,7 +21,7 @@ from convert.weights import Weights
 from crossvit_jax.config import CrossViTConfig
 
 CALIBRATED_ON = 128  # images, where nothing else is asked for
-_COMPARED, _COMPARED_INTEGERS = 16, 64  # images
+_COMPARED, _COMPARED_INTEGERS, _COMPARED_DENSE = 16, 64, 8  # images; those of the last have thousands of points each
 _log = logging.getLogger(__name__)
 
 
@@ -35,6 +36,7 @@ class Export:
     target: Literal["cpu", "tensorrt"] | None = None  # of static: what reads the file; None: cpu
     compare: str | None = None  # of .pt: images to compare on, as `calibrate`; None: photographs
     preprocess: bool = False  # .onnx takes pictures of any size, see `onnx_preprocess.with_preprocessing`
+    raw: bool = False  # of a detector, its outputs instead of the boxes that are made of them
 
     def __post_init__(self):
         for name in ("calibrate", "calibration_images", "target"):
@@ -57,7 +59,8 @@ class Exported(NamedTuple):
     """What came of it; the file was only kept if it has `passed`."""
 
     path: Path
-    comparisons: tuple[Comparison, ...]  # with its source; with preprocessing, also with itself without it
+    # with its source; with preprocessing, also with itself without it; of a detector, also the boxes that it keeps
+    comparisons: tuple[Comparison | KeptBoxes, ...]
 
     @property
     def passed(self) -> bool:
@@ -115,8 +118,10 @@ def check_weights(weights: Weights, how: Export) -> None:
     first; models of other classes than the digits, where these calibrate; and of other images than evaluation makes.
     """
     config = weights.config
+    if how.raw and config.task != "detection":
+        raise ConversionError(f"--raw is for detectors, and these are weights for {config.task}")
     if config.task != "classification":
-        raise ConversionError(f"only classifiers are exported, and these are weights for {config.task}")
+        _check_dense(config.task, how)
     if how.quantize is not None and weights.dtypes != ["float32"]:
         raise ConversionError(
             f"integers are made of float32, and the weights are {' and '.join(weights.dtypes)}; "
@@ -133,6 +138,19 @@ def check_weights(weights: Weights, how: Export) -> None:
         check_pictures(config)
 
 
+def _check_dense(task: str, how: Export) -> None:
+    """Raises ConversionError for what is there for classifiers only."""
+    if how.quantize in ("int8", "int4"):
+        raise ConversionError(f".pt files are of classifiers, and these are weights for {task}; .onnx takes them")
+    if how.quantize == "static":
+        raise ConversionError(
+            f"--quantize static calibrates on images cut for classifiers, and these are weights for {task}; "
+            "--quantize dynamic needs no images"
+        )
+    if how.preprocess:
+        raise ConversionError(f"--preprocess cuts pictures as for classifiers, and {task} sees them whole")
+
+
 def export(
     weights: Weights,
     destination: str | Path,
@@ -144,7 +162,8 @@ def export(
     """Writes `.onnx` (see `onnx_graph` and `onnx_int8`), `.stablehlo` or `.pt` (see `torchao`), and runs the file
     against its source in float32: the PyTorch twin, or for `.stablehlo` the Flax model.
 
-    The file is written under a temporary name and only kept if they agree. Compared are photographs, and for static
+    The file is written under a temporary name and only kept if they agree. Of a detector, raw outputs are compared, and
+    then the boxes with those that are to be made of the same outputs. Compared are photographs, and for static
     quantisation other images from where the calibration's come: on pictures of another kind, the ranges would not fit.
 
     Args:
@@ -169,6 +188,9 @@ def export(
         comparisons = [compare(got, expected, how.numbers, images=named)]
         if how.preprocess and comparisons[0].passed:
             comparisons.append(_add_preprocessing(new, run, weights.config, how.dtype or "float32"))
+        if weights.config.task == "detection" and not how.raw and comparisons[0].passed:
+            found = outputs(_DETECTORS[path.suffix](weights, how, new), images)
+            comparisons.append(compare_kept(found, kept_of(got, weights.config), weights.config, named))
         done = Exported(path, tuple(comparisons))
         if not done.passed:
             new.unlink()
@@ -225,12 +247,35 @@ def _add_preprocessing(path: Path, without: Run, config: CrossViTConfig, dtype: 
     return compare(got, expected, dtype, images=f"{len(got)} pictures", source="those for their images")
 
 
+def _detect_onnx(weights: Weights, how: Export, path: Path) -> Run:
+    import onnx
+
+    from convert.export.onnx_detections import with_detections
+    from convert.export.onnx_graph import run_onnx
+
+    write_bytes(path, with_detections(onnx.load(path), weights.config).SerializeToString())
+    return run_onnx(path)
+
+
+def _detect_stablehlo(weights: Weights, how: Export, path: Path) -> Run:
+    from convert.export.stablehlo import run_stablehlo, stablehlo_program
+
+    write_bytes(path, stablehlo_program(weights, how.dtype or "float32", detect=True))
+    return run_stablehlo(path)
+
+
+# each makes the file of raw outputs one of detections, and returns how that is run
+_DETECTORS = {".onnx": _detect_onnx, ".stablehlo": _detect_stablehlo}
+
+
 def _images(
     weights: Weights, how: Export, left_out: LeftOut, warn: Callable[[str], None]
 ) -> tuple[Images, Images, str]:
     """Those to calibrate with, those to compare on, and what these are."""
     config, exif = weights.config, weights.exif or "keep"
     count = _COMPARED_INTEGERS if how.quantize else _COMPARED
+    if config.task != "classification":
+        count = _COMPARED_DENSE
     if how.calibrate is None:
         if how.compare is None:
             images, named = photographs(config, count), f"{count} photographs"

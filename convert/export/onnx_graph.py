@@ -10,6 +10,8 @@ from convert import metadata
 from convert.export.compare import Run
 from convert.models import torch_model
 from convert.weights import Weights
+from crossvit_jax.config import CrossViTConfig
+from crossvit_jax.dense_config import DenseConfig
 from crossvit_jax.resize import bicubic_matrix
 
 if TYPE_CHECKING:
@@ -23,8 +25,9 @@ def onnx_graph(weights: Weights, dtype: str = "float32") -> "onnx.ModelProto":
     """The model as an ONNX graph that computes in `dtype`, with everything in it that a caller has to know.
 
     It takes `images` (batch, channels, height, width), ImageNet-normalised, of exactly the model's size, and returns
-    `logits` (batch, classes), or `features` (batch, widths) without a head. Both are float32 whatever `dtype` is, and
-    the batch may have any size. The metadata holds strings, JSON where they are no plain text.
+    `logits` (batch, classes), or `features` (batch, widths) without a head; of a segmenter `logits` (batch, classes,
+    height, width); of a detector its raw outputs, see `CrossViTDetector`. All are float32 whatever `dtype` is, and the
+    batch may have any size. The metadata holds strings, JSON where they are no plain text.
 
     Args:
         dtype: "float32" or "float16": of the parameters and of what is computed; softmax, the statistics of norms, the
@@ -40,7 +43,7 @@ def onnx_graph(weights: Weights, dtype: str = "float32") -> "onnx.ModelProto":
         dynamo=True,
         opset_version=OPSET,
         input_names=["images"],
-        output_names=["logits" if config.num_classes else "features"],
+        output_names=_output_names(config),
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         custom_translation_table={torch.ops.aten.upsample_bicubic2d.vec: _resize_by_matrices},
         verbose=False,
@@ -52,24 +55,34 @@ def onnx_graph(weights: Weights, dtype: str = "float32") -> "onnx.ModelProto":
     return graph
 
 
+def _output_names(config: CrossViTConfig | DenseConfig) -> list[str]:
+    if config.task == "detection":
+        return ["cls_logits", "bbox_regression", "bbox_ctrness"]
+    return ["logits" if config.num_classes else "features"]
+
+
 def run_torch(weights: Weights) -> Run:
-    """The twin in float32, as a function from images (batch, height, width, channels) to outputs (batch, out)."""
+    """The twin in float32, as a function from images (batch, height, width, channels) to its outputs."""
     return run_twin(torch_model(weights))
 
 
 def run_twin(model: "torch.nn.Module") -> Run:
-    """A twin, as a function from images (batch, height, width, channels) to outputs (batch, out)."""
+    """A twin, as a function from images (batch, height, width, channels) to its outputs."""
     import torch
 
     def run(images):
         with torch.inference_mode():
-            return model(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+            outputs = model(torch.from_numpy(images).permute(0, 3, 1, 2))
+        if isinstance(outputs, dict):
+            return {name: output.numpy() for name, output in outputs.items()}
+        return outputs.numpy()
 
     return run
 
 
 def run_onnx(path: Path, *, to_the_letter: bool = False) -> Run:
-    """The graph in a file, as a function from images (batch, height, width, channels) to outputs (batch, out).
+    """The graph in a file, as a function from images (batch, height, width, channels) to its outputs: those of a
+    detector by name.
 
     A graph with preprocessing takes pictures in their place, see `onnx_preprocess`.
 
@@ -82,12 +95,12 @@ def run_onnx(path: Path, *, to_the_letter: bool = False) -> Run:
     if to_the_letter:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    (takes,) = session.get_inputs()
+    (takes,), names = session.get_inputs(), [output.name for output in session.get_outputs()]
 
     def run(images):
         given = images.transpose(0, 3, 1, 2) if takes.name == "images" else images
-        (outputs,) = session.run(None, {takes.name: np.ascontiguousarray(given)})
-        return outputs
+        outputs = session.run(None, {takes.name: np.ascontiguousarray(given)})
+        return outputs[0] if len(names) == 1 else dict(zip(names, outputs, strict=True))
 
     return run
 

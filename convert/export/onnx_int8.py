@@ -107,16 +107,16 @@ def float_products(model: "onnx.ModelProto") -> list[str]:
     nodes = model.graph.node
     constants = {tensor.name for tensor in model.graph.initializer}
     constants |= {name for node in nodes if node.op_type == "Constant" for name in node.output}
-    # the resize comes before the patch embedding, and nothing else with a constant matrix does
-    feeds_convolution: set[str] = set()
+    # the resize comes before the patch embeddings' convolutions, and nothing else with a constant matrix does
+    pixels = {image.name for image in model.graph.input}
     names = []
-    for node in reversed(nodes):  # in ONNX, nodes come after those that they depend on
-        before = any(name in feeds_convolution for name in node.output)
-        if before or node.op_type == "Conv":
-            feeds_convolution.update(node.input)
-        if node.op_type == "MatMul" and (before or not any(name in constants for name in node.input)):
+    for node in nodes:  # in ONNX, nodes come after those that they depend on
+        of_pixels = node.op_type not in ("Conv", "Shape") and any(name in pixels for name in node.input)
+        if of_pixels:
+            pixels.update(node.output)
+        if node.op_type == "MatMul" and (of_pixels or not any(name in constants for name in node.input)):
             names.append(node.name)
-    return names[::-1]
+    return names
 
 
 class _Batches:

@@ -6,8 +6,9 @@ The processes of the sides import this module, so it imports no framework.
 import dataclasses
 import pkgutil
 
-from benchmarks import model_flops, worker
-from benchmarks.task import DataTask, DeployTask, EndToEndTask, Program, Task
+from benchmarks import worker
+from benchmarks.sides import model_flops
+from benchmarks.task import DataTask, DeployTask, DetectionTask, EndToEndTask, Program, Task
 from crossvit_jax.config import VARIANTS
 from tests.small_model import small_config
 
@@ -37,6 +38,10 @@ class BriefTask(_Brief, Task):
 
 
 class BriefDataTask(_Brief, DataTask):
+    pass
+
+
+class BriefDetectionTask(_Brief, DetectionTask):
     pass
 
 

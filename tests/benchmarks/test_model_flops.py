@@ -5,6 +5,7 @@ import pytest
 from benchmarks.model_table import multiply_adds, parameters
 from benchmarks.sides.model_flops import flops_per_image
 from crossvit_jax.config import get_config
+from crossvit_jax.dense_config import get_dense_config
 
 
 def test_flops_are_those_of_the_paper_without_the_keys_and_values_that_need_not_be_computed():
@@ -18,3 +19,9 @@ def test_the_model_table_counts_what_the_paper_counts():
     assert parameters(get_config("ti")) == 7_014_800
     assert multiply_adds(get_config("ti")) / 1e9 == pytest.approx(1.6, abs=0.05)
     assert multiply_adds(get_config("15-dagger-408")) / 1e9 == pytest.approx(21.4, abs=0.05)
+
+
+def test_a_class_more_costs_a_detector_its_filters_at_every_point():
+    few, more = (get_dense_config("detection", "ti", num_classes=classes) for classes in (3, 4))
+    assert parameters(more) - parameters(few) == 9 * 128 + 1
+    assert multiply_adds(more) - multiply_adds(few) == (40**2 + 20**2 + 10**2 + 5**2) * 9 * 128
