@@ -20,13 +20,16 @@ from train.inference.command import (
     SOURCES,
     add_detection_flags,
     add_model_flags,
+    add_tiling_flags,
     exif_notes,
     load_model,
     reading_processes,
     tell_notes,
+    tiling_of,
 )
 
 if TYPE_CHECKING:
+    from train.images.tiles import Tiling
     from train.inference.dataset import Data
     from train.inference.model import Classifier, Predictor
 
@@ -117,16 +120,19 @@ def _parser() -> Parser:
         "of an earlier evaluation are replaced (default: nothing is written)",
     )
     add_detection_flags(parser)
+    add_tiling_flags(parser)
     return parser
 
 
 def _evaluate(args: argparse.Namespace) -> int:
     from train.inference.model import Classifier
+    from train.tasks.begin import task_of
 
     model = load_model(args)
+    tiling = tiling_of(args, task_of(model.task.model_config))
     if isinstance(model, Classifier):
         return _evaluate_classifier(args, model)
-    return _evaluate_dense(args, model)
+    return _evaluate_dense(args, model, tiling)
 
 
 def _evaluate_classifier(args: argparse.Namespace, classifier: "Classifier") -> int:
@@ -202,12 +208,13 @@ def _evaluate_classifier(args: argparse.Namespace, classifier: "Classifier") -> 
     return 0
 
 
-def _evaluate_dense(args: argparse.Namespace, model: "Predictor") -> int:
+def _evaluate_dense(args: argparse.Namespace, model: "Predictor", tiling: "Tiling | None") -> int:
     from train.data.bad_images import BadImages
     from train.data.sources import image_names
     from train.data.tagged_images import TaggedImages
     from train.inference.dataset import open_data
     from train.inference.evaluation import evaluate
+    from train.inference.tiles import evaluate_in_windows
     from train.run.folder import run_behind
     from train.run.progress import open_bar
     from train.tasks.begin import matched, task_of
@@ -223,8 +230,9 @@ def _evaluate_dense(args: argparse.Namespace, model: "Predictor") -> int:
     if output:
         scores.check_place(output)
         output.mkdir(parents=True, exist_ok=True)
+    cut = f", in windows of {tiling.side} pixels that overlap by {tiling.overlap:.0%}" if tiling else ""
     print(
-        f"{task.headline()}, {model.precision}, {model.device_summary}\n"
+        f"{task.headline()}{cut}, {model.precision}, {model.device_summary}\n"
         f"{data.dataset}: {len(source)} images ({data.split})",
         flush=True,
     )
@@ -232,9 +240,10 @@ def _evaluate_dense(args: argparse.Namespace, model: "Predictor") -> int:
         bad_images = BadImages(source, lambda line: bar.write(f"{_PROGRAM}: {line}", file=sys.stderr))
         tagged = TaggedImages()
         workers = reading_processes(len(source)) if args.workers is None else args.workers
-        how = {"batch_size": model.batch_size(args.batch_size, len(source)), "workers": workers, "tagged": tagged}
-        model = dataclasses.replace(model, task=task)
-        images_per_s = evaluate(model, source, scores, bad_images, **how, advance=bar.update)
+        batch_size = model.batch_size(args.batch_size, None if tiling else len(source))
+        how = {"batch_size": batch_size, "workers": workers, "tagged": tagged, "advance": bar.update}
+        given = (dataclasses.replace(model, task=task), source, scores, bad_images)
+        images_per_s = evaluate_in_windows(*given, tiling, **how) if tiling else evaluate(*given, **how)
     tell_notes(_PROGRAM, exif_notes(args, model, tagged))
     values = scores.values()
     for line in scores.lines():
@@ -242,7 +251,8 @@ def _evaluate_dense(args: argparse.Namespace, model: "Predictor") -> int:
     for metric in task.metrics:
         if metric.name in values:
             print(f"{metric.label:13} {values[metric.name]:.4f}")
-    print(f"loss          {values['loss']:.4f}")
+    if "loss" in values:
+        print(f"loss          {values['loss']:.4f}")
     print(f"images        {values['images']} (unreadable: {bad_images.count})")
     print(f"speed         {images_per_s:.0f} images/s")
     if output:
@@ -254,6 +264,8 @@ def _evaluate_dense(args: argparse.Namespace, model: "Predictor") -> int:
             "image_size": task.model_config.image_size,
             "exif": task.config.exif,
             "precision": model.precision,
+            "tile": tiling and tiling.side,
+            "overlap": tiling and tiling.overlap,
             "bad_images": bad_images.count,
             "images_per_s": images_per_s,
         }

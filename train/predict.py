@@ -19,14 +19,17 @@ from train.inference.command import (
     SOURCES,
     add_detection_flags,
     add_model_flags,
+    add_tiling_flags,
     exif_notes,
     load_model,
     reading_processes,
     tell_notes,
+    tiling_of,
 )
 from train.inference.predictions import FORMATS
 
 if TYPE_CHECKING:
+    from train.images.tiles import Tiling
     from train.inference.model import Classifier, Predictor
 
 _PROGRAM = "python -m train.predict"
@@ -84,6 +87,7 @@ def _parser() -> Parser:
         help="folder for a PNG of each image whose values are the classes of a segmenter, with a palette, likewise",
     )
     add_detection_flags(parser)
+    add_tiling_flags(parser)
     parser.add_argument(
         "--classes",
         nargs="+",
@@ -121,6 +125,7 @@ def _predict(args: argparse.Namespace) -> int:
     given = [name for name in others if getattr(args, name) is not None]
     if given:
         raise SettingsError(f"--{given[0].replace('_', '-')} is not for {learned}, which {args.weights} is for")
+    tiling = tiling_of(args, learned)
     wanted = _class_numbers(args.classes, model.task.class_names)
     coco = None if args.coco is None else check_place(Path(args.coco))
     for folder in folders.values():  # nothing can be wrong any more
@@ -128,7 +133,7 @@ def _predict(args: argparse.Namespace) -> int:
     tell_notes(_PROGRAM, [*left_out.notes(), *model.notes])
     if isinstance(model, Classifier):
         return _predict_classes(args, model, paths, places.get("attention"))
-    return _find(args, model, paths, places, wanted, coco)
+    return _find(args, model, paths, places, wanted=wanted, coco=coco, tiling=tiling)
 
 
 def _predict_classes(
@@ -173,8 +178,10 @@ def _find(
     model: "Predictor",
     paths: Sequence[str],
     places: Mapping[str, Sequence[Path]],
+    *,
     wanted: frozenset[int] | None,
     coco: Path | None,
+    tiling: "Tiling | None",
 ) -> int:
     from train.data.bad_images import BadImages
     from train.data.tagged_images import TaggedImages
@@ -194,16 +201,14 @@ def _find(
 
         bad_images, tagged = BadImages(source, say), TaggedImages()
         bar.write(text.header, end="")
-        batch_size = model.batch_size(args.batch_size, len(paths))
+        batch_size = model.batch_size(args.batch_size, None if tiling else len(paths))
         how = {"batch_size": batch_size, "workers": reading_processes(len(paths)), "classes": wanted, "say": say}
-        how |= {"pictures": places.get("overlay"), "masks": places.get("masks"), "tagged": tagged}
-        batches = find(model, source, bad_images, **how)
-        with closing(batches):
-            for found in batches:
-                bar.write("".join(map(text.entry, found)), end="")
+        how |= {"pictures": places.get("overlay"), "masks": places.get("masks"), "tagged": tagged, "tiling": tiling}
+        with closing(find(model, source, bad_images, **how, advance=bar.update)) as answers:
+            for found in answers:
+                bar.write(text.entry(found), end="")
                 sys.stdout.flush()
-                bar.update(min(batch_size, len(paths) - bar.n))
-                results += found if coco else []
+                results += [found] if coco else []
     tell_notes(_PROGRAM, exif_notes(args, model, tagged))
     if coco:
         write_whole(coco, coco_file(results, paths))

@@ -133,8 +133,14 @@ def _check_labels(name: str, split: str, source: TfdsSource, num_classes: int, *
         )
 
 
-def prepared_builder(name: str, data_dir: str | None) -> Any:
-    """tensorflow-datasets' builder of a set that was prepared before. Raises SettingsError if there is none."""
+def prepared_builder(
+    name: str, data_dir: str | None, *, accepted: str = "digits, a tensorflow-datasets name, or folder:PATH"
+) -> Any:
+    """tensorflow-datasets' builder of a set that was prepared before. Raises SettingsError if there is none.
+
+    Args:
+        accepted: what may be asked for instead, in words.
+    """
     import tensorflow_datasets as tfds
 
     where = data_folder(data_dir)
@@ -156,10 +162,7 @@ def prepared_builder(name: str, data_dir: str | None) -> Any:
             'download_and_prepare and file_format="array_record", or name another folder with --data-dir'
         )
     near = difflib.get_close_matches(bare, sorted(known | set(prepared) | {"digits"}), n=1, cutoff=0.0)[0]
-    raise SettingsError(
-        f"unknown data set {name!r}; did you mean {near!r}? "
-        "Accepted: digits, a tensorflow-datasets name, or folder:PATH"
-    )
+    raise SettingsError(f"unknown data set {name!r}; did you mean {near!r}? Accepted: {accepted}")
 
 
 def _image_and_label(name: str, info: Any) -> tuple[str, str]:

@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from convert.command_line import Parser, at_least_one, image_size, share, threshold, weights_source
+from convert.errors import SettingsError
 from convert.streams import tell_error
 from crossvit_jax.files import MAX_PIXELS
 
 if TYPE_CHECKING:
     from train.data.tagged_images import TaggedImages
+    from train.images.tiles import Tiling
     from train.inference.model import Predictor
 
 SOURCES = """\
@@ -19,6 +21,7 @@ IBM's or Flax's names, an Orbax folder, or the folder of a training run (runs/X 
 runs/X:last the last, runs/X:ema their average)"""
 SMALLER_BATCH = "choose a smaller --batch-size"  # what helps against too little memory
 
+OVERLAP, MOST_OVERLAP = 0.25, 0.9
 _IMAGES_PER_PROCESS = 1000  # a process takes seconds to start, which fewer images do not take themselves
 
 
@@ -90,6 +93,51 @@ def add_detection_flags(parser: Parser) -> None:
     )
     how |= {"type": at_least_one, "metavar": "N"}
     group.add_argument("--max-detections", **how, help="boxes of an image, the best (default: 100)")
+
+
+def add_tiling_flags(parser: Parser) -> None:
+    """--tile and --overlap, see `tiling_of`."""
+    group = parser.add_argument_group("large pictures (detectors and segmenters)")
+    group.add_argument(
+        "--tile",
+        type=at_least_one,
+        metavar="SIDE",
+        help="cut pictures in windows of so many of their pixels, each of which the model sees at its own size: boxes "
+        "are suppressed once over all windows of a picture, logits averaged (default: whole pictures)",
+    )
+    group.add_argument(
+        "--overlap",
+        type=_overlap,
+        metavar="F",
+        help=f"of neighbouring windows, as a share of SIDE: from 0 to {MOST_OVERLAP:g} (default: {OVERLAP:g})",
+    )
+
+
+def _overlap(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value <= MOST_OVERLAP:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {MOST_OVERLAP:g}; got {text!r}")
+    return value
+
+
+def tiling_of(args: argparse.Namespace, learned: str) -> "Tiling | None":
+    """How pictures are to be cut, if they are. Raises SettingsError where that makes no sense.
+
+    Args:
+        learned: the task of the model.
+    """
+    if args.tile is None:
+        if args.overlap is not None:
+            raise SettingsError("--overlap is of the windows of --tile, which is not given")
+        return None
+    if learned == "classification":
+        raise SettingsError(f"--tile is not for {learned}, which {args.weights} is for")
+    from train.images.tiles import Tiling
+
+    return Tiling(args.tile, OVERLAP if args.overlap is None else args.overlap)
 
 
 def load_model(args: argparse.Namespace) -> "Predictor":

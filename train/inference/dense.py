@@ -1,5 +1,6 @@
 """What detectors and segmenters find in image files, at the files' own sizes."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -13,13 +14,14 @@ from convert.files import write_whole
 from train.data.bad_images import BadImages
 from train.data.tagged_images import TaggedImages
 from train.images.dense import WholeTransform, decoded
-from train.images.geometry import boxes_in_picture, classes_in_picture, whole_placement
+from train.images.geometry import classes_in_picture, whole_placement
+from train.images.tiles import Tiling
 from train.inference.evaluation import forward, without_bad
 from train.inference.image_paths import FileSource
 from train.inference.model import Predictor
 from train.pictures.dense import mask_png, png_of, with_boxes, with_segments
 from train.run.best_effort import BestEffort
-from train.tasks.detection import SHOWN_SCORE, Detection
+from train.tasks.detection import SHOWN_SCORE, Detection, boxes_found
 
 
 class Objects(NamedTuple):
@@ -53,65 +55,99 @@ def find(
     classes: frozenset[int] | None = None,
     say: Callable[[str], None] = print,
     tagged: TaggedImages | None = None,
-) -> Iterator[list[Objects | Segments]]:
-    """The results of image files, in their order, batch by batch as they are ready.
+    tiling: Tiling | None = None,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> Iterator[Objects | Segments]:
+    """The results of image files, in their order, as they are ready.
 
     Args:
         bad_images: told which images cannot be read, and are left out.
-        batch_size: a multiple of the number of devices.
+        batch_size: images at a time, or windows of them: a multiple of the number of devices.
         workers: processes that read images; 0: threads of this process.
         pictures: for each image, the PNG in which to draw what is found.
         masks: of a segmenter: for each image, the PNG to write with the class of each pixel. Raises NotWritten.
         classes: of a detector: which objects to keep; none: all.
         say: told one line if drawing fails; there are no pictures from then on.
         tagged: told which images have an EXIF orientation.
+        tiling: cut images in windows; none: take them whole.
+        advance: told how many more images are done.
     """
+    task = predictor.task
+
+    def result(place: int, found: tuple[np.ndarray, ...]) -> Objects | Segments:
+        path = source.paths[place]
+        if isinstance(task, Detection):
+            kept = np.isin(found[2], list(classes or range(len(task.class_names))))
+            result = Objects(path, *(array[kept] for array in found))
+        else:
+            result = Segments(path, *found)
+            if masks is not None:
+                write_whole(masks[place], mask_png(result.segments))
+                result = result._replace(mask=str(masks[place]))
+        return result if pictures is None else result._replace(picture=draw(draw_picture, place, result))
+
+    def draw_picture(place: int, found: Objects | Segments) -> str:
+        pixels = decoded(source[place], task.config.exif)
+        write_whole(pictures[place], png_of(_drawn(found, pixels, task.class_names)))
+        return str(pictures[place])
+
+    draw = BestEffort("pictures of what is found", say)
+    how = {"batch_size": batch_size, "workers": workers, "tagged": tagged}
+    if tiling is None:
+        answers = _found_in_whole(predictor, source, bad_images, **how)
+    else:
+        from train.inference.tiles import found_in_windows  # late: it imports Grain
+
+        answers = found_in_windows(predictor, source, bad_images, tiling, **how)
+    done = 0
+    with closing(answers):
+        for place, found in answers:
+            yield result(place, found)
+            advance(place + 1 - done)  # unreadable ones before it too
+            done = place + 1
+    advance(len(source) - done)
+
+
+def _found_in_whole(
+    predictor: Predictor,
+    source: FileSource,
+    bad_images: BadImages,
+    *,
+    batch_size: int,
+    workers: int,
+    tagged: TaggedImages | None,
+) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
+    """As `found_in_windows`, with each image as a whole."""
     from train.data.batches import eval_batches  # late: Grain takes long to import
     from train.data.streams import device_batches
 
     task = predictor.task
     canvas, exif = task.model_config.image_size, task.config.exif
     shapes = {name: task.batch_shapes(batch_size, training=False)[name] for name in ("image", "mask")}
-
-    def program(model: Any, batch: Any) -> Any:
-        return {**task.found(model, batch["image"]), "mask": batch["mask"]}
-
-    def result(place: int, outputs: dict[str, np.ndarray], size: np.ndarray) -> Objects | Segments:
-        path, placement = source.paths[place], whole_placement(tuple(size.tolist()), canvas)
-        if isinstance(task, Detection):
-            kept = outputs["valid"] & np.isin(outputs["labels"], list(classes or range(len(task.class_names))))
-            boxes = boxes_in_picture(outputs["boxes"][kept].astype(np.float64), placement)
-            found = Objects(path, boxes, outputs["scores"][kept], outputs["labels"][kept])
-        else:
-            found = Segments(path, classes_in_picture(outputs["logits"], placement))
-            if masks is not None:
-                write_whole(masks[place], mask_png(found.segments))
-                found = found._replace(mask=str(masks[place]))
-        return found if pictures is None else found._replace(picture=draw(draw_picture, place, found))
-
-    def draw_picture(place: int, found: Objects | Segments) -> str:
-        pixels = decoded(source[place], exif)
-        write_whole(pictures[place], png_of(_drawn(found, pixels, task.class_names)))
-        return str(pictures[place])
-
-    draw = BestEffort("pictures of what is found", say)
     batches = eval_batches(source, WholeTransform(canvas, exif), batch_size=batch_size, workers=workers, rounds=1)
-    sizes: list[np.ndarray] = []
+    sizes: deque[np.ndarray] = deque()
 
     def with_sizes(stream: Iterator[Any]) -> Iterator[Any]:
         for batch in stream:
             sizes.append(np.asarray(batch["size"]))
             yield batch
 
+    def program(model: Any, batch: Any) -> Any:
+        return {**task.found(model, batch["image"]), "mask": batch["mask"]}
+
     with closing(device_batches(batches, predictor.mesh)) as stream:
         compiled = predictor.compile(program, shapes)  # while the first images are read
         fed = without_bad(with_sizes(stream), bad_images, shapes, tagged)
         for number, outputs in enumerate(forward(compiled, fed)):
-            size = sizes.pop(0)
-            yield [
-                result(number * batch_size + row, {name: array[row] for name, array in outputs.items()}, size[row])
-                for row in np.flatnonzero(outputs["mask"]).tolist()
-            ]
+            size = sizes.popleft()
+            for row in np.flatnonzero(outputs["mask"]).tolist():
+                placement = whole_placement(tuple(size[row].tolist()), canvas)
+                own = {name: array[row] for name, array in outputs.items()}
+                if isinstance(task, Detection):
+                    found = boxes_found(own, placement)
+                else:
+                    found = (classes_in_picture(own["logits"], placement),)
+                yield number * batch_size + row, found
 
 
 def _drawn(found: Objects | Segments, pixels: UInt8[np.ndarray, "height width 3"], names: Sequence[str]) -> Image.Image:

@@ -46,11 +46,13 @@ class Predictor:
         """What jax calls the devices: cpu, gpu, tpu."""
         return self.mesh.devices.flat[0].platform
 
-    def batch_size(self, wanted: int | None, images: int) -> int:
-        """The images to run at a time: a multiple of the number of devices, and no larger than there are images."""
+    def batch_size(self, wanted: int | None, images: int | None) -> int:
+        """The images to run at a time: a multiple of the number of devices, and no larger than there are images, where
+        that is known."""
         devices = self.mesh.size
         per_device = _BATCH_PER_CPU if self.platform == "cpu" else _BATCH_PER_ACCELERATOR
-        size = min(wanted or per_device * devices, images)
+        size = wanted or per_device * devices
+        size = size if images is None else min(size, images)
         return -(-size // devices) * devices
 
     @property

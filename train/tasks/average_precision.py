@@ -16,17 +16,29 @@ from train.images.dense import Boxes
 
 MOST_DETECTIONS = 100  # of a picture, the best ones; COCO's limit
 
-# COCO's twelve lines: name in the log, precision or recall, IoU, area, detections of a picture
 _ANY_IOU, _AREAS = "0.50:0.95", ("all", "small", "medium", "large")
-_LINES = (
-    ("ap", "precision", _ANY_IOU, "all", MOST_DETECTIONS),
-    ("ap50", "precision", "0.50", "all", MOST_DETECTIONS),
-    ("ap75", "precision", "0.75", "all", MOST_DETECTIONS),
-    *((f"ap_{area}", "precision", _ANY_IOU, area, MOST_DETECTIONS) for area in _AREAS[1:]),
-    *((f"ar{most}", "recall", _ANY_IOU, "all", most) for most in (1, 10, MOST_DETECTIONS)),
-    *((f"ar_{area}", "recall", _ANY_IOU, area, MOST_DETECTIONS) for area in _AREAS[1:]),
-)
-_LIMITS = (1, 10, MOST_DETECTIONS)
+
+
+class _Line(NamedTuple):
+    """One of COCO's twelve."""
+
+    name: str  # in the log
+    what: str  # precision or recall
+    iou: str
+    area: str
+    most: int  # detections of a picture
+
+
+def _lines(most: int) -> list[_Line]:
+    """With so many detections of a picture where COCO has 100."""
+    return [
+        _Line("ap", "precision", _ANY_IOU, "all", most),
+        _Line("ap50", "precision", "0.50", "all", most),
+        _Line("ap75", "precision", "0.75", "all", most),
+        *(_Line(f"ap_{area}", "precision", _ANY_IOU, area, most) for area in _AREAS[1:]),
+        *(_Line(f"ar{few}", "recall", _ANY_IOU, "all", few) for few in (1, 10, most)),
+        *(_Line(f"ar_{area}", "recall", _ANY_IOU, area, most) for area in _AREAS[1:]),
+    ]
 
 
 class PrecisionRecall(NamedTuple):
@@ -41,10 +53,15 @@ class AveragePrecision:
     """Adds up pictures, and then tells COCO's figures, all between 0 and 1.
 
     A figure of which there is nothing to tell, as of large objects where there are none, is left out.
+
+    Args:
+        most_detections: of a picture; the best ones count.
     """
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, most_detections: int = MOST_DETECTIONS):
         self._num_classes = num_classes
+        self._lines, self._limits = _lines(most_detections), [1, 10, most_detections]
+        self.by_class_names = ("ap", "ap50", "ap75", f"ar{most_detections}")
         self._images = 0
         self._objects: list[dict[str, Any]] = []
         self._detections: list[dict[str, Any]] = []
@@ -80,32 +97,32 @@ class AveragePrecision:
     def values(self) -> dict[str, float]:
         """By name in the log: `ap` (the mean over IoUs and classes), `ap50`, `ap75`, `ap_small` (below 32² pixels),
         `ap_medium`, `ap_large` (96² and more), and recalls: `ar1`, `ar10`, `ar100` (with so many detections of a
-        picture), `ar_small`, `ar_medium`, `ar_large`."""
-        told = ((line[0], self._value(line)) for line in _LINES)
+        picture; the last with `most_detections`), `ar_small`, `ar_medium`, `ar_large`."""
+        told = ((line.name, self._value(line)) for line in self._lines)
         return {name: value for name, value in told if value is not None}
 
     def lines(self) -> list[str]:
         """The same as pycocotools prints it; -1 where there is nothing to tell."""
         short, rows = {"precision": "AP", "recall": "AR"}, []
-        for line in _LINES:
-            _, what, iou, area, most = line
+        for line in self._lines:
             value = self._value(line)
-            title = f"Average {what.capitalize()}"
+            title = f"Average {line.what.capitalize()}"
             rows.append(
-                f" {title:<18} ({short[what]}) @[ IoU={iou:<9} | area={area:>6s} | maxDets={most:>3d} ] = "
+                f" {title:<18} ({short[line.what]}) @[ IoU={line.iou:<9} | area={line.area:>6s} | "
+                f"maxDets={line.most:>3d} ] = "
                 f"{-1 if value is None else value:0.3f}"
             )
         return rows
 
     def by_class(self) -> list[dict[str, float]]:
-        """For each class `ap`, `ap50`, `ap75` and `ar100`, as far as there are such objects, and how many `objects`."""
+        """For each class `by_class_names` as far as there are such objects, and how many `objects`."""
         found = []
         counts = np.bincount(
             [entry["category_id"] for entry in self._objects if not entry["iscrowd"]], minlength=self._num_classes
         )
-        chosen = [line for line in _LINES if line[0] in ("ap", "ap50", "ap75", "ar100")]
+        chosen = [line for line in self._lines if line.name in self.by_class_names]
         for category, count in enumerate(counts.tolist()):
-            told = ((line[0], self._value(line, category)) for line in chosen)
+            told = ((line.name, self._value(line, category)) for line in chosen)
             found.append({"objects": count} | {name: value for name, value in told if value is not None})
         return found
 
@@ -118,13 +135,12 @@ class AveragePrecision:
             told = PrecisionRecall(np.asarray(self._evaluation.params.recThrs), precision, score)
             yield None if (precision < 0).all() else told
 
-    def _value(self, line: tuple[str, str, str, str, int], category: int | None = None) -> float | None:
-        _, what, iou, area, most = line
-        values = self._evaluation.eval[what]  # (IoUs, [recalls,] classes, areas, limits)
-        values = values[..., _AREAS.index(area), _LIMITS.index(most)]
+    def _value(self, line: _Line, category: int | None = None) -> float | None:
+        values = self._evaluation.eval[line.what]  # (IoUs, [recalls,] classes, areas, limits)
+        values = values[..., _AREAS.index(line.area), self._limits.index(line.most)]
         values = values if category is None else values[..., [category]]
-        if iou != _ANY_IOU:
-            values = values[np.isclose(self._evaluation.params.iouThrs, float(iou))]
+        if line.iou != _ANY_IOU:
+            values = values[np.isclose(self._evaluation.params.iouThrs, float(line.iou))]
         values = values[values > -1]
         return float(values.mean()) if values.size else None
 
@@ -138,7 +154,7 @@ class AveragePrecision:
         }
         sides = (COCO({**about, "annotations": entries}) for entries in (self._objects, self._detections))
         evaluation = COCOeval_faster(*sides, iouType="bbox")
-        evaluation.params.maxDets = list(_LIMITS)
+        evaluation.params.maxDets = self._limits
         evaluation.evaluate()
         evaluation.accumulate()
         return evaluation

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 import convert
 from convert.files import check_replaceable, csv_text, write_whole
@@ -22,7 +22,7 @@ from crossvit_jax.detection import CrossViTDetector, detections_of
 from crossvit_jax.detection_loss import assign, detection_losses, mean_positives
 from train.config import TrainConfig
 from train.data.dense.samples import DenseSource
-from train.images.geometry import boxes_in_picture, whole_placement
+from train.images.geometry import Placement, boxes_in_picture, whole_placement
 from train.pictures.dense import pixels_of, save_sheet, sheet_scale, with_boxes
 from train.pictures.precision_recall import draw_precision_recall
 from train.pictures.sheet import SHEET_COLUMNS
@@ -169,7 +169,7 @@ class DetectionScores:
 
     def __init__(self, task: Detection, source: DenseSource):
         self._task, self._source = task, source
-        self._precision = AveragePrecision(len(task.class_names))
+        self._precision = AveragePrecision(len(task.class_names), max(task.max_detections, MOST_DETECTIONS))
         self._sums = {"loss": 0.0, "positives": 0.0}
         self._place = 0  # of the next image
         self._images = 0  # that could be read
@@ -180,33 +180,32 @@ class DetectionScores:
             self._sums[name] += float(outputs["sums"][name])
         for row, mask in enumerate(outputs["mask"]):
             if mask > 0:
-                self._add_image(
-                    self._place, {name: outputs[name][row] for name in ("boxes", "scores", "labels", "valid")}
-                )
+                truth = self._source.truth(self._place)
+                placement = whole_placement(truth["size"], self._task.model_config.image_size)
+                self._count(truth, *boxes_found({name: outputs[name][row] for name in _FOUND}, placement))
             self._place += 1
 
-    def _add_image(self, index: int, found: Mapping[str, np.ndarray]) -> None:
-        truth = self._source.truth(index)
-        valid = found["valid"]
-        placement = whole_placement(truth["size"], self._task.model_config.image_size)
-        boxes = boxes_in_picture(found["boxes"][valid].astype(np.float64), placement)
-        scores, labels = found["scores"][valid], found["labels"][valid]
+    def add_picture(self, index: int, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> None:
+        """What is found in the picture at a place of the source; boxes are x1, y1, x2, y2 in its pixels."""
+        self._count(self._source.truth(index), boxes, scores, labels)
+
+    def _count(self, truth: Mapping[str, Any], boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> None:
         self._precision.add(truth["objects"], boxes, scores, labels)
         self._results += coco_results(truth["image_id"], boxes, scores, labels, self._task.category_ids)
         self._images += 1
 
     def values(self) -> dict[str, float]:
-        """`loss` per matched point, and the figures of `AveragePrecision.values`."""
+        """`loss` per matched point, if the model saw whole pictures, and the figures of `AveragePrecision.values`."""
         if not self._images:
             return {"images": 0}
-        loss = self._sums["loss"] / max(1.0, self._sums["positives"])
-        return {"images": self._images, "loss": loss, **self._precision.values()}
+        loss = {"loss": self._sums["loss"] / max(1.0, self._sums["positives"])} if self._place else {}
+        return {"images": self._images, **loss, **self._precision.values()}
 
     def details(self) -> dict[str, float]:
         return {}
 
     def lines(self) -> list[str]:
-        """COCO's twelve lines."""
+        """COCO's twelve lines, where more boxes of a picture are wanted than its 100, with so many."""
         return self._precision.lines()
 
     def check_place(self, folder: Path) -> None:
@@ -217,7 +216,7 @@ class DetectionScores:
         self, folder: Path, *, about: Mapping[str, Any], images: Sequence[str], say: Callable[[str], None]
     ) -> list[str]:
         """Numbers, those of each class, all detections as COCO's results, and the curves of precision over recall."""
-        columns, values = ("objects", "ap", "ap50", "ap75", "ar100"), {"ap": None} | self.values()
+        columns, values = ("objects", *self._precision.by_class_names), {"ap": None} | self.values()
         rows = [
             (name, *("" if row.get(column) is None else f"{row[column]:.6g}" for column in columns))
             for name, row in zip(self._task.class_names, self._precision.by_class(), strict=True)
@@ -236,6 +235,15 @@ class DetectionScores:
         curves = [curve and (curve.recall, curve.precision) for curve in self._precision.curves()]
         BestEffort(str(picture), say)(draw_precision_recall, curves, self._task.class_names, picture, title=title)
         return [name for name in _FILES if (folder / name).exists()]
+
+
+def boxes_found(
+    outputs: Mapping[str, np.ndarray], placement: Placement
+) -> tuple[Float[np.ndarray, "boxes 4"], Float[np.ndarray, " boxes"], Int[np.ndarray, " boxes"]]:
+    """Boxes, scores and classes of a picture, from what `Detection.found` tells of it on its canvas; boxes are x1, y1,
+    x2, y2 in pixels of the picture, float64."""
+    boxes, scores, labels, valid = (outputs[name] for name in _FOUND)
+    return boxes_in_picture(boxes[valid].astype(np.float64), placement), scores[valid], labels[valid]
 
 
 def coco_results(

@@ -154,18 +154,24 @@ class SegmentationScores:
             if mask > 0:
                 true = self._source.truth(self._place)["segments"]
                 placement = whole_placement(true.shape, self._task.model_config.image_size)
-                predicted = classes_in_picture(logits, placement)
-                self.confusion += segment_confusion(true, predicted, len(self.confusion))
-                self._images += 1
+                self._count(true, classes_in_picture(logits, placement))
             self._place += 1
 
+    def add_picture(self, index: int, predicted: np.ndarray) -> None:
+        """The classes that the pixels of the picture at a place of the source are taken for."""
+        self._count(self._source.truth(index)["segments"], predicted)
+
+    def _count(self, true: np.ndarray, predicted: np.ndarray) -> None:
+        self.confusion += segment_confusion(true, predicted, len(self.confusion))
+        self._images += 1
+
     def values(self) -> dict[str, float]:
-        """`loss`, the mean cross-entropy of the pixels as the model sees them, and `miou`, `macc` and `aacc`, from 0 to
-        1, of the pixels of the pictures."""
+        """`loss`, the mean cross-entropy of the pixels as the model sees them, if it saw whole pictures, and `miou`,
+        `macc` and `aacc`, from 0 to 1, of the pixels of the pictures."""
         if not self._images:
             return {"images": 0}
-        loss = self._sums["loss"] / max(1.0, self._sums["pixels"])
-        return {"images": self._images, "loss": loss, **mean_segment_rates(self.confusion)}
+        loss = {"loss": self._sums["loss"] / max(1.0, self._sums["pixels"])} if self._place else {}
+        return {"images": self._images, **loss, **mean_segment_rates(self.confusion)}
 
     def details(self) -> dict[str, float]:
         return {}

@@ -77,6 +77,8 @@ def read_mask(
     """
     try:
         with open_image(encoded) as mask:
+            if mask.format in ("JPEG", "MPO"):
+                raise ValueError("it is a JPEG file, which does not keep the values of pixels: masks are PNG files")
             mask.load()
             values = _values(mask, colours)
     except Exception as error:  # whatever Pillow's parsers raise

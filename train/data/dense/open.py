@@ -61,8 +61,11 @@ def open_dense_sets(
         return _BOXES[prefix](root, val_fraction=val_fraction, seed=seed, exif=exif)
     if colon and prefix == FOLDER_PREFIX.rstrip(":"):
         raise SettingsError(f"--dataset {dataset} has neither boxes nor masks; for {kind}: {_ACCEPTED[kind]}")
+    accepted = _ACCEPTED[kind]
+    if Path(home_path(dataset)).exists():
+        raise SettingsError(f"--dataset {dataset} is a path, and what is there is told before it: {accepted}")
     from train.data.dense.tfds import open_tfds_boxes, open_tfds_masks  # late: it takes seconds to import
 
     if kind == "detection":
-        return open_tfds_boxes(dataset, data_dir, val_fraction=val_fraction, seed=seed)
-    return open_tfds_masks(dataset, data_dir)
+        return open_tfds_boxes(dataset, data_dir, val_fraction=val_fraction, seed=seed, accepted=accepted)
+    return open_tfds_masks(dataset, data_dir, accepted=accepted)

@@ -88,14 +88,17 @@ class _RecordAnnotations(Annotations):
         return None
 
 
-def open_tfds_boxes(name: str, data_dir: str | None, *, val_fraction: float, seed: int) -> DenseSets:
+def open_tfds_boxes(name: str, data_dir: str | None, *, val_fraction: float, seed: int, accepted: str) -> DenseSets:
     """A set whose examples have an image and a sequence of objects, each with a box and a class.
 
     Objects marked `is_crowd` or `is_difficult` are crowds; boxes are shares of the picture, ymin, xmin, ymax, xmax.
 
+    Args:
+        accepted: see `train.data.tfds.prepared_builder`.
+
     Raises SettingsError if it is not prepared, has no such features, or boxes that do not fit.
     """
-    builder = prepared_builder(name, data_dir)
+    builder = prepared_builder(name, data_dir, accepted=accepted)
     image, sequence, keys = _box_features(name, builder.info.features)
     held_out = _held_out_split(name, builder, needed=False)
     notes: list[str] = []
@@ -199,14 +202,17 @@ class TfdsMasks:
         return read_mask(example[self.mask], f"mask {name}", self.classes)
 
 
-def open_tfds_masks(name: str, data_dir: str | None) -> DenseSets:
+def open_tfds_masks(name: str, data_dir: str | None, *, accepted: str) -> DenseSets:
     """A set whose examples have an image and a mask of one channel.
 
     Classes are those that the mask names; where it names none, the values in the training masks. 255 counts nowhere.
 
+    Args:
+        accepted: see `train.data.tfds.prepared_builder`.
+
     Raises SettingsError if it is not prepared or has no such features.
     """
-    builder = prepared_builder(name, data_dir)
+    builder = prepared_builder(name, data_dir, accepted=accepted)
     features = builder.info.features
     image, mask = _mask_features(name, features)
     held_out = _held_out_split(name, builder, needed=True)

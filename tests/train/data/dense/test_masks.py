@@ -114,6 +114,14 @@ def test_a_mask_that_does_not_fit_is_told_before_training(tmp_path, masks, mask,
         open_masks(tmp_path, **_SETTINGS)
 
 
+def test_masks_whose_values_were_not_kept_are_refused(tmp_path, masks):
+    masks("b")
+    file = masks("a").rename(tmp_path / "masks" / "a.jpg")
+    Image.fromarray(_VALUES).save(file, format="JPEG")
+    with pytest.raises(SettingsError, match=re.escape(f"mask {file} cannot be used: it is a JPEG file")):
+        open_masks(tmp_path, **_SETTINGS)
+
+
 def test_masks_of_0_and_255_are_not_taken_for_two_classes(tmp_path, masks):
     for name in "ab":
         masks(name, np.where(_VALUES == 1, 255, 0).astype(np.uint8))

@@ -23,6 +23,9 @@ def test_the_scenes_of_digits_are_the_default_of_both_tasks():
         ("coco:x/nowhere", "detection", "there is no file or folder x/nowhere"),
         ("yolo:x/nowhere.yaml", "detection", "cannot read x/nowhere.yaml: No such file"),
         ("masks:x/nowhere", "segmentation", "there is no folder x/nowhere"),
+        (__file__, "detection", "is a path, and what is there is told before it: digits, coco:PATH"),
+        ("cocoo:x", "detection", "did you mean 'coco'[?] Accepted: digits, coco:PATH"),
+        ("masks", "segmentation", "unknown data set 'masks'.* Accepted: digits, masks:PATH"),
     ],
 )
 def test_data_sets_that_do_not_serve_a_task_are_refused_in_a_line(dataset, kind, message):
