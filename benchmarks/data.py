@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.command import add_rounds_flags, require_packages, writable_json
-from benchmarks.goals import DATA_TIMES_AS_FAST, verdict
+from benchmarks.report.goals import DATA_TIMES_AS_FAST, verdict
 from benchmarks.result import (
     Content,
     about,

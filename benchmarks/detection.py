@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import add_rounds_flags, variant_name, workers_environment, writable_json
-from benchmarks.goals import DETECTION_TIMES_AS_FAST, verdict
+from benchmarks.report.goals import DETECTION_TIMES_AS_FAST, verdict
 from benchmarks.result import (
     Content,
     about,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.goals import fed_verdicts, model_verdicts
+from benchmarks.report.goals import fed_verdicts, model_verdicts
 from benchmarks.result import (
     Content,
     Result,
@@ -62,7 +62,7 @@ def _tell(parser: Parser, args: argparse.Namespace) -> int:
     except (AttributeError, KeyError, TypeError) as error:
         parser.error(f"a file is not as a benchmark wrote it ({type(error).__name__}: {error})")
     if args.plot:
-        from benchmarks.plot import draw_ratios
+        from benchmarks.report.plot import draw_ratios
         from train.pictures.figure import is_own_picture
 
         try:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import result as json_result
-from benchmarks.plot import draw_ratios
+from benchmarks.report.plot import draw_ratios
 from benchmarks.result import about, as_json, best, counts, described, device_name, times_as_fast
 from benchmarks.rounds import Measured, Times
 from benchmarks.table import main, notes, table_lines

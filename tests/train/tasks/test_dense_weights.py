@@ -123,7 +123,7 @@ def test_a_classifier_gives_the_body_made_to_fit_and_what_is_new_is_told(task, p
 
 def test_what_does_not_fit_is_one_line(source):
     kind, state, path = source(_NAMES)
-    with pytest.raises(SettingsError, match="holds ti, not the variant s"):
+    with pytest.raises(SettingsError, match="holds custom, not the variant s"):
         _begin(kind, path, _NAMES, variant="s")
     with pytest.raises(SettingsError, match="that cannot be changed"):
         _begin(kind, path, _NAMES, width=128)

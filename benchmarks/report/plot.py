@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.goals import TIMES_AS_FAST
+from benchmarks.report.goals import TIMES_AS_FAST
 from benchmarks.result import Content, Result, best, counts, device_name, rounds, times_as_fast
 from train.pictures.figure import new_figure, save_figure
 
