@@ -200,7 +200,8 @@ class DetectionTask:
             lr_batch_size=self.batch_size,
             lr=1e-4,
             warmup_epochs=0,
-            layer_decay=None,
+            layer_decay=1.0,
+            precision="float32",
             clip_grad=None,
             drop_path=0.0,
         )

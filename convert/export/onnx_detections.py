@@ -6,6 +6,7 @@ batch's.
 """
 
 import json
+import warnings
 
 import numpy as np
 import onnx
@@ -24,7 +25,6 @@ FOUND = ("boxes", "scores", "labels", "valid")
 THRESHOLDS = {"score_threshold": 0.05, "iou_threshold": 0.6, "max_detections": 100}  # as of `detect`
 _CANDIDATES = 1000  # of each level, as of `detections_of`
 _PREFIX = "detections/"  # of the names of all that is added
-_JOINED = "outputs"  # the raw ones side by side: the exporter wants a name for the batch of each input
 
 # Scores of boxes, (batch, points, classes), that suppression within each class leaves; 0 for all others. Only traced:
 # the graph has `NonMaxSuppression` for it.
@@ -44,13 +44,10 @@ def with_detections(model: onnx.ModelProto, config: DetectorConfig) -> onnx.Mode
         the image, `scores` (batch, 100), float32, `labels` (batch, 100), int32, and `valid` (batch, 100), bool: where
         it is False there is nothing, and all is 0. The metadata tell the thresholds.
     """
-    after = onnx.compose.add_prefix(_graph(config), _PREFIX, rename_outputs=False).graph
+    after = onnx.compose.add_prefix(_graph(config), _PREFIX, rename_inputs=False, rename_outputs=False).graph
     joined = onnx.ModelProto()
     joined.CopyFrom(model)
     del joined.graph.output[:]
-    joined.graph.node.append(
-        onnx.helper.make_node("Concat", RAW, [after.input[0].name], name=f"{_PREFIX}joined", axis=2)
-    )
     joined.graph.node.extend(after.node)
     joined.graph.initializer.extend(after.initializer)
     joined.graph.output.extend(after.output)
@@ -68,11 +65,9 @@ class _Detections(nn.Module):
         self.register_buffer("xy", points.xy)
         self.register_buffer("stride", points.stride)
         self.counts, self.size = points.counts, config.image_size
-        self.widths = [config.num_classes, 4, 1]  # of the raw outputs
 
-    def forward(self, outputs: Tensor) -> tuple[Tensor, ...]:
-        """`boxes`, `scores`, `labels` and `valid` of the raw outputs (batch, points, widths)."""
-        logits, distances, centreness = outputs.split(self.widths, dim=2)
+    def forward(self, logits: Tensor, distances: Tensor, centreness: Tensor) -> tuple[Tensor, ...]:
+        """`boxes`, `scores`, `labels` and `valid` of the raw outputs."""
         scores = torch.sqrt(logits.sigmoid() * centreness.sigmoid())
         scores = torch.where(scores > THRESHOLDS["score_threshold"], scores, 0)
         scores = torch.cat([_best_of(level) for level in scores.split(list(self.counts), dim=1)], dim=1)
@@ -99,19 +94,26 @@ def _best_of(level: Tensor) -> Tensor:
 
 def _graph(config: DetectorConfig) -> onnx.ModelProto:
     """The graph from raw outputs to detections."""
-    model, points = _Detections(config).eval(), sum(rows * columns for rows, columns in config.level_grids)
-    program = torch.onnx.export(
-        model,
-        (torch.zeros(2, points, sum(model.widths)),),
+    points = sum(rows * columns for rows, columns in config.level_grids)
+    with warnings.catch_warnings():
+        # a name that is given three times is used once: so it should be
+        warnings.filterwarnings("ignore", message="# The axis name")
+        program = _program(config, points)
+    return program.model_proto
+
+
+def _program(config: DetectorConfig, points: int) -> torch.onnx.ONNXProgram:
+    return torch.onnx.export(
+        _Detections(config).eval(),
+        tuple(torch.zeros(2, points, width) for width in (config.num_classes, 4, 1)),
         dynamo=True,
         opset_version=OPSET,
-        input_names=[_JOINED],
+        input_names=list(RAW),
         output_names=list(FOUND),
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamic_shapes=({0: torch.export.Dim("batch")},) * len(RAW),
         custom_translation_table={torch.ops.crossvit_export.suppressed.default: _suppressed},
         verbose=False,
     )
-    return program.model_proto
 
 
 def _suppressed(boxes, scores):
