@@ -5,6 +5,7 @@ import json
 import os
 
 import jax
+import jaxtyping
 import numpy as np
 import onnx
 import onnxruntime
@@ -23,6 +24,14 @@ from tests.convert.conftest import perturb, refused, run
 from tests.small_model import small_detector
 
 _exported_once = functools.cache(onnx_detections._graph)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shapes_are_not_checked():
+    """To check broadcasting, jaxtyping asks whether the batch is 1, which torch's exporter takes for a promise."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")
