@@ -254,7 +254,7 @@ def _evaluate_dense(args: argparse.Namespace, model: "Predictor", tiling: "Tilin
     if "loss" in values:
         print(f"loss          {values['loss']:.4f}")
     print(f"images        {values['images']} (unreadable: {bad_images.count})")
-    print(f"speed         {images_per_s:.0f} images/s")
+    print(f"speed         {images_per_s:.3g} images/s")
     if output:
         about = {
             "weights": args.weights,

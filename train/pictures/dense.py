@@ -17,6 +17,7 @@ _NOTHING = 255  # in masks: counts nowhere, and is left as it is
 _TILE = 288  # pixels of the longer side of a picture in a sheet, about
 _GAP, _CAPTION = 8, 18  # pixels
 _LONGEST_NAME, _LONGEST_CAPTION, _LONGEST_TITLE = 16, 40, 100  # characters
+_SIDES_OF_LINE = 20  # a box's shorter side is at least so many lines, or what is in it could not be seen
 _SHARE = 0.55  # of the colour of a class over the picture
 _FIRST_COLOURS = bytes.fromhex("4c72b0 dd8452 55a868 c44e52 8172b3 ccb974 64b5cd e377c2 bcbd22 937860 17becf 8c8c8c")
 
@@ -71,7 +72,8 @@ def with_boxes(
     for place in order:
         colour = tuple(palette()[classes[place] % _NOTHING].tolist())
         left, top, right, bottom = (boxes[place] * scale).tolist()
-        draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour, width=line)
+        thin = max(1, min(line, round(min(right - left, bottom - top) / _SIDES_OF_LINE)))
+        draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour, width=thin)
         name = drawable(class_names[classes[place]], _LONGEST_NAME)
         label = name if scores is None else f"{name} {100 * scores[place]:.0f} %"
         _write(draw, (left, top, right, bottom), label, font, colour, image.size)

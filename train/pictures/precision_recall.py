@@ -45,7 +45,7 @@ def draw_precision_recall(
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(drawable(title, _LONGEST_TITLE), parse_math=False)
     if told:
-        box = figure.legend(loc="outside right upper", frameon=False, fontsize=9, title="average precision")
+        box = figure.legend(loc="outside right upper", frameon=False, fontsize=9, title="AP50")
         for text in box.get_texts():
             text.set_parse_math(False)
     save_figure(figure, path)

@@ -42,6 +42,16 @@ def test_boxes_are_drawn_around_their_pixels_in_the_colour_of_their_class(scale)
     assert (np.asarray(image)[30 * scale, 20 * scale] == 128).all()
 
 
+def test_lines_around_small_objects_in_large_pictures_are_thin():
+    large = np.full((500, 2000, 3), 128, np.uint8)
+    image = np.asarray(
+        with_boxes(large, np.array([[100.0, 100, 120, 120], [300, 100, 600, 400]]), np.zeros(2, int), "x")
+    )
+    coloured = (image == palette()[0]).all(-1)
+    assert coloured[110, :200].tolist().count(True) == 2  # a pixel on either side
+    assert coloured[350].tolist().count(True) == 16  # a 250th of the picture
+
+
 def test_labels_stay_inside_the_picture_and_names_are_cut():
     boxes = np.array([[0.0, 0, 10, 10], [55, 35, 60, 40]])
     image = with_boxes(_GREY, boxes, np.array([0, 1]), ["x" * 99, "ü\n"], scores=np.array([0.25, 1.0]))
