@@ -77,9 +77,9 @@ def load_weights(source: str | Path, *, task: str | None = None, seed: int = 0, 
         task: "classification", "detection" or "segmentation"; default: that of the source. For another, a new model is
             made around the source's body, see `convert.dense.adapt_to_task`; it needs `num_classes`.
         seed: of a new head, or whatever else is new.
-        **overrides: settings, see `convert.adapt.adapt`, and for detectors and segmenters `DetectorConfig` and
-            `SegmenterConfig`. Of a model that is no variant, `branches` have to be given
-            where the source has no metadata; where it has, they may only be the same.
+        **overrides: settings (`image_size`, `patch_size`, …), see `convert.adapt.adapt`, and for detectors and
+            segmenters `DetectorConfig` and `SegmenterConfig`. Of a model that is no variant, `branches` have to be
+            given where the source has no metadata; where it has, they may only be the same.
 
     Raises:
         ConversionError: the source cannot be read, holds no complete CrossViT, or cannot be adapted.

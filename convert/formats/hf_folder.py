@@ -22,7 +22,7 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 INDEX = "model.safetensors.index.json"  # of weights in several files
 LOCAL = "local-dir:"  # timm's prefix for such a folder
 # what timm's variants fix
-_FIXED = ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "fusion_depth", "multi_conv", "stages")
+_FIXED = ("embed_dim", "depth", "num_heads", "mlp_ratio", "fusion_depth", "multi_conv", "stages")
 
 
 def is_hf_folder(folder: Path) -> bool:
@@ -89,7 +89,7 @@ def model_args(config: CrossViTConfig) -> dict[str, Any]:
         "img_size": height if height == width else [height, width],
         "img_scale": [float(scale) for scale in config.image_scale],
     }
-    fields = ("qkv_bias", "global_pool", "crop_scale")
+    fields = ("patch_size", "qkv_bias", "global_pool", "crop_scale")
     return args | {name: getattr(config, name) for name in fields if getattr(config, name) != getattr(usual, name)}
 
 
