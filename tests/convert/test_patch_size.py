@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from convert import ConversionError, load_flax, load_torch, load_weights
+from convert import ConversionError, load_flax, load_torch, load_weights, save
 from convert.verify import run_flax
 from tests.convert.conftest import TIMM_SETTINGS, refused, run
 from tests.parity.reference import OUTPUT_BOUND, error
@@ -94,3 +94,12 @@ def test_a_description_of_other_branches_resizes_no_kernels(weights_file):
     branches = load_weights(weights_file).config.replace(patch_size=OTHER).branches
     with pytest.raises(ConversionError):
         load_weights(weights_file, branches=branches)
+
+
+def test_detectors_keep_the_patches_that_their_pyramid_is_made_for(weights_file, tmp_path):
+    detector = load_torch(weights_file, task="detection", num_classes=3)
+    path = save(detector.state_dict(), detector.config, tmp_path / "detector.safetensors")
+    with pytest.raises(ConversionError, match=r"patch_size must stay \(12, 16\): a detection model's pyramid"):
+        load_weights(path, patch_size=(24, 32))
+    with pytest.raises(ConversionError, match=r"in these weights patch_size is \(12, 16\)"):
+        load_weights(weights_file, task="detection", num_classes=3, patch_size=(24, 32))
