@@ -65,10 +65,10 @@ def adapt(weights: Weights, overrides: Mapping[str, Any], *, seed: int = 0) -> W
             name = f"patch_embed.{branch}.proj.weight"
             tensors[name] = resize_kernel(tensors[name], size)
         sizes = [" and ".join(map(str, c.patch_size)) for c in (old, config)]
-        notes.append(
-            f"kernels resized from patches of {sizes[0]} pixels to {sizes[1]}: weights that were not trained with "
-            "such patches lose accuracy"
-        )
+        note = f"kernels resized from patches of {sizes[0]} pixels to {sizes[1]}"
+        if config.patch_size not in (weights.patch_sizes or ()):
+            note += ": weights that were not trained with such patches lose accuracy"
+        notes.append(note)
     if config.in_chans != old.in_chans:
         for name in weights.tensors:
             if re.fullmatch(r"patch_embed\.\d+\.proj(\.0)?\.weight", name):

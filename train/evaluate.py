@@ -65,7 +65,7 @@ def _parser() -> Parser:
         type=lambda text: _ALL if text == _ALL else patch_size(text),
         metavar="N,N|all",
         help="of classifiers: resize kernels and positions to patches of these pixels, a number for each branch; all: "
-        "a table of sizes that divide the images, with their cost, speed and top-1 (default: the weights' own)",
+        "a table of those trained with, or of usual ones, with their cost, speed and top-1 (default: the weights' own)",
     )
     add(
         "--dataset",
@@ -238,7 +238,7 @@ def _evaluate_patch_sizes(args: argparse.Namespace) -> int:
     from train.data.tagged_images import TaggedImages
     from train.inference.evaluation import evaluate
     from train.inference.model import require_classifier
-    from train.inference.patch_sizes import usual_patch_sizes
+    from train.inference.patch_sizes import compared_patch_sizes
     from train.run.progress import open_bar
 
     if args.output:
@@ -248,7 +248,8 @@ def _evaluate_patch_sizes(args: argparse.Namespace) -> int:
     if stored.config.multi_conv:
         raise SettingsError(f"{args.weights} has no other patch size: three convolutions embed the patches")
     data, source, stored = _matched_classes(args, stored)
-    tell_notes(_PROGRAM, ["weights lose accuracy at patch sizes that they were not trained with"])
+    if stored.patch_sizes is None:
+        tell_notes(_PROGRAM, ["weights lose accuracy at patch sizes that they were not trained with"])
     print(_about(args, stored, data))
     print(f"{'patch size':16}{'GMAC':>8}{'images/s':>10}{'top-1':>10}", flush=True)
     seen: set[str] = set()
@@ -258,7 +259,7 @@ def _evaluate_patch_sizes(args: argparse.Namespace) -> int:
             seen.add(line)
             write(f"{_PROGRAM}: {line}", file=sys.stderr)
 
-    for size in usual_patch_sizes(stored.config):
+    for size in compared_patch_sizes(stored.config, stored.patch_sizes):
         is_stored = size == stored.config.patch_size
         classifier = stored if is_stored else load_model(_at(args, size))
         classifier = dataclasses.replace(

@@ -55,7 +55,7 @@ def write_hf(weights: Weights, folder: Path) -> None:
     from safetensors.numpy import save
 
     folder.mkdir()
-    description = json.dumps(metadata.describe(weights.config, weights.class_names, weights.exif))
+    description = json.dumps(metadata.describe_weights(weights))
     tensors = {name: np.ascontiguousarray(array) for name, array in weights.tensors.items()}
     write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt", metadata.KEY: description}))
     write_bytes(folder / CONFIG, (json.dumps(_config(weights), indent=2) + "\n").encode())

@@ -40,6 +40,7 @@ class Predictor:
     graphdef: nnx.GraphDef
     params: Any
     mesh: Mesh
+    patch_sizes: tuple[tuple[int, ...], ...] | None = None  # that training drew from, where the weights tell
 
     @property
     def platform(self) -> str:
@@ -148,7 +149,8 @@ def load_predictor(
     task = TASKS[learned](config, weights.config, names, **settings)
     notes = (*weights.notes, *notes)
     kind = Classifier if learned == "classification" else Predictor
-    return kind(task, weights.class_names, notes, weights.exif, precision, graphdef, params, mesh)
+    known = (weights.class_names, notes, weights.exif, precision, graphdef, params, mesh)
+    return kind(task, *known, patch_sizes=weights.patch_sizes)
 
 
 def _check_settings(source: str, learned: str, given: dict[str, Any]) -> None:

@@ -6,13 +6,20 @@ from crossvit_jax import CrossViTConfig
 _PAIRS = ((24, 32), (20, 28), (12, 16), (10, 14), (8, 14))
 
 
-def usual_patch_sizes(config: CrossViTConfig) -> list[tuple[int, ...]]:
-    """The patch sizes of a model, twice and half of them, and for two branches the usual pairs, as far as they divide
-    the branches' images; those with the fewest patches first."""
+def compared_patch_sizes(
+    config: CrossViTConfig, trained: tuple[tuple[int, ...], ...] | None = None
+) -> list[tuple[int, ...]]:
+    """A model's own patch size and those that it was trained with, as far as they divide the branches' images.
+
+    Where no others were trained: twice and half its own, and for two branches the usual pairs. Those with the fewest
+    patches come first.
+    """
     stored = config.patch_size
-    wanted = {stored, tuple(2 * size for size in stored), *(_PAIRS if len(stored) == 2 else ())}
-    if not any(size % 2 for size in stored):
-        wanted.add(tuple(size // 2 for size in stored))
+    wanted = {stored, *(trained or ())}
+    if trained is None:
+        wanted |= {tuple(2 * size for size in stored), *(_PAIRS if len(stored) == 2 else ())}
+        if not any(size % 2 for size in stored):
+            wanted.add(tuple(size // 2 for size in stored))
     fitting = []
     for sizes in wanted:
         try:
