@@ -14,6 +14,7 @@ from convert.command_line import (
     data_set,
     image_size,
     leave,
+    patch_size,
     run,
     weights_source,
 )
@@ -63,6 +64,7 @@ def _parser() -> Parser:
     add("--info", action="store_true", help="tell what is in SOURCE, and write nothing")
     add("--num-classes", type=at_least_zero, metavar="N", help="new head for N classes; 0: no head")
     add("--image-size", type=image_size, metavar="N|HxW", help="resample the position embeddings to this size")
+    add("--patch-size", type=patch_size, metavar="N,N", help="resize kernels and positions to patches of this size")
     add(
         "--branches",
         nargs="+",
@@ -209,7 +211,9 @@ def _triton(args: argparse.Namespace) -> int:
     from convert.export.triton import check_repository, write_repository
 
     _refuse_others(
-        args, "--triton writes a repository", "destination", "triton", "overwrite", "dtype", "license", "image_size"
+        args,
+        "--triton writes a repository",
+        *("destination", "triton", "overwrite", "dtype", "license", "image_size", "patch_size"),
     )
     if args.dtype == "bfloat16":
         raise ConversionError("--triton computes in float32 or float16: ONNX Runtime has no bfloat16 on CPUs")
@@ -225,7 +229,7 @@ def _triton(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace) -> "Weights":
     from convert.models import load_weights
 
-    changes = {"num_classes": args.num_classes, "image_size": args.image_size, "branches": args.branches}
+    changes = {name: getattr(args, name) for name in ("num_classes", "image_size", "patch_size", "branches")}
     weights = load_weights(args.source, **{key: value for key, value in changes.items() if value is not None})
     return weights if args.license is None else dataclasses.replace(weights, license=args.license)
 

@@ -68,7 +68,7 @@ def expected_shapes(config: CrossViTConfig | DenseConfig) -> dict[str, tuple[int
 def infer_config(
     shapes: Shapes, image_size: tuple[int, int] | None = None, branches: Sequence[Branch] | None = None
 ) -> CrossViTConfig | DenseConfig:
-    """The settings that shapes tell: variant, image size and scale, channels, classes, qkv bias.
+    """The settings that shapes tell: variant, image size and scale, patch size, channels, classes, qkv bias.
 
     Of a detector or segmenter also what stands on its body; the distances of a detector, which no shape tells, are the
     usual ones.
@@ -99,7 +99,8 @@ def infer_config(
     candidates = [VARIANTS[name] for name in VARIANTS if likeness[name] == best]
     settings = _input_and_output(candidates[0], shapes)
     # those at 240 and at 408 pixels differ only in how much smaller the second image is
-    geometries = [(config, _geometry(config, shapes, image_size)) for config in candidates]
+    sizes = _patch_sizes(shapes, candidates[0])
+    geometries = [(config, _geometry(config, shapes, image_size, sizes)) for config in candidates]
     fitting = [pair for pair in geometries if pair[1].get("image_scale") == pair[0].image_scale]
     config, geometry = (fitting or geometries)[0]
     return config.replace(**geometry, **settings)
@@ -229,23 +230,34 @@ def _square_side(shapes: Shapes, branch: int) -> int | None:
     return side if side * side == shape[1] - 1 else 0
 
 
-def _geometry(config: CrossViTConfig, shapes: Shapes, image_size: tuple[int, int] | None) -> dict[str, Any]:
-    """Image size and scale of a variant that explain the position embeddings; empty where they tell nothing."""
+def _patch_sizes(shapes: Shapes, config: CrossViTConfig) -> tuple[int, ...]:
+    """The sides of the kernels that embed patches; those of a config where three convolutions do, or there is none."""
+    kernels = [shapes.get(f"patch_embed.{branch}.proj.weight", ()) for branch in range(len(config.branches))]
+    told = [shape[2] if len(shape) == 4 and shape[2] == shape[3] else 0 for shape in kernels]
+    return tuple(size or usual for size, usual in zip(told, config.patch_size, strict=True))
+
+
+def _geometry(
+    config: CrossViTConfig, shapes: Shapes, image_size: tuple[int, int] | None, patch_size: tuple[int, ...]
+) -> dict[str, Any]:
+    """Image size and scale of a variant, and its patches where they are others, that explain the position embeddings;
+    empty where they tell nothing."""
     sides = [_square_side(shapes, branch) for branch in (0, 1)]
+    patches = {"patch_size": patch_size} if patch_size != config.patch_size else {}
     if all(sides):
-        size, other = (side * patch for side, patch in zip(sides, config.patch_size, strict=True))
-        return {"image_size": (size, size), "image_scale": (Fraction(1), Fraction(other, size))}
+        size, other = (side * patch for side, patch in zip(sides, patch_size, strict=True))
+        return {"image_size": (size, size), "image_scale": (Fraction(1), Fraction(other, size)), **patches}
     if image_size is None or None in sides:
         return {}
-    patches = [shapes[f"pos_embed_{branch}"][1] - 1 for branch in (0, 1)]
-    area = Fraction(patches[1] * config.patch_size[1] ** 2, math.prod(image_size))  # branch 1's share of the image's
+    counts = [shapes[f"pos_embed_{branch}"][1] - 1 for branch in (0, 1)]
+    area = Fraction(counts[1] * patch_size[1] ** 2, math.prod(image_size))  # branch 1's share of the image's
     scale = Fraction(math.isqrt(area.numerator), math.isqrt(area.denominator))
     try:
-        given = config.replace(image_size=image_size, image_scale=(Fraction(1), scale))
+        given = config.replace(image_size=image_size, image_scale=(Fraction(1), scale), patch_size=patch_size)
     except ValueError:
         return {}
-    fits = patches == [rows * columns for rows, columns in given.grid_size]
-    return {"image_size": given.image_size, "image_scale": given.image_scale} if fits else {}
+    fits = counts == [rows * columns for rows, columns in given.grid_size]
+    return {"image_size": given.image_size, "image_scale": given.image_scale, **patches} if fits else {}
 
 
 def _named(names: list[str], among: Collection[str], details: Mapping[str, str]) -> str:

@@ -237,6 +237,13 @@ def image_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+def patch_size(text: str) -> tuple[int, ...]:
+    """`24,32` as the pixels of the patches of each branch."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"must be pixels, a number for each branch, such as 24,32; got {text!r}")
+    return tuple(map(int, text.split(",")))
+
+
 def branch(text: str) -> Branch:
     """The settings of a branch, see `Branch.parse`."""
     try:

@@ -77,6 +77,9 @@ def body_of(weights: Weights) -> Weights:
 def _adapt_dense(weights: Weights, overrides: Mapping[str, Any], seed: int) -> Weights:
     """See `adapt_to_task`: the task stays."""
     old = weights.config
+    patches = old.backbone.patch_size
+    if overrides.get("patch_size", patches) != patches:
+        raise ConversionError(f"patch_size must stay {patches}: a {old.task} model's pyramid is made for its grids")
     try:
         config = old.replace(**overrides)
     except ValueError as error:

@@ -18,13 +18,16 @@ from crossvit_jax.preprocess import MEAN, STD, Exif
 KEY = "crossvit"  # in the header of a safetensors file; the name of the item in an Orbax folder
 ORIGIN = "crossvit-origin"  # in a safetensors header: where the weights come from, in words for the user
 FORMAT = 2  # 1 knew two branches only, whose settings were pairs; it is read as well
-_EXIF, _TASK = "exif", "task"
+_EXIF, _TASK, _PATCH_SIZES = "exif", "task", "patch_sizes"
 _FIXED = {"mean": list(MEAN), "std": list(STD)}  # what all models have so far
 _CONFIGS = {"classification": CrossViTConfig, **CONFIGS}
 
 
 def describe(
-    config: CrossViTConfig | DenseConfig, class_names: tuple[str, ...] | None, exif: Exif | None = None
+    config: CrossViTConfig | DenseConfig,
+    class_names: tuple[str, ...] | None,
+    exif: Exif | None = None,
+    patch_sizes: tuple[tuple[int, ...], ...] | None = None,
 ) -> dict:
     """The settings as JSON values; fractions become strings such as "14/15".
 
@@ -32,6 +35,7 @@ def describe(
 
     Args:
         exif: what training did with EXIF orientations; None is not written.
+        patch_sizes: those that training drew from, where there were several; None is not written.
     """
     settings = dataclasses.asdict(config)
     of_body = settings.get("backbone", settings)
@@ -40,7 +44,14 @@ def describe(
     for branch in of_body["branches"]:
         branch["image_scale"] = str(branch["image_scale"])
     known = {"config": settings, "class_names": class_names and list(class_names)}
-    return {"format": FORMAT, _TASK: config.task, **_FIXED, **known, **({} if exif is None else {_EXIF: exif})}
+    told = {_EXIF: exif, _PATCH_SIZES: patch_sizes and [list(sizes) for sizes in patch_sizes]}
+    known |= {key: value for key, value in told.items() if value is not None}
+    return {"format": FORMAT, _TASK: config.task, **_FIXED, **known}
+
+
+def describe_weights(weights: Weights) -> dict:
+    """All that weights know of themselves, see `describe`."""
+    return describe(weights.config, weights.class_names, weights.exif, weights.patch_sizes)
 
 
 def summary(weights: Weights) -> dict[str, Any]:
@@ -54,7 +65,7 @@ def summary(weights: Weights) -> dict[str, Any]:
         **_fitted(config),
         "license": weights.license,
         "library": f"crossvit-jax {version('crossvit-jax')}",
-        KEY: json.dumps(describe(config, weights.class_names, weights.exif)),
+        KEY: json.dumps(describe_weights(weights)),
     }
     about |= {"mean": MEAN, "std": STD} if config.in_chans == 3 else {}
     return about | ({} if weights.exif is None else {_EXIF: weights.exif})
@@ -92,9 +103,9 @@ def understand(description: dict | str) -> tuple[CrossViTConfig | DenseConfig, t
             raise ConversionError(f"it was written by a newer version (format {description['format']})")
         is_first = description["format"] == 1
         fixed = {} if is_first else _FIXED
-        _refuse_unknown(
-            description, ("format", *fixed, *(() if is_first else (_TASK,)), "config", "class_names", _EXIF)
-        )
+        later = () if is_first else (_TASK, _PATCH_SIZES)
+        _refuse_unknown(description, ("format", *fixed, *later, "config", "class_names", _EXIF))
+        recorded_patch_sizes(description)
         for key, value in fixed.items():
             if description[key] != value:
                 raise ConversionError(f"its {key} is {description[key]}; this version knows only {value}")
@@ -141,6 +152,16 @@ def _unlike_variant(config: CrossViTConfig) -> str | None:
 def recorded_exif(description: dict | str) -> Exif | None:
     """What training did with EXIF orientations, in what `understand` understood; None: it does not tell."""
     return (json.loads(description) if isinstance(description, str) else description).get(_EXIF)
+
+
+def recorded_patch_sizes(description: dict | str) -> tuple[tuple[int, ...], ...] | None:
+    """The patch sizes that training drew from, likewise. Raises ConversionError if they are none."""
+    sizes = (json.loads(description) if isinstance(description, str) else description).get(_PATCH_SIZES)
+    if sizes is None:
+        return None
+    if not all(isinstance(size, int) and size >= 1 for branches in sizes for size in branches):
+        raise ConversionError(f"its {_PATCH_SIZES} are {sizes}, which are no sizes")
+    return tuple(map(tuple, sizes))
 
 
 def _config(build: type, settings: dict[str, Any]) -> CrossViTConfig | DenseConfig:

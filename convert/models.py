@@ -77,9 +77,9 @@ def load_weights(source: str | Path, *, task: str | None = None, seed: int = 0, 
         task: "classification", "detection" or "segmentation"; default: that of the source. For another, a new model is
             made around the source's body, see `convert.dense.adapt_to_task`; it needs `num_classes`.
         seed: of a new head, or whatever else is new.
-        **overrides: settings, see `convert.adapt.adapt`, and for detectors and segmenters `DetectorConfig` and
-            `SegmenterConfig`. Of a model that is no variant, `branches` have to be given
-            where the source has no metadata; where it has, they may only be the same.
+        **overrides: settings (`image_size`, `patch_size`, …), see `convert.adapt.adapt`, and for detectors and
+            segmenters `DetectorConfig` and `SegmenterConfig`. Of a model that is no variant, `branches` have to be
+            given where the source has no metadata; where it has, they may only be the same.
 
     Raises:
         ConversionError: the source cannot be read, holds no complete CrossViT, or cannot be adapted.
@@ -91,18 +91,19 @@ def load_weights(source: str | Path, *, task: str | None = None, seed: int = 0, 
         if stored.description is not None:
             config, class_names = metadata.understand(stored.description)
             exif = metadata.recorded_exif(stored.description)
+            patch_sizes = metadata.recorded_patch_sizes(stored.description)
         else:
             size = overrides.get("image_size")
             size = (size, size) if isinstance(size, int) else size
             config, class_names = architecture.infer_config(shapes, size, overrides.get("branches")), None
-            exif = None
+            exif = patch_sizes = None
         said = ()
         if stored.said is not None:
             config, class_names, said = timm_config.honour(config, class_names, stored.said)
     except ConversionError as error:
         raise ConversionError(f"{source}: {error}") from None
     architecture.check(shapes, config, str(source))
-    known = {"config": config, "class_names": class_names, "exif": exif}
+    known = {"config": config, "class_names": class_names, "exif": exif, "patch_sizes": patch_sizes}
     known |= {"origin": stored.origin, "trained": stored.trained}
     weights = Weights(tensors=stored.tensors, notes=(*stored.notes, *said), **known)
     return adapt_to_task(weights, task, overrides, seed=seed)
@@ -210,6 +211,7 @@ def save(
     *,
     class_names: Sequence[str] | None = None,
     exif: Exif | None = None,
+    patch_sizes: tuple[tuple[int, ...], ...] | None = None,
     origin: str | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -220,6 +222,7 @@ def save(
         config: of the model; it travels as metadata.
         class_names: in the order of the logits; they travel as metadata.
         exif: whether training turned images as EXIF says (`crossvit_jax.preprocess.decode_image`); metadata as well.
+        patch_sizes: those that training drew from, where there were several; metadata as well.
         origin: where they come from, in words; a note for those who read a .safetensors file.
         overwrite: replace what is there.
 
@@ -235,7 +238,9 @@ def save(
     names = None if class_names is None else tuple(class_names)
     if names is not None and len(names) != config.num_classes:
         raise ConversionError(f"{len(names)} class names for {config.num_classes} classes")
-    weights = Weights(config=config, tensors=tensors, class_names=names, exif=exif, origin=origin)
+    weights = Weights(
+        config=config, tensors=tensors, class_names=names, exif=exif, patch_sizes=patch_sizes, origin=origin
+    )
     return write(weights, destination, overwrite=overwrite)
 
 

@@ -92,7 +92,8 @@ def _in_timm(config: CrossViTConfig | DenseConfig) -> str:
         "image_size": f"img_size={height if height == width else config.image_size}",
         "image_scale": f"img_scale=({', '.join(map(str, config.image_scale))})",
     }
-    fields = ("num_classes", "in_chans", "image_size", "image_scale", "qkv_bias", "global_pool", "crop_scale")
+    fields = ("num_classes", "in_chans", "image_size", "image_scale", "patch_size")
+    fields += ("qkv_bias", "global_pool", "crop_scale")
     changed = [field for field in fields if getattr(config, field) != getattr(usual, field)]
     settings = [f", {told.get(field, f'{field}={getattr(config, field)!r}')}" for field in changed]
     return f"timm.create_model('{TIMM_NAMES[config.name]}'{''.join(settings)})"

@@ -20,6 +20,7 @@ class Weights:
     tensors: Mapping[str, np.ndarray]  # timm's names and layouts, each in its stored dtype
     class_names: tuple[str, ...] | None = None
     exif: Exif | None = None  # whether training turned images as EXIF says, where the source tells
+    patch_sizes: tuple[tuple[int, ...], ...] | None = None  # that training drew from, where there were several
     origin: str | None = None  # where they come from, in words; .safetensors files keep it
     trained: Mapping[str, Any] | None = None  # how, for people: settings and data of the run that they come from
     license: str = "Apache-2.0"  # that of the published weights; exported files tell it

@@ -297,6 +297,36 @@ class CrossViTConfig:
             changes["branches"] = tuple(Branch(**dict(zip(BRANCH_SETTINGS, row, strict=True))) for row in rows)
         return dataclasses.replace(self, **changes)
 
+    def at_patch_size(self, patch_size: Sequence[int]) -> "CrossViTConfig":
+        """These settings with patches of other sizes: the branches see the same images, cut into other grids.
+
+        Args:
+            patch_size: pixels, one number per branch.
+
+        Raises:
+            ValueError: they do not divide the branches' images, or three convolutions embed the patches.
+        """
+        patch_size = tuple(patch_size)
+        if patch_size == self.patch_size:
+            return self
+        whole = all(isinstance(size, int) and size >= 1 for size in patch_size)
+        if len(patch_size) != len(self.branches) or not whole:
+            raise ValueError(f"patch_size must be {len(self.branches)} whole numbers, one per branch; got {patch_size}")
+        if self.multi_conv:
+            raise ValueError(
+                f"patch_size must stay {self.patch_size}, got {patch_size}: three convolutions embed the patches "
+                "(multi_conv), whose strides fix the size; only a single convolution can be resized"
+            )
+        for branch, (image, size) in enumerate(zip(self.branch_image_size, patch_size, strict=True)):
+            side = math.gcd(*image)
+            if side % size:
+                fitting = [str(divisor) for divisor in range(1, side + 1) if side % divisor == 0]
+                raise ValueError(
+                    f"patch_size {size} does not divide the image of branch {branch}, "
+                    f"{' x '.join(map(str, image))} pixels; these do: {', '.join(fitting)}"
+                )
+        return self.replace(patch_size=patch_size)
+
     @property
     def is_stochastic(self) -> bool:
         """Whether training mode draws random numbers."""

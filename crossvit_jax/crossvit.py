@@ -15,7 +15,7 @@ from crossvit_jax.config import CrossViTConfig, get_config
 from crossvit_jax.kernels.attention import fastest_implementation
 from crossvit_jax.layers import GELU, Conv, Identity, LayerNorm, Linear
 from crossvit_jax.patch_embed import PatchEmbed
-from crossvit_jax.resize import scale_image
+from crossvit_jax.resize import resample_pos_embed, scale_image
 
 
 class CrossViT(nnx.Module):
@@ -77,19 +77,27 @@ class CrossViT(nnx.Module):
         return self.config.feature_info
 
     def __call__(
-        self, images: Float[Array, "batch height width channels"], *, rngs: nnx.Rngs | None = None
+        self,
+        images: Float[Array, "batch height width channels"],
+        patch_size: tuple[int, ...] | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch out"]:
         """Logits (batch, classes), or without classes the pooled features (batch, widths), in float32 or wider.
 
         Args:
             images: channels last, ImageNet-normalised. Other sizes than the configured one are brought to it, as timm
                 does; that hides a mistake easily, so prefer a model of the right `image_size`.
+            patch_size: pixels of the patches, one number per branch; none: those of the config. For others, the kernels
+                that embed patches and the position embeddings are resized. A model that was not trained with such
+                patches loses accuracy.
             rngs: stream `dropout`, for training mode.
 
         Raises:
-            ValueError: wrong rank, channels or dtype of the images; or training mode without `rngs`.
+            ValueError: wrong rank, channels or dtype of the images; training mode without `rngs`; or a patch size that
+                cannot be, see `CrossViTConfig.at_patch_size`.
         """
-        xs = self._embed(images, rngs)
+        xs = self._embed(images, rngs, patch_size)
         *stages, last = self.blocks
         for stage in stages:
             xs = stage(xs, rngs=rngs)
@@ -100,10 +108,14 @@ class CrossViT(nnx.Module):
         return self.forward_head(self._normalise(xs), rngs=rngs)
 
     def forward_features(
-        self, images: Float[Array, "batch height width channels"], *, rngs: nnx.Rngs | None = None
+        self,
+        images: Float[Array, "batch height width channels"],
+        patch_size: tuple[int, ...] | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
     ) -> list[Float[Array, "batch _ _"]]:
         """Each branch's normalised tokens (batch, 1 + patches, dim), class token first."""
-        xs = self._embed(images, rngs)
+        xs = self._embed(images, rngs, patch_size)
         for stage in self.blocks:
             xs = stage(xs, rngs=rngs)
         return self._normalise(xs)
@@ -121,7 +133,7 @@ class CrossViT(nnx.Module):
         for stage in stages:
             xs = stage(xs, rngs=rngs)
         xs = self._normalise(last.run_branches(xs, rngs=rngs))
-        return [self._as_map(x[:, 1:], branch, "NHWC") for branch, x in enumerate(xs)]
+        return [self._as_map(x[:, 1:], grid, "NHWC") for grid, x in zip(self.config.grid_size, xs, strict=True)]
 
     def forward_head(
         self, xs: list[Float[Array, "batch _ _"]], *, pre_logits: bool = False, rngs: nnx.Rngs | None = None
@@ -143,6 +155,7 @@ class CrossViT(nnx.Module):
         stop_early: bool = False,
         output_fmt: str = "NHWC",
         intermediates_only: bool = False,
+        patch_size: tuple[int, ...] | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[list[Array], list[Array]] | list[Array]:
         """Patch features of all branches after any stage (timm `forward_intermediates`).
@@ -154,12 +167,13 @@ class CrossViT(nnx.Module):
             stop_early: leave out the stages after the last one asked for.
             output_fmt: "NHWC" or "NCHW" for maps of (rows, columns) patches, "NLC" for tokens (batch, patches, dim).
             intermediates_only: return only the list of intermediates.
+            patch_size: see the call.
 
         Returns:
             (the list that `forward_features` returns, intermediates in the order of their indices), or the latter only.
 
         Raises:
-            ValueError: an index out of range, or an unknown format.
+            ValueError: an index out of range, an unknown format, or as the call.
         """
         wanted = self.config.feature_indices(indices)
         if output_fmt not in ("NHWC", "NCHW", "NLC"):
@@ -167,26 +181,29 @@ class CrossViT(nnx.Module):
         stages = len(self.blocks)
         last = max(index % stages for index in wanted)
         taken = {}
-        xs = self._embed(images, rngs)
+        grids = self._at(patch_size).grid_size
+        xs = self._embed(images, rngs, patch_size)
         for i, stage in enumerate(self.blocks):
             if stop_early and i > last:
                 break
             xs = stage(xs, rngs=rngs)
             for branch, y in enumerate(self._normalise(xs) if norm else xs):
-                taken[branch * stages + i] = self._as_map(y[:, 1:], branch, output_fmt)
+                taken[branch * stages + i] = self._as_map(y[:, 1:], grids[branch], output_fmt)
         intermediates = [taken[index] for index in wanted]
         return intermediates if intermediates_only else (self._normalise(xs), intermediates)
 
-    def attention_maps(self, images: Float[Array, "batch height width channels"]) -> dict[str, Array]:
+    def attention_maps(
+        self, images: Float[Array, "batch height width channels"], patch_size: tuple[int, ...] | None = None
+    ) -> dict[str, Array]:
         """The attention weights of every attention by its path, in float32 or wider.
 
         (batch, heads, tokens, tokens) for self-attention, such as "blocks.0.blocks.1.2.attn", and (batch, heads, 1,
         tokens) for cross-attention, such as "blocks.0.fusion.1.attn", or "blocks.0.fusion.1.0.attn" where fusions have
-        a depth. Token 0 is the class token, the others are the patches row by row. Call it in
-        evaluation mode; other calls do not pay for it.
+        a depth. Token 0 is the class token, the others are the patches row by row, whose sizes are `patch_size`, see
+        the call. Call it in evaluation mode; other calls do not pay for it.
         """
         maps = {}
-        xs = self._embed(images, None)
+        xs = self._embed(images, None, patch_size)
         for i, stage in enumerate(self.blocks):
             maps |= {f"blocks.{i}.{path}": weights for path, weights in stage.attention_maps(xs).items()}
             xs = stage(xs)
@@ -269,7 +286,9 @@ class CrossViT(nnx.Module):
             return 1 + below + (int(path[3]) if path[1] == "blocks" else depths[stage])
         return 1 + sum(depths) + len(depths) if part in ("norm", "head") else 0
 
-    def _embed(self, images: Array, rngs: nnx.Rngs | None) -> list[Float[Array, "batch _ _"]]:
+    def _embed(
+        self, images: Array, rngs: nnx.Rngs | None, patch_size: tuple[int, ...] | None = None
+    ) -> list[Float[Array, "batch _ _"]]:
         """Each branch's class and patch tokens with position embeddings."""
         if images.ndim != 4 or images.shape[-1] != self.config.in_chans:
             raise ValueError(
@@ -282,13 +301,16 @@ class CrossViT(nnx.Module):
                 "dropout or drop path is on in training mode: pass rngs=nnx.Rngs(dropout=key), or call eval() first"
             )
         images = images.astype(jnp.promote_types(images.dtype, self.param_dtype))
-        xs = []
-        for i, (patch_embed, size) in enumerate(zip(self.patch_embed, self.config.branch_image_size, strict=True)):
-            x = patch_embed(scale_image(images, size, self.config.crop_scale))
+        config, xs = self._at(patch_size), []
+        for i, (patch_embed, size) in enumerate(zip(self.patch_embed, config.branch_image_size, strict=True)):
+            x = patch_embed(scale_image(images, size, config.crop_scale), config.patch_size[i])
             cls_token = getattr(self, f"cls_token_{i}")[...].astype(x.dtype)
             cls_token = jnp.broadcast_to(cls_token, (x.shape[0], 1, x.shape[2]), out_sharding=jax.typeof(x).sharding)
             x = jnp.concatenate([cls_token, x], axis=1)
-            x = x + getattr(self, f"pos_embed_{i}")[...].astype(x.dtype)
+            pos_embed = getattr(self, f"pos_embed_{i}")[...]
+            if config.grid_size[i] != self.config.grid_size[i]:
+                pos_embed = resample_pos_embed(pos_embed, self.config.grid_size[i], config.grid_size[i])
+            x = x + pos_embed.astype(x.dtype)
             xs.append(self.pos_drop(x, rngs=rngs))
         return xs
 
@@ -296,11 +318,15 @@ class CrossViT(nnx.Module):
         """Each branch's final norm."""
         return [norm(x) for norm, x in zip(self.norm, xs, strict=True)]
 
-    def _as_map(self, x: Float[Array, "batch patches dim"], branch: int, output_fmt: str) -> Array:
+    def _at(self, patch_size: tuple[int, ...] | None) -> CrossViTConfig:
+        """The settings at a patch size."""
+        return self.config if patch_size is None else self.config.at_patch_size(patch_size)
+
+    def _as_map(self, x: Float[Array, "batch patches dim"], grid: tuple[int, int], output_fmt: str) -> Array:
         """Patch tokens in the format asked for."""
         if output_fmt == "NLC":
             return x
-        x = x.reshape(x.shape[0], *self.config.grid_size[branch], x.shape[2])
+        x = x.reshape(x.shape[0], *grid, x.shape[2])
         return x if output_fmt == "NHWC" else x.transpose(0, 3, 1, 2)
 
 

@@ -68,6 +68,14 @@ class Conv(nnx.Conv):
         self.cuts_patches = stride == kernel_size and padding == 0
         self.set_forward_mode(False)
 
+    def cut_patches(
+        self, x: Float[Array, "batch height width in_chans"], kernel: Float[Array, "size size in_chans out_chans"]
+    ) -> Float[Array, "batch rows columns out_chans"]:
+        """What this convolution makes of patches of another size, by a kernel of theirs."""
+        x, kernel, bias = self.promote_dtype((x, kernel, self.bias[...]), dtype=self.dtype)
+        layout = ("NHWC", "HWIO", "NHWC")
+        return self.conv_general_dilated(x, kernel, kernel.shape[:2], "VALID", dimension_numbers=layout) + bias
+
     def set_forward_mode(self, enable: bool) -> None:
         """See `CrossViT.set_forward_mode`."""
         by_hand = self.cuts_patches and not enable

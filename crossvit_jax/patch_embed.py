@@ -5,6 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from crossvit_jax.layers import Conv, ReLU, Sequential
+from crossvit_jax.resize import resize_kernel
 
 
 class PatchEmbed(nnx.Module):
@@ -24,6 +25,7 @@ class PatchEmbed(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
+        self.patch_size = patch_size
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         if multi_conv:
             # (stride, padding) of the second and of the third convolution
@@ -40,7 +42,13 @@ class PatchEmbed(nnx.Module):
         else:
             self.proj = Conv(in_chans, embed_dim, patch_size, stride=patch_size, padding=0, **kwargs)
 
-    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch patches dim"]:
-        x = self.proj(x)
+    def __call__(
+        self, x: Float[Array, "batch height width channels"], patch_size: int | None = None
+    ) -> Float[Array, "batch patches dim"]:
+        """Patches of another size need a kernel that one convolution has, and three have not."""
+        if patch_size in (None, self.patch_size):
+            x = self.proj(x)
+        else:
+            x = self.proj.cut_patches(x, resize_kernel(self.proj.kernel[...], patch_size))
         batch, rows, columns, dim = x.shape
         return x.reshape(batch, rows * columns, dim)

@@ -1,6 +1,7 @@
 """torch's resizing, exactly: bicubic with a = -0.75, and for features bilinear and by averages; no antialiasing.
 
-`jax.image.resize` uses a = -0.5 and antialiases, which moves CrossViT's logits by 7-8 % of their range.
+`jax.image.resize` uses a = -0.5 and antialiases, which moves CrossViT's logits by 7-8 % of their range. Only
+parameters, which are brought to other patch sizes, are resized in that way, as timm does it.
 """
 
 import jax.numpy as jnp
@@ -83,6 +84,57 @@ def adaptive_average(
     real = jnp.promote_types(x.dtype, jnp.float32)
     matrices = [average_matrix(have, want, real) for have, want in zip(x.shape[1:3], size, strict=True)]
     return apply_matrices(x.astype(real), *matrices).astype(x.dtype)
+
+
+def resize_kernel(
+    kernel: Float[Array, "size size in_chans out_chans"], size: int
+) -> Float[Array, "new_size new_size in_chans out_chans"]:
+    """A kernel that cuts patches, for patches of another size: the pi-resize of FlexiViT (arXiv 2212.08013).
+
+    As timm's `resample_patch_embed`: where patches grow, the products of the new kernel with bicubically enlarged
+    patches are those of the old kernel with the patches as they were. Differentiable, in float32 or wider.
+    """
+    real = jnp.promote_types(kernel.dtype, jnp.float32)
+    matrix = kernel_matrix(kernel.shape[0], size).astype(real)
+    as_image = kernel.astype(real).reshape(1, *kernel.shape[:2], -1)
+    return apply_matrices(as_image, matrix, matrix).reshape(size, size, *kernel.shape[2:]).astype(kernel.dtype)
+
+
+def resample_pos_embed(
+    embedding: Float[Array, "1 tokens dim"], grid: tuple[int, int], new_grid: tuple[int, int]
+) -> Float[Array, "1 new_tokens dim"]:
+    """Position embeddings for another grid of (rows, columns); that of the class token stays as it is.
+
+    As timm's `resample_abs_pos_embed`: bicubic, antialiased. Differentiable, in float32 or wider.
+    """
+    real = jnp.promote_types(embedding.dtype, jnp.float32)
+    matrices = [antialiased_matrix(have, want).astype(real) for have, want in zip(grid, new_grid, strict=True)]
+    patches = embedding[:, 1:].astype(real).reshape(1, *grid, -1)
+    patches = apply_matrices(patches, *matrices).reshape(1, -1, embedding.shape[2])
+    return jnp.concatenate([embedding[:, :1], patches.astype(embedding.dtype)], axis=1)
+
+
+def kernel_matrix(size: int, new_size: int) -> Float[np.ndarray, "new_size size"]:
+    """What `resize_kernel` multiplies by along each axis, in float64.
+
+    The pseudo-inverse of resizing along both axes is that of each along its own.
+    """
+    return np.linalg.pinv(antialiased_matrix(size, new_size)).T
+
+
+def antialiased_matrix(in_size: int, out_size: int) -> Float[np.ndarray, "out_size in_size"]:
+    """The weights of every input pixel in every output pixel along one axis, in float64.
+
+    Bicubic with a = -0.5, as torch's `interpolate(mode="bicubic", antialias=True)`: where pixels grow, the cubic is as
+    wide as four of the new ones.
+    """
+    a, step = -0.5, in_size / out_size
+    middle = step * (np.arange(out_size) + 0.5)
+    x = np.abs(np.arange(in_size) + 0.5 - middle[:, None]) / max(step, 1.0)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1  # x <= 1
+    far = a * (((x - 5) * x + 8) * x - 4)  # 1 < x <= 2
+    weights = np.where(x <= 1, near, np.where(x <= 2, far, 0.0))
+    return weights / weights.sum(axis=1, keepdims=True)
 
 
 def bilinear_matrix(in_size: int, out_size: int, dtype: np.dtype) -> Float[np.ndarray, "out_size in_size"]:

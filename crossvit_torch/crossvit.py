@@ -12,7 +12,7 @@ from crossvit_jax.config import CrossViTConfig, get_config
 from crossvit_torch.blocks import MultiScaleBlock
 from crossvit_torch.layers import Identity, LayerNorm, Linear
 from crossvit_torch.patch_embed import PatchEmbed
-from crossvit_torch.resize import scale_image
+from crossvit_torch.resize import resample_pos_embed, scale_image
 
 
 class CrossViT(nn.Module):
@@ -85,18 +85,24 @@ class CrossViT(nn.Module):
         """What `forward_intermediates` returns, see `CrossViTConfig.feature_info`."""
         return self.config.feature_info
 
-    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out"]:
+    def forward(
+        self, images: Float[Tensor, "batch channels height width"], patch_size: tuple[int, ...] | None = None
+    ) -> Float[Tensor, "batch out"]:
         """Logits (batch, classes), or without classes the pooled features (batch, widths), in float32 or wider.
 
         Args:
             images: channels first, ImageNet-normalised. Other sizes than the configured one are brought to it, as timm
                 does; that hides a mistake easily, so prefer a model of the right `image_size`.
+            patch_size: pixels of the patches, one number per branch; none: those of the config. For others, the kernels
+                that embed patches and the position embeddings are resized. A model that was not trained with such
+                patches loses accuracy.
 
         Raises:
-            ValueError: wrong rank, channels or dtype of the images.
+            ValueError: wrong rank, channels or dtype of the images; or a patch size that cannot be, see
+                `CrossViTConfig.at_patch_size`.
         """
         with self._precision(images):
-            xs = self._embed(images)
+            xs = self._embed(images, patch_size)
             *stages, last = self.blocks
             for stage in stages:
                 xs = stage(xs)
@@ -108,11 +114,11 @@ class CrossViT(nn.Module):
         return self.forward_head(xs)
 
     def forward_features(
-        self, images: Float[Tensor, "batch channels height width"]
+        self, images: Float[Tensor, "batch channels height width"], patch_size: tuple[int, ...] | None = None
     ) -> list[Float[Tensor, "batch _ _"]]:
         """Each branch's normalised tokens (batch, 1 + patches, dim), class token first."""
         with self._precision(images):
-            xs = self._embed(images)
+            xs = self._embed(images, patch_size)
             for stage in self.blocks:
                 xs = stage(xs)
             return self._normalise(xs)
@@ -131,7 +137,7 @@ class CrossViT(nn.Module):
             for stage in stages:
                 xs = stage(xs)
             xs = self._normalise(last.run_branches(xs))
-        return [self._as_map(x[:, 1:], branch, "NCHW") for branch, x in enumerate(xs)]
+        return [self._as_map(x[:, 1:], grid, "NCHW") for grid, x in zip(self.config.grid_size, xs, strict=True)]
 
     def forward_head(
         self, xs: list[Float[Tensor, "batch _ _"]], *, pre_logits: bool = False
@@ -153,6 +159,7 @@ class CrossViT(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        patch_size: tuple[int, ...] | None = None,
     ) -> tuple[list[Tensor], list[Tensor]] | list[Tensor]:
         """Patch features of all branches after any stage (timm `forward_intermediates`).
 
@@ -163,12 +170,13 @@ class CrossViT(nn.Module):
             stop_early: leave out the stages after the last one asked for.
             output_fmt: "NCHW" or "NHWC" for maps of (rows, columns) patches, "NLC" for tokens (batch, patches, dim).
             intermediates_only: return only the list of intermediates.
+            patch_size: see the call.
 
         Returns:
             (the list that `forward_features` returns, intermediates in the order of their indices), or the latter only.
 
         Raises:
-            ValueError: an index out of range, or an unknown format.
+            ValueError: an index out of range, an unknown format, or as the call.
         """
         wanted = self.config.feature_indices(indices)
         if output_fmt not in ("NCHW", "NHWC", "NLC"):
@@ -176,28 +184,31 @@ class CrossViT(nn.Module):
         stages = len(self.blocks)
         last = max(index % stages for index in wanted)
         taken = {}
+        grids = self._at(patch_size).grid_size
         with self._precision(images):
-            xs = self._embed(images)
+            xs = self._embed(images, patch_size)
             for i, stage in enumerate(self.blocks):
                 if stop_early and i > last:
                     break
                 xs = stage(xs)
                 for branch, y in enumerate(self._normalise(xs) if norm else xs):
-                    taken[branch * stages + i] = self._as_map(y[:, 1:], branch, output_fmt)
+                    taken[branch * stages + i] = self._as_map(y[:, 1:], grids[branch], output_fmt)
             intermediates = [taken[index] for index in wanted]
             return intermediates if intermediates_only else (self._normalise(xs), intermediates)
 
-    def attention_maps(self, images: Float[Tensor, "batch channels height width"]) -> dict[str, Tensor]:
+    def attention_maps(
+        self, images: Float[Tensor, "batch channels height width"], patch_size: tuple[int, ...] | None = None
+    ) -> dict[str, Tensor]:
         """The attention weights of every attention by its path, in float32 or wider.
 
         (batch, heads, tokens, tokens) for self-attention, such as "blocks.0.blocks.1.2.attn", and (batch, heads, 1,
         tokens) for cross-attention, such as "blocks.0.fusion.1.attn", or "blocks.0.fusion.1.0.attn" where fusions have
-        a depth. Token 0 is the class token, the others are the patches row by row. Call it in
-        evaluation mode; other calls do not pay for it.
+        a depth. Token 0 is the class token, the others are the patches row by row, whose sizes are `patch_size`, see
+        the call. Call it in evaluation mode; other calls do not pay for it.
         """
         maps = {}
         with self._precision(images):
-            xs = self._embed(images)
+            xs = self._embed(images, patch_size)
             for i, stage in enumerate(self.blocks):
                 maps |= {f"blocks.{i}.{path}": weights for path, weights in stage.attention_maps(xs).items()}
                 xs = stage(xs)
@@ -254,7 +265,7 @@ class CrossViT(nn.Module):
             return 1 + below + (int(path[3]) if path[1] == "blocks" else depths[stage])
         return 1 + sum(depths) + len(depths) if part in ("norm", "head") else 0
 
-    def _embed(self, images: Tensor) -> list[Float[Tensor, "batch _ _"]]:
+    def _embed(self, images: Tensor, patch_size: tuple[int, ...] | None = None) -> list[Float[Tensor, "batch _ _"]]:
         """Each branch's class and patch tokens with position embeddings."""
         if images.ndim != 4 or images.shape[1] != self.config.in_chans:
             raise ValueError(
@@ -263,12 +274,15 @@ class CrossViT(nn.Module):
         if not images.is_floating_point():
             raise ValueError(f"images must be normalised floats; got dtype {images.dtype}")
         images = images.to(self.param_dtype)
-        xs = []
-        for i, (patch_embed, size) in enumerate(zip(self.patch_embed, self.config.branch_image_size, strict=True)):
-            x = patch_embed(scale_image(images, size, self.config.crop_scale))
+        config, xs = self._at(patch_size), []
+        for i, (patch_embed, size) in enumerate(zip(self.patch_embed, config.branch_image_size, strict=True)):
+            x = patch_embed(scale_image(images, size, config.crop_scale), config.patch_size[i])
             cls_token = getattr(self, f"cls_token_{i}").to(x.dtype)
             x = torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-            x = x + getattr(self, f"pos_embed_{i}").to(x.dtype)
+            pos_embed = getattr(self, f"pos_embed_{i}")
+            if config.grid_size[i] != self.config.grid_size[i]:
+                pos_embed = resample_pos_embed(pos_embed, self.config.grid_size[i], config.grid_size[i])
+            x = x + pos_embed.to(x.dtype)
             xs.append(self.pos_drop(x))
         return xs
 
@@ -276,11 +290,15 @@ class CrossViT(nn.Module):
         """Each branch's final norm."""
         return [norm(x) for norm, x in zip(self.norm, xs, strict=True)]
 
-    def _as_map(self, x: Float[Tensor, "batch patches dim"], branch: int, output_fmt: str) -> Tensor:
+    def _at(self, patch_size: tuple[int, ...] | None) -> CrossViTConfig:
+        """The settings at a patch size."""
+        return self.config if patch_size is None else self.config.at_patch_size(patch_size)
+
+    def _as_map(self, x: Float[Tensor, "batch patches dim"], grid: tuple[int, int], output_fmt: str) -> Tensor:
         """Patch tokens in the format asked for."""
         if output_fmt == "NLC":
             return x
-        x = x.reshape(x.shape[0], *self.config.grid_size[branch], x.shape[2])
+        x = x.reshape(x.shape[0], *grid, x.shape[2])
         return x if output_fmt == "NHWC" else x.permute(0, 3, 1, 2).contiguous()
 
     def _precision(self, images: Tensor) -> torch.autocast:

@@ -3,8 +3,10 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from crossvit_torch.layers import Conv, ReLU, Sequential
+from crossvit_torch.resize import resize_kernel
 
 
 class PatchEmbed(nn.Module):
@@ -24,6 +26,7 @@ class PatchEmbed(nn.Module):
         device=None,
     ):
         super().__init__()
+        self.patch_size = patch_size
         kwargs = {"dtype": param_dtype, "device": device}
         if multi_conv:
             # (stride, padding) of the second and of the third convolution
@@ -38,5 +41,12 @@ class PatchEmbed(nn.Module):
         else:
             self.proj = Conv(in_chans, embed_dim, patch_size, stride=patch_size, padding=0, **kwargs)
 
-    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch patches dim"]:
-        return self.proj(x).flatten(2).transpose(1, 2)
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"], patch_size: int | None = None
+    ) -> Float[Tensor, "batch patches dim"]:
+        """Patches of another size need a kernel that one convolution has, and three have not."""
+        if patch_size in (None, self.patch_size):
+            x = self.proj(x)
+        else:
+            x = functional.conv2d(x, resize_kernel(self.proj.weight, patch_size), self.proj.bias, stride=patch_size)
+        return x.flatten(2).transpose(1, 2)

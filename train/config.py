@@ -1,5 +1,6 @@
 """`TrainConfig`: every setting of a run. The only way settings travel; imports no framework."""
 
+import argparse
 import dataclasses
 import math
 import operator
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
 from convert.class_names import NATURAL, TEXT
-from convert.command_line import data_set, weights_source
+from convert.command_line import data_set, patch_size, weights_source
 from convert.errors import SettingsError
 from convert.files import home_path
 from convert.image_files import USUAL_SHARE
@@ -24,7 +25,7 @@ _SHARE, _PART, _RATE = {"at_least": 0, "at_most": 1}, {"above": 0, "at_most": 1}
 _CLASSIFICATION = {"mixup": 0, "cutmix": 0, "smoothing": 0, "repeated_aug": 1, "loss": "softmax", "qat": None}
 _CLASSIFICATION |= {"auto_augment": "", "erase_prob": 0, "class_order": None, "crop_pct": None, "dropout": 0}
 _CLASSIFICATION |= {"crop_scale": (0.08, 1.0), "crop_ratio": (3 / 4, 4 / 3), "mix_prob": 1, "cutmix_share": 0.5}
-_CLASSIFICATION |= {"mix_group": None}
+_CLASSIFICATION |= {"mix_group": None, "patch_sizes": None}
 _DENSE = {"width": None, "scale_jitter": (1.0, 1.0), "color_jitter": 0}
 _DETECTION = {"num_convs": None, "distances": None}
 _SEGMENTATION = {"decoder": None, "dice": 0, "ignore_index": 255}
@@ -77,6 +78,14 @@ def branch_text(text: str) -> str:
     try:
         return str(Branch.parse(text))
     except ValueError as error:
+        raise SettingsError(str(error)) from None
+
+
+def patch_size_text(text: str) -> str:
+    """`24,32`, the pixels of the patches of each branch. Raises SettingsError for anything else."""
+    try:
+        return ",".join(map(str, patch_size(text)))
+    except argparse.ArgumentTypeError as error:
         raise SettingsError(str(error)) from None
 
 
@@ -164,6 +173,13 @@ class TrainConfig:
     )
     image_scale: tuple[float, ...] | None = setting(
         None, "share of the image size that each branch sees, such as 1,14/15; none: the branches' own", number_tuple
+    )
+    patch_sizes: tuple[str, ...] | None = setting(
+        None,
+        "classification: patch sizes, a number for each branch, of which one is drawn for each step, such as 24,32 "
+        "20,28 12,16; the model's own among them; none: that alone",
+        patch_size_text,
+        many=True,
     )
     crop_pct: float | None = setting(
         None, "share of the resized image kept in evaluation; none: the variant's", float, **_PART
@@ -328,6 +344,12 @@ class TrainConfig:
             raise SettingsError(
                 f"qat {self.qat} rounds all but the heads, and freeze_backbone trains only them: leave one out"
             )
+        if self.patch_sizes is not None:
+            if self.qat is not None:
+                raise SettingsError(f"qat {self.qat} rounds kernels, and patch_sizes resizes them: leave one out")
+            twice = {size for size in self.patch_sizes if self.patch_sizes.count(size) > 1}
+            if twice:
+                raise SettingsError(f"patch_sizes names {', '.join(sorted(twice))} twice")
         for name, nothing in _MEANS_NOTHING[self.task].items():
             if getattr(self, name) != nothing:
                 raise SettingsError(f"{name} is no setting of {self.task}; got {getattr(self, name)}")
@@ -353,6 +375,11 @@ class TrainConfig:
     def peak_lr(self) -> float:
         """The learning rate after the warm-up, for this batch size (IBM main.py:245)."""
         return self.lr * self.batch_size / self.lr_batch_size
+
+    @property
+    def drawn_patch_sizes(self) -> tuple[tuple[int, ...], ...] | None:
+        """`patch_sizes` as numbers."""
+        return self.patch_sizes and tuple(tuple(map(int, size.split(","))) for size in self.patch_sizes)
 
     def model_overrides(self) -> dict[str, Any]:
         """The settings of `CrossViTConfig` that these decide."""

@@ -4,13 +4,14 @@
 # processes, which import this module too, need none of it.
 import argparse
 import dataclasses
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convert.class_names import NATURAL, TEXT, in_order, read_names, unlike_timm
-from convert.command_line import Parser, at_least_zero, data_set, leave, run
+from convert.command_line import Parser, at_least_zero, data_set, leave, patch_size, run
 from convert.errors import SettingsError
 from convert.files import home_path
 from convert.streams import tell_error
@@ -29,11 +30,13 @@ from train.inference.command import (
 )
 
 if TYPE_CHECKING:
+    from train.data.sources import Source
     from train.images.tiles import Tiling
     from train.inference.dataset import Data
     from train.inference.model import Classifier, Predictor
 
 _PROGRAM = "python -m train.evaluate"
+_ALL = "all"
 _DATA = ("dataset", "data_dir", "seed", "val_fraction")  # flags that a run can tell
 
 _EPILOG = f"""\
@@ -60,6 +63,13 @@ def _parser() -> Parser:
     )
     add_model_flags(parser)
     add = parser.add_argument
+    add(
+        "--patch-size",
+        type=lambda text: _ALL if text == _ALL else patch_size(text),
+        metavar="N,N|all",
+        help="of classifiers: resize kernels and positions to patches of these pixels, a number for each branch; all: "
+        "a table of those trained with, or of usual ones, with their cost, speed and top-1 (default: the weights' own)",
+    )
     add(
         "--dataset",
         type=data_set,
@@ -128,6 +138,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     from train.inference.model import Classifier
     from train.tasks.begin import task_of
 
+    if args.patch_size == _ALL:
+        return _evaluate_patch_sizes(args)
     model = load_model(args)
     tiling = tiling_of(args, task_of(model.task.model_config))
     if isinstance(model, Classifier):
@@ -137,44 +149,23 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _evaluate_classifier(args: argparse.Namespace, classifier: "Classifier") -> int:
     from train.data.bad_images import BadImages
-    from train.data.sources import Matched, image_names
+    from train.data.sources import image_names
     from train.data.tagged_images import TaggedImages
-    from train.inference.dataset import open_data
     from train.inference.evaluation import evaluate
-    from train.run.folder import run_behind
     from train.run.progress import open_bar
-    from train.tasks.classification import match_classes
 
-    given = {name: getattr(args, name) for name in _DATA if hasattr(args, name)}
-    data = open_data(given, args.split, run_behind(args.weights))
-    source = data.images
+    data, source, classifier = _matched_classes(args, classifier)
     config = classifier.config
-    known, order_notes = _names_of_outputs(args.class_order, data, classifier.class_names, config.num_classes)
-    classes, match_notes = match_classes(data.class_names, known, config.num_classes)
-    class_notes = [*order_notes, *match_notes] if known else order_notes or match_notes
-    tell_notes(_PROGRAM, [*data.notes, *classifier.notes, *class_notes])
     output = Path(args.output) if args.output else None
     if output:
         classifier.task.scores(source).check_place(output)
         output.mkdir(parents=True, exist_ok=True)
-    height, width = config.image_size
-    print(
-        f"CrossViT {config.name} at {height} x {width} pixels (crop {config.crop_pct:g}), "
-        f"{config.num_classes} classes, {classifier.precision}"
-        f"{f', weights rounded to {args.quantize}' * (args.quantize is not None)}, {classifier.device_summary}\n"
-        f"{data.dataset}: {len(source)} images ({data.split})",
-        flush=True,
-    )
-    workers = reading_processes(len(source)) if args.workers is None else args.workers
-    names = known or data.class_names
-    classifier = dataclasses.replace(classifier, task=dataclasses.replace(classifier.task, class_names=names))
-    batch_size = classifier.batch_size(args.batch_size, len(source))
-    source = Matched(source, tuple(classes.tolist()))
+    print(_about(args, classifier, data), flush=True)
     scores = classifier.task.scores(source)
     with open_bar(total=len(source), unit=" images") as bar:
         bad_images = BadImages(source, lambda line: bar.write(f"{_PROGRAM}: {line}", file=sys.stderr))
         tagged = TaggedImages()
-        how = {"batch_size": batch_size, "workers": workers, "advance": bar.update, "tagged": tagged}
+        how = {**_batches(args, classifier, source), "advance": bar.update, "tagged": tagged}
         images_per_s = evaluate(classifier, source, scores, bad_images, **how)
     tell_notes(_PROGRAM, exif_notes(args, classifier, tagged))
     values = scores.values()
@@ -195,6 +186,7 @@ def _evaluate_classifier(args: argparse.Namespace, classifier: "Classifier") -> 
             "split": data.split,
             "model": config.name,
             "image_size": config.image_size,
+            "patch_size": config.patch_size,
             "crop_pct": config.crop_pct,
             "exif": classifier.task.config.exif,
             "precision": classifier.precision,
@@ -206,6 +198,94 @@ def _evaluate_classifier(args: argparse.Namespace, classifier: "Classifier") -> 
         written = scores.write(output, about=about, **how)
         print(f"written     {', '.join(written)} in {output}")
     return 0
+
+
+def _matched_classes(args: argparse.Namespace, classifier: "Classifier") -> "tuple[Data, Source, Classifier]":
+    """The data set asked for, its images with labels in the order of the outputs, and the classifier with the names of
+    its outputs; what the user should know of them is told."""
+    from train.data.sources import Matched
+    from train.inference.dataset import open_data
+    from train.run.folder import run_behind
+    from train.tasks.classification import match_classes
+
+    given = {name: getattr(args, name) for name in _DATA if hasattr(args, name)}
+    data = open_data(given, args.split, run_behind(args.weights))
+    count = classifier.config.num_classes
+    known, order_notes = _names_of_outputs(args.class_order, data, classifier.class_names, count)
+    classes, match_notes = match_classes(data.class_names, known, count)
+    class_notes = [*order_notes, *match_notes] if known else order_notes or match_notes
+    tell_notes(_PROGRAM, [*data.notes, *classifier.notes, *class_notes])
+    task = dataclasses.replace(classifier.task, class_names=known or data.class_names)
+    return data, Matched(data.images, tuple(classes.tolist())), dataclasses.replace(classifier, task=task)
+
+
+def _about(args: argparse.Namespace, classifier: "Classifier", data: "Data") -> str:
+    """What is evaluated on what, in two lines."""
+    config = classifier.config
+    height, width = config.image_size
+    return (
+        f"CrossViT {config.name} at {height} x {width} pixels (crop {config.crop_pct:g}), "
+        f"{config.num_classes} classes, {classifier.precision}"
+        f"{f', weights rounded to {args.quantize}' * (args.quantize is not None)}, {classifier.device_summary}\n"
+        f"{data.dataset}: {len(data.images)} images ({data.split})"
+    )
+
+
+def _batches(args: argparse.Namespace, model: "Predictor", source: "Source") -> dict[str, int]:
+    """How the images are read."""
+    workers = reading_processes(len(source)) if args.workers is None else args.workers
+    return {"batch_size": model.batch_size(args.batch_size, len(source)), "workers": workers}
+
+
+def _evaluate_patch_sizes(args: argparse.Namespace) -> int:
+    """Prints a line for each patch size, those of the least work first."""
+    from train.cost.flops import macs_per_image
+    from train.data.bad_images import BadImages
+    from train.data.tagged_images import TaggedImages
+    from train.inference.evaluation import evaluate
+    from train.inference.model import require_classifier
+    from train.inference.patch_sizes import compared_patch_sizes
+    from train.run.progress import open_bar
+
+    if args.output:
+        raise SettingsError("--patch-size all prints a table: --output is for one patch size")
+    stored = load_model(_at(args, None))
+    require_classifier(args.weights, stored.task.model_config)
+    if stored.config.multi_conv:
+        raise SettingsError(f"{args.weights} has no other patch size: three convolutions embed the patches")
+    data, source, stored = _matched_classes(args, stored)
+    if stored.patch_sizes is None:
+        tell_notes(_PROGRAM, ["weights lose accuracy at patch sizes that they were not trained with"])
+    print(_about(args, stored, data))
+    print(f"{'patch size':16}{'GMAC':>8}{'images/s':>10}{'top-1':>10}", flush=True)
+    seen: set[str] = set()
+
+    def tell_once(write: Callable[..., None], line: str) -> None:
+        if line not in seen:
+            seen.add(line)
+            write(f"{_PROGRAM}: {line}", file=sys.stderr)
+
+    for size in compared_patch_sizes(stored.config, stored.patch_sizes):
+        is_stored = size == stored.config.patch_size
+        classifier = stored if is_stored else load_model(_at(args, size))
+        classifier = dataclasses.replace(
+            classifier, task=dataclasses.replace(classifier.task, class_names=stored.task.class_names)
+        )
+        scores, tagged = classifier.task.scores(source), TaggedImages()
+        with open_bar(total=len(source), unit=" images") as bar:
+            tell = functools.partial(tell_once, bar.write)
+            how = {**_batches(args, classifier, source), "advance": bar.update, "tagged": tagged}
+            images_per_s = evaluate(classifier, source, scores, BadImages(source, tell), **how)
+            for note in exif_notes(args, classifier, tagged):
+                tell(f"note: {note}")
+        name = ",".join(map(str, size)) + " (stored)" * is_stored
+        gmacs, top1 = macs_per_image(classifier.config) / 1e9, scores.values()["top1"]
+        print(f"{name:16}{gmacs:8.3f}{images_per_s:10.0f}{top1:8.2f} %", flush=True)
+    return 0
+
+
+def _at(args: argparse.Namespace, size: tuple[int, ...] | None) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(args), "patch_size": size})
 
 
 def _evaluate_dense(args: argparse.Namespace, model: "Predictor", tiling: "Tiling | None") -> int:

@@ -30,7 +30,7 @@ from train.optim.carried import check_carried, read_carried
 from train.optim.quantize import require_qwix
 from train.recipes import RECIPES
 from train.run.folder import begun_settings, check_same_run, describe_run, newest_checkpoint, read_run
-from train.tasks.begin import check_task, make_task, starting_model
+from train.tasks.begin import check_task, make_task, starting_model, variants_of
 from train.tasks.task import Task
 
 
@@ -123,7 +123,7 @@ def prepare(config: TrainConfig) -> Job:
             raise SettingsError(f"timm does not understand auto_augment {config.auto_augment!r}") from error
     described = describe_run(
         config,
-        model=describe(model_config, image_sets.class_names, config.exif),
+        model=describe(model_config, image_sets.class_names, config.exif, config.drawn_patch_sizes),
         data=_describe_data(config, image_sets),
     )
     described["id"] = uuid.uuid4().hex[:8] if saved is None else saved.get("id")
@@ -132,6 +132,7 @@ def prepare(config: TrainConfig) -> Job:
     kernel, kernel_notes = choose_attention(config.attention_kernel, model_config, config.precision, mesh)
     config = dataclasses.replace(config, attention_kernel=kernel)
     task = make_task(config, model_config, image_sets)
+    variants_of(task)  # which are checked
     weight_notes = () if weights is None else weights.notes
     notes = [
         *image_sets.notes,

@@ -242,7 +242,7 @@ class _Run:
             self._count_tagged("training", batch.pop("tagged"))
             if programs.augment is not None:
                 batch = programs.augment(batch, self._step)
-            self.state, metrics = programs.train_step(self.state, batch)
+            self.state, metrics = programs.step_after(self._step)(self.state, batch)
             self._step += 1
             if not self._first_step_done:
                 self._after_the_first_step(metrics, batch)

@@ -23,7 +23,7 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 INDEX = "model.safetensors.index.json"  # of weights in several files
 LOCAL = "local-dir:"  # timm's prefix for such a folder
 # what timm's variants fix
-_FIXED = ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "fusion_depth", "multi_conv", "stages")
+_FIXED = ("embed_dim", "depth", "num_heads", "mlp_ratio", "fusion_depth", "multi_conv", "stages")
 
 
 def is_hf_folder(folder: Path) -> bool:
@@ -56,7 +56,7 @@ def write_hf(weights: Weights, folder: Path) -> None:
     from safetensors.numpy import save
 
     folder.mkdir()
-    description = json.dumps(metadata.describe(weights.config, weights.class_names, weights.exif))
+    description = json.dumps(metadata.describe_weights(weights))
     tensors = {name: np.ascontiguousarray(array) for name, array in weights.tensors.items()}
     write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt", metadata.KEY: description}))
     write_bytes(folder / CONFIG, (json.dumps(_config(weights), indent=2) + "\n").encode())
@@ -90,7 +90,7 @@ def model_args(config: CrossViTConfig) -> dict[str, Any]:
         "img_size": height if height == width else [height, width],
         "img_scale": [float(scale) for scale in config.image_scale],
     }
-    fields = ("qkv_bias", "global_pool", "crop_scale")
+    fields = ("patch_size", "qkv_bias", "global_pool", "crop_scale")
     return args | {name: getattr(config, name) for name in fields if getattr(config, name) != getattr(usual, name)}
 
 

@@ -77,7 +77,7 @@ def _writer(path: Path) -> Callable[[Weights, Path], None]:
 
 def _write_safetensors(weights: Weights, path: Path, layout: str = "pt") -> None:
     arrays = to_flax_paths(weights.tensors) if layout == "flax" else weights.tensors
-    description = json.dumps(metadata.describe(weights.config, weights.class_names, weights.exif))
+    description = json.dumps(metadata.describe_weights(weights))
     origin = {} if weights.origin is None else {metadata.ORIGIN: weights.origin}
     write_bytes(path, *_safetensors(arrays, {"format": layout, metadata.KEY: description, **origin}))
 
@@ -111,7 +111,7 @@ def _write_pth(weights: Weights, path: Path) -> None:
 
 
 def _write_orbax(weights: Weights, path: Path) -> None:
-    description = metadata.describe(weights.config, weights.class_names, weights.exif)
+    description = metadata.describe_weights(weights)
     write_orbax(path, nest(weights.tensors), description)
 
 

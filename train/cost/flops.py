@@ -1,10 +1,33 @@
 """The arithmetic of a traced program: what has to be computed, whatever the compiler makes of it."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+from convert.architecture import abstract_model
+from crossvit_jax import CrossViTConfig
+
+
+def macs_per_image(config: CrossViTConfig) -> int:
+    """Multiply-adds of a classifier's matrix products and convolutions for one image.
+
+    The resize between the branches, which is no product by nature, does not count.
+    """
+    graphdef, params = abstract_model(dataclasses.replace(config, crop_scale=True))  # a crop in its place
+    images = jax.ShapeDtypeStruct((1, *config.image_size, config.in_chans), jnp.float32)
+
+    def forward(params: Any, images: Any) -> Any:
+        model = nnx.merge(graphdef, params)
+        model.eval()
+        return model(images)
+
+    return matrix_flops(jax.make_jaxpr(forward)(params, images)) // 2
 
 
 def matrix_flops(program: ClosedJaxpr | Jaxpr) -> int:

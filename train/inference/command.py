@@ -141,8 +141,8 @@ def tiling_of(args: argparse.Namespace, learned: str) -> "Tiling | None":
 
 
 def load_model(args: argparse.Namespace) -> "Predictor":
-    """The model that the flags of `add_model_flags` and `add_detection_flags` ask for. Raises as `load_predictor`
-    does."""
+    """The model that the flags of `add_model_flags` and `add_detection_flags` ask for, and `--patch-size` where a
+    command has that. Raises as `load_predictor` does."""
     from crossvit_jax.preprocess import limit_pixels
     from train.devices.process import keep_compiled_programs, keep_freed_memory
     from train.inference.model import load_predictor
@@ -151,8 +151,9 @@ def load_model(args: argparse.Namespace) -> "Predictor":
     keep_compiled_programs()
     limit_pixels(args.max_pixels)
     settings = ("image_size", "crop_pct", "precision", "attention_kernel", "quantize", "exif")
-    of_detectors = (name for name in ("score_threshold", "iou_threshold", "max_detections") if name in args)
-    return load_predictor(args.weights, **{name: getattr(args, name) for name in (*settings, *of_detectors)})
+    of_some = ("patch_size", "score_threshold", "iou_threshold", "max_detections")
+    settings += tuple(name for name in of_some if name in args)
+    return load_predictor(args.weights, **{name: getattr(args, name) for name in settings})
 
 
 def exif_notes(args: argparse.Namespace, classifier: "Predictor", tagged: "TaggedImages") -> list[str]:

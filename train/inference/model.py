@@ -40,6 +40,7 @@ class Predictor:
     graphdef: nnx.GraphDef
     params: Any
     mesh: Mesh
+    patch_sizes: tuple[tuple[int, ...], ...] | None = None  # that training drew from, where the weights tell
 
     @property
     def platform(self) -> str:
@@ -101,6 +102,7 @@ def load_predictor(
     source: str,
     *,
     image_size: tuple[int, int] | None = None,
+    patch_size: tuple[int, ...] | None = None,
     crop_pct: float | None = None,
     precision: str | None = None,
     attention_kernel: str = "auto",
@@ -112,6 +114,7 @@ def load_predictor(
 
     Args:
         image_size: (height, width) to resample the position embeddings to; none: as stored.
+        patch_size: pixels of each branch's patches, to which kernels and positions are resized; none: as stored.
         crop_pct: share of the resized image that a classifier's evaluation crop keeps; none: as stored.
         precision: float32 or bfloat16; none: bfloat16 on accelerators, float32 otherwise.
         attention_kernel: auto, xla or cudnn, see `train.devices.attention.choose_attention`.
@@ -127,7 +130,7 @@ def load_predictor(
     """
     if quantize is not None:
         require_qwix("--quantize")
-    changes = {"image_size": image_size, "crop_pct": crop_pct}
+    changes = {"image_size": image_size, "patch_size": patch_size, "crop_pct": crop_pct}
     weights = checked_weights(source, **{field: value for field, value in changes.items() if value is not None})
     learned = task_of(weights.config)
     of_classifiers = {"crop_pct": crop_pct, "quantize": quantize}
@@ -148,7 +151,8 @@ def load_predictor(
     task = TASKS[learned](config, weights.config, names, **settings)
     notes = (*weights.notes, *notes)
     kind = Classifier if learned == "classification" else Predictor
-    return kind(task, weights.class_names, notes, weights.exif, precision, graphdef, params, mesh)
+    known = (weights.class_names, notes, weights.exif, precision, graphdef, params, mesh)
+    return kind(task, *known, patch_sizes=weights.patch_sizes)
 
 
 def _check_settings(source: str, learned: str, given: dict[str, Any]) -> None:

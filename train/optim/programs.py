@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from train.config import TrainConfig
@@ -15,6 +16,7 @@ from train.devices.mesh import state_shardings
 from train.optim.optimizer import make_optimizer
 from train.optim.state import State, abstract_model, abstract_state, lower_init
 from train.optim.step import jit_eval_step, jit_train_step, make_eval_step, make_train_step
+from train.tasks.begin import variants_of
 from train.tasks.task import Batch, Task, Tree
 
 
@@ -50,7 +52,7 @@ class Programs:
     Attributes:
         plan: what it was made from.
         state: the shapes of the training state, and how its arrays lie on the devices.
-        traced: the training step before it is lowered.
+        traced: the training step before it is lowered; of several, the one that takes most work.
     """
 
     def __init__(self, plan: Plan, *, new_state: bool = False, params: Tree | None = None):
@@ -77,9 +79,13 @@ class Programs:
         start = self._threads.submit
         self._new_state = start(self._lower_init(params)) if new_state else None
         options = compiler_options(config, mesh.devices.flat[0].platform)
-        train_step = jit_train_step(make_train_step(self._model, task, self._optimizer, config), mesh, shapes, options)
-        self.traced: jax.stages.Traced = train_step.trace(shapes, self._batch(config.batch_size, training=True))
-        self._train_step = start(self.traced.lower().compile, plan.compiler_options)
+        batch, self._train_steps = self._batch(config.batch_size, training=True), []
+        for variant in variants_of(task):
+            train_step = make_train_step(self._model, variant, self._optimizer, config)
+            traced = jit_train_step(train_step, mesh, shapes, options).trace(shapes, batch)
+            if not self._train_steps:
+                self.traced: jax.stages.Traced = traced
+            self._train_steps.append(start(traced.lower().compile, plan.compiler_options))
         self._eval_step = self._augment = None
         if plan.eval_batch_size is not None:
             eval_step = jit_eval_step(make_eval_step(self._model, task), mesh, shapes["params"], options)
@@ -99,12 +105,21 @@ class Programs:
 
     @property
     def train_step(self) -> jax.stages.Compiled:
-        """The step (state, batch) -> (state, metrics), see `make_train_step`; the old state is gone afterwards."""
-        return self._train_step.result()
+        """The step (state, batch) -> (state, metrics), see `make_train_step`; the old state is gone afterwards.
+
+        Of several, the one that takes most work.
+        """
+        return self._train_steps[0].result()
+
+    def step_after(self, steps: int) -> jax.stages.Compiled:
+        """The training step to take after so many: where there are several, drawn from them by seed and step alone."""
+        count = len(self._train_steps)
+        drawn = np.random.default_rng((self.plan.config.seed, steps)).integers(count) if count > 1 else 0
+        return self._train_steps[drawn].result()
 
     @property
     def memory(self) -> StepMemory:
-        """What the training step takes on each device."""
+        """What the training step takes on each device; of several, the one that takes most work."""
         config, mesh = self.plan.config, self.plan.mesh
         images = self._batch(config.batch_size, training=True)["image"]
         augmented = images.size // mesh.size if config.augment_on == "device" else 0

@@ -93,6 +93,26 @@ def make_task(config: TrainConfig, model_config: ModelConfig, sets: ImageSets) -
     return Classification(config, model_config, sets.class_names)
 
 
+def variants_of(task: Task) -> tuple[Task, ...]:
+    """The tasks of which one is drawn for each step, the one that takes most work first; in most runs the task alone.
+
+    Raises SettingsError if the model cannot be trained with the patch sizes asked for.
+    """
+    sizes = task.config.drawn_patch_sizes
+    if not sizes:
+        return (task,)
+    model = task.model_config
+    try:
+        configs = [model.at_patch_size(size) for size in sizes]
+    except ValueError as error:
+        raise SettingsError(f"--patch-sizes: {error}") from None
+    if model.patch_size not in sizes:
+        own = ",".join(map(str, model.patch_size))
+        raise SettingsError(f"--patch-sizes must name {own} too: that is the model's own, which evaluations take")
+    configs.sort(key=lambda config: sum(rows * columns for rows, columns in config.grid_size), reverse=True)
+    return tuple(dataclasses.replace(task, patch_size=config.patch_size) for config in configs)
+
+
 def matched(
     task: Detection | Segmentation, known: tuple[str, ...] | None, sets: DenseSets, source: DenseSource
 ) -> tuple[Detection | Segmentation, DenseSource, list[str]]:

@@ -53,6 +53,7 @@ class Classification:
     config: TrainConfig
     model_config: CrossViTConfig
     class_names: tuple[str, ...]  # in the order of the labels
+    patch_size: tuple[int, ...] | None = None  # of the patches that `loss` cuts; none: the model's own
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -61,13 +62,15 @@ class Classification:
     def headline(self) -> str:
         model = self.model_config
         size = " x ".join(map(str, dict.fromkeys(model.image_size)))
-        return f"CrossViT {model.name} at {size} pixels, {model.num_classes} classes"
+        patches = f" in patches of {' or '.join(self.config.patch_sizes)}" if self.config.patch_sizes else ""
+        return f"CrossViT {model.name} at {size} pixels{patches}, {model.num_classes} classes"
 
     def model(self, *, dtype: Any, rngs: nnx.Rngs) -> CrossViT:
         return CrossViT(self.model_config, dtype=dtype, rngs=rngs)
 
     def save(self, params: Any, path: Path, *, origin: str | None = None) -> None:
         about = {"class_names": self.class_names, "exif": self.config.exif, "origin": origin}
+        about["patch_sizes"] = self.config.drawn_patch_sizes
         convert.save(params, self.model_config, path, **about, overwrite=True)
 
     def transform(self, *, training: bool) -> Callable[..., dict[str, Any]]:
@@ -108,7 +111,7 @@ class Classification:
 
     def loss(self, model: nnx.Module, batch: Batch, extra: None, *, rngs: nnx.Rngs) -> tuple[Array, dict[str, Array]]:
         """Also `top1`: the share of images whose largest target was predicted."""
-        logits = model(batch["image"], rngs=rngs)
+        logits = model(batch["image"], self.patch_size, rngs=rngs)
         top1 = within_top(1, logits, jnp.argmax(batch["targets"], axis=-1))
         loss = jnp.mean(_LOSSES[self.config.loss](logits, batch["targets"]))
         return loss, {"top1": jnp.mean(top1.astype(loss.dtype))}
