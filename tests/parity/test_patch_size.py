@@ -39,7 +39,7 @@ OTHER = (8, 8)  # patches instead of 12 and 16: grids of 6 x 9 and 4 x 6 instead
 LARGER = (24, 8)
 
 
-@pytest.mark.parametrize(("size", "new_size"), [(12, 8), (12, 14), (16, 20)])
+@pytest.mark.parametrize(("size", "new_size"), [(12, 8), (12, 14), (16, 10)])
 def test_resized_kernels_equal_timms_and_numpys(size, new_size):
     kernel = random_array(0, 4, 3, size, size)
     timms = resample_patch_embed(torch.tensor(kernel, dtype=torch.float32), [new_size, new_size]).numpy()
