@@ -23,7 +23,7 @@ class _Brief:
 def load(task: _Brief, side: str) -> Program:
     worker.ROUND_SECONDS = model_flops._SECONDS = 0.1  # of the side's process, as what follows
     if not isinstance(task, DataTask):  # which has no model
-        VARIANTS["ti"] = small_config(CLASSES)
+        VARIANTS["ti"] = small_config(CLASSES).replace(name="ti")
         if side.startswith("timm"):
             from benchmarks.sides import timm
             from tests.train.small_weights import small_timm_model

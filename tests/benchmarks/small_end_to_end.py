@@ -11,6 +11,6 @@ if __name__ == "__main__":  # not in the processes of its sides
     from tests.train.small_weights import save_small
 
     end_to_end.EndToEndTask = BriefEndToEndTask
-    VARIANTS["ti"] = small_config(CLASSES)
+    VARIANTS["ti"] = small_config(CLASSES).replace(name="ti")
     timm.write_weights = lambda variant, path: save_small(path, None, classes=CLASSES)
     sys.exit(end_to_end.main())

@@ -177,7 +177,7 @@ def test_a_failed_side_of_timms_is_a_row_a_note_and_status_1(measured, capsys):
 )
 def test_a_small_run(benchmark, batch_size, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("benchmarks.command.Task", BriefTask)
-    monkeypatch.setitem(VARIANTS, "ti", small_config(CLASSES))
+    monkeypatch.setitem(VARIANTS, "ti", small_config(CLASSES).replace(name="ti"))
     monkeypatch.setattr(
         "benchmarks.sides.timm.write_weights", lambda variant, path: save_small(path, None, classes=CLASSES)
     )

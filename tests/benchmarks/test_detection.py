@@ -50,7 +50,7 @@ def test_a_wrong_flag_is_one_line_and_status_2(flags, capsys):
 
 @pytest.mark.slow
 def test_a_small_run_in_which_boxes_and_losses_agree(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(VARIANTS, "ti", small_config(0))
+    monkeypatch.setitem(VARIANTS, "ti", small_config(0).replace(name="ti"))
     monkeypatch.setattr("benchmarks.detection.DetectionTask", BriefDetectionTask)
     path = tmp_path / "result.json"
     assert main(["--sides", "torchvision", "flax", "--repeats", "1", "--json", str(path)]) == 0

@@ -111,7 +111,8 @@ class Classification:
 
     def loss(self, model: nnx.Module, batch: Batch, extra: None, *, rngs: nnx.Rngs) -> tuple[Array, dict[str, Array]]:
         """Also `top1`: the share of images whose largest target was predicted."""
-        logits = model(batch["image"], self.patch_size, rngs=rngs)
+        sizes = {} if self.patch_size is None else {"patch_size": self.patch_size}
+        logits = model(batch["image"], **sizes, rngs=rngs)
         top1 = within_top(1, logits, jnp.argmax(batch["targets"], axis=-1))
         loss = jnp.mean(_LOSSES[self.config.loss](logits, batch["targets"]))
         return loss, {"top1": jnp.mean(top1.astype(loss.dtype))}
