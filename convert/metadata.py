@@ -144,7 +144,8 @@ def _class_names(names: Any, count: int) -> tuple[str, ...] | None:
 def _unlike_variant(config: CrossViTConfig) -> str | None:
     """The first setting that makes a model another one than the variant whose name it has; None where none does."""
     usual = VARIANTS.get(config.name, config)
-    names = ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "multi_conv", "stages")
+    # not patch_size: kernels are resized, and timm too builds its variants with other patches
+    names = ("embed_dim", "depth", "num_heads", "mlp_ratio", "multi_conv", "stages")
     unlike = (name for name in names if getattr(config, name) != getattr(usual, name))
     return next((f"{name} {getattr(config, name)}, not {getattr(usual, name)}" for name in unlike), None)
 

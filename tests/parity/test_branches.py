@@ -199,13 +199,13 @@ def test_intermediate_features_of_every_branch():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"depth": (0, 4)}, "depth must be a whole number, at least 1; got 0"),
-        ({"depth": ((1, 0, 1), 4)}, "depth must be a whole number, at least 1; got 0"),
+        ({"depth": (0, 4)}, "depth must be a whole number from 1 to 1024; got 0"),
+        ({"depth": ((1, 0, 1), 4)}, "depth must be a whole number from 1 to 1024; got 0"),
         ({"depth": ((1, 2), 4)}, r"depth \(1, 2\) has numbers for 2 stages; there are 3"),
         ({"depth": 4}, "depth must be 2 values, one per branch; got 4"),
-        ({"fusion_depth": -1}, "fusion_depth must be a whole number, at least 0; got -1"),
+        ({"fusion_depth": -1}, "fusion_depth must be a whole number from 0 to 1024; got -1"),
         ({"image_scale": (1, 1, 1)}, "image_scale must be 2 values, one per branch"),
-        ({"image_scale": (1, 0)}, "image_scale must be above 0"),
+        ({"image_scale": (1, 0)}, "image_scale must be a number above 0"),
         ({"num_heads": (5, 3)}, "embed_dim 96 cannot be cut into num_heads 5"),
         ({"multi_conv": True, "patch_size": (8, 16), "image_scale": (1, 1)}, "needs patch_size 12 or 16"),
         ({"branches": ()}, "branches must be at least one"),

@@ -6,16 +6,17 @@ before they have drawn anything; those of evaluation have `blank()`, a sample th
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int, UInt8
+from jaxtyping import Float32, UInt8
 
 from crossvit_jax.preprocess import Exif, UnreadableImage, normalised
 from train.images.colour import draw_colour, jitter_colour
 from train.images.decode import decode_pixels
 from train.images.geometry import (
     IGNORED,
+    Boxes,
     Placement,
     draw_placement,
     place_boxes,
@@ -25,15 +26,6 @@ from train.images.geometry import (
 )
 
 Sample = dict[str, Any]
-
-
-class Boxes(NamedTuple):
-    """The objects of a picture."""
-
-    boxes: Float[np.ndarray, "boxes 4"]  # x1, y1, x2, y2 in pixels of the picture
-    classes: Int[np.ndarray, " boxes"]  # from 0
-    crowd: Bool[np.ndarray, " boxes"]  # not to be trained on, and ignored in scores
-    area: Float[np.ndarray, " boxes"]  # by which scores tell small from large: of the object, or of its box
 
 
 def padded_boxes(objects: Boxes, placement: Placement, most_boxes: int) -> dict[str, np.ndarray]:

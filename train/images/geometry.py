@@ -11,7 +11,7 @@ bicubic filter, boxes by the ratio of the sizes, masks to the nearest as torchvi
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Num, UInt8
+from jaxtyping import Bool, Float, Float32, Int, Num, UInt8
 
 from crossvit_jax.preprocess import MEAN
 from train.images.resize import resize
@@ -22,6 +22,15 @@ LEAST_VISIBLE, LEAST_SIDE = 0.4, 1.0
 
 _PADDING = tuple(round(255 * mean) for mean in MEAN)  # about 0 when it is normalised
 _STRIP = 2**22  # logits that are resized at a time
+
+
+class Boxes(NamedTuple):
+    """The objects of a picture."""
+
+    boxes: Float[np.ndarray, "boxes 4"]  # x1, y1, x2, y2 in pixels of the picture
+    classes: Int[np.ndarray, " boxes"]  # from 0
+    crowd: Bool[np.ndarray, " boxes"]  # not to be trained on, and ignored in scores
+    area: Float[np.ndarray, " boxes"]  # by which scores tell small from large: of the object, or of its box
 
 
 class Placement(NamedTuple):

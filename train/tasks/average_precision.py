@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from train.images.dense import Boxes
+from train.images.geometry import Boxes
 
 MOST_DETECTIONS = 100  # of a picture, the best ones; COCO's limit
 

@@ -6,7 +6,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from train.images.dense import Boxes
+from train.images.geometry import Boxes
 from train.tasks.average_precision import AveragePrecision
 
 _NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")

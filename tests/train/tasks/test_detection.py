@@ -13,7 +13,7 @@ from PIL import Image
 from convert.errors import SettingsError
 from tests.train.tasks.dense_models import make_batch, make_model, make_task
 from train.data.dense.samples import DenseSets
-from train.images.dense import Boxes
+from train.images.geometry import Boxes
 from train.tasks.begin import matched
 
 

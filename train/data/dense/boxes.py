@@ -20,7 +20,7 @@ from crossvit_jax.preprocess import FORMATS, Exif, orientation, read_image_file
 from train.data.dense.samples import DenseSets
 from train.data.held_out import draw_held_out
 from train.data.sources import read_file
-from train.images.dense import Boxes
+from train.images.geometry import Boxes
 
 _LOOKED_AT = 2000  # pictures whose size is compared with what is said of it before a run
 _BEYOND = 1.0  # pixels that a box may reach out of its picture without a word: annotators' rounding

@@ -17,7 +17,7 @@ from PIL import Image
 from train.data.dense.samples import DenseSets, Kind
 from train.data.held_out import held_out_indices
 from train.data.sources import HELD_OUT_SPLITS
-from train.images.dense import Boxes
+from train.images.geometry import Boxes
 
 SIDE = 96  # pixels
 TRAIN_SCENES, HELD_OUT_SCENES = 2000, 256
