@@ -19,7 +19,8 @@ def schedule_value(t: Any, config: TrainConfig, *, updates_per_epoch: int = 1) -
     """
     xp = jnp if isinstance(t, jax.Array) else np
     base, start, minimum = config.peak_lr, config.warmup_lr, config.min_lr
-    warmup, total = config.warmup_epochs * updates_per_epoch, config.epochs * updates_per_epoch
+    # floats: the updates of an epoch without end would be no int32
+    warmup, total = float(config.warmup_epochs * updates_per_epoch), float(config.epochs * updates_per_epoch)
     rising = start + t * ((base - start) / max(1, warmup))
     if config.lr_schedule == "constant":
         return xp.where(t < warmup, rising, base)

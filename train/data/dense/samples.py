@@ -17,9 +17,9 @@ Kind = Literal["detection", "segmentation"]
 class DenseSource(Protocol):
     """A source, as in `train.data.sources`, of pictures with boxes or masks.
 
-    A sample holds `image` (encoded bytes) and `name` (str); for detection also `objects` (`train.images.geometry.Boxes`)
-    and `size` (height, width: of the picture that they are for), for segmentation `segments` (height, width) uint8 with
-    `train.images.geometry.IGNORED` where nothing is asked.
+    A sample holds `image` (encoded bytes) and `name` (str); for detection also `objects`
+    (`train.images.geometry.Boxes`) and `size` (height, width: of the picture that they are for), for segmentation
+    `segments` (height, width) uint8 with `train.images.geometry.IGNORED` where nothing is asked.
 
     `endless`: there is a sample for every index from 0 on, and `len` tells what an epoch has.
     """
