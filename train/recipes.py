@@ -12,7 +12,7 @@ _SCENES = _DENSE | {
     "width": 64,
     "hflip": 0.0,
     "drop_path": 0.0,
-    "epochs": 10,
+    "epochs": 7,
     "batch_size": 32,
     "lr": 1e-3,
     "lr_batch_size": 32,
