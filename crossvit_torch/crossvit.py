@@ -192,7 +192,7 @@ class CrossViT(nn.Module):
                     break
                 xs = stage(xs)
                 for branch, y in enumerate(self._normalise(xs) if norm else xs):
-                    taken[branch * stages + i] = self._as_map(y[:, 1:], grids[branch], output_fmt)
+                    taken[branch * stages + i] = self._as_map(y[:, 1:], grids[branch], output_fmt).contiguous()
             intermediates = [taken[index] for index in wanted]
             return intermediates if intermediates_only else (self._normalise(xs), intermediates)
 
@@ -299,7 +299,7 @@ class CrossViT(nn.Module):
         if output_fmt == "NLC":
             return x
         x = x.reshape(x.shape[0], *grid, x.shape[2])
-        return x if output_fmt == "NHWC" else x.permute(0, 3, 1, 2).contiguous()
+        return x if output_fmt == "NHWC" else x.permute(0, 3, 1, 2)
 
     def _precision(self, images: Tensor) -> torch.autocast:
         """Computes in `dtype` what is safe in it; torch keeps the list."""
