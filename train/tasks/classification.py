@@ -23,7 +23,6 @@ from convert.errors import ConversionError, SettingsError, listed
 from convert.files import check_replaceable, csv_text, shown, write_whole
 from convert.weights import Weights
 from crossvit_jax import CrossViT, CrossViTConfig, get_config
-from crossvit_jax.files import read_json
 from train.config import TrainConfig
 from train.data.sources import Source
 from train.images.augment import compile_augment
@@ -31,6 +30,7 @@ from train.images.mixup import draw_mix, mix_images, mix_in_groups, mix_targets
 from train.pictures.confusion import draw_confusion
 from train.pictures.sheet import draw_sheet
 from train.run.best_effort import BestEffort
+from train.tasks.evaluated import is_evaluation
 from train.tasks.rates import calibration_error, class_rates, mean_rates
 from train.tasks.task import Batch, Metric
 
@@ -188,7 +188,7 @@ class ClassificationScores:
 
     def check_place(self, folder: Path) -> None:
         """See `train.tasks.task.Scores`: an earlier evaluation in the folder is replaced."""
-        check_replaceable([folder / name for name in _FILES], lambda _: _is_evaluation(folder / _NUMBERS))
+        check_replaceable([folder / name for name in _FILES], lambda _: is_evaluation(folder / _NUMBERS, "top1"))
 
     def write(
         self, folder: Path, *, about: Mapping[str, Any], images: Sequence[str], say: Callable[[str], None]
@@ -227,15 +227,6 @@ class ClassificationScores:
         for image, (label, predicted, confidence, mask) in zip(images, found, strict=False):
             # a blank image stands for one that could not be read
             yield image, *((names[label], names[predicted], f"{confidence:.6g}") if mask > 0 else ("", "", ""))
-
-
-def _is_evaluation(file: Path) -> bool:
-    """Whether it has the numbers of an evaluation."""
-    try:
-        numbers = read_json(file)
-    except (OSError, ValueError):
-        return False
-    return isinstance(numbers, dict) and {"weights", "dataset", "images", "top1"} <= numbers.keys()
 
 
 # --- labels of a data set and outputs of a model ---

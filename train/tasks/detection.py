@@ -28,6 +28,7 @@ from train.pictures.precision_recall import draw_precision_recall
 from train.pictures.sheet import SHEET_COLUMNS
 from train.run.best_effort import BestEffort
 from train.tasks.average_precision import MOST_DETECTIONS, AveragePrecision
+from train.tasks.evaluated import is_evaluation
 from train.tasks.task import Batch, Metric
 
 # what an evaluation leaves
@@ -264,12 +265,3 @@ def coco_results(
         for (x1, y1, x2, y2), score, label in zip(boxes, scores, labels, strict=True)
         if category_ids[label] is not None
     ]
-
-
-def is_evaluation(file: Path, metric: str) -> bool:
-    """Whether it has the numbers of an evaluation by that metric."""
-    try:
-        numbers = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(numbers, dict) and {"weights", "dataset", "images", metric} <= numbers.keys()

@@ -25,7 +25,7 @@ from train.pictures.confusion import draw_confusion
 from train.pictures.dense import legend, pixels_of, save_sheet, sheet_scale, sheet_width, with_segments
 from train.pictures.sheet import SHEET_COLUMNS
 from train.run.best_effort import BestEffort
-from train.tasks.detection import is_evaluation
+from train.tasks.evaluated import is_evaluation
 from train.tasks.segment_rates import mean_segment_rates, segment_confusion, segment_rates
 from train.tasks.task import Batch, Metric
 
