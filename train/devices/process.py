@@ -26,7 +26,7 @@ def keep_freed_memory() -> bool:
 
     XLA allocates the temporary memory of a program as one block at every call: half a gigabyte for a training step of
     Ti at batch 8. By default malloc returns so large a block to the system, which clears every page again at the next
-    call: a fifth of the step's CPU time (benchmarks/NOTES.md). Against this:
+    call: a fifth of the step's CPU time (docs/speed-log.md). Against this:
 
     - malloc keeps what is freed, and heaps grow in steps of 64 MB, which also saves a tenth of the time to load a
       compiled program. Only the main thread's heap can hold so large a block, so asynchronous dispatch is turned off:
