@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from benchmarks.rounds import ACCEPTED_OTHERS, Measured, Times, cores_of_others
 from benchmarks.task import DetectionTask, Task, usable_cores
 from convert.files import write_whole
+from train.run.provenance import commit, output_of
 
 Content = Mapping[str, Any]  # of a JSON file
 Result = Mapping[str, Any]
@@ -111,7 +111,7 @@ def about(benchmark: str, facts: Mapping[str, str] | None = None) -> dict[str, A
     return {
         "benchmark": benchmark,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": {
             "cpu": _cpu_model(),
             "cores": os.cpu_count(),
@@ -138,27 +138,12 @@ def _versions(*, with_cuda: bool) -> dict[str, str]:
 
 def _gpus() -> list[dict[str, Any]]:
     """Name, memory and driver of each NVIDIA GPU."""
-    told = _told("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits")
+    told = output_of("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits")
     rows = [[cell.strip() for cell in line.split(",")] for line in (told or "").splitlines()]
     return [
         {"name": name, "memory_bytes": int(mebibytes) * 2**20, "driver": driver}
         for name, mebibytes, driver in (row for row in rows if len(row) == 3 and row[1].isdigit())
     ]
-
-
-def _commit() -> str | None:
-    """The commit of this code, with "-dirty" if tracked files were changed since; None outside a git repository."""
-    folder = str(Path(__file__).parent)
-    return _told("git", "-C", folder, "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty")
-
-
-def _told(*command: str) -> str | None:
-    """What a command prints; None if there is no such command or it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _cpu_model() -> str:

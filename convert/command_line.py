@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import functools
 import multiprocessing
 import multiprocessing.util
@@ -10,7 +11,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,16 +36,35 @@ class Parser(argparse.ArgumentParser):
     Reading the arguments is what every command begins with, so it also opens the standard streams.
 
     A description or an epilog of several lines is shown as it is; what is one long line, argparse wraps.
+
+    Args:
+        meant: flags that other programs have, and what is to be given here instead: told where one is given.
     """
 
-    def __init__(self, *, description: str = "", epilog: str = "", **kwargs):
+    def __init__(self, *, description: str = "", epilog: str = "", meant: Mapping[str, str] | None = None, **kwargs):
         as_it_is = "\n" in description + epilog
         kwargs["formatter_class"] = argparse.RawDescriptionHelpFormatter if as_it_is else argparse.HelpFormatter
         super().__init__(allow_abbrev=False, description=description, epilog=epilog, **kwargs)
+        self._meant = meant or {}
+
+    def parse_args(self, args=None, namespace=None):
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._hint(unknown)}")
+        return namespace
 
     def parse_known_args(self, args=None, namespace=None):
         open_streams()
         return super().parse_known_args(args, namespace)
+
+    def _hint(self, unknown: Sequence[str]) -> str:
+        """What to give in place of the first flag that there is not, as far as that can be told."""
+        flag = next((text.partition("=")[0] for text in unknown if text.startswith("-")), "")
+        if flag in self._meant:
+            return f"; here that is {self._meant[flag]}"
+        known = [text for text in self._option_string_actions if text.startswith("--")]
+        near = difflib.get_close_matches(flag.replace("_", "-"), known, n=1, cutoff=0.7)
+        return f"; did you mean {near[0]}?" if near else ""
 
     def error(self, message: str) -> NoReturn:
         tell_error(f"{self.prog}: error: {message}")

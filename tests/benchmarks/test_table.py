@@ -214,7 +214,7 @@ def test_a_file_tells_when_where_and_with_what_it_was_measured():
 
 def test_a_gpus_name_memory_and_driver_and_cudas_libraries_are_told(monkeypatch):
     answer = "NVIDIA H100 80GB HBM3, 81559, 570.86.15"
-    monkeypatch.setattr(json_result, "_told", lambda program, *_: answer if program == "nvidia-smi" else None)
+    monkeypatch.setattr(json_result, "output_of", lambda program, *_: answer if program == "nvidia-smi" else None)
     told = about("training")
     assert told["machine"]["gpus"] == [
         {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 81559 * 2**20, "driver": "570.86.15"}
@@ -224,7 +224,7 @@ def test_a_gpus_name_memory_and_driver_and_cudas_libraries_are_told(monkeypatch)
 
 
 def test_without_nvidia_smi_the_gpu_is_the_one_that_a_side_names(monkeypatch):
-    monkeypatch.setattr(json_result, "_told", lambda *_: None)
+    monkeypatch.setattr(json_result, "output_of", lambda *_: None)
     told = about("training", {"torch device": "NVIDIA H200", "jax device": "NVIDIA H200"})
     assert described(told).startswith("NVIDIA H200, ")
     assert device_name(told, "gpu") == "NVIDIA H200"

@@ -1,6 +1,7 @@
 """Flags: one per setting, the recipe's defaults, and one line for a mistake."""
 
 import dataclasses
+import json
 import typing
 from fractions import Fraction
 
@@ -9,7 +10,7 @@ import pytest
 from convert.command_line import data_set
 from convert.errors import SettingsError
 from train.config import TrainConfig
-from train.flags import parse_flags
+from train.flags import _MEANT, parse_flags
 from train.recipes import RECIPES
 
 
@@ -55,7 +56,8 @@ def test_every_setting_has_a_flag_with_help_that_shows_the_recipes_default(capsy
     assert exit.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(TrainConfig):
-        takes = "" if field.metadata["parse"] is bool else f" {field.name.upper()}"
+        choices = ",".join(word for word in typing.get_args(field.type) if isinstance(word, str))
+        takes = "" if field.metadata["parse"] is bool else f" {{{choices}" if choices else f" {field.name.upper()}"
         assert f"--{field.name.replace('_', '-')}{takes}" in text
         assert field.metadata["help"].split("%")[0] in text
     for default in ("300", "4096", "0.0005", "0.08,1", "rand-m9-mstd0.5-inc1"):
@@ -72,6 +74,93 @@ def test_help_tells_the_flags_of_every_day_first_and_the_others_in_titled_groups
     assert all(f"\n  {flag} " in first and f"\n  {flag} " not in rest for flag in ("--dataset", "--epochs", "--lr"))
     assert all(f"\n  {flag} " in rest and f"\n  {flag} " not in first for flag in ("--workers", "--mixup", "--mesh"))
     assert places == sorted(places) and places[1] < text.index("  --hflip ") < places[2] < text.index("  --momentum ")
+
+
+def test_none_is_taken_wherever_it_is_shown():
+    """Of every setting that may be nothing, also where a recipe gives it a value."""
+    for field in dataclasses.fields(TrainConfig):
+        may_be_nothing = None in typing.get_args(field.type) or type(None) in typing.get_args(field.type)
+        if may_be_nothing:
+            assert getattr(parse_flags([f"--{field.name.replace('_', '-')}", "none"]), field.name) is None
+    finetune = ["--recipe", "finetune", "--clip-grad", "none", "--auto-augment", "none"]
+    assert RECIPES["finetune"].clip_grad is not None and RECIPES["imagenet"].auto_augment
+    assert (parse_flags(finetune).clip_grad, parse_flags(finetune).auto_augment) == (None, "")
+
+
+def test_a_default_is_shown_so_that_it_gives_the_same_number(capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(["--help"])
+    assert "(default: 1,2/3)" in " ".join(capsys.readouterr().out.split())
+    assert parse_flags(["--image-scale", "1,2/3"]) == parse_flags([])
+
+
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        ("--model crossvit_tiny_240", "; here that is --variant"),
+        ("--aa=rand-m9", "; here that is --auto-augment"),
+        ("--reprob 0.1", "; here that is --erase-prob"),
+        ("--model-ema", "; here that is --ema-decay 0.9998"),
+        ("--opt sgd", "; here that is --optimizer"),
+        ("--batch_size 3", "; did you mean --batch-size?"),
+        ("--epoch=3", "; did you mean --epochs?"),
+        ("--nothing-like-it", ""),
+    ],
+)
+def test_a_mistyped_flag_or_one_of_timms_is_answered_with_ours(capsys, flags, hint):
+    with pytest.raises(SystemExit):
+        parse_flags(flags.split())
+    assert capsys.readouterr().err == f"python -m train.main: error: unrecognized arguments: {flags}{hint}\n"
+
+
+def test_what_other_programs_call_a_flag_is_no_flag_of_ours_and_names_one():
+    flags = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(TrainConfig)}
+    assert not flags & set(_MEANT)
+    named = {ours.split()[0] for ours in _MEANT.values() if ours.startswith("-")}
+    assert named <= flags
+
+
+def _written(tmp_path, **settings):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"train": dataclasses.asdict(dataclasses.replace(RECIPES["transfer"], **settings))}))
+    return str(file)
+
+
+def test_a_runs_settings_are_defaults_but_not_what_it_wrote_or_who_it_was(tmp_path):
+    file = _written(tmp_path, output="runs/x", coordinator="a:1", num_processes=2, process_id=0, variant="s", lr=0.25)
+    config = parse_flags(["--config", file])
+    assert config == dataclasses.replace(RECIPES["transfer"], variant="s", lr=0.25)
+    assert parse_flags([f"--config={file}", "--lr=0.5", "--seed=3"]) == dataclasses.replace(config, lr=0.5, seed=3)
+
+
+def test_a_runs_settings_shown_by_help_are_those_of_the_file(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(["--config", _written(tmp_path, lr=0.25), "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: 0.25)" in text and f"The defaults shown are those of {tmp_path}" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        (None, [], "cannot read {file}: No such file or directory"),
+        ("{", [], "cannot read {file}: "),
+        ("[]", [], "{file} is not the config.json of a run: it has no settings under the name train"),
+        ('{"train": {"learning_rate": 1}}', [], "the run that wrote {file} was started by another version: "),
+        ('{"train": {"lr": -1}}', [], "lr must be above 0; got -1"),
+        ('{"train": {}}', ["--recipe=digits"], "--config and --recipe are both sets of defaults: leave one out"),
+        ('{"train": {}}', ["--resume=runs/x"], "a run that is resumed has its settings: leave --config out"),
+    ],
+)
+def test_settings_that_cannot_be_taken_over_are_refused_in_one_line(tmp_path, capsys, content, flags, message):
+    file = tmp_path / "config.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SystemExit) as exit:
+        parse_flags(["--config", str(file), *flags])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1
+    assert message.format(file=file) in error
 
 
 def test_every_recipe_can_be_named():

@@ -96,7 +96,8 @@ def test_a_checkpoint_has_settings_versions_metrics_and_the_best_score(uninterru
     progress = json.loads((uninterrupted / "checkpoints" / str(_STEPS) / "progress" / "metadata").read_text())
     assert progress["run"] == json.loads((uninterrupted / "config.json").read_text())
     assert progress["run"]["train"]["ema_decay"] == 0.9
-    assert {"jax", "flax", "optax", "python"} <= set(progress["run"]["versions"])
+    assert {"crossvit-jax", "jax", "flax", "optax", "python"} <= set(progress["run"]["versions"])
+    assert "python" in progress["run"]["command"]
     lines = read_metrics(uninterrupted)
     before = [line for line in lines if "eval/ema_top1" in line][:-1]  # it is written before the evaluation
     assert progress["best"]["value"] == max(line[name] for line in before for name in ("eval/top1", "eval/ema_top1"))

@@ -18,8 +18,20 @@ from convert.formats.run_folder import CHECKPOINTS, split_kind
 from crossvit_jax.config import BRANCH_SETTINGS
 from crossvit_jax.files import read_json
 from train.config import TrainConfig
+from train.run.provenance import command_line, commit
 
-_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "timm", "pillow", "numpy")
+_PACKAGES = (
+    "crossvit-jax",
+    "jax",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorflow-datasets",
+    "timm",
+    "pillow",
+    "numpy",
+)
 _CONFIG, _LOCK = "config.json", ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # what file systems without locks answer
 # what may differ when a run is continued: none of it changes what is computed
@@ -68,11 +80,30 @@ def read_settings(folder: str) -> TrainConfig:
     saved = read_run(folder)
     if saved is None:
         raise SettingsError(f"there is no run in {folder}")
+    return dataclasses.replace(_settings(saved["train"], f"the run in {folder}"), output=folder)
+
+
+def read_settings_file(file: str) -> TrainConfig:
+    """The settings that a run was begun with, from its `config.json`.
+
+    Raises SettingsError if the file cannot be read, is no such file, or is one of another version.
+    """
     try:
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["train"].items()}
-        return TrainConfig(**values | {"output": folder})
+        saved = read_json(Path(file))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"cannot read {file}: {getattr(error, 'strerror', None) or one_line(error)}") from error
+    if not (isinstance(saved, dict) and isinstance(saved.get("train"), dict)):
+        raise SettingsError(f"{file} is not the config.json of a run: it has no settings under the name train")
+    return _settings(begun_settings(saved), f"the run that wrote {file}")
+
+
+def _settings(values: dict[str, Any], run: str) -> TrainConfig:
+    try:
+        return TrainConfig(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        )
     except (KeyError, TypeError) as error:
-        raise SettingsError(f"the run in {folder} was started by another version: {error}") from error
+        raise SettingsError(f"{run} was started by another version: {error}") from error
 
 
 def begun_settings(saved: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +179,7 @@ def _model_settings(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_run(config: TrainConfig, *, model: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """What `config.json` keeps: every setting as `train`, the model, the data, versions and devices."""
+    """What `config.json` keeps: every setting as `train`, model, data, devices, versions, commit and command line."""
     import jax  # late, as above
 
     from convert.metadata import version
@@ -163,6 +194,8 @@ def describe_run(config: TrainConfig, *, model: dict[str, Any], data: dict[str, 
             "platform": jax.default_backend(),
         },
         "versions": {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}},
+        "commit": commit(),
+        "command": command_line(),
     }
 
 
