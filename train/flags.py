@@ -130,7 +130,9 @@ def _epilog(base: TrainConfig, file: str | None) -> str:
         "exit status: 0 done; 1 training failed; 2 a mistake in what was asked for; 128 and the number of the signal "
         "after one: 130 after Ctrl-C",
     )
-    return "\n\n".join([_EXAMPLES, *(textwrap.fill(note, 100) for note in notes)])
+    return "\n\n".join(
+        [_EXAMPLES, *(textwrap.fill(note, 100, break_long_words=False, break_on_hyphens=False) for note in notes)]
+    )
 
 
 def _usual_recipe(task: str, dataset: str | None, init: str | None) -> str:
