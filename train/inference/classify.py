@@ -17,7 +17,7 @@ from train.inference.evaluation import forward, without_bad
 from train.inference.image_paths import FileSource
 from train.inference.model import Classifier
 from train.inference.predictions import Prediction
-from train.pictures.attention import class_token_attention, draw_attention
+from train.pictures.attention import attention_of_all_layers, draw_attention
 from train.run.best_effort import BestEffort
 
 
@@ -73,7 +73,7 @@ def classify(
     def program(model: Any, batch: Any) -> Any:
         outputs = {"probability": probabilities(model, batch["image"]), "mask": batch["mask"]}
         if pictures:
-            outputs |= {"image": batch["image"], "attention": class_token_attention(model, batch["image"])}
+            outputs |= {"image": batch["image"], "attention": attention_of_all_layers(model, batch["image"])}
         return outputs
 
     def result(place: int, outputs: Any) -> Result:

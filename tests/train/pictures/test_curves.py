@@ -9,7 +9,7 @@ import pytest
 
 from convert.files import NotWritten
 from tests.train.pictures.pixels import pixels_of
-from train.pictures.curves import draw_curves
+from train.pictures.curves import _best, _epoch_means, draw_curves
 from train.tasks.task import Metric
 
 _METRICS = (Metric("top1", "top-1", "%", "max"), Metric("top5", "top-5", "%"))
@@ -50,6 +50,31 @@ def test_curves_show_what_there_is_so_far(tmp_path, lines, colours):
     draw_curves(lines, _METRICS, path)
     pixels = pixels_of(path)
     assert {colour for colour in (_BLUE, _ORANGE, _GREEN) if _has(pixels, colour)} == colours
+
+
+def test_an_epochs_mean_counts_each_step_once():
+    """Lines of 2 and 1 steps in the first epoch, of 3 in the second; the learning rate is told with one of them."""
+    lines = [
+        {"step": 2, "epoch": 1, "train/loss": 4.0, "train/lr": 1.0},
+        {"step": 3, "epoch": 1, "train/loss": 1.0},
+        {"step": 3, "epoch": 1, "eval/loss": 9.0},
+        {"step": 6, "epoch": 2, "train/loss": 2.0},
+    ]
+    assert _epoch_means(lines, "train/loss") == [(3, 3.0), (6, 2.0)]
+
+
+def test_the_best_evaluation_is_the_runs_best():
+    lines = [
+        {"step": 2 * epoch, "epoch": epoch, "eval/top1": value} for epoch, value in ((1, 10.0), (2, 30.0), (3, 20.0))
+    ]
+    assert _best(lines, _METRICS) == ("eval/top1", 4, 2, 30.0)
+    assert _best(lines, (Metric("top1", "top-1", "%", "min"),)) == ("eval/top1", 2, 1, 10.0)
+    lines[2]["eval/ema_top1"] = 30.0
+    assert _best(lines, _METRICS)[:2] == ("eval/top1", 4)  # of equal ones the first
+    lines[1]["eval/ema_top1"] = 30.0
+    assert _best(lines, _METRICS)[:2] == ("eval/ema_top1", 4)  # and of one evaluation the average
+    assert _best(lines[:1], _METRICS) is None
+    assert _best(lines, (Metric("top5", "top-5"),)) is None
 
 
 def test_new_curves_replace_the_old_ones_whole_or_not_at_all(tmp_path, monkeypatch):
