@@ -171,7 +171,7 @@ def draw_attention(
             bar_axes = figure.add_axes(place(0.46 + 0.25 * column, 0.53 - 0.46 * branch, 0.006, 0.36))
             bar = figure.colorbar(shown, cax=bar_axes)
             bar.ax.tick_params(labelsize=8)
-            bar.ax.set_xlabel("even = 1", fontsize=8)
+            bar.set_label("times an even share", fontsize=8)
     save_figure(figure, path)
 
 
