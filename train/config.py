@@ -279,15 +279,16 @@ class TrainConfig:
         0.0, "decay of the moving average of the weights, evaluated beside them; 0: none", **_RATE
     )
 
-    precision: Literal["bfloat16", "float32", None] = setting(
+    precision: Literal["bfloat16", "float16", "float32", None] = setting(
         None,
-        "bfloat16 or float32 arithmetic, parameters are float32; none: bfloat16 on accelerators",
+        "of the arithmetic, parameters are float32; float16 with loss scaling; none: bfloat16 on accelerators, float16 "
+        "on GPUs that have no bfloat16 (before compute capability 8.0), float32 on CPUs",
         section="arithmetic and devices",
     )
     attention_kernel: Literal["auto", "xla", "cudnn"] = setting(
         "auto",
-        "what computes self-attention: xla, or cudnn (NVIDIA GPUs from compute capability 8.0 on, bfloat16); auto: "
-        "cudnn where it can",
+        "what computes self-attention: xla, or cudnn (NVIDIA GPUs from compute capability 8.0 on, in half "
+        "precision); auto: cudnn where it can",
     )
     deterministic: bool = setting(
         False, "on GPUs the same steps give the same bits, more slowly; CPUs and TPUs compute so anyway"

@@ -23,7 +23,7 @@ from train.config import TrainConfig, steps_per_epoch
 from train.data.datasets import check_trainable, open_image_sets
 from train.data.sources import ImageSets
 from train.devices.attention import choose_attention
-from train.devices.mesh import check_divides, default_mix_group, default_precision, make_mesh
+from train.devices.mesh import check_divides, default_mix_group, default_precision, make_mesh, precision_note
 from train.images.rand_augment import check_augment_on, device_can_augment
 from train.images.transforms import train_transform
 from train.optim.carried import check_carried, read_carried
@@ -140,6 +140,7 @@ def prepare(config: TrainConfig) -> Job:
         *_mix_note(config, mesh),
         *weight_notes,
         *kernel_notes,
+        *precision_note(config.precision, mesh),
     ]
     if carried is not None:
         notes += check_carried(carried, config, steps_per_epoch=described["data"]["steps_per_epoch"])

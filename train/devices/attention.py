@@ -28,7 +28,7 @@ def choose_attention(
 
     Args:
         wanted: "auto" for cuDNN's where it can be had.
-        precision: of the arithmetic: float32 or bfloat16.
+        precision: of the arithmetic: float32, bfloat16 or float16.
         training: whether gradients are taken, too.
 
     Raises SettingsError if "cudnn" is wanted and cannot be had.
@@ -40,7 +40,7 @@ def choose_attention(
         if wanted == "auto":
             return "xla", []
         raise SettingsError(
-            "attention_kernel cudnn needs NVIDIA GPUs of compute capability 8.0 or later and bfloat16; "
+            "attention_kernel cudnn needs NVIDIA GPUs of compute capability 8.0 or later and half precision; "
             f"this is {devices[0].device_kind} and {precision}: choose auto or xla"
         )
     refusal = _refusal(model, precision, devices, training=training)

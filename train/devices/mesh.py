@@ -58,8 +58,27 @@ def check_divides(config: TrainConfig, mesh: Mesh) -> None:
 
 
 def default_precision(mesh: Mesh) -> str:
-    """The arithmetic where none was asked for: bfloat16 on accelerators, float32 on CPUs."""
-    return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    """The arithmetic where none was asked for: bfloat16 on accelerators that have it, float16 on those that have not,
+    float32 on CPUs."""
+    if mesh.devices.flat[0].platform == "cpu":
+        return "float32"
+    return "bfloat16" if has_bfloat16(mesh) else "float16"
+
+
+def has_bfloat16(mesh: Mesh) -> bool:
+    """Whether no device computes bfloat16 in float32 only, as NVIDIA GPUs before compute capability 8.0 do."""
+    told = (re.match(r"(\d+)\.", str(getattr(device, "compute_capability", ""))) for device in mesh.devices.flat)
+    return all(match is None or int(match[1]) >= 8 for match in told)
+
+
+def precision_note(precision: str, mesh: Mesh) -> list[str]:
+    """What a user of NVIDIA GPUs without bfloat16 should know of the arithmetic."""
+    if has_bfloat16(mesh):
+        return []
+    kind = mesh.devices.flat[0].device_kind
+    if precision == "bfloat16":
+        return [f"{kind} has no bfloat16, and computes it in float32, slowly: choose precision float16"]
+    return [f"{kind} has no bfloat16: this is float16"] if precision == "float16" else []
 
 
 def default_mix_group(config: TrainConfig, mesh: Mesh) -> int:

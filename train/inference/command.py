@@ -49,15 +49,16 @@ def add_model_flags(parser: Parser, *, batches: bool = True, max_pixels: int = M
     )
     parser.add_argument(
         "--precision",
-        choices=("float32", "bfloat16"),
-        help="arithmetic; parameters are float32 (default: bfloat16 on accelerators, float32 otherwise)",
+        choices=("float32", "bfloat16", "float16"),
+        help="arithmetic; parameters are float32 (default: bfloat16 on accelerators, float16 on GPUs that have none, "
+        "float32 on CPUs)",
     )
     parser.add_argument(
         "--attention-kernel",
         choices=("auto", "xla", "cudnn"),
         default="auto",
-        help="what computes self-attention: xla, or cudnn (NVIDIA GPUs from compute capability 8.0 on, bfloat16) "
-        "(default: auto, which is cudnn where it can)",
+        help="what computes self-attention: xla, or cudnn (NVIDIA GPUs from compute capability 8.0 on, in half "
+        "precision) (default: auto, which is cudnn where it can)",
     )
     parser.add_argument(
         "--quantize",

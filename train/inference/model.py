@@ -17,7 +17,7 @@ from convert.weights import Weights
 from crossvit_jax import CrossViTConfig
 from crossvit_jax.preprocess import Exif
 from train.devices.attention import choose_attention
-from train.devices.mesh import batch_sharding, default_precision, make_mesh, replicated
+from train.devices.mesh import batch_sharding, default_precision, make_mesh, precision_note, replicated
 from train.optim.quantize import quantised, require_qwix
 from train.tasks.begin import TASKS, settings_of, task_of
 from train.tasks.classification import Classification
@@ -36,7 +36,7 @@ class Predictor:
     class_names: tuple[str, ...] | None  # in the order of the logits, where the weights know them
     notes: tuple[str, ...]  # what the user should know about the weights
     trained_exif: Exif | None  # what training did with EXIF orientations, where the weights tell
-    precision: str  # of the arithmetic: float32 or bfloat16
+    precision: str  # of the arithmetic: float32, bfloat16 or float16
     graphdef: nnx.GraphDef
     params: Any
     mesh: Mesh
@@ -116,7 +116,7 @@ def load_predictor(
         image_size: (height, width) to resample the position embeddings to; none: as stored.
         patch_size: pixels of each branch's patches, to which kernels and positions are resized; none: as stored.
         crop_pct: share of the resized image that a classifier's evaluation crop keeps; none: as stored.
-        precision: float32 or bfloat16; none: bfloat16 on accelerators, float32 otherwise.
+        precision: float32, bfloat16 or float16; none: see `train.devices.mesh.default_precision`.
         attention_kernel: auto, xla or cudnn, see `train.devices.attention.choose_attention`.
         quantize: int8 or int4 to round a classifier's linear layers' weights to, see `train.optim.quantize`; none: as
             stored.
@@ -149,7 +149,7 @@ def load_predictor(
     names = weights.class_names or tuple(map(str, range(weights.config.num_classes)))
     config = dataclasses.replace(settings_of(learned), exif=exif or weights.exif or "keep")
     task = TASKS[learned](config, weights.config, names, **settings)
-    notes = (*weights.notes, *notes)
+    notes = (*weights.notes, *notes, *precision_note(precision, mesh))
     kind = Classifier if learned == "classification" else Predictor
     known = (weights.class_names, notes, weights.exif, precision, graphdef, params, mesh)
     return kind(task, *known, patch_sizes=weights.patch_sizes)

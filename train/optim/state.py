@@ -1,6 +1,7 @@
 """The training state: a plain dict of `params` (a pure dict of arrays), `opt` (optax's state) and `step` (int32).
 
-With a moving average of the weights also `ema`, like `params`; where the task has state of its own, also `extra`.
+With a moving average of the weights also `ema`, like `params`; in float16 `loss_scale`; where the task has state of its
+own, also `extra`.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 
 from train.config import TrainConfig
 from train.devices.mesh import put
+from train.optim.loss_scale import initial_loss_scale
 from train.optim.quantize import fake_quantised
 from train.tasks.task import Task, Tree
 
@@ -51,7 +53,7 @@ def _draw(key: jax.Array, *, task: Task, dtype: Any) -> tuple[nnx.GraphDef, Tree
 
 
 def _dtype(config: TrainConfig) -> Any:
-    return jnp.bfloat16 if config.precision == "bfloat16" else None
+    return {"bfloat16": jnp.bfloat16, "float16": jnp.float16}.get(config.precision)
 
 
 def abstract_model(task: Task, config: TrainConfig) -> nnx.Module:
@@ -111,6 +113,8 @@ def make_state(
     state = {"params": params, "opt": opt, "step": jnp.zeros((), jnp.int32)}
     if config.ema_decay:
         state["ema"] = jax.tree.map(jnp.copy, params)
+    if config.precision == "float16":
+        state["loss_scale"] = initial_loss_scale()
     extra = None if task is None else task.extra(params)
     return state if extra is None else state | {"extra": extra}
 

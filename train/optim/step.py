@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from train.config import TrainConfig
 from train.devices.mesh import batch_sharding, replicated, state_shardings
+from train.optim.loss_scale import all_finite, next_loss_scale, unless_skipped
 from train.optim.state import State, merged, trained_and_frozen
 from train.tasks.task import Batch, Task, Tree
 
@@ -25,7 +26,9 @@ def make_train_step(
 
     Everything random follows from `config.seed` and the state's step. A batch is one of the task's, with perhaps `bad`
     (batch,), int32: -1, or the image that could not be read there. Metrics are the means of the batch: `loss`, those of
-    the task that training tells, and the number `bad` of images that could not be read.
+    the task that training tells, and the number `bad` of images that could not be read; in float16 also `loss_scale`,
+    and whether the step was `skipped` because a gradient was infinite or NaN: it changes nothing but the step's number
+    and the scale.
 
     Args:
         model: one of the task's. It gives the structure only, so `abstract_model` is enough; the parameters come from
@@ -33,10 +36,13 @@ def make_train_step(
     """
     graphdef = _structure(model, training=True)
 
-    def loss(trained: Tree, frozen: Tree, extra: Tree | None, part: Batch, key: Array) -> tuple[Array, Tree]:
-        return task.loss(nnx.merge(graphdef, merged(trained, frozen)), part, extra, rngs=nnx.Rngs(dropout=key))
+    def loss(trained: Tree, rest: tuple[Tree, Tree | None, Array | None], part: Batch, key: Array):
+        frozen, extra, factor = rest
+        model = nnx.merge(graphdef, merged(trained, frozen))
+        value, aux = task.loss(model, part, extra, rngs=nnx.Rngs(dropout=key))
+        return (value if factor is None else value * factor), (value, aux)
 
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    gradient = jax.grad(loss, has_aux=True)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         batch_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state["step"]))
@@ -45,29 +51,38 @@ def make_train_step(
         batch = task.prepare(batch, batch_key)
 
         trained, frozen = trained_and_frozen(state["params"], config, model)
-        extra = state.get("extra")
+        extra, scale = state.get("extra"), state.get("loss_scale")
+        rest = (frozen, extra, scale and scale.factor)
         if config.grad_accum == 1:
-            (loss, aux), gradients = gradient(trained, frozen, extra, batch, dropout_key)
+            gradients, (loss, aux) = gradient(trained, rest, batch, dropout_key)
         else:
             parts = jax.tree.map(lambda array: _parts(array, config.grad_accum), batch)
             keys = jax.random.split(dropout_key, config.grad_accum)
-            first = jax.eval_shape(gradient, trained, frozen, extra, jax.tree.map(lambda x: x[0], parts), keys[0])
+            first = jax.eval_shape(gradient, trained, rest, jax.tree.map(lambda x: x[0], parts), keys[0])
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
             def add(sums: Tree, part: tuple[Batch, Array]) -> tuple[Tree, None]:
-                return jax.tree.map(jnp.add, sums, gradient(trained, frozen, extra, *part)), None
+                return jax.tree.map(jnp.add, sums, gradient(trained, rest, *part)), None
 
             sums, _ = jax.lax.scan(add, zeros, (parts, keys))
-            (loss, aux), gradients = jax.tree.map(lambda x: x / config.grad_accum, sums)
+            gradients, (loss, aux) = jax.tree.map(lambda x: x / config.grad_accum, sums)
+        if scale is not None:
+            gradients = jax.tree.map(lambda x: x / scale.factor, gradients)
 
+        is_first = state["step"] == 0 if scale is None else scale.updates == 0
         updates, opt = optimizer.update(gradients, state["opt"], trained)
         params = merged(optax.apply_updates(trained, updates), frozen)
         new = {"params": params, "opt": opt, "step": state["step"] + 1}
         if config.ema_decay:
-            new["ema"] = _averaged(state["ema"], params, config.ema_decay, first=state["step"] == 0)
+            new["ema"] = _averaged(state["ema"], params, config.ema_decay, first=is_first)
         if extra is not None:
             new["extra"] = task.update(extra, aux, params, new["step"])
         metrics = {"loss": loss} | {metric.name: aux[metric.name] for metric in task.metrics if metric.name in aux}
+        if scale is not None:
+            finite = all_finite(gradients)
+            kept = {name: unless_skipped(new[name], state[name], finite=finite) for name in new if name != "step"}
+            new |= kept | {"loss_scale": next_loss_scale(scale, finite=finite)}
+            metrics |= {"loss_scale": scale.factor, "skipped": jnp.where(finite, 0, 1)}
         if bad is not None:
             metrics["bad"] = jnp.sum(bad >= 0)
         return new, metrics

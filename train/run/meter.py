@@ -15,6 +15,7 @@ from train.run.progress import Progress
 if TYPE_CHECKING:
     from train.tasks.task import Metric
 
+_SCALED = ("skipped", "loss_scale")  # of a step in float16
 STEPS_BEHIND = 2  # metrics are fetched so many steps late, so that the devices never wait for the host
 
 
@@ -25,15 +26,27 @@ class TrainingFailed(UserError):
 
 
 class Sums:
-    """Of some steps: the loss and the task's metrics, images that could not be read, and the steps."""
+    """Of some steps: the loss and the task's metrics, images that could not be read, and the steps.
+
+    In float16 also the steps that were skipped, and the last loss scale.
+    """
 
     def __init__(self, totals: Mapping[str, float] | None = None):
         self.totals: dict[str, float] = {"bad": 0, "steps": 0, **(totals or {})}
         self._start, self._added = time.perf_counter(), 0
 
-    def add(self, values: Mapping[str, float], bad: int) -> None:
-        for name, value in {**values, "bad": bad, "steps": 1}.items():
+    def add(self, values: Mapping[str, float], bad: int, scaled: Mapping[str, float]) -> None:
+        """A step. One whose loss is infinite or NaN was skipped: it has no part in the means.
+
+        Args:
+            scaled: `loss_scale` and `skipped` of a step in float16; otherwise nothing.
+        """
+        counted = {**values, "steps": 1} if math.isfinite(values["loss"]) else {}
+        for name, value in {**counted, "bad": bad}.items():
             self.totals[name] = self.totals.get(name, 0) + value
+        if scaled:
+            self.totals["skipped"] = self.totals.get("skipped", 0) + scaled["skipped"]
+            self.totals["loss_scale"] = scaled["loss_scale"]
         self._added += 1
 
     @property
@@ -43,9 +56,10 @@ class Sums:
 
     def values(self, lr: float) -> dict[str, float]:
         """The means by their names in the log, and how many images could not be read."""
-        counts, steps = ("bad", "steps"), self.totals["steps"]
-        means = {f"train/{name}": total / steps for name, total in self.totals.items() if name not in counts}
-        return {**means, "train/lr": lr, "train/bad_images": self.totals["bad"]}
+        others, steps = ("bad", "steps", *_SCALED), self.totals["steps"]
+        means = {f"train/{name}": total / steps for name, total in self.totals.items() if name not in others and steps}
+        scaled = {f"train/{name}": self.totals[name] for name in _SCALED if name in self.totals}
+        return {**means, **scaled, "train/lr": lr, "train/bad_images": self.totals["bad"]}
 
 
 class Meter:
@@ -111,20 +125,29 @@ class Meter:
     def _take(self, metrics: dict[str, jax.Array]) -> None:
         told = {name: float(value) for name, value in jax.device_get(metrics).items()}
         bad = int(told.pop("bad"))
+        scaled = {name: told.pop(name) for name in _SCALED if name in told}
         values = {name: self._scale.get(name, 1.0) * value for name, value in told.items()}
         self.step += 1
-        if not math.isfinite(values["loss"]):
-            raise TrainingFailed(
-                f"the loss became {values['loss']} in step {self.step} (epoch {self._epoch}, learning rate "
-                f"{self._lr:g}); a lower --lr, a longer --warmup-epochs or --clip-grad may help"
-            )
+        self._check_numbers(values["loss"], scaled)
         for sums in (self._whole, self._window):
-            sums.add(values, bad)
+            sums.add(values, bad, scaled)
         self._check_bad(int(self._whole.totals["bad"]))
         speed = self._window.steps_per_s * self._batch_size
         self._progress.step(epoch=self._epoch, values=values, lr=self._lr, images_per_s=speed)
         if self.step % self._log_every == 0:
             self._write()
+
+    def _check_numbers(self, loss: float, scaled: Mapping[str, float]) -> None:
+        where = f"in step {self.step} (epoch {self._epoch}, learning rate {self._lr:g})"
+        helps = "a lower --lr, a longer --warmup-epochs or --clip-grad may help"
+        if scaled.get("skipped"):
+            if scaled["loss_scale"] < 1:
+                raise TrainingFailed(
+                    f"gradients are infinite or NaN {where} at a loss scale of {scaled['loss_scale']:g}: step after "
+                    f"step was skipped; {helps}, or --precision float32"
+                )
+        elif not math.isfinite(loss):
+            raise TrainingFailed(f"the loss became {loss} {where}; {helps}")
 
     @property
     def _lr(self) -> float:

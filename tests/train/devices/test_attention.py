@@ -61,7 +61,7 @@ def fails(monkeypatch, looks_like_a_gpu):
 def test_a_cpu_has_xlas_attention_and_refuses_cudnns(mesh):
     assert choose_attention("auto", CONFIG, "bfloat16", mesh) == ("xla", [])
     assert choose_attention("xla", CONFIG, "bfloat16", mesh) == ("xla", [])
-    message = "cudnn needs NVIDIA GPUs of compute capability 8.0 or later and bfloat16; this is cpu and float32"
+    message = "cudnn needs NVIDIA GPUs of compute capability 8.0 or later and half precision; this is cpu and float32"
     with pytest.raises(SettingsError, match=message):
         choose_attention("cudnn", CONFIG, "float32", mesh)
 
