@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from crossvit_jax.blocks import Block
-from crossvit_jax.dense_config import SegmenterConfig, get_dense_config
+from crossvit_jax.config import SegmenterConfig, get_dense_config
 from crossvit_jax.layers import Conv, GroupNorm, LayerNorm, Linear, OutputConv, ReLU
 from crossvit_jax.pyramid import DenseModel
 from crossvit_jax.resize import adaptive_average, resize_bilinear

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from crossvit_jax.dense_config import SegmenterConfig, get_dense_config
+from crossvit_jax.config import SegmenterConfig, get_dense_config
 from crossvit_torch.blocks import Block
 from crossvit_torch.layers import Conv, GroupNorm, LayerNorm, Linear, OutputConv, ReLU
 from crossvit_torch.pyramid import DenseModel
