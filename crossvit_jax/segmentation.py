@@ -129,7 +129,9 @@ class MaskTransformer(nnx.Module):
         self.decoder_norm = LayerNorm(width, **kwargs)
         self.proj_patch = Linear(width, width, use_bias=False, **real)
         self.proj_classes = Linear(width, width, use_bias=False, **real)
-        self.mask_norm = LayerNorm(num_classes, **real)
+        # Segmenter's epsilon. Where a pixel's cosines are nearly alike, the norm enlarges what rounding makes of them,
+        # the more the smaller epsilon is.
+        self.mask_norm = LayerNorm(num_classes, 1e-5, **real)
 
     def __call__(
         self, levels: list[Float[Array, "batch _ _ dim"]], *, rngs: nnx.Rngs | None = None
