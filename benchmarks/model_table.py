@@ -17,8 +17,7 @@ import crossvit_torch
 from benchmarks.result import markdown_table
 from convert.architecture import model_class
 from convert.command_line import Parser, leave, run
-from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
-from crossvit_jax.dense_config import DenseConfig, get_dense_config
+from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig, DenseConfig, get_dense_config
 
 # parameters in millions, "FLOPs" (multiply-adds) in 10⁹, ImageNet top-1 in percent: arXiv 2103.14899, tables 2 and 4;
 # and top-1 of timm's published weights

@@ -15,8 +15,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from convert.files import FOLDER_PREFIX
-from crossvit_jax.config import get_config
-from crossvit_jax.dense_config import DetectorConfig, get_dense_config
+from crossvit_jax.config import DetectorConfig, get_config, get_dense_config
 from train.config import TrainConfig
 from train.recipes import RECIPES
 

@@ -16,8 +16,16 @@ from jax import Array
 from convert.errors import ConversionError
 from convert.tree import leaves, timm_shape
 from crossvit_jax import CrossViT
-from crossvit_jax.config import CUSTOM, TIMM_NAMES, VARIANTS, Branch, CrossViTConfig
-from crossvit_jax.dense_config import DenseConfig, DetectorConfig, SegmenterConfig
+from crossvit_jax.config import (
+    CUSTOM,
+    TIMM_NAMES,
+    VARIANTS,
+    Branch,
+    CrossViTConfig,
+    DenseConfig,
+    DetectorConfig,
+    SegmenterConfig,
+)
 from crossvit_jax.detection import CrossViTDetector
 from crossvit_jax.segmentation import CrossViTSegmenter
 

@@ -15,8 +15,7 @@ from convert.architecture import BODY, expected_shapes, model_class
 from convert.errors import ConversionError, listed
 from convert.tree import flatten
 from convert.weights import Weights
-from crossvit_jax.config import CrossViTConfig
-from crossvit_jax.dense_config import CONFIGS, DenseConfig, build_dense_config
+from crossvit_jax.config import CONFIGS, CrossViTConfig, DenseConfig, build_dense_config
 
 TASKS = ("classification", *CONFIGS)
 # what other weights would be needed for; all else changes no tensor, or those of the classes alone

@@ -11,8 +11,17 @@ from typing import Any, get_args
 
 from convert.errors import ConversionError
 from convert.weights import Weights
-from crossvit_jax.config import BRANCH_SETTINGS, CUSTOM, VARIANTS, Branch, CrossViTConfig, read_fraction, shown_value
-from crossvit_jax.dense_config import CONFIGS, DenseConfig
+from crossvit_jax.config import (
+    BRANCH_SETTINGS,
+    CONFIGS,
+    CUSTOM,
+    VARIANTS,
+    Branch,
+    CrossViTConfig,
+    DenseConfig,
+    read_fraction,
+    shown_value,
+)
 from crossvit_jax.preprocess import MEAN, STD, Exif
 
 KEY = "crossvit"  # in the header of a safetensors file; the name of the item in an Orbax folder

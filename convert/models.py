@@ -19,8 +19,7 @@ from convert.tensors import as_tensor
 from convert.tree import flatten, from_state_dict, nest, shapes_of
 from convert.weights import Weights
 from crossvit_jax import CrossViT
-from crossvit_jax.config import TIMM_NAMES, CrossViTConfig, get_config
-from crossvit_jax.dense_config import DenseConfig, DetectorConfig, SegmenterConfig
+from crossvit_jax.config import TIMM_NAMES, CrossViTConfig, DenseConfig, DetectorConfig, SegmenterConfig, get_config
 from crossvit_jax.preprocess import Exif
 
 if TYPE_CHECKING:

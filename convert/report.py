@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 from convert.class_names import unlike_timm
 from convert.errors import listed
 from convert.streams import safe, tell_error
-from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
-from crossvit_jax.dense_config import DenseConfig, SegmenterConfig
+from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig, DenseConfig, SegmenterConfig
 
 if TYPE_CHECKING:
     from convert.export.export import Exported

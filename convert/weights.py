@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from crossvit_jax.config import CrossViTConfig
-from crossvit_jax.dense_config import DenseConfig
+from crossvit_jax.config import CrossViTConfig, DenseConfig
 from crossvit_jax.preprocess import Exif
 
 

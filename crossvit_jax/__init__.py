@@ -2,8 +2,7 @@
 
 import importlib
 
-from crossvit_jax.config import Branch, CrossViTConfig, get_config, list_variants
-from crossvit_jax.dense_config import DetectorConfig, SegmenterConfig
+from crossvit_jax.config import Branch, CrossViTConfig, DetectorConfig, SegmenterConfig, get_config, list_variants
 
 __all__ = [
     "Branch",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from crossvit_jax.dense_config import DetectorConfig
+from crossvit_jax.config import DetectorConfig
 
 
 class Points(NamedTuple):

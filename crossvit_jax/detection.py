@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from crossvit_jax.boxes import Points, clip, decode, make_points, suppress
-from crossvit_jax.dense_config import DetectorConfig, get_dense_config
+from crossvit_jax.config import DetectorConfig, get_dense_config
 from crossvit_jax.layers import Conv, GroupNorm, OutputConv, ReLU, Sequential
 from crossvit_jax.pyramid import DenseModel
 

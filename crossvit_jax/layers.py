@@ -91,10 +91,10 @@ class OutputConv(Conv):
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Layer norm with epsilon 1e-6 and the two-pass variance, as torch computes it; statistics in float32 or wider."""
+    """Layer norm with the two-pass variance, as torch computes it; statistics in float32 or wider."""
 
-    def __init__(self, dim: int, *, dtype, param_dtype, rngs):
-        super().__init__(dim, epsilon=1e-6, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, dim: int, eps: float = 1e-6, *, dtype, param_dtype, rngs):
+        super().__init__(dim, epsilon=eps, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.set_forward_mode(False)
 
     def set_forward_mode(self, enable: bool) -> None:

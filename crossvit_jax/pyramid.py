@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from crossvit_jax.config import DenseConfig
 from crossvit_jax.crossvit import CrossViT
-from crossvit_jax.dense_config import DenseConfig
 from crossvit_jax.layers import Conv, LayerNorm2d, Linear
 from crossvit_jax.resize import resize_bilinear
 

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from crossvit_jax.blocks import Block
-from crossvit_jax.dense_config import SegmenterConfig, get_dense_config
+from crossvit_jax.config import SegmenterConfig, get_dense_config
 from crossvit_jax.layers import Conv, GroupNorm, LayerNorm, Linear, OutputConv, ReLU
 from crossvit_jax.pyramid import DenseModel
 from crossvit_jax.resize import adaptive_average, resize_bilinear
@@ -129,7 +129,9 @@ class MaskTransformer(nnx.Module):
         self.decoder_norm = LayerNorm(width, **kwargs)
         self.proj_patch = Linear(width, width, use_bias=False, **real)
         self.proj_classes = Linear(width, width, use_bias=False, **real)
-        self.mask_norm = LayerNorm(num_classes, **real)
+        # Segmenter's epsilon. Where a pixel's cosines are nearly alike, the norm enlarges what rounding makes of them,
+        # the more the smaller epsilon is.
+        self.mask_norm = LayerNorm(num_classes, 1e-5, **real)
 
     def __call__(
         self, levels: list[Float[Array, "batch _ _ dim"]], *, rngs: nnx.Rngs | None = None

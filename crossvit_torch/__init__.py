@@ -1,7 +1,6 @@
 """CrossViT (arXiv 2103.14899) in PyTorch, the twin of `crossvit_jax`, module for module."""
 
-from crossvit_jax.config import Branch, CrossViTConfig, get_config, list_variants
-from crossvit_jax.dense_config import DetectorConfig, SegmenterConfig
+from crossvit_jax.config import Branch, CrossViTConfig, DetectorConfig, SegmenterConfig, get_config, list_variants
 from crossvit_torch.crossvit import CrossViT, create_model
 from crossvit_torch.detection import CrossViTDetector, create_detector
 from crossvit_torch.segmentation import CrossViTSegmenter, create_segmenter

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from crossvit_jax.dense_config import DetectorConfig, get_dense_config
+from crossvit_jax.config import DetectorConfig, get_dense_config
 from crossvit_torch.boxes import Points, clip, decode, make_points, suppress
 from crossvit_torch.layers import Conv, GroupNorm, OutputConv, ReLU, Sequential
 from crossvit_torch.pyramid import DenseModel

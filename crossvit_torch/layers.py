@@ -43,10 +43,10 @@ class OutputConv(Conv):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm with epsilon 1e-6."""
+    """Layer norm; statistics in float32 or wider."""
 
-    def __init__(self, dim: int, **kwargs):
-        super().__init__(dim, eps=1e-6, **kwargs)
+    def __init__(self, dim: int, eps: float = 1e-6, **kwargs):
+        super().__init__(dim, eps=eps, **kwargs)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         if self.weight.dtype.itemsize >= x.dtype.itemsize:

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from crossvit_jax.dense_config import DenseConfig
+from crossvit_jax.config import DenseConfig
 from crossvit_torch.crossvit import CrossViT
 from crossvit_torch.layers import Conv, LayerNorm2d, Linear
 from crossvit_torch.resize import resize_bilinear

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from crossvit_jax.dense_config import SegmenterConfig, get_dense_config
+from crossvit_jax.config import SegmenterConfig, get_dense_config
 from crossvit_torch.blocks import Block
 from crossvit_torch.layers import Conv, GroupNorm, LayerNorm, Linear, OutputConv, ReLU
 from crossvit_torch.pyramid import DenseModel
@@ -129,7 +129,9 @@ class MaskTransformer(nn.Module):
         self.decoder_norm = LayerNorm(width, **kwargs)
         self.proj_patch = Linear(width, width, bias=False, **kwargs)
         self.proj_classes = Linear(width, width, bias=False, **kwargs)
-        self.mask_norm = LayerNorm(num_classes, **kwargs)
+        # Segmenter's epsilon. Where a pixel's cosines are nearly alike, the norm enlarges what rounding makes of them,
+        # the more the smaller epsilon is.
+        self.mask_norm = LayerNorm(num_classes, 1e-5, **kwargs)
 
     def forward(self, levels: list[Float[Tensor, "batch dim _ _"]]) -> Float[Tensor, "batch classes rows columns"]:
         """Logits on the grid of the only level."""

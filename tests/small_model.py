@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from crossvit_jax.config import CUSTOM, VARIANTS, CrossViTConfig
-from crossvit_jax.dense_config import DetectorConfig, SegmenterConfig, build_dense_config
+from crossvit_jax.config import CUSTOM, VARIANTS, CrossViTConfig, DetectorConfig, SegmenterConfig, build_dense_config
 
 
 def shrink(set_item: Callable[[dict, str, CrossViTConfig], Any]) -> None:

@@ -17,7 +17,7 @@ _ROOT = Path(__file__).parents[1]
 # packages, and what each may import of the others: whole packages or single modules
 _ARROWS = {
     "crossvit_jax": (),
-    "crossvit_torch": ("crossvit_jax.config", "crossvit_jax.dense_config"),
+    "crossvit_torch": ("crossvit_jax.config",),
     "convert": ("crossvit_jax", "crossvit_torch"),
     "train": ("crossvit_jax", "convert"),
     "benchmarks": ("crossvit_jax", "crossvit_torch", "convert", "train"),

@@ -2,6 +2,7 @@
 
 # What takes long to import is imported when it is needed: `--help` and wrong flags are answered at once.
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -126,14 +127,16 @@ def _predict(args: argparse.Namespace) -> int:
     if given:
         raise SettingsError(f"--{given[0].replace('_', '-')} is not for {learned}, which {args.weights} is for")
     tiling = tiling_of(args, learned)
-    wanted = _class_numbers(args.classes, model.task.class_names)
+    if args.classes is not None:
+        wanted = _class_numbers(args.classes, model.task.class_names)
+        model = dataclasses.replace(model, task=dataclasses.replace(model.task, wanted=wanted))
     coco = None if args.coco is None else check_place(Path(args.coco))
     for folder in folders.values():  # nothing can be wrong any more
         folder.mkdir(parents=True, exist_ok=True)
     tell_notes(_PROGRAM, [*left_out.notes(), *model.notes])
     if isinstance(model, Classifier):
         return _predict_classes(args, model, paths, places.get("attention"))
-    return _find(args, model, paths, places, wanted=wanted, coco=coco, tiling=tiling)
+    return _find(args, model, paths, places, coco=coco, tiling=tiling)
 
 
 def _predict_classes(
@@ -179,7 +182,6 @@ def _find(
     paths: Sequence[str],
     places: Mapping[str, Sequence[Path]],
     *,
-    wanted: frozenset[int] | None,
     coco: Path | None,
     tiling: "Tiling | None",
 ) -> int:
@@ -202,7 +204,7 @@ def _find(
         bad_images, tagged = BadImages(source, say), TaggedImages()
         bar.write(text.header, end="")
         batch_size = model.batch_size(args.batch_size, None if tiling else len(paths))
-        how = {"batch_size": batch_size, "workers": reading_processes(len(paths)), "classes": wanted, "say": say}
+        how = {"batch_size": batch_size, "workers": reading_processes(len(paths)), "say": say}
         how |= {"pictures": places.get("overlay"), "masks": places.get("masks"), "tagged": tagged, "tiling": tiling}
         with closing(find(model, source, bad_images, **how, advance=bar.update)) as answers:
             for found in answers:
@@ -218,12 +220,12 @@ def _find(
     return 1 if bad_images.count else 0
 
 
-def _class_numbers(wanted: Sequence[str] | None, names: Sequence[str]) -> frozenset[int] | None:
+def _class_numbers(wanted: Sequence[str], names: Sequence[str]) -> tuple[int, ...]:
     """Raises SettingsError for a name that no class has."""
-    unknown = [name for name in wanted or () if name not in names]
+    unknown = [name for name in wanted if name not in names]
     if unknown:
         raise SettingsError(f"--classes: no class {unknown[0]!r}; there are {listed(names[:20], len(names))}")
-    return None if wanted is None else frozenset(place for place, name in enumerate(names) if name in wanted)
+    return tuple(place for place, name in enumerate(names) if name in wanted)
 
 
 def _place_pictures(folder: Path, images: Sequence[str]) -> list[Path]:

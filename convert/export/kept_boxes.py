@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from convert.export.compare import Outputs
-from crossvit_jax.dense_config import DetectorConfig
+from crossvit_jax.config import DetectorConfig
 
 NEAR = 1e-4  # of scores, of overlaps, and of coordinates as a share of the image: what rounding may decide
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convert.export.onnx_graph import OPSET
-from crossvit_jax.dense_config import DetectorConfig
+from crossvit_jax.config import DetectorConfig
 from crossvit_torch.boxes import clip, decode, make_points
 
 RAW = ("cls_logits", "bbox_regression", "bbox_ctrness")

@@ -10,8 +10,7 @@ from convert import metadata
 from convert.export.compare import Run
 from convert.models import torch_model
 from convert.weights import Weights
-from crossvit_jax.config import CrossViTConfig
-from crossvit_jax.dense_config import DenseConfig
+from crossvit_jax.config import CrossViTConfig, DenseConfig
 from crossvit_jax.resize import bicubic_matrix
 
 if TYPE_CHECKING:

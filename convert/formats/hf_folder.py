@@ -14,8 +14,7 @@ from convert import metadata
 from convert.errors import ConversionError, listed
 from convert.files import write_bytes
 from convert.weights import Weights
-from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig
-from crossvit_jax.dense_config import DenseConfig
+from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig, DenseConfig
 from crossvit_jax.files import read_json
 from crossvit_jax.preprocess import MEAN, STD
 

@@ -4,8 +4,7 @@ import pytest
 
 from benchmarks.model_table import multiply_adds, parameters
 from benchmarks.sides.model_flops import flops_per_image
-from crossvit_jax.config import get_config
-from crossvit_jax.dense_config import get_dense_config
+from crossvit_jax.config import get_config, get_dense_config
 
 
 def test_flops_are_those_of_the_paper_without_the_keys_and_values_that_need_not_be_computed():

@@ -12,8 +12,7 @@ from convert.architecture import expected_shapes, infer_config
 from convert.metadata import describe, understand
 from convert.tree import shapes_of
 from crossvit_jax import CrossViTDetector, CrossViTSegmenter
-from crossvit_jax.config import CUSTOM
-from crossvit_jax.dense_config import get_dense_config
+from crossvit_jax.config import CUSTOM, get_dense_config
 from crossvit_torch import CrossViTDetector as TorchDetector
 from crossvit_torch import CrossViTSegmenter as TorchSegmenter
 from crossvit_torch import create_model, detection, segmentation

@@ -19,7 +19,7 @@ from convert.architecture import SameKey
 from convert.tree import flatten
 from crossvit_jax import boxes as flax_boxes
 from crossvit_jax import detection, detection_loss
-from crossvit_jax.dense_config import DetectorConfig
+from crossvit_jax.config import DetectorConfig
 from crossvit_torch import boxes as torch_boxes
 from crossvit_torch import detection as torch_detection
 from crossvit_torch import detection_loss as torch_loss

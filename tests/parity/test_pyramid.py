@@ -12,8 +12,7 @@ from torch.nn import functional
 import crossvit_jax.resize
 import crossvit_torch.resize
 from crossvit_jax import pyramid
-from crossvit_jax.config import Branch, CrossViTConfig, get_config
-from crossvit_jax.dense_config import DetectorConfig, SegmenterConfig, get_dense_config
+from crossvit_jax.config import Branch, CrossViTConfig, DetectorConfig, SegmenterConfig, get_config, get_dense_config
 from crossvit_torch import pyramid as torch_pyramid
 from tests.parity.reference import (
     GRADIENT_BOUND,
@@ -193,7 +192,7 @@ def test_points_of_custom_branches_follow_the_first_branch():
     ("task", "settings", "words"),
     [
         ("detection", {"width": 48}, "width must be a multiple of 32; got 48"),
-        ("detection", {"num_classes": 0}, "num_classes must be a whole number, at least 1; got 0"),
+        ("detection", {"num_classes": 0}, "num_classes must be a whole number from 1 to 65536; got 0"),
         ("detection", {"strides": (8, 16)}, r"strides must begin at 6 or 12 and double .* got \(8, 16\)"),
         ("detection", {"strides": (6, 24)}, "double from level to level"),
         ("detection", {"strides": ()}, "strides must begin at"),

@@ -135,7 +135,7 @@ class Segmenter(nn.Module):
         self.proj_dec = nn.Linear(dim, dim)
         self.cls_emb = nn.Parameter(torch.zeros(1, classes, dim))
         self.blocks = nn.ModuleList(Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(2))
-        self.decoder_norm, self.mask_norm = norm(dim), norm(classes)
+        self.decoder_norm, self.mask_norm = norm(dim), nn.LayerNorm(classes)
         self.proj_patch, self.proj_classes = (nn.Linear(dim, dim, bias=False) for _ in range(2))
 
     def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:

@@ -52,7 +52,6 @@ def find(
     workers: int,
     pictures: Sequence[Path] | None = None,
     masks: Sequence[Path] | None = None,
-    classes: frozenset[int] | None = None,
     say: Callable[[str], None] = print,
     tagged: TaggedImages | None = None,
     tiling: Tiling | None = None,
@@ -66,7 +65,6 @@ def find(
         workers: processes that read images; 0: threads of this process.
         pictures: for each image, the PNG in which to draw what is found.
         masks: of a segmenter: for each image, the PNG to write with the class of each pixel. Raises NotWritten.
-        classes: of a detector: which objects to keep; none: all.
         say: told one line if drawing fails; there are no pictures from then on.
         tagged: told which images have an EXIF orientation.
         tiling: cut images in windows; none: take them whole.
@@ -77,8 +75,7 @@ def find(
     def result(place: int, found: tuple[np.ndarray, ...]) -> Objects | Segments:
         path = source.paths[place]
         if isinstance(task, Detection):
-            kept = np.isin(found[2], list(classes or range(len(task.class_names))))
-            result = Objects(path, *(array[kept] for array in found))
+            result = Objects(path, *found)
         else:
             result = Segments(path, *found)
             if masks is not None:

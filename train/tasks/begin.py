@@ -9,8 +9,7 @@ from convert import load_weights
 from convert.dense import adapt_to_task, class_axes, with_fresh_classes
 from convert.errors import ConversionError, SettingsError
 from convert.weights import Weights
-from crossvit_jax.config import CUSTOM, CrossViTConfig, get_config
-from crossvit_jax.dense_config import DenseConfig, build_dense_config
+from crossvit_jax.config import CUSTOM, CrossViTConfig, DenseConfig, build_dense_config, get_config
 from train.config import TrainConfig
 from train.data.dense.samples import DenseSets, DenseSource, Reclassed
 from train.data.sources import ImageSets

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 import convert
 from convert.files import check_replaceable, csv_text, write_whole
 from crossvit_jax.boxes import Points, make_points
-from crossvit_jax.dense_config import DetectorConfig
+from crossvit_jax.config import DetectorConfig
 from crossvit_jax.detection import CrossViTDetector, detections_of
 from crossvit_jax.detection_loss import assign, detection_losses, mean_positives
 from train.config import TrainConfig
@@ -36,7 +36,7 @@ _NUMBERS, _PER_CLASS, _DETECTIONS, _PICTURE = "evaluation.json", "per_class.csv"
 _FILES = (_NUMBERS, _PER_CLASS, _DETECTIONS, _PICTURE)
 _FOUND = ("boxes", "scores", "labels", "valid")
 SHOWN_SCORE = 0.3  # of boxes that are drawn
-_NO_LOGIT = -1e4  # of a padded image: its probabilities are 0, and so are its losses
+_NO_LOGIT = -1e4  # of a padded image, or a class that is not wanted: probabilities are 0, and so are losses
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Detection:
     score_threshold: float = 0.05
     iou_threshold: float = 0.6
     max_detections: int = MOST_DETECTIONS
+    wanted: tuple[int, ...] | None = None  # classes of which objects are found; none: all
 
     metrics = (
         Metric("ap", "AP", better="max"),
@@ -124,6 +125,10 @@ class Detection:
     def _found(self, outputs: Mapping[str, Array]) -> dict[str, Array]:
         names = ("score_threshold", "iou_threshold", "max_detections")
         settings = {name: getattr(self, name) for name in names}
+        if self.wanted is not None:  # before the best are chosen: others take no place among them
+            logits = outputs["cls_logits"]
+            found = np.isin(np.arange(logits.shape[-1]), self.wanted)
+            outputs = {**outputs, "cls_logits": jnp.where(found, logits, _NO_LOGIT)}
         return detections_of(outputs, self._points, self.model_config.image_size, **settings)
 
     def evaluate(self, model: nnx.Module, batch: Batch) -> dict[str, Any]:

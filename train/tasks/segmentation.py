@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 import convert
 from convert.files import check_replaceable, csv_text, write_whole
-from crossvit_jax.dense_config import SegmenterConfig
+from crossvit_jax.config import SegmenterConfig
 from crossvit_jax.segmentation import CrossViTSegmenter
 from crossvit_jax.segmentation_loss import cross_entropy, dice_loss, mean_valid_pixels
 from train.config import TrainConfig

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -163,3 +164,14 @@ def test_classes_that_the_data_set_lacks_have_no_id_and_are_no_result(tmp_path):
 def test_classes_that_the_model_does_not_know_are_refused():
     with pytest.raises(SettingsError, match="only in the data set: a"):
         matched(make_task("detection"), ("x", "b", "c"), sets := _sets(tuple("abc"), (1, 2, 3)), sets.train)
+
+
+def test_classes_that_are_not_wanted_take_no_place_among_the_detections():
+    task = dataclasses.replace(make_task("detection"), score_threshold=0.0, max_detections=400)
+    model, images = make_model(task), make_batch("detection")["image"]
+    few = dataclasses.replace(task, max_detections=5, wanted=(2,))
+    every, some = (jax.device_get(jax.jit(partial(t.found, model))(images)) for t in (task, few))
+    for row in range(len(images)):
+        of_class = every["valid"][row] & (every["labels"][row] == 2)
+        assert some["valid"][row].all() and (some["labels"][row] == 2).all()
+        np.testing.assert_allclose(some["scores"][row], every["scores"][row][of_class][:5], rtol=1e-6)

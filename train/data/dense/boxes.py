@@ -11,13 +11,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from PIL import Image
 
 from convert.errors import SettingsError, listed
 from convert.files import shown
-from crossvit_jax.files import open_regular
-from crossvit_jax.preprocess import FORMATS, Exif, orientation, read_image_file
-from train.data.dense.samples import DenseSets
+from crossvit_jax.preprocess import Exif
+from train.data.dense.samples import DenseSets, picture_size
 from train.data.held_out import draw_held_out
 from train.data.sources import read_file
 from train.images.geometry import Boxes
@@ -182,7 +180,7 @@ class Annotations:
         """Height and width of a picture as the model sees it; None where it cannot be read."""
         exif = exif or self._exif
         if (place, exif) not in self._seen:
-            self._seen[place, exif] = _size_of(self._path(place), exif)
+            self._seen[place, exif] = picture_size(self._path(place), exif)
         return self._seen[place, exif]
 
     def _size_error(self, place: int, said: tuple[int, int], found: tuple[int, int]) -> SettingsError:
@@ -237,17 +235,6 @@ class Annotations:
         cut = np.clip(boxes, 0, limits)
         kept = ~empty & (cut[:, 2:] > cut[:, :2]).all(1)
         return cut, kept, notes
-
-
-def _size_of(path: str, exif: Exif) -> tuple[int, int] | None:
-    try:
-        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
-            width, height = image.size
-        if exif == "apply" and width != height and orientation(read_image_file(path)) >= 5:
-            return width, height
-    except Exception:  # whatever Pillow's parsers raise
-        return None
-    return height, width
 
 
 def box_sets(

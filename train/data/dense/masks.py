@@ -15,9 +15,8 @@ from PIL import Image
 from convert.errors import SettingsError, listed, one_line
 from convert.files import shown
 from convert.image_files import image_files
-from crossvit_jax.files import open_regular
-from crossvit_jax.preprocess import FORMATS, UnreadableImage, open_image
-from train.data.dense.samples import DenseSets
+from crossvit_jax.preprocess import Exif, UnreadableImage, open_image
+from train.data.dense.samples import DenseSets, picture_size
 from train.data.folders.layout import find_splits
 from train.data.held_out import draw_held_out
 from train.data.sources import read_file
@@ -121,7 +120,7 @@ def _keys(colours: UInt8[np.ndarray, "*pixels 3"]) -> Int[np.ndarray, "*pixels"]
     return colours.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
 
 
-def open_masks(path: Path, *, ignore_index: int, val_fraction: float, seed: int) -> DenseSets:
+def open_masks(path: Path, *, ignore_index: int, val_fraction: float, seed: int, exif: Exif) -> DenseSets:
     """A folder with `images/` and `masks/`, each with `train/` and `val/` or without; or with these two in `train/` and
     `val/`. A mask has the name of its picture, with a suffix of its own. `classes.txt` names the classes, one a line.
 
@@ -153,7 +152,7 @@ def open_masks(path: Path, *, ignore_index: int, val_fraction: float, seed: int)
         ]
     train, held = (MaskFiles(str(path), tuple(files), tuple(masked), table, colours) for files, masked in sources)
     for source in (train, held):
-        seen = _look_at(source)
+        seen = _look_at(source, exif)
         if source is train and len(seen) < 2:
             only = f"only the class {names[seen.pop()]}" if seen else "no class"
             binary = "" if colours is not None else "; where 255 stands for a class, name it by its colour, 255 255 255"
@@ -266,7 +265,7 @@ def _pairs(root: Path, images: Path, masks: Path) -> tuple[list[str], list[str],
     return relative[0], relative[1], notes
 
 
-def _look_at(source: MaskFiles) -> set[int]:
+def _look_at(source: MaskFiles, exif: Exif) -> set[int]:
     """The classes in all masks of a small data set, or in some of a larger one. Raises SettingsError for a mask that
     cannot be used."""
     seen: set[int] = set()
@@ -277,13 +276,14 @@ def _look_at(source: MaskFiles) -> set[int]:
         except UnreadableImage as error:
             raise SettingsError(f"mask {path} cannot be used: {error.reason}") from None
         seen.update(np.unique(segments).tolist())
-        try:
-            picture = os.path.join(source.root, source.files[index])
-            with open_regular(picture) as file, Image.open(file, formats=FORMATS) as image:
-                size = image.size[::-1]
-        except Exception:  # told when the picture is read
-            continue
-        if size not in (segments.shape, segments.shape[::-1]):  # EXIF may turn it
+        picture = os.path.join(source.root, source.files[index])
+        size = picture_size(picture, exif)
+        if size not in (None, segments.shape):  # None is told when the picture is read
             (rows, columns), (height, width) = segments.shape, size
-            raise SettingsError(f"mask {path} has {columns} x {rows} pixels, and its picture {width} x {height}")
+            other = "keep" if exif == "apply" else "apply"
+            fits = picture_size(picture, other) == segments.shape
+            turned = f"; that carries an EXIF orientation, and the mask fits with --exif {other}" if fits else ""
+            raise SettingsError(
+                f"mask {path} has {columns} x {rows} pixels, and its picture {width} x {height}{turned}"
+            )
     return seen - {IGNORED}

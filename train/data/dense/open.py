@@ -57,7 +57,7 @@ def open_dense_sets(
             raise SettingsError(f"--dataset {dataset} has {has}; for {kind}: {_ACCEPTED[kind]}")
         root = Path(home_path(path))
         if prefix == _MASKS:
-            return open_masks(root, ignore_index=ignore_index, val_fraction=val_fraction, seed=seed)
+            return open_masks(root, ignore_index=ignore_index, val_fraction=val_fraction, seed=seed, exif=exif)
         return _BOXES[prefix](root, val_fraction=val_fraction, seed=seed, exif=exif)
     if colon and prefix == FOLDER_PREFIX.rstrip(":"):
         raise SettingsError(f"--dataset {dataset} has neither boxes nor masks; for {kind}: {_ACCEPTED[kind]}")

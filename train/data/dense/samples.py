@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
+from PIL import Image
 
 from convert.errors import SettingsError
+from crossvit_jax.files import open_regular
+from crossvit_jax.preprocess import FORMATS, Exif, orientation, read_image_file
 from train.data.sources import ImageSets
 from train.images.geometry import IGNORED
 
@@ -75,3 +78,15 @@ class Reclassed:
             return {**sample, "segments": table[sample["segments"]]}
         objects = sample["objects"]
         return {**sample, "objects": objects._replace(classes=np.asarray(self.classes, np.int32)[objects.classes])}
+
+
+def picture_size(path: str, exif: Exif) -> tuple[int, int] | None:
+    """Height and width of a picture in a file as the model sees it; None where it cannot be read."""
+    try:
+        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
+            width, height = image.size
+        if exif == "apply" and width != height and orientation(read_image_file(path)) >= 5:
+            return width, height
+    except Exception:  # whatever Pillow's parsers raise
+        return None
+    return height, width

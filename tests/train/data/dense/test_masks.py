@@ -9,10 +9,10 @@ from convert.errors import SettingsError
 from crossvit_jax.preprocess import UnreadableImage
 from train.data.batches import train_batches
 from train.data.dense.masks import open_masks
-from train.images.dense import SegmentationTrainTransform
+from train.images.dense import SegmentationEvalTransform, SegmentationTrainTransform
 from train.images.geometry import IGNORED
 
-_SETTINGS = {"ignore_index": 255, "val_fraction": 0.5, "seed": 0}
+_SETTINGS = {"ignore_index": 255, "val_fraction": 0.5, "seed": 0, "exif": "keep"}
 _VALUES = np.zeros((40, 60), np.uint8)
 _VALUES[:10], _VALUES[10:12], _VALUES[20:, 30:] = 1, 255, 2
 
@@ -112,6 +112,17 @@ def test_a_mask_that_does_not_fit_is_told_before_training(tmp_path, masks, mask,
     file = masks("a", mask)
     with pytest.raises(SettingsError, match=re.escape(message.format(a=file))):
         open_masks(tmp_path, **_SETTINGS)
+
+
+def test_pictures_that_exif_turns_fit_only_as_their_masks_were_drawn(tmp_path, masks, picture):
+    masks("b"), masks("a", _VALUES.T.copy())
+    picture("images/a.jpg", (60, 40), orientation=6)
+    with pytest.raises(SettingsError, match=r"40 x 60 pixels, and its picture 60 x 40; .* fits with --exif apply"):
+        open_masks(tmp_path, **_SETTINGS)
+    picture("images/b.jpg", (40, 60), orientation=6)
+    sets = open_masks(tmp_path, **_SETTINGS | {"exif": "apply"})
+    for source in (sets.train, sets.held_out):
+        assert SegmentationEvalTransform((60, 60), "apply")(source[0])["segments"].shape == (60, 60)
 
 
 def test_masks_whose_values_were_not_kept_are_refused(tmp_path, masks):

@@ -1,122 +1,25 @@
-"""The one table of variants, and the settings of a model. Imports no framework."""
+"""The settings of a CrossViT."""
 
 import dataclasses
-import difflib
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, ClassVar
 
+from crossvit_jax.config.branch import (
+    BRANCH_SETTINGS,
+    DEEPEST,
+    LARGEST,
+    Branch,
+    require_number,
+    require_whole,
+    shown_value,
+)
+
 _RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
-# bounds of what can be asked for, far above any model; what a machine can compute is found later
-_LARGEST = 2**16  # pixels, channels
-_DEEPEST = 2**10  # blocks of a stage, stages
 _SMALLEST_CROP = 0.001
 _MOST_BRANCHES, _MOST_CLASSES, _LONGEST_NAME = 64, 2**24, 64
-BRANCH_SETTINGS = ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "image_scale")
-
-
-def read_fraction(text: str) -> Fraction:
-    """The number in a text such as `14/15` or `0.5`.
-
-    Raises ValueError for any other text, also for numbers that are longer than anybody would write: Python's own
-    `Fraction` computes all digits of 1e99999999.
-    """
-    if not _FRACTION.fullmatch(text.strip()):
-        raise ValueError(text)
-    try:
-        return Fraction(text)
-    except ZeroDivisionError:
-        raise ValueError(text) from None
-
-
-_FRACTION = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})(e[+-]?\d{1,2}|/\d{1,20})?", re.ASCII | re.IGNORECASE)
-
-
-def _require_whole(field: str, value: object, least: int, most: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"{field} must be a whole number from {least} to {most}; got {shown_value(value)}")
-
-
-def _require_number(field: str, value: object, *, above: int, at_most: int) -> None:
-    if not isinstance(value, int | float | Fraction) or isinstance(value, bool) or not above < value <= at_most:
-        raise ValueError(f"{field} must be a number above {above}, at most {at_most}; got {shown_value(value)}")
-
-
-def shown_value(value: object) -> str:
-    """A value for a message: as Python writes it, at most 100 characters of it."""
-    text = f"{value}" if isinstance(value, Fraction) else repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}…"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Branch:
-    """One branch: a transformer over the patches of one size.
-
-    As text, which `Branch.parse` reads: "embed_dim=192,depth=1:2:1,num_heads=3,mlp_ratio=4,patch_size=16,
-    image_scale=14/15", where colons part the depths of the stages.
-
-    Raises ValueError for settings that make no branch, naming the value and what is accepted.
-    """
-
-    embed_dim: int
-    depth: int | tuple[int, ...]  # transformer blocks per stage; a tuple has one number for each stage
-    num_heads: int
-    mlp_ratio: int | float = 4.0
-    patch_size: int
-    image_scale: int | float | Fraction = 1  # share of the image size that the branch sees; becomes a Fraction
-
-    def __post_init__(self):
-        for field in ("embed_dim", "num_heads", "patch_size"):
-            _require_whole(field, getattr(self, field), 1, _LARGEST)
-        for depth in self.depth if isinstance(self.depth, tuple) else (self.depth,):
-            _require_whole("depth", depth, 1, _DEEPEST)
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} cannot be cut into num_heads {self.num_heads}")
-        _require_number("mlp_ratio", self.mlp_ratio, above=0, at_most=_LARGEST)
-        _require_number("image_scale", self.image_scale, above=0, at_most=_LARGEST)
-        # timm writes a float (224/240), a fraction makes every size exact
-        object.__setattr__(self, "image_scale", Fraction(self.image_scale).limit_denominator(1024))
-        _require_number("image_scale", self.image_scale, above=0, at_most=_LARGEST)
-
-    def __str__(self):
-        depth = ":".join(map(str, self.depth if isinstance(self.depth, tuple) else (self.depth,)))
-        values = {name: getattr(self, name) for name in BRANCH_SETTINGS}
-        values |= {"depth": depth, "mlp_ratio": repr(float(self.mlp_ratio)).removesuffix(".0")}
-        return ",".join(f"{name}={value}" for name, value in values.items())
-
-    @classmethod
-    def parse(cls, text: str) -> "Branch":
-        """The branch that a text describes; only `mlp_ratio` and `image_scale` may be left out.
-
-        Raises ValueError, naming what is wrong.
-        """
-        settings = {}
-        for part in text.split(","):
-            name, _, value = part.strip().partition("=")
-            if name not in BRANCH_SETTINGS or name in settings:
-                why = "is there twice" if name in settings else f"is none of {', '.join(BRANCH_SETTINGS)}"
-                raise ValueError(f"{name!r} {why}")
-            try:
-                settings[name] = _READERS.get(name, int)(value)
-            except (ValueError, ArithmeticError):
-                raise ValueError(f"{name} cannot be {value!r}") from None
-        missing = [name for name in ("embed_dim", "depth", "num_heads", "patch_size") if name not in settings]
-        if missing:
-            raise ValueError(f"{', '.join(missing)} must be given, as in {EXAMPLE}")
-        return cls(**settings)
-
-
-def _depth(text: str) -> int | tuple[int, ...]:
-    depths = tuple(map(int, text.split(":")))
-    return depths if len(depths) > 1 else depths[0]
-
-
-_READERS = {"depth": _depth, "mlp_ratio": float, "image_scale": read_fraction}
-EXAMPLE = "embed_dim=96,depth=1,num_heads=3,mlp_ratio=4,patch_size=12,image_scale=1"
 
 
 def _is_list(value: object) -> bool:
@@ -176,7 +79,7 @@ class CrossViTConfig:
         if len(self.image_size) != 2:
             raise ValueError(f"image_size must be an int or (height, width), all positive; got {shown_value(size)}")
         for side in self.image_size:
-            _require_whole("image_size", side, 1, _LARGEST)
+            require_whole("image_size", side, 1, LARGEST)
         self._count_stages()
         self._check_fields()
         if self.multi_conv and not set(self.patch_size) <= {12, 16}:
@@ -188,11 +91,11 @@ class CrossViTConfig:
     def _check_fields(self) -> None:
         if not isinstance(self.name, str) or not 0 < len(self.name) <= _LONGEST_NAME or not self.name.isprintable():
             raise ValueError(f"name must be a text of at most {_LONGEST_NAME} characters; got {shown_value(self.name)}")
-        _require_whole("in_chans", self.in_chans, 1, _LARGEST)
-        _require_whole("num_classes", self.num_classes, 0, _MOST_CLASSES)  # 0: no head
+        require_whole("in_chans", self.in_chans, 1, LARGEST)
+        require_whole("num_classes", self.num_classes, 0, _MOST_CLASSES)  # 0: no head
         if self.global_pool not in ("token", "avg"):
             raise ValueError(f"global_pool must be 'token' or 'avg'; got {shown_value(self.global_pool)}")
-        _require_number("crop_pct", self.crop_pct, above=0, at_most=1)
+        require_number("crop_pct", self.crop_pct, above=0, at_most=1)
         if self.crop_pct < _SMALLEST_CROP:  # of a picture resized a thousandfold
             raise ValueError(f"crop_pct must be at least {_SMALLEST_CROP}; got {self.crop_pct}")
         for field in ("multi_conv", "crop_scale", "qkv_bias"):
@@ -212,12 +115,12 @@ class CrossViTConfig:
         numbers = [(field, value) for field, values in numbers.items() for value in values if isinstance(value, tuple)]
         if self.stages is None:
             self._set("stages", len(numbers[0][1]) if numbers else 3)
-        _require_whole("stages", self.stages, 1, _DEEPEST)
+        require_whole("stages", self.stages, 1, DEEPEST)
         for field, value in numbers:
             if len(value) != self.stages:
                 raise ValueError(f"{field} {value} has numbers for {len(value)} stages; there are {self.stages}")
         for depth in self.fusion_depths:
-            _require_whole("fusion_depth", depth, 0, _DEEPEST)
+            require_whole("fusion_depth", depth, 0, DEEPEST)
         self._set("fusion_depth", _as_one(self.fusion_depth))
         self._set("branches", tuple(dataclasses.replace(b, depth=_as_one(b.depth)) for b in self.branches))
 
@@ -367,65 +270,3 @@ def _for_stages(value: int | tuple[int, ...], stages: int) -> tuple[int, ...]:
 
 def _as_one(value: int | tuple[int, ...]) -> int | tuple[int, ...]:
     return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
-
-
-def _variant(name, embed_dim, depth, num_heads, mlp_ratio, scale=Fraction(14, 15), **settings) -> CrossViTConfig:
-    """A row of the paper's tables 1 and 2: `depth` is that of the large-patch branch, the other has one block."""
-    both = {"num_heads": num_heads, "mlp_ratio": mlp_ratio}
-    small = Branch(embed_dim=embed_dim, depth=1, patch_size=12, **both)
-    large = Branch(embed_dim=2 * embed_dim, depth=depth, patch_size=16, image_scale=scale, **both)
-    return CrossViTConfig(name=name, branches=(small, large), **settings)
-
-
-_AT_408 = {"image_size": 408, "scale": Fraction(16, 17), "crop_pct": 1.0}
-
-# timm's name -> settings. IBM's names end in _224 and _384 for timm's _240 and _408.
-_TABLE = {
-    "crossvit_tiny_240": _variant("ti", 96, 4, 3, 4.0),
-    "crossvit_small_240": _variant("s", 192, 4, 6, 4.0),
-    "crossvit_base_240": _variant("b", 384, 4, 12, 4.0),
-    "crossvit_9_240": _variant("9", 128, 3, 4, 3.0),
-    "crossvit_15_240": _variant("15", 192, 5, 6, 3.0),
-    "crossvit_18_240": _variant("18", 224, 6, 7, 3.0),
-    "crossvit_9_dagger_240": _variant("9-dagger", 128, 3, 4, 3.0, multi_conv=True),
-    "crossvit_15_dagger_240": _variant("15-dagger", 192, 5, 6, 3.0, multi_conv=True),
-    "crossvit_18_dagger_240": _variant("18-dagger", 224, 6, 7, 3.0, multi_conv=True),
-    "crossvit_15_dagger_408": _variant("15-dagger-408", 192, 5, 6, 3.0, multi_conv=True, **_AT_408),
-    "crossvit_18_dagger_408": _variant("18-dagger-408", 224, 6, 7, 3.0, multi_conv=True, **_AT_408),
-}
-CUSTOM = "custom"  # the name of a model with branches of one's own
-VARIANTS: dict[str, CrossViTConfig] = {config.name: config for config in _TABLE.values()}
-TIMM_NAMES: dict[str, str] = {config.name: timm_name for timm_name, config in _TABLE.items()}
-IBM_NAMES = {short: name.replace("_240", "_224").replace("_408", "_384") for short, name in TIMM_NAMES.items()}
-_SHORT_NAMES = {name: short for names in (TIMM_NAMES, IBM_NAMES) for short, name in names.items()}
-_SHORT_NAMES |= {short: short for short in VARIANTS}
-
-
-def list_variants() -> list[str]:
-    """The short names of the 11 published variants, in the order of the paper's tables."""
-    return list(VARIANTS)
-
-
-def get_config(name: str, **overrides) -> CrossViTConfig:
-    """The settings of a variant, with some replaced.
-
-    Args:
-        name: short (`ti`), timm's (`crossvit_tiny_240`, `crossvit_tiny_240.in1k`) or IBM's (`crossvit_tiny_224`).
-        **overrides: fields of `CrossViTConfig`, or settings of its branches, see `CrossViTConfig.replace`.
-
-    Raises:
-        ValueError: the name is unknown (the message lists the known ones and the nearest), or a value is refused.
-        TypeError: an override is no setting.
-    """
-    short = _SHORT_NAMES.get(name.split(".")[0])
-    if short is None:
-        near = difflib.get_close_matches(name, _SHORT_NAMES, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"unknown CrossViT variant {name!r}; did you mean {near!r}? Known: {', '.join(VARIANTS)}, "
-            f"and timm's and IBM's names for them (such as {TIMM_NAMES['ti']}, {IBM_NAMES['ti']})"
-        )
-    if "pretrained" in overrides:
-        raise TypeError(
-            f"fresh weights only: convert.load_flax({short!r}, pretrained=True) or load_torch loads trained ones"
-        )
-    return VARIANTS[short].replace(**overrides)

@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from crossvit_jax.config import BRANCH_SETTINGS, CrossViTConfig, get_config
+from crossvit_jax.config.branch import BRANCH_SETTINGS, LARGEST, require_whole
+from crossvit_jax.config.crossvit import CrossViTConfig
+from crossvit_jax.config.variants import get_config
 
 # the pyramid's channels at 240 pixels, chosen so that what stands on the body costs less than the body
 _WIDTHS = {"ti": 128, "9": 128, "9-dagger": 128, "s": 192, "15": 192, "15-dagger": 192, "18": 192, "18-dagger": 192}
@@ -49,8 +51,8 @@ class DenseConfig:
         if self.width is None:
             self._set("width", _WIDTHS.get(self.name, 128))
         self._set("strides", self.default_strides if self.strides is None else tuple(self.strides))
-        _require_whole("num_classes", self.num_classes, 1)
-        _require_whole("width", self.width, self.width_step)
+        require_whole("num_classes", self.num_classes, 1, LARGEST)
+        require_whole("width", self.width, self.width_step, LARGEST)
         if self.width % self.width_step:
             raise ValueError(f"width must be a multiple of {self.width_step}; got {self.width}")
         stride = self.map_stride
@@ -147,7 +149,7 @@ class DetectorConfig(DenseConfig):
         super().__post_init__()
         if self.num_convs is None:
             self._set("num_convs", 4 if self.width >= 256 else 2)
-        _require_whole("num_convs", self.num_convs, 1)
+        require_whole("num_convs", self.num_convs, 1, LARGEST)
         distances = tuple(8.0 * stride for stride in self.strides[:-1]) if self.distances is None else self.distances
         self._set("distances", tuple(map(float, distances)))
         count = len(self.strides) - 1
@@ -189,7 +191,7 @@ class SegmenterConfig(DenseConfig):
         if self.decoder not in ("upernet", "mask"):
             raise ValueError(f"decoder must be 'upernet' or 'mask'; got {self.decoder!r}")
         super().__post_init__()
-        _require_whole("num_blocks", self.num_blocks, 1)
+        require_whole("num_blocks", self.num_blocks, 1, LARGEST)
         if self.decoder == "mask" and len(self.strides) != 1:
             raise ValueError(f"the decoder 'mask' attends over one level; got strides {self.strides}")
         if self.decoder == "mask" and self.scse:
@@ -212,11 +214,6 @@ class SegmenterConfig(DenseConfig):
         """See `DenseConfig.replace`; another decoder gets its own strides unless these are given."""
         other = changes.get("decoder", self.decoder) != self.decoder
         return super().replace(**({"strides": None} if other else {}) | changes)
-
-
-def _require_whole(field: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{field} must be a whole number, at least {least}; got {value!r}")
 
 
 CONFIGS = {config.task: config for config in (DetectorConfig, SegmenterConfig)}

@@ -1,0 +1,34 @@
+"""The settings of models: branches, the table of variants, detectors and segmenters. No framework."""
+
+from crossvit_jax.config.branch import BRANCH_SETTINGS, EXAMPLE, Branch, read_fraction, shown_value
+from crossvit_jax.config.crossvit import CrossViTConfig
+from crossvit_jax.config.dense import (
+    CONFIGS,
+    DenseConfig,
+    DetectorConfig,
+    SegmenterConfig,
+    build_dense_config,
+    get_dense_config,
+)
+from crossvit_jax.config.variants import CUSTOM, IBM_NAMES, TIMM_NAMES, VARIANTS, get_config, list_variants
+
+__all__ = [
+    "BRANCH_SETTINGS",
+    "CONFIGS",
+    "CUSTOM",
+    "EXAMPLE",
+    "IBM_NAMES",
+    "TIMM_NAMES",
+    "VARIANTS",
+    "Branch",
+    "CrossViTConfig",
+    "DenseConfig",
+    "DetectorConfig",
+    "SegmenterConfig",
+    "build_dense_config",
+    "get_config",
+    "get_dense_config",
+    "list_variants",
+    "read_fraction",
+    "shown_value",
+]
