@@ -1,5 +1,12 @@
 """CrossViT (arXiv 2103.14899) in PyTorch, the twin of `crossvit_jax`, module for module."""
 
+import importlib.util
+
+from crossvit_jax.extras import needs
+
+if importlib.util.find_spec("torch") is None:
+    raise ModuleNotFoundError(needs("crossvit_torch", ["torch"], "torch"), name="torch")
+
 from crossvit_jax.config import Branch, CrossViTConfig, get_config, list_variants
 from crossvit_jax.dense_config import DetectorConfig, SegmenterConfig
 from crossvit_torch.crossvit import CrossViT, create_model
