@@ -15,9 +15,10 @@ from benchmarks.rounds import Measured, largest_common_batch, measure, say
 from benchmarks.table import notes, table_lines
 from benchmarks.task import SIDES, Task, default_sides
 from convert.command_line import Parser, at_least_one, run
-from convert.errors import ConversionError
+from convert.errors import ConversionError, require
 from convert.files import check_replaceable, typed_path
 from crossvit_jax.config import get_config
+from crossvit_jax.extras import EXTRAS
 
 _EPILOG = """\
 Each side runs in a process of its own, one at a time, round by round in turn: A B C A B C … Compilation and warm-up are
@@ -29,8 +30,8 @@ its best if it was timm's (for a machine without a C compiler: --sides flax timm
 
 # besides those of a worker: what brings them, and the packages
 _NEEDED = {
-    "the ONNX forms": ("'crossvit-jax[onnx]'", "onnx", "onnxruntime", "onnxscript"),
-    "the input pipelines": ("crossvit-jax", "numba", "simplejpeg", "sklearn"),
+    "the ONNX forms": ("onnx", *EXTRAS["onnx"]),
+    "the input pipelines": ("train", "numba", "simplejpeg", "sklearn"),
 }
 
 
@@ -198,14 +199,12 @@ def workers_environment(device: str, folder: Path, *, one_at_a_time: bool) -> di
 
 
 def require_packages(who: str, *more: str) -> None:
-    """Raises ConversionError if a package is missing that one of `_NEEDED` needs, or one of `more`.
+    """Raises MissingExtra if a package is missing that one of `_NEEDED` needs, or one of `more`.
 
     Told before minutes go into sides that have nothing to be compared with.
     """
-    what_brings_them, *packages = _NEEDED[who]
-    missing = [name for name in (*packages, *more) if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConversionError(f"{who} need {', '.join(missing)}: pip install {what_brings_them}")
+    extra, *packages = _NEEDED[who]
+    require(who, *packages, *more, extra=extra, verb="need")
 
 
 def writable_json(parser: Parser, file: Path | None) -> None:

@@ -19,3 +19,7 @@ def __getattr__(name: str):
 
         return getattr(convert.models, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})  # what is imported late is completed too

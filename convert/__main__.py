@@ -18,7 +18,7 @@ from convert.command_line import (
     run,
     weights_source,
 )
-from convert.errors import ConversionError, listed
+from convert.errors import ConversionError, listed, require
 from convert.files import local_path, shown
 from convert.report import tell_class_order, tell_result, tell_training, tell_warning, tell_weights
 from crossvit_jax.config import EXAMPLE
@@ -118,6 +118,9 @@ def _convert(args: argparse.Namespace) -> int:
         return _info(args)
     if args.destination is None:
         raise ConversionError("DESTINATION is needed; --info alone writes nothing")
+    for flag in ("verify", "training"):
+        if getattr(args, flag):
+            require(f"--{flag}", "torch")
     if args.training:
         return _training(args)
     if args.triton:

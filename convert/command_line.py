@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from convert.errors import UserError, one_line
+from convert.errors import UserError, missing_extra, one_line
 from convert.files import FOLDER_PREFIX, home_path, local_path
 from convert.formats import hub
 from convert.streams import let_go_of_output, open_streams, tell_error
@@ -90,9 +90,9 @@ class Parser(argparse.ArgumentParser):
 def run(program: str, command: Callable[[], int], *, failure: int = 2, remedy: str = "") -> int:
     """A command's exit status: its own, or that of what stopped it, told in one line on stderr.
 
-    That is the status of a UserError; `failure` where it has 1, and for errors of the operating system and too little
-    memory; as a shell has it 130 for Ctrl-C, 143, 129 or 138 for SIGTERM, SIGHUP or SIGUSR1 (what was begun is
-    removed), and 141 where nobody reads standard output any more.
+    That is the status of a UserError; 2 where a package is missing that an extra brings; `failure` where it has 1, and
+    for errors of the operating system and too little memory; as a shell has it 130 for Ctrl-C, 143, 129 or 138 for
+    SIGTERM, SIGHUP or SIGUSR1 (what was begun is removed), and 141 where nobody reads standard output any more.
 
     Does not return in a worker process that runs a script without a main guard once more.
 
@@ -110,6 +110,11 @@ def run(program: str, command: Callable[[], int], *, failure: int = 2, remedy: s
     except UserError as error:
         status = failure if error.status == 1 else error.status
         return _stopped(program, f"{'error: ' * (status < 128)}{error}", status)
+    except ModuleNotFoundError as error:
+        missing = missing_extra(error)
+        if missing is None:
+            raise
+        return _stopped(program, f"error: {missing}", missing.status)
     except BrokenPipeError:
         let_go_of_output()
         return 141

@@ -2,11 +2,14 @@
 
 import contextlib
 import functools
+import importlib.util
 import logging
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+from crossvit_jax.extras import extra_of, needs
 
 _NAMES_IN_A_MESSAGE = 20
 
@@ -27,6 +30,32 @@ class ConversionError(UserError, ValueError):
 
 class SettingsError(UserError, ValueError):
     """A mistake in what was asked of a run."""
+
+
+class MissingExtra(UserError, ImportError):
+    """A package is needed that an extra of the installation brings; the message names both."""
+
+
+def require(what: str, *packages: str, extra: str | None = None, otherwise: str = "", verb: str = "needs") -> None:
+    """Raises MissingExtra where one of the packages is not installed: before the work that needs it.
+
+    Args:
+        what: needs them, in words.
+        packages: as they are imported.
+        extra: that brings all of them; none: that of the first one that is missing.
+        otherwise: what may be asked for instead.
+    """
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        line = needs(what, missing, extra or extra_of(missing[0]), verb=verb)
+        raise MissingExtra(f"{line}; or {otherwise}" if otherwise else line)
+
+
+def missing_extra(error: ImportError) -> MissingExtra | None:
+    """What a failed import means to the user, where an extra brings the package; else None."""
+    package = (error.name or "").partition(".")[0]
+    extra = extra_of(package)
+    return None if extra is None else MissingExtra(needs("this", [package], extra))
 
 
 def one_line(error: BaseException) -> str:

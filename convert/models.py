@@ -11,7 +11,7 @@ from flax import nnx
 
 from convert import architecture, metadata
 from convert.dense import adapt_to_task
-from convert.errors import ConversionError
+from convert.errors import ConversionError, require
 from convert.formats import timm_config
 from convert.formats.read import read
 from convert.formats.write import write
@@ -174,7 +174,9 @@ def load_torch(
 
     Raises:
         ConversionError, TypeError: see `load_weights`.
+        MissingExtra: torch is not installed.
     """
+    require("load_torch", "torch")
     weights = _load_aloud(_published(source) if pretrained else source, task, seed, overrides)
     model = torch_model(weights, dtype=dtype, param_dtype=param_dtype, device=device)
     model.class_names = weights.class_names
@@ -188,7 +190,11 @@ def torch_model(
     param_dtype: "torch.dtype | None" = None,
     device: Any = None,
 ) -> "torch.nn.Module":
-    """The PyTorch twin with these weights, in evaluation mode; no initial weights are drawn."""
+    """The PyTorch twin with these weights, in evaluation mode; no initial weights are drawn.
+
+    Raises MissingExtra where torch is not installed.
+    """
+    require("the PyTorch twin", "torch")
     import torch
 
     import crossvit_torch

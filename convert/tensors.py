@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from convert.errors import ConversionError
+from convert.errors import ConversionError, require
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,11 @@ def as_array(value: Any, name: str) -> np.ndarray:
 
 
 def as_tensor(array: np.ndarray) -> "torch.Tensor":
-    """A numpy array as a torch tensor of the same dtype; shares memory where the array may be written to."""
+    """A numpy array as a torch tensor of the same dtype; shares memory where the array may be written to.
+
+    Raises MissingExtra where torch is not installed.
+    """
+    require("a torch tensor", "torch")
     import torch
 
     if not array.flags.writeable:  # jax's arrays: torch would change them behind JAX's back

@@ -4,6 +4,7 @@ import importlib
 
 from crossvit_jax.config import Branch, CrossViTConfig, DetectorConfig, SegmenterConfig, get_config, list_variants
 
+__version__ = "0.1.0"
 __all__ = [
     "Branch",
     "CrossViT",
@@ -29,3 +30,7 @@ def __getattr__(name: str):
     if name in _LATE:
         return getattr(importlib.import_module(f"crossvit_jax.{_LATE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})  # what is imported late is completed too

@@ -26,7 +26,9 @@ _ARROWS = {
 # the parts of train, lowest first: none imports a higher one, and the commands do not import each other
 _LAYERS = ["config", "recipes", "pictures", "devices", "run", "images", "data", "tasks"]
 _LAYERS += ["optim", "inference", "cost", "flags", "job", "loop"]
-_COMMANDS = ["main", "evaluate", "predict", "serve", "compile"]
+_COMMANDS = ["main", "evaluate", "predict", "serve", "compile", "__main__"]
+
+_INSTALLED = set(_ARROWS) - {"benchmarks"}
 
 _WIDEST_PACKAGE, _WIDEST_FOLDER = 20, 12  # entries
 _LONGEST_FUNCTION = 99  # lines
@@ -39,6 +41,7 @@ def _module(path: Path) -> str:
 
 
 _FILES = {_module(path): path for package in _ARROWS for path in sorted((_ROOT / package).rglob("*.py"))}
+_INSTALLED_MODULES = [module for module in _FILES if module.split(".")[0] in _INSTALLED]
 _TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in _FILES.items()}
 
 
@@ -174,7 +177,7 @@ def unpacked_wheel(tmp_path_factory):
     source, built, unpacked = (tmp_path_factory.mktemp(name) for name in ("source", "built", "unpacked"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(_ROOT / name, source)
-    for package in _ARROWS:
+    for package in _INSTALLED:
         shutil.copytree(_ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__", "results"))
     build = f"from setuptools.build_meta import build_wheel; build_wheel({str(built)!r})"
     done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
@@ -187,7 +190,8 @@ def unpacked_wheel(tmp_path_factory):
 
 def test_the_wheel_has_every_module(unpacked_wheel):
     shipped = {str(path.relative_to(unpacked_wheel)) for path in unpacked_wheel.rglob("*.py")}
-    assert shipped == {str(path.relative_to(_ROOT)) for path in _FILES.values()}
+    assert shipped == {str(_FILES[module].relative_to(_ROOT)) for module in _INSTALLED_MODULES}
+    assert {str(path.parent.relative_to(unpacked_wheel)) for path in unpacked_wheel.rglob("py.typed")} == _INSTALLED
 
 
 @pytest.mark.slow
@@ -197,6 +201,6 @@ def test_every_module_of_the_wheel_can_be_imported(unpacked_wheel):
         "JAX_PLATFORMS": "cpu",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    command = [sys.executable, "-c", _IMPORT_ALL, str(unpacked_wheel), *_FILES]
+    command = [sys.executable, "-c", _IMPORT_ALL, str(unpacked_wheel), *_INSTALLED_MODULES]
     done = subprocess.run(command, cwd=unpacked_wheel, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

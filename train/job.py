@@ -25,7 +25,7 @@ from train.data.sources import ImageSets
 from train.devices.attention import choose_attention
 from train.devices.mesh import check_divides, default_mix_group, default_precision, make_mesh, precision_note
 from train.images.rand_augment import check_augment_on, device_can_augment
-from train.images.transforms import train_transform
+from train.images.transforms import require_timm, train_transform
 from train.optim.carried import check_carried, read_carried
 from train.optim.quantize import require_qwix
 from train.recipes import RECIPES
@@ -82,6 +82,7 @@ def prepare(config: TrainConfig) -> Job:
     mesh = make_mesh(config.mesh)
     config = dataclasses.replace(config, augment_on=augment_on(config, saved))
     check_augment_on(config)
+    require_timm(config)
     if jax.process_count() > 1 and config.output is None:
         raise SettingsError("with several processes, --output must name the run's folder, on a disk that all share")
     check_divides(config, mesh)

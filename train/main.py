@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from convert.command_line import leave, run
+from convert.errors import require
 from convert.streams import tell
 from train.flags import parse_flags
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(config) -> int:
+    require("training", "grain", "optax", "orbax")  # before anything is read or compiled
     from train.devices import hosts
     from train.devices.process import keep_compiled_programs, keep_freed_memory
     from train.job import prepare

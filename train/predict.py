@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convert.command_line import Parser, at_least_one, leave, run
-from convert.errors import SettingsError, listed
+from convert.errors import SettingsError, listed, require
 from convert.files import check_place, check_replaceable, home_path, local_path, write_whole
 from convert.image_files import LeftOut
 from convert.streams import reconfigure, tell_error
@@ -106,6 +106,8 @@ def _parser() -> Parser:
 
 
 def _predict(args: argparse.Namespace) -> int:
+    if args.attention:
+        require("--attention", "matplotlib")
     from train.inference.image_paths import image_paths
 
     left_out = LeftOut()

@@ -3,16 +3,16 @@
 # What takes long to import is imported when it is needed: `--help` and wrong flags are answered at once.
 import argparse
 import contextlib
-import importlib.util
 import math
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from convert.command_line import Parser, at_least_one, at_least_zero, leave, run
-from convert.errors import SettingsError
+from convert.errors import SettingsError, require
 from convert.files import typed_path
 from convert.streams import let_go_of_output, tell, tell_error
+from crossvit_jax.extras import EXTRAS
 from train.inference.command import SOURCES, add_model_flags, load_model, tell_notes
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ _TOKEN = "CROSSVIT_TOKEN"
 _BATCH_ON_CPUS, _BATCH_ON_OTHERS = 8, 64
 _LAST_PORT, _LONGEST = 65535, 86400
 _MOST_PIXELS = 50_000_000  # of a picture, unless more are asked for
-_PACKAGES = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
 
 _EPILOG = f"""\
 {SOURCES}; or an .onnx file that
@@ -181,9 +180,7 @@ def _positive(text: str, unit: str) -> float:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise SettingsError(f"serving needs {', '.join(missing)}: pip install 'crossvit-jax[serve]'")
+    require("serving", *EXTRAS["serve"])
     token = os.environ.get(_TOKEN)
     if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token != ""):
         raise SettingsError(f"{_TOKEN} is set, and is no token: it must be printable ASCII without spaces around it")

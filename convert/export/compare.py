@@ -15,6 +15,9 @@ from crossvit_jax.preprocess import normalised, preprocess_image, resize
 # difference, relative to the standard deviation of the source's logits.
 BOUNDS = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.2, "int8": 0.12, "int4": 0.3}
 
+# that making an ONNX file and comparing it takes, all of them of the extra `onnx`
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript", "torch", "sklearn")
+
 Images = Float32[np.ndarray, "images height width channels"]
 
 # logits or features (batch, out), of a segmenter (batch, classes, height, width); a detector's, by name

@@ -1,6 +1,5 @@
 """Whole models as files that run without this library: written, run against their source, and kept if they agree."""
 
-import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +8,18 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from convert.errors import ConversionError
+from convert.errors import ConversionError, require
 from convert.export.calibration import DIGITS, calibration_images, find_images, shortage
-from convert.export.compare import Comparison, Images, Run, compare, outputs, photographs, picture_batches
+from convert.export.compare import (
+    ONNX_PACKAGES,
+    Comparison,
+    Images,
+    Run,
+    compare,
+    outputs,
+    photographs,
+    picture_batches,
+)
 from convert.export.kept_boxes import KeptBoxes, compare_kept, kept_of
 from convert.files import FOLDER_PREFIX, check_place, replacing, typed_path, write_bytes
 from convert.formats.write import require_space
@@ -70,14 +78,15 @@ class Exported(NamedTuple):
 class _Ending(NamedTuple):
     dtypes: tuple[str, ...]
     quantize: tuple[str | None, ...]
-    packages: tuple[str, ...] = ()  # those of the extra that has the name of the first
+    extra: str  # that brings what it needs
+    packages: tuple[str, ...]
 
 
 _ENDINGS = {
     # onnxruntime has no bfloat16 on CPUs: nobody could check such a file
-    ".onnx": _Ending(("float32", "float16"), (None, "dynamic", "static"), ("onnx", "onnxruntime", "onnxscript")),
-    ".stablehlo": _Ending(("float32", "float16", "bfloat16"), (None,)),
-    ".pt": _Ending(("float32",), ("int8", "int4"), ("torchao",)),
+    ".onnx": _Ending(("float32", "float16"), (None, "dynamic", "static"), "onnx", ONNX_PACKAGES),
+    ".stablehlo": _Ending(("float32", "float16", "bfloat16"), (None,), "train", ("sklearn",)),
+    ".pt": _Ending(("float32",), ("int8", "int4"), "torchao", ("torchao", "torch", "sklearn")),
 }
 
 
@@ -85,8 +94,9 @@ def check_export(destination: str | Path, how: Export, *, overwrite: bool = Fals
     """The destination as a path, before any work is done for it.
 
     Raises:
-        ConversionError: the ending is none that can be exported so; packages are missing, the folder is, images are, or
-            something is there that may not be replaced.
+        ConversionError: the ending is none that can be exported so; the folder is missing, images are, or something is
+            there that may not be replaced.
+        MissingExtra: packages are missing.
     """
     path = typed_path(destination)
     for flag, value, ending in (("--preprocess", how.preprocess, ".onnx"), ("--compare", how.compare, ".pt")):
@@ -102,9 +112,7 @@ def check_export(destination: str | Path, how: Export, *, overwrite: bool = Fals
         raise ConversionError(f"{path}: a {path.suffix} file is quantised: --quantize {' or '.join(kind.quantize)}")
     if how.dtype not in (None, *kind.dtypes):
         raise ConversionError(f"{path}: {path.suffix} files compute in {' or '.join(kind.dtypes)}, not in {how.dtype}")
-    missing = [package for package in kind.packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ConversionError(f"{path} needs {', '.join(missing)}: pip install 'crossvit-jax[{kind.packages[0]}]'")
+    require(str(path), *kind.packages, extra=kind.extra)
     for images in (how.calibrate, how.compare):
         if images is not None:
             find_images(images)

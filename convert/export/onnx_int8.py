@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Float32
 
-from convert.errors import ConversionError, one_line, quiet
+from convert.errors import ConversionError, MissingExtra, one_line, quiet
 from convert.files import replacing, write_bytes
+from crossvit_jax.extras import needs
 
 if TYPE_CHECKING:
     import onnx
@@ -175,4 +176,4 @@ def _module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ConversionError(f"quantising needs {error.name}: pip install 'crossvit-jax[onnx]'") from None
+        raise MissingExtra(needs("quantising", [error.name or name], "onnx")) from None

@@ -6,7 +6,6 @@ the weights, and for each token of what they multiply, the largest absolute valu
 zero in the middle.
 """
 
-import importlib.util
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from convert import metadata
-from convert.errors import ConversionError, one_line, quiet
+from convert.errors import ConversionError, one_line, quiet, require
 from convert.files import typed_path
 from convert.formats.torch_files import load_plain
 from convert.models import torch_model
@@ -120,12 +119,11 @@ def read_torchao(path: str | Path) -> TorchaoFile:
     """What is in a file of `python -m convert`, of which nothing is run.
 
     Raises:
-        ConversionError: torchao is not installed; there is no such file, it is damaged or of a newer format, or it is
-            another file.
+        MissingExtra: torchao is not installed.
+        ConversionError: there is no such file, it is damaged or of a newer format, or it is another file.
     """
     path = typed_path(path)
-    if importlib.util.find_spec("torchao") is None:
-        raise ConversionError(f"{path} needs torchao: pip install 'crossvit-jax[torchao]'")
+    require(str(path), "torchao", "torch", extra="torchao")
     with quiet("torch.utils._pytree"):
         import torchao.quantization  # noqa: F401 (tells torch that its classes are safe to load)
     if not path.is_file():

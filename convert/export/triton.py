@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from convert.errors import ConversionError
-from convert.export.compare import Comparison, compare, picture_batches
+from convert.errors import ConversionError, require
+from convert.export.compare import ONNX_PACKAGES, Comparison, compare, picture_batches
 from convert.files import check_place, replacing, typed_path, write_bytes
 from convert.weights import Weights
 
@@ -31,13 +31,10 @@ _CONFIG = "config.pbtxt"
 def check_repository(destination: str | Path, *, overwrite: bool = False) -> Path:
     """The destination as a path, before any work is done for it.
 
-    Raises ConversionError: packages are missing, the folder above is, or something is there that may not be replaced.
+    Raises MissingExtra where packages are missing, and ConversionError where the folder above is, or something is there
+    that may not be replaced.
     """
-    import importlib.util
-
-    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConversionError(f"--triton needs {', '.join(missing)}: pip install 'crossvit-jax[onnx]'")
+    require("--triton", *ONNX_PACKAGES, extra="onnx")
     return check_place(typed_path(destination), overwrite=overwrite, may_be_replaced=_is_repository)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.errors import ConversionError, listed, one_line
+from convert.errors import ConversionError, listed, one_line, require
 from convert.formats.find import PREFERRED, find_weights
 
 
@@ -20,11 +20,11 @@ def read_torch(path: Path) -> tuple[Mapping[str, Any], list[str]]:
         ConversionError: the file is damaged, holds no state dict or several models, or might run code if it were
             unpickled.
     """
-    import torch
-
     checkpoint = load_plain(path)
     if not isinstance(checkpoint, Mapping):
         raise ConversionError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
+
+    import torch
 
     def is_weight(value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 0
@@ -94,7 +94,9 @@ def load_plain(path: Path) -> Any:
 
     Raises:
         ConversionError: the file is damaged, or might run code if it were unpickled.
+        MissingExtra: torch is not installed.
     """
+    require(str(path), "torch")
     import torch
 
     if zipfile.is_zipfile(path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from convert import metadata
-from convert.errors import ConversionError
+from convert.errors import ConversionError, require
 from convert.files import NotWritten, check_place, replacing, typed_path, write_bytes
 from convert.formats.hf_folder import check_for_timm, is_hf_folder, write_hf
 from convert.formats.orbax_folder import is_orbax, write_orbax
@@ -26,9 +26,13 @@ def check_destination(destination: str | Path, *, overwrite: bool = False) -> Pa
 
     Raises:
         ConversionError: an unknown ending, a missing folder, or something is there that may not be replaced.
+        MissingExtra: the format is torch's, which is not installed.
     """
     path = typed_path(destination)
-    return check_place(path, overwrite=overwrite, may_be_replaced=_FOLDERS.get(_writer(path)))
+    writer = _writer(path)
+    if writer is _write_pth:
+        require(str(path), "torch")
+    return check_place(path, overwrite=overwrite, may_be_replaced=_FOLDERS.get(writer))
 
 
 def write(weights: Weights, destination: str | Path, *, overwrite: bool = False) -> Path:

@@ -111,7 +111,7 @@ def test_without_the_packages_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "onnxruntime" else found(name, *rest)
     )
-    assert "need onnxruntime: pip install 'crossvit-jax[onnx]'" in _refusal(capsys, "--runs", "x")
+    assert "need onnxruntime: pip install -e '.[onnx]'" in _refusal(capsys, "--runs", "x")
 
 
 def test_a_run_knows_its_data_set_and_other_weights_are_told_it(tmp_path, weights):

@@ -67,7 +67,7 @@ def test_without_a_package_of_the_pipeline_nothing_is_started_and_one_line_says_
     monkeypatch.setattr(end_to_end, "write_photographs", None)
     assert benchmark.main(flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(f"error: the input pipelines need {missing}: pip install crossvit-jax")
+    assert line.endswith(f"error: the input pipelines need {missing}: pip install -e '.[train]'")
 
 
 def test_photographs_as_the_model_wants_them_are_accepted():

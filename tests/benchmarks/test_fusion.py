@@ -65,4 +65,4 @@ def test_without_the_packages_for_onnx_nothing_is_counted_and_one_line_says_whic
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else found(name))
     assert main([]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "need onnxruntime: pip install 'crossvit-jax[onnx]'" in line
+    assert "need onnxruntime: pip install -e '.[onnx]'" in line

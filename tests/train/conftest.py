@@ -101,6 +101,6 @@ def without_tpu(monkeypatch):
     """The environment in which TPUs that are not there are compiled for; as it was afterwards. Skips without libtpu."""
     spec = importlib.util.find_spec("libtpu")
     if spec is None or spec.origin is None:
-        pytest.skip("needs libtpu: pip install 'crossvit-jax[tpu]'")
+        pytest.skip("needs libtpu: pip install -e '.[tpu]'")
     for name, value in slices._ENVIRONMENT.items():
         monkeypatch.setenv(name, os.environ.get(name, value))

@@ -148,7 +148,7 @@ def test_without_libtpu_the_extra_is_named(run, monkeypatch):
     status, _, err = run("--topology=v5e:2x2")
     assert status == 2
     assert err == (
-        "python -m train.compile: error: --topology needs libtpu, the TPU's compiler: pip install 'crossvit-jax[tpu]'\n"
+        "python -m train.compile: error: --topology needs libtpu, the TPU's compiler: pip install -e '.[tpu]'\n"
     )
 
 
@@ -157,8 +157,8 @@ def test_without_the_gpus_compiler_the_missing_wheels_are_named(run, monkeypatch
     status, _, err = run("--topology=h100")
     assert status == 2
     assert err == (
-        "python -m train.compile: error: --topology needs jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc, "
-        "nvidia-nvvm, nvidia-cudnn-cu13 for GPUs: pip install 'crossvit-jax[gpu-compile]'\n"
+        "python -m train.compile: error: --topology of GPUs needs jax-cuda13-plugin, jax-cuda13-pjrt, "
+        "nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cudnn-cu13: pip install -e '.[gpu-compile]'\n"
     )
 
 

@@ -79,7 +79,7 @@ def test_the_manifest_and_the_image_start_it_with_flags_and_probes_that_there_ar
     assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     copied = re.findall(r"^COPY (\w+) \1$", (folder / "Dockerfile").read_text(), re.MULTILINE)
-    assert set(copied) == {path.parent.name for path in _ROOT.glob("*/__init__.py")} - {"tests"}
+    assert set(copied) == {path.parent.name for path in _ROOT.glob("*/__init__.py")} - {"tests", "benchmarks"}
 
 
 class _Process:

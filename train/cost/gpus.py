@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert.errors import SettingsError
+from convert.errors import MissingExtra, SettingsError
+from crossvit_jax.extras import needs
 
 _KIB, _MIB = 2**10, 2**20
 _PROCESS_SHARE = 0.75  # of a card's memory that jax lets a process have (XLA_PYTHON_CLIENT_MEM_FRACTION)
@@ -102,11 +103,11 @@ def find_gpu(topology: str) -> Gpu | None:
 def prepare_environment() -> None:
     """Let jax compile for GPUs on a machine without one. To be called before jax is imported.
 
-    What the environment says already stays. Raises SettingsError if a wheel is missing that the compiler is in.
+    What the environment says already stays. Raises MissingExtra if a wheel is missing that the compiler is in.
     """
     missing = [wheel for wheel, file in _WHEELS.items() if not _installed(file)]
     if missing:
-        raise SettingsError(f"--topology needs {', '.join(missing)} for GPUs: pip install 'crossvit-jax[gpu-compile]'")
+        raise MissingExtra(needs("--topology of GPUs", missing, "gpu-compile"))
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 

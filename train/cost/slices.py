@@ -4,7 +4,8 @@ import importlib.util
 import os
 import re
 
-from convert.errors import SettingsError
+from convert.errors import MissingExtra, SettingsError
+from crossvit_jax.extras import needs
 
 # Without a TPU, libtpu looks for one, complains at length and leaves log files in /tmp. Told all that, it is silent.
 # It would also refuse to be loaded by a second process, because two cannot share a TPU; but nothing is run on one here.
@@ -21,11 +22,11 @@ _ENVIRONMENT = {
 def prepare_environment() -> None:
     """Let jax compile for TPUs on a machine without one. To be called before jax is imported.
 
-    What the environment says already stays. Raises SettingsError if libtpu, which has the compiler, is not installed.
+    What the environment says already stays. Raises MissingExtra if libtpu, which has the compiler, is not installed.
     """
     found = importlib.util.find_spec("libtpu")
     if found is None or found.origin is None:
-        raise SettingsError("--topology needs libtpu, the TPU's compiler: pip install 'crossvit-jax[tpu]'")
+        raise MissingExtra(needs("--topology", ["libtpu, the TPU's compiler"], "tpu"))
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 

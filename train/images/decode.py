@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 
 import numpy as np
-import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image
 
 from crossvit_jax.preprocess import Exif, decode_image, max_pixels, orientation, turned
+
+try:
+    import simplejpeg
+except ModuleNotFoundError:  # of the extra `train`; Pillow's pixels are the same
+    simplejpeg = None
 
 _JPEG = b"\xff\xd8\xff"
 _ORDINARY = 2**26  # pixels; larger images are Pillow's, which warns of them or refuses them
@@ -16,15 +20,15 @@ _ORDINARY = 2**26  # pixels; larger images are Pillow's, which warns of them or 
 def decode_pixels(
     encoded: bytes, name: str, exif: Exif = "keep", formats: Sequence[str] | None = None
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The pixels of `crossvit_jax.preprocess.decode_image`. Those of an ordinary JPEG file cost a third less, by the
-    same library as Pillow's.
+    """The pixels of `crossvit_jax.preprocess.decode_image`. Those of an ordinary JPEG file cost a third less where
+    simplejpeg is installed, by the same library as Pillow's.
 
     Args:
         formats: those that may be read, see there; JPEG is always one of them.
 
     Raises UnreadableImage as it does.
     """
-    if encoded.startswith(_JPEG):
+    if simplejpeg is not None and encoded.startswith(_JPEG):
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
             if colours in ("YCbCr", "Gray") and height * width <= min(_ORDINARY, max_pixels()):

@@ -1,5 +1,8 @@
 """Pillow's bicubic resizing, by what is fastest in all: Pillow for tiny images, our own code for the others."""
 
+from collections.abc import Callable
+from functools import cache
+
 import numpy as np
 from jaxtyping import UInt8
 
@@ -16,8 +19,16 @@ def resize(
     For tiny images Pillow takes half a millisecond at most, and `train.images.resample` half a second to import.
     """
     height, width, _ = pixels.shape
-    if height * width <= _TINY:
-        return preprocess.resize(pixels, size)
-    from train.images import resample
+    return (preprocess.resize if height * width <= _TINY else _resize_large())(pixels, size)
 
-    return resample.resize(pixels, size)
+
+@cache
+def _resize_large() -> Callable[..., np.ndarray]:
+    """Our own code, or where numba is not installed Pillow, whose pixels are the same."""
+    try:
+        from train.images import resample
+    except ModuleNotFoundError as error:
+        if error.name != "numba":
+            raise
+        return preprocess.resize
+    return resample.resize

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
+from convert.errors import require
 from crossvit_jax.config import CrossViTConfig
 from crossvit_jax.preprocess import Exif, evaluation_crop, normalised
 from train.config import TrainConfig
@@ -84,6 +85,19 @@ def timm_settings(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def require_timm(config: TrainConfig) -> None:
+    """Raises MissingExtra if the host is to do to the images of a run what timm does, and timm is not installed."""
+    steps = _timms_steps(config)
+    if steps and config.augment_on == "host" and config.task == "classification":
+        require(f"{', '.join(steps)} on the host", "timm", "torch", otherwise="--augment-on device", verb="need")
+
+
+def _timms_steps(config: TrainConfig) -> list[str]:
+    """What is asked for that timm's code does, in words."""
+    asked = {"flips": config.hflip, "auto_augment": config.auto_augment, "random erasing": config.erase_prob}
+    return [name for name, value in asked.items() if value]
+
+
 @dataclass(frozen=True)
 class TrainTransform:
     """timm's training transform: random crop, flip, RandAugment, normalisation, random erasing.
@@ -107,7 +121,7 @@ class TrainTransform:
     @cached_property
     def _steps(self):
         """timm's steps on the cropped image, and on its normalised values."""
-        if not (self.config.hflip or self.config.auto_augment or self.config.erase_prob):
+        if not _timms_steps(self.config):
             return (), ()
         _, *steps = self.timm_transform.transforms
         tensor = _timm_data().transforms.MaybeToTensor

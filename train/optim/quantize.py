@@ -6,13 +6,12 @@ the image resize, norms, attention's scores and weighted sums (among them the ke
 cross-attention, which fold into these), and the heads, which are small and decide.
 """
 
-import importlib.util
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from flax import nnx
 
-from convert.errors import SettingsError
+from convert.errors import require
 from crossvit_jax import CrossViT
 
 if TYPE_CHECKING:
@@ -22,9 +21,8 @@ _LAYERS = r"blocks/.*/(qkv|wq|proj|fc1|fc2|(revert_)?projs/\d+/\d+)"  # paths as
 
 
 def require_qwix(flag: str) -> None:
-    """Raises SettingsError, naming the flag that needs it, if qwix is not installed."""
-    if importlib.util.find_spec("qwix") is None:
-        raise SettingsError(f"{flag} needs the package qwix, which is not installed: pip install 'crossvit-jax[qat]'")
+    """Raises MissingExtra, naming the flag that needs it, if qwix is not installed."""
+    require(flag, "qwix")
 
 
 def rules(weights: str) -> "list[qwix.QtRule]":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from convert.errors import require
 from convert.files import write_whole
 from crossvit_jax.files import open_regular
 
@@ -24,7 +25,11 @@ SOFTWARE = "crossvit-jax"  # in the metadata of every picture
 
 
 def new_figure(**settings: Any) -> "Figure":
-    """matplotlib's `Figure` with these settings, whatever backend the environment names."""
+    """matplotlib's `Figure` with these settings, whatever backend the environment names.
+
+    Raises MissingExtra where matplotlib is not installed.
+    """
+    require("drawing", "matplotlib")
     if "matplotlib" not in sys.modules:
         _import_matplotlib()
     from matplotlib.figure import Figure

@@ -224,7 +224,7 @@ def test_a_missing_package_is_named(capsys, small, tmp_path, monkeypatch):
     found = util.find_spec
     monkeypatch.setattr(util, "find_spec", lambda name, *rest: None if name == "onnxruntime" else found(name, *rest))
     line = refused(capsys, small, tmp_path / "int8.onnx", "--quantize", "dynamic")
-    assert "needs onnxruntime: pip install 'crossvit-jax[onnx]'" in line
+    assert "needs onnxruntime: pip install -e '.[onnx]'" in line
 
 
 def test_the_images_compared_on_are_of_all_folders_and_not_the_calibrations(small, pictures, tmp_path, monkeypatch):

@@ -307,7 +307,7 @@ def test_without_the_extra_its_name_is_told(capsys, tmp_path, monkeypatch):
     )
     status, _, err = _run(capsys, "no-such-source.pth", tmp_path / "x.onnx")
     assert status == 2
-    assert "needs onnxscript: pip install 'crossvit-jax[onnx]'" in err
+    assert "needs onnxscript: pip install -e '.[onnx]'" in err
 
 
 def test_save_keeps_to_weights(small, tmp_path):

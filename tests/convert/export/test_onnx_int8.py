@@ -10,6 +10,7 @@ from torch.nn import functional
 
 import crossvit_torch.crossvit
 from convert import ConversionError
+from convert.errors import MissingExtra
 from convert.export.calibration import calibration_images
 from convert.export.onnx_int8 import float_products, quantize_dynamic, quantize_static
 from crossvit_torch import create_model
@@ -227,5 +228,5 @@ def test_a_missing_package_is_named(exported, tmp_path, monkeypatch, missing):
     for name in [name for name in sys.modules if name.split(".")[0] == missing]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ConversionError, match=r"onnx.*pip install 'crossvit-jax\[onnx\]'"):
+    with pytest.raises(MissingExtra, match=r"onnx.*pip install -e '\.\[onnx\]'"):
         quantize_dynamic(exported, tmp_path / "new.onnx")

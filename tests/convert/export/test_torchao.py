@@ -11,6 +11,7 @@ from PIL import Image
 
 from convert import ConversionError, load_torch, load_weights
 from convert.__main__ import main
+from convert.errors import MissingExtra
 from convert.export.compare import BOUNDS
 from convert.export.export import Export, export
 from convert.export.torchao import is_quantised, load_torchao, quantised_twin, read_torchao
@@ -198,8 +199,8 @@ def test_without_torchao_the_extra_is_named(capsys, small, written, tmp_path, mo
     found = util.find_spec
     monkeypatch.setattr(util, "find_spec", lambda name, *rest: None if name == "torchao" else found(name, *rest))
     line = refused(capsys, small, tmp_path / "model.pt", "--quantize", "int8")
-    assert "needs torchao: pip install 'crossvit-jax[torchao]'" in line
-    with pytest.raises(ConversionError, match=r"pip install 'crossvit-jax\[torchao\]'"):
+    assert "needs torchao: pip install -e '.[torchao]'" in line
+    with pytest.raises(MissingExtra, match=r"pip install -e '\.\[torchao\]'"):
         load_torchao(written[1])
 
 

@@ -252,5 +252,5 @@ def test_without_qwix_the_extra_is_named(monkeypatch, capsys, small_variant, dig
     errors = capsys.readouterr().err.splitlines()
     flags = ("--qat", "--quantize", "--quantize")
     assert all(flag in error for error, flag in zip(errors, flags, strict=True))
-    assert all("pip install 'crossvit-jax[qat]'" in error for error in errors)
+    assert all("pip install -e '.[qat]'" in error for error in errors)
     assert not output.exists()

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from convert import metadata
-from convert.errors import ConversionError, SettingsError, one_line
+from convert.errors import ConversionError, SettingsError, one_line, require
 from crossvit_jax.preprocess import Exif
 from train.images.transforms import eval_transform
 from train.inference.server.engine import Explained, Images, Probabilities, batch_sizes
@@ -71,10 +71,9 @@ class OnnxEngine:
 
 
 def _session(path: Path) -> Any:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise SettingsError(f"{path} needs onnxruntime: pip install 'crossvit-jax[onnx]'") from None
+    require(str(path), "onnxruntime")
+    import onnxruntime
+
     if not path.is_file():
         raise SettingsError(f"{path} does not exist")
     try:
