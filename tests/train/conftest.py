@@ -10,16 +10,14 @@ from sklearn.datasets import load_digits, load_sample_images
 
 from convert.errors import SettingsError
 from tests.small_model import shrink
+from tests.train.prepared_digits import prepare_digits
 from train.cost import gpus, slices
-from train.data.datasets import open_digits
 
 
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory):
     """A data folder in which the digits are prepared."""
-    folder = tmp_path_factory.mktemp("tensorflow_datasets")
-    open_digits(str(folder))
-    return str(folder)
+    return prepare_digits(tmp_path_factory.mktemp("tensorflow_datasets"))
 
 
 @pytest.fixture(scope="session")
@@ -28,11 +26,9 @@ def few_digits_dir(tmp_path_factory):
     digits = load_digits()
     for values in ("images", "target"):
         digits[values] = digits[values][:281]
-    folder = tmp_path_factory.mktemp("few_digits")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sklearn.datasets.load_digits", lambda: digits)
-        open_digits(str(folder))
-    return str(folder)
+        return prepare_digits(tmp_path_factory.mktemp("few_digits"))
 
 
 @pytest.fixture

@@ -1,18 +1,16 @@
 """The data set that a run asks for: the digits, a prepared tensorflow-datasets set, or a folder."""
 
-import contextlib
-import io
 from pathlib import Path
-from typing import Any
 
 from convert.class_names import NATURAL, TEXT, in_order
-from convert.errors import ConversionError, SettingsError, quiet
+from convert.errors import ConversionError, SettingsError
 from convert.files import FOLDER_PREFIX
 from train.config import TrainConfig
 from train.data.dense.open import open_dense_sets
+from train.data.digits import NAME, digits_in_memory
 from train.data.folders.classes import one_class_error, open_folder
 from train.data.sources import ImageSets
-from train.data.tfds import check_prepared, data_folder, open_tfds
+from train.data.tfds import open_tfds
 
 
 def open_image_sets(config: TrainConfig, *, class_names: tuple[str, ...] | None = None) -> ImageSets:
@@ -60,30 +58,10 @@ def _open(config: TrainConfig) -> ImageSets:
 
 
 def open_digits(data_dir: str | None) -> ImageSets:
-    """scikit-learn's digits, written to `data_dir` (none: tensorflow-datasets' own folder) the first time."""
-    from train.data.digits import SklearnDigits
+    """scikit-learn's digits, from memory; or the set that an earlier version prepared in `data_dir`, if one is there.
 
-    where = data_folder(data_dir)
-    check_prepared(where, "sklearn_digits")
-    try:
-        # tfds prints what it downloads, and warns of a folder that is only being filled
-        with quiet("absl"), contextlib.redirect_stdout(io.StringIO()):
-            builder = SklearnDigits(data_dir=data_dir, file_format="array_record")
-            if not builder.is_prepared():
-                _prepare(builder)
-    except OSError as error:
-        raise SettingsError(f"cannot prepare the digits in {where}: {error}; try another --data-dir") from error
-    return open_tfds("sklearn_digits", data_dir)
-
-
-def _prepare(builder: Any) -> None:
-    import tensorflow_datasets as tfds
-
-    tfds.disable_progress_bar()
-    offline = tfds.download.DownloadConfig(try_download_gcs=False)
-    try:
-        builder.download_and_prepare(download_config=offline)
-    except OSError:
-        # another process may have finished the same work just before
-        if not type(builder)(data_dir=builder.data_dir_root, file_format="array_record").is_prepared():
-            raise
+    The images are the same, byte for byte. Raises MissingExtra where scikit-learn is not installed.
+    """
+    if data_dir is not None and Path(data_dir, NAME).is_dir():
+        return open_tfds(NAME, data_dir)
+    return digits_in_memory()

@@ -1,50 +1,69 @@
-"""The 1,797 handwritten digits inside scikit-learn as a tensorflow-datasets builder: real images with no download.
+"""The 1,797 handwritten digits inside scikit-learn, in memory: real images with no download.
 
 They are 8×8 grey pixels with 17 levels, from the test set of the UCI collection "Optical Recognition of Handwritten
 Digits". A fifth of each class is held out, by a fixed seed.
+
+Earlier versions wrote them as a tensorflow-datasets set. Bytes, order and names are the same, so that a run of theirs
+goes on with the same batches.
 """
 
+import hashlib
 import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from PIL import Image
 
+from convert.errors import require
 from train.data.held_out import held_out_indices
+from train.data.sources import TRAIN_SPLIT, ImageSets
+
+NAME = "sklearn_digits"  # of the tensorflow-datasets set
+_HELD_OUT_SPLIT = "test"
 
 
-class SklearnDigits(tfds.core.GeneratorBasedBuilder):
-    """`sklearn_digits`: splits `train` (1,438 images) and `test` (359)."""
+@dataclass(frozen=True)
+class DigitsSource:
+    """A split of the digits: each image as PNG (8×8, RGB) and its label, 0 to 9."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Stratified, fixed test split of one fifth."}  # noqa: RUF012 (tfds reads it as it is)
-    # tfds looks for a package folder with metadata files around a builder's module; there is none
-    pkg_dir_path = None
+    split: str
+    images: tuple[bytes, ...]
+    labels: tuple[int, ...]
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = {
-            "image": tfds.features.Image(shape=(8, 8, 3), encoding_format="png"),
-            "label": tfds.features.ClassLabel(names=[str(digit) for digit in range(10)]),
-        }
-        return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
-        )
+    def __len__(self) -> int:
+        return len(self.images)
 
-    def _split_generators(self, dl_manager):
-        from sklearn.datasets import load_digits
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        name = f"{index} of split {self.split}"
+        return {"image": self.images[index], "label": self.labels[index], "name": name}
 
-        digits = load_digits()
-        held_out = held_out_indices(digits.target)
-        return {
-            "train": self._generate_examples(digits, np.setdiff1d(np.arange(len(digits.target)), held_out)),
-            "test": self._generate_examples(digits, held_out),
-        }
 
-    def _generate_examples(self, digits, indices):
-        """Pairs (key, example). Images are given as encoded bytes: to encode an array, tfds would import TensorFlow."""
-        for index in indices:
-            pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)
-            file = io.BytesIO()
-            Image.fromarray(pixels).convert("RGB").save(file, format="PNG")
-            file.seek(0)
-            yield int(index), {"image": file, "label": int(digits.target[index])}
+def digits_in_memory() -> ImageSets:
+    """All digits: 1,438 for training, 359 held out. Raises MissingExtra where scikit-learn is not installed."""
+    require("the digits", "sklearn")
+    from sklearn.datasets import load_digits  # late: it takes a second to import
+
+    digits = load_digits()
+    held_out = held_out_indices(digits.target)
+    training = np.setdiff1d(np.arange(len(digits.target)), held_out)
+    sources = {TRAIN_SPLIT: _source(digits, TRAIN_SPLIT, training)}
+    sources[_HELD_OUT_SPLIT] = _source(digits, _HELD_OUT_SPLIT, held_out)
+    counts = " ".join(f"{split}={len(source)}" for split, source in sources.items())
+    class_names = tuple(str(digit) for digit in range(10))
+    return ImageSets(*sources.values(), class_names, _HELD_OUT_SPLIT, f"{NAME}/1.0.0 {counts}")
+
+
+def _source(digits: Any, split: str, indices: Iterable[int]) -> DigitsSource:
+    """The digits with these indices, in the order in which tensorflow-datasets stores them: that of a hash."""
+    stored = sorted(map(int, indices), key=lambda index: hashlib.md5(f"{split}{index}".encode()).digest())
+    images = tuple(_png(digits.images[index]) for index in stored)
+    return DigitsSource(split, images, tuple(int(digits.target[index]) for index in stored))
+
+
+def _png(grey: np.ndarray) -> bytes:
+    pixels = np.round(grey * (255 / 16)).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert("RGB").save(file, format="PNG")
+    return file.getvalue()

@@ -1,22 +1,21 @@
-"""The data set that a run asks for, and the digits, which are prepared the first time."""
+"""The data set that a run asks for, and the digits, which are in memory or a prepared set."""
 
 import dataclasses
 import io
+import pickle
 
 import numpy as np
-import pytest
-import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from convert.errors import SettingsError
 from train.data.datasets import open_digits, open_image_sets
 from train.data.held_out import held_out_indices
+from train.data.tfds import TfdsSource, open_tfds
 from train.recipes import RECIPES
 
 
-def test_the_digits_are_all_of_scikit_learns(digits_dir):
-    sets = open_digits(digits_dir)
+def test_the_digits_are_all_of_scikit_learns():
+    sets = open_digits(None)
     assert sets.class_names == tuple("0123456789")
     digits = load_digits()
     held_out = held_out_indices(digits.target)
@@ -24,7 +23,7 @@ def test_the_digits_are_all_of_scikit_learns(digits_dir):
     for source, indices in ((sets.train, expected["train"]), (sets.held_out, expected["test"])):
         samples = [source[i] for i in range(len(source))]
         pixels = [np.asarray(Image.open(io.BytesIO(sample["image"])))[..., 0] for sample in samples]
-        # tfds shuffles once when it writes, so compare as sets of (pixels, label)
+        # they are stored in the order of a hash, so compare as sets of (pixels, label)
         ours = {(p.tobytes(), sample["label"]) for p, sample in zip(pixels, samples, strict=True)}
         images = np.round(digits.images[indices] * 255 / 16).astype(np.uint8)
         assert ours == {(p.tobytes(), int(t)) for p, t in zip(images, digits.target[indices], strict=True)}
@@ -39,18 +38,21 @@ def test_the_held_out_digits_are_a_fifth_of_each_class():
     assert np.all(np.abs(counts - total / 5) <= 0.5)
 
 
-def test_the_digits_are_prepared_once(digits_dir, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("prepared again")
+def test_digits_in_memory_are_what_tensorflow_datasets_stored(digits_dir):
+    """A run that was begun with the prepared set goes on with the same batches."""
+    here, stored = open_digits(None), open_tfds("sklearn_digits", digits_dir)
+    assert isinstance(stored.train, TfdsSource)
+    for ours, theirs in ((here.train, stored.train), (here.held_out, stored.held_out)):
+        assert [ours[i] for i in range(len(ours))] == [theirs[i] for i in range(len(theirs))]
+    about = ("class_names", "held_out_split", "fingerprint", "notes", "sorted_by_name")
+    assert [getattr(here, name) for name in about] == [getattr(stored, name) for name in about]
+    assert pickle.loads(pickle.dumps(here.train)) == here.train  # as it reaches the workers
 
-    monkeypatch.setattr(tfds.core.GeneratorBasedBuilder, "download_and_prepare", refuse)
-    open_digits(digits_dir)
 
-
-def test_digits_that_cannot_be_written_are_a_clear_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SettingsError, match=r"cannot prepare the digits.*--data-dir"):
-        open_digits(str(tmp_path / "file" / "below"))
+def test_a_prepared_set_of_digits_is_read_where_there_is_one(digits_dir, tmp_path):
+    assert isinstance(open_digits(digits_dir).train, TfdsSource)
+    assert len(open_digits(str(tmp_path)).train) == 1438
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_split_of_a_folder_follows_the_settings(image_folder):
