@@ -5,7 +5,6 @@ EXTRAS: dict[str, dict[str, str]] = {
     "train": {
         "optax": "optax",
         "orbax": "orbax-checkpoint",
-        "grain": "grain",
         "tensorflow_datasets": "tensorflow-datasets",
         "importlib_resources": "importlib_resources",
         "sklearn": "scikit-learn",

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(config) -> int:
-    require("training", "grain", "optax", "orbax")  # before anything is read or compiled
+    require("training", "optax", "orbax", "tensorboardX")  # before anything is read or compiled
     from train.devices import hosts
     from train.devices.process import keep_compiled_programs, keep_freed_memory
     from train.job import prepare

@@ -42,7 +42,7 @@ class DigitsSource:
 
 def digits_in_memory() -> ImageSets:
     """All digits: 1,438 for training, 359 held out. Raises MissingExtra where scikit-learn is not installed."""
-    require("the digits", "sklearn")
+    require("the digits", "sklearn", verb="need")
     from sklearn.datasets import load_digits  # late: it takes a second to import
 
     digits = load_digits()
