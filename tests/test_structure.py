@@ -2,15 +2,19 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from crossvit_jax.extras import EXTRAS
 
 _ROOT = Path(__file__).parents[1]
 
@@ -204,3 +208,13 @@ def test_every_module_of_the_wheel_can_be_imported(unpacked_wheel):
     command = [sys.executable, "-c", _IMPORT_ALL, str(unpacked_wheel), *_INSTALLED_MODULES]
     done = subprocess.run(command, cwd=unpacked_wheel, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_extra_brings_what_is_imported_of_it():
+    """What names an extra to whoever misses a package, and what the extra asks for, are the same."""
+    asked = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {extra: {re.match(r"[\w-]+", line)[0] for line in lines} for extra, lines in asked.items()}
+    for extra, packages in EXTRAS.items():
+        assert set(packages.values()) <= names[extra], extra
+        of_others = {"crossvit-jax", "scikit-learn", "pillow"}  # which several extras want
+        assert names[extra] <= set(packages.values()) | of_others, extra
