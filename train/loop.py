@@ -24,6 +24,7 @@ from train.data.bad_images import BadImages, too_many_error
 from train.data.sources import DataError, WorkersFailed
 from train.data.tagged_images import TaggedImages
 from train.devices.hosts import is_main
+from train.devices.lost_hosts import HostLost, lost_hosts_explained
 from train.devices.memory import available_memory, check_fits, memory_errors_explained
 from train.devices.mesh import fetch
 from train.inference.evaluation import forward
@@ -429,12 +430,15 @@ def _check_bad(job: Job, bad_images: BadImages, count: int, *, held_out: bool = 
 
 @contextmanager
 def _told_how_to_go_on(folder: Path) -> Iterator[None]:
-    """Where a worker process dies, as it may where memory ends, the message says what to do with the run."""
+    """Where a worker process dies, as it may where memory ends, or another host, the message says what to do."""
     try:
-        yield
-    except WorkersFailed as error:
-        how = f"; --resume {folder} goes on, --workers 0 needs no worker processes" if read_run(str(folder)) else ""
-        raise WorkersFailed(f"{error}{how}") from error
+        with lost_hosts_explained():
+            yield
+    except (WorkersFailed, HostLost) as error:
+        if not read_run(str(folder)):
+            raise
+        workers = ", --workers 0 needs no worker processes" if isinstance(error, WorkersFailed) else ""
+        raise type(error)(f"{error}; --resume {folder} goes on{workers}") from error
 
 
 def _claim_folder(job: Job, stack: ExitStack) -> Path:

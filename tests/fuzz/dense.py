@@ -178,7 +178,7 @@ def masks(chance: random.Random, templates: Path, work: Path) -> int:
         mask.write_bytes(damaged_bytes(chance, mask.read_bytes()))
     elif how < 0.7:
         mode = chance.choice(["1", "L", "P", "RGB", "RGBA", "I", "F", "LA", "I;16", "CMYK"])
-        size = chance.choice([_SIZE, _SIZE[::-1], (1, 1), (6_000, 4_000)])
+        size = chance.choice([_SIZE, _SIZE[::-1], (1, 1), (3_000, 2_000)])
         mask.unlink()
         if size[0] > 1000 and mode in ("I", "F", "RGBA", "CMYK"):
             mode = "L"
