@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.rounds import ACCEPTED_OTHERS, Measured, Times, cores_of_others
 from benchmarks.task import DetectionTask, Task, usable_cores
 from convert.files import write_whole
+from crossvit_jax.files import read_json
 from train.run.provenance import commit, output_of
 
 Content = Mapping[str, Any]  # of a JSON file
@@ -35,8 +36,7 @@ def write_json(path: Path | None, content: Content) -> None:
 def is_result(file: Path) -> bool:
     """Whether a benchmark wrote it; or nobody did: it is empty, as `mktemp` makes it."""
     try:
-        text = file.read_bytes()
-        content = json.loads(text or '{"benchmark": null}')
+        content = read_json(file, empty={"benchmark": None})
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and "benchmark" in content

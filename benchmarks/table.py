@@ -5,7 +5,6 @@ Files of one benchmark that were measured on one machine with the same versions 
 
 import argparse
 import itertools
-import json
 import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from benchmarks.rounds import ACCEPTED_OTHERS
 from benchmarks.task import TIMM_FED
 from convert.command_line import Parser, leave, run
 from convert.files import check_replaceable, typed_path
+from crossvit_jax.files import read_json
 
 MODELS = ("inference", "training")  # the benchmarks whose files share tables
 _OTHERS = {  # what makes the table of a file
@@ -92,7 +92,7 @@ def _table(contents: Sequence[Content]) -> str:
 def _read(parser: Parser, file: Path) -> Content:
     """Ends the program if it is no file that a benchmark wrote."""
     try:
-        content = json.loads(file.read_bytes())
+        content = read_json(file)
     except (OSError, ValueError) as error:
         parser.error(f"{file}: {getattr(error, 'strerror', None) or 'not JSON'}")
     if not isinstance(content, dict) or content.get("benchmark") not in (*MODELS, *_OTHERS):

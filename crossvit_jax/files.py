@@ -54,15 +54,19 @@ def read_regular(path: str | os.PathLike, *, at_most: int | None = None) -> byte
         return file.read() if at_most is None else file.read(at_most)
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(path: str | os.PathLike, *, empty: Any = None) -> Any:
     """The content of a JSON file that may be damaged, or anything else.
+
+    Args:
+        empty: what a file of no bytes stands for; None: it is no JSON.
 
     Raises:
         ValueError: it is no JSON.
         OSError: as `read_regular` does.
     """
     try:
-        return json.loads(read_regular(path, at_most=_LARGEST_JSON))
+        content = read_regular(path, at_most=_LARGEST_JSON)
+        return json.loads(content) if content or empty is None else empty
     except RecursionError:
         raise ValueError("its brackets are nested too deeply") from None
 

@@ -14,7 +14,7 @@ from convert.class_names import NATURAL, TEXT, in_order, read_names, unlike_timm
 from convert.command_line import Parser, at_least_zero, data_set, leave, patch_size, run
 from convert.errors import SettingsError
 from convert.files import home_path
-from convert.streams import tell_error
+from convert.streams import safe, tell_error
 from train.config import TrainConfig, class_order
 from train.inference.command import (
     SMALLER_BATCH,
@@ -160,7 +160,7 @@ def _evaluate_classifier(args: argparse.Namespace, classifier: "Classifier") -> 
     if output:
         classifier.task.scores(source).check_place(output)
         output.mkdir(parents=True, exist_ok=True)
-    print(_about(args, classifier, data), flush=True)
+    print(safe(_about(args, classifier, data), lines=True), flush=True)
     scores = classifier.task.scores(source)
     with open_bar(total=len(source), unit=" images") as bar:
         bad_images = BadImages(source, lambda line: bar.write(f"{_PROGRAM}: {line}", file=sys.stderr))
@@ -256,7 +256,7 @@ def _evaluate_patch_sizes(args: argparse.Namespace) -> int:
     data, source, stored = _matched_classes(args, stored)
     if stored.patch_sizes is None:
         tell_notes(_PROGRAM, ["weights lose accuracy at patch sizes that they were not trained with"])
-    print(_about(args, stored, data))
+    print(safe(_about(args, stored, data), lines=True))
     print(f"{'patch size':16}{'GMAC':>8}{'images/s':>10}{'top-1':>10}", flush=True)
     seen: set[str] = set()
 
@@ -313,7 +313,7 @@ def _evaluate_dense(args: argparse.Namespace, model: "Predictor", tiling: "Tilin
     cut = f", in windows of {tiling.side} pixels that overlap by {tiling.overlap:.0%}" if tiling else ""
     print(
         f"{task.headline()}{cut}, {model.precision}, {model.device_summary}\n"
-        f"{data.dataset}: {len(source)} images ({data.split})",
+        f"{safe(data.dataset)}: {len(source)} images ({safe(data.split)})",
         flush=True,
     )
     with open_bar(total=len(source), unit=" images") as bar:

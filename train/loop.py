@@ -15,15 +15,16 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from convert.errors import ConversionError, SettingsError
+from convert.errors import ConversionError, SettingsError, UserError
 from convert.formats.run_folder import AVERAGE, BEST, CHECKPOINTS, WEIGHTS, read_state
 from convert.image_files import accepted_unreadable
 from convert.streams import tell
 from convert.tree import nest
 from train.data.bad_images import BadImages, too_many_error
-from train.data.sources import WorkersFailed
+from train.data.sources import DataError, WorkersFailed
 from train.data.tagged_images import TaggedImages
 from train.devices.hosts import is_main
+from train.devices.lost_hosts import HostLost, lost_hosts_explained
 from train.devices.memory import available_memory, check_fits, memory_errors_explained
 from train.devices.mesh import fetch
 from train.inference.evaluation import forward
@@ -123,13 +124,14 @@ def train(job: Job) -> Result:
         run.restore_or_begin(checkpoints)
 
         # --- epochs ---
-        for epoch in run.epochs_left():
-            values, images_per_s = run.train_epoch(epoch)
-            if epoch % config.eval_every == 0 or epoch == config.epochs:
-                values |= run.evaluate(epoch)
-            run.tell(epoch, values, images_per_s)
-            if run.is_out_of_patience(epoch):
-                break
+        with run.saved_where_data_end():
+            for epoch in run.epochs_left():
+                values, images_per_s = run.train_epoch(epoch)
+                if epoch % config.eval_every == 0 or epoch == config.epochs:
+                    values |= run.evaluate(epoch)
+                run.tell(epoch, values, images_per_s)
+                if run.is_out_of_patience(epoch):
+                    break
 
         # --- the weights, before anything that is only looked at ---
         checkpoints.wait()
@@ -254,6 +256,24 @@ class _Run:
                 self._stop_if_wanted()
         self._tell_tagged("training")
         return self._meter.finish()
+
+    @contextmanager
+    def saved_where_data_end(self) -> Iterator[None]:
+        """Saves the steps that are done where worker processes die or the data set goes, which leave the state whole.
+
+        Not with several processes: the others do not know of it, and all of them save together.
+        """
+        try:
+            yield
+        except (WorkersFailed, DataError) as error:
+            if self._step == 0 or jax.process_count() > 1:
+                raise
+            try:
+                self._save()
+                self._checkpoints.wait()
+            except UserError:  # a full disk, say: what came first is told
+                raise error from None
+            raise type(error)(f"{error}; saved after step {self._step}") from error
 
     def _after_the_first_step(self, metrics: Any, batch: dict[str, Any]) -> None:
         jax.block_until_ready(metrics)
@@ -410,12 +430,15 @@ def _check_bad(job: Job, bad_images: BadImages, count: int, *, held_out: bool = 
 
 @contextmanager
 def _told_how_to_go_on(folder: Path) -> Iterator[None]:
-    """Where a worker process dies, as it may where memory ends, the message says what to do with the run."""
+    """Where a worker process dies, as it may where memory ends, or another host, the message says what to do."""
     try:
-        yield
-    except WorkersFailed as error:
-        how = f"; --resume {folder} goes on, --workers 0 needs no worker processes" if read_run(str(folder)) else ""
-        raise WorkersFailed(f"{error}{how}") from error
+        with lost_hosts_explained():
+            yield
+    except (WorkersFailed, HostLost) as error:
+        if not read_run(str(folder)):
+            raise
+        workers = ", --workers 0 needs no worker processes" if isinstance(error, WorkersFailed) else ""
+        raise type(error)(f"{error}; --resume {folder} goes on{workers}") from error
 
 
 def _claim_folder(job: Job, stack: ExitStack) -> Path:

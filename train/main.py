@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from convert.command_line import leave, run
 from convert.errors import require
 from convert.streams import tell
+from train.devices.lost_hosts import HostLost, end_at_once, is_one_of_several, watched
 from train.flags import parse_flags
+
+_PROGRAM = "python -m train.main"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,11 +23,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         Ctrl-C, SIGTERM, SIGHUP or SIGUSR1, and saved if there was anything to save.
     """
     config = parse_flags(sys.argv[1:] if argv is None else argv)
+    if is_one_of_several(config.coordinator):
+        why = f"as it does when another process of the run is lost; --resume {config.output} goes on"
+        return watched(lambda: _run(config), aborted=f"{_PROGRAM}: error: jax has aborted this process, {why}")
+    return _run(config)
+
+
+def _run(config) -> int:
     # Until the first step, after which `train.loop` turns it on again: hardly anything of what is imported and traced
     # is garbage, and looking for it takes a fifth of the time.
     gc.disable()
     try:
-        return run("python -m train.main", lambda: _train(config), failure=1)
+        return run(_PROGRAM, lambda: _train(config), failure=1)
     finally:
         gc.enable()
 
@@ -39,7 +49,10 @@ def _train(config) -> int:
     keep_freed_memory()
     keep_compiled_programs()
     hosts.join_processes(config)
-    result = train(prepare(config))
+    try:
+        result = train(prepare(config))
+    except HostLost as error:
+        end_at_once(f"{_PROGRAM}: error: {error}")
     if hosts.is_main():
         tell(result.summary())
     return 0

@@ -11,7 +11,6 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,6 +24,8 @@ from convert.image_files import FORMATS, LeftOut, image_files
 from convert.metadata import describe, understand
 from crossvit_jax.config import get_config
 from crossvit_jax.preprocess import UnreadableImage
+from tests.fuzz.damage import VALUES, damage_a_file, damaged_bytes, damaged_json
+from tests.fuzz.dense import DENSE_KINDS, make_dense_templates
 from tests.small_model import small_config
 from train.config import TrainConfig
 from train.flags import parse_flags
@@ -32,11 +33,8 @@ from train.images.transforms import EvalTransform
 from train.run.folder import run_behind, write_config
 from train.run.metrics_log import MetricsLog, read_metrics
 
-_VALUES = [None, True, False, 0, -1, 1, 2, 10**9, 10**18, 10**40, 0.5, -0.5, float("nan"), float("inf"), 1e308, "", "a"]
-_VALUES += ["\0", "../../etc", "x" * 10_000, "\x1b[31m\n", "1e99999999", "1/0", "9" * 5000, [], [1], [[]], {}, {"a": 1}]
-_VALUES += [[1] * 1000, "\ud800", "gs://x/y", "/dev/zero", "hf-hub:a/b", "=cmd()", ["a"] * 3, "ti", "NaN"]
 _FLAGS = [f"--{name.replace('_', '-')}" for name in TrainConfig.__dataclass_fields__]
-_TEXTS = [value for value in _VALUES if isinstance(value, str)] + [
+_TEXTS = [value for value in VALUES if isinstance(value, str)] + [
     "-1",
     "0",
     "1",
@@ -51,65 +49,6 @@ _TEXTS += ["data=4", "natural", "digits", "folder:", "folder:/dev/null", "~nobod
 _ENDINGS = ["", ".png", ".jpg", "\n.png", "\udcff.png", ".txt"]
 
 
-# --- damage ---
-
-
-def damaged_bytes(chance: random.Random, content: bytes) -> bytes:
-    """Cut short, with other bytes, with a part twice or taken out, or zeros."""
-    data, how = bytearray(content), chance.random()
-    start = chance.randrange(max(1, len(data)))
-    end = min(len(data), start + chance.choice([1, 2, 8, 64, 4096]))
-    if how < 0.15:
-        del data[start:]
-    elif how < 0.7:
-        for _ in range(chance.choice([1, 1, 2, 16])):
-            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
-    elif how < 0.8:
-        del data[start:end]
-    elif how < 0.9:
-        data[start:start] = data[start:end]
-    else:
-        data[start:end] = bytes(end - start) if chance.random() < 0.5 else chance.randbytes(end - start)
-    return bytes(data)
-
-
-def damaged_json(chance: random.Random, values: Any) -> bytes:
-    """With another value somewhere, or without one, or damaged as text."""
-    values = json.loads(json.dumps(values))
-    if chance.random() < 0.1:
-        return damaged_bytes(chance, json.dumps(values).encode())
-    parent, key = chance.choice(list(_places(values)))
-    if chance.random() < 0.2:
-        del parent[key]
-    else:
-        parent[key] = chance.choice(_VALUES)
-    return json.dumps(values).encode()
-
-
-def _places(tree: Any):
-    """Each container and key of nested dicts and lists."""
-    for key in tree if isinstance(tree, dict) else range(len(tree)):
-        yield tree, key
-        if isinstance(tree[key], dict | list):
-            yield from _places(tree[key])
-
-
-def _damage_a_file(chance: random.Random, folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
-    file = chance.choices(files, [path.stat().st_size ** 0.5 for path in files])[0]
-    how = chance.random()
-    if how < 0.05:
-        file.unlink()
-    elif how < 0.1:
-        file.unlink()
-        os.mkfifo(file)
-    else:
-        file.write_bytes(damaged_bytes(chance, file.read_bytes()))
-
-
-# --- kinds ---
-
-
 def make_templates(folder: Path) -> int:
     """What is damaged, in a folder. Uses jax: in a process of its own."""
     from tests.train.small_weights import save_small
@@ -122,6 +61,7 @@ def make_templates(folder: Path) -> int:
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, form)
         (folder / f"picture.{form}").write_bytes(file.getvalue())
+    make_dense_templates(folder)
     return 0
 
 
@@ -175,7 +115,7 @@ def torch_file(chance: random.Random, templates: Path, work: Path) -> int:
 def orbax(chance: random.Random, templates: Path, work: Path) -> int:
     folder = work / "orbax"
     shutil.copytree(templates / "orbax", folder)
-    _damage_a_file(chance, folder)
+    damage_a_file(chance, folder)
     return _converted(folder, templates, work, checked=True)
 
 
@@ -258,4 +198,4 @@ def image_folder(chance: random.Random, templates: Path, work: Path) -> int:
 KINDS: dict[str, Callable[[random.Random, Path, Path], int]] = {
     kind.__name__: kind
     for kind in (picture, safetensors, torch_file, orbax, description, settings, log, flags, image_folder)
-}
+} | DENSE_KINDS

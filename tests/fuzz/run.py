@@ -17,7 +17,8 @@ from tests.fuzz.worker import Outcome, Worker
 
 _SECONDS, _MEMORY = 30, 6144  # of one input; MiB of address space, of which the backend of jax takes some for itself
 # how many of the inputs, by what one of them costs
-_SHARES = dict.fromkeys(KINDS, 4) | {"picture": 6, "orbax": 1, "safetensors": 2, "torch_file": 2}
+_SHARES = dict.fromkeys(KINDS, 4) | {"picture": 6, "orbax": 1, "masks": 1}
+_SHARES |= dict.fromkeys(("safetensors", "torch_file", "coco", "voc", "yolo"), 2)
 
 
 def try_inputs(kind: str, seeds: range, folder: Path) -> tuple[list[Outcome], list[str]]:
@@ -73,7 +74,7 @@ def main() -> int:
             statuses = Counter(outcome.status for outcome in outcomes)
             most = max(outcome.memory for outcome in outcomes)
             told = f"{statuses[0]} read, {statuses[2]} refused, {len(found)} faults; {most} MiB"
-            print(f"{kind:13} {inputs:5} inputs: {told}")
+            print(f"{kind:17} {inputs:5} inputs: {told}")
             sys.stdout.flush()
             faults += found
             count += inputs

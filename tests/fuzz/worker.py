@@ -46,20 +46,23 @@ class Worker:
         """
         Args:
             function: returns an exit status, or raises SystemExit with it.
-            seconds: for one input.
+            seconds: for one input; a process's first one, for which a backend starts, may take 4 times as long.
             memory: MiB that the process may ask for beyond what it begins with.
         """
         self._function, self._seconds, self._memory = function, seconds, memory
         self._process: multiprocessing.process.BaseProcess | None = None
         self._pipe: Any = None
+        self._served = False  # whether the process has had an input
 
     def __call__(self, given: Any) -> Outcome:
         if self._process is None:
             self._begin()
         self._pipe.send(given)
-        if not self._pipe.poll(self._seconds):
+        seconds = self._seconds if self._served else 4 * self._seconds
+        self._served = True
+        if not self._pipe.poll(seconds):
             self._end()
-            return Outcome(None, f"hung: no end after {self._seconds} s")
+            return Outcome(None, f"hung: no end after {seconds} s")
         try:
             return self._pipe.recv()
         except EOFError:
@@ -76,6 +79,7 @@ class Worker:
         self._pipe, theirs = _context.Pipe()
         self._process = _context.Process(target=self._serve, args=(theirs,), daemon=True)
         self._process.start()
+        self._served = False
         theirs.close()
 
     def _end(self) -> None:

@@ -23,7 +23,9 @@ from convert.__main__ import main as convert_main
 from convert.errors import SettingsError
 from convert.metadata import understand
 from tests import compilation
+from train.data import streams
 from train.data.datasets import open_digits
+from train.data.sources import WorkersFailed
 from train.evaluate import main as evaluate
 from train.images.transforms import eval_transform
 from train.loop import Result
@@ -99,6 +101,30 @@ def test_without_a_better_evaluation_a_run_ends_when_its_patience_does(run, no_c
     again = run(*flags)[1]
     assert "continued after step 6 of 12" in again and "epoch 4/6" not in again
     assert "epoch 6/6" in run(*flags, "--patience=6")[1]
+
+
+class _Ending:
+    """A stream whose worker process is killed after three batches."""
+
+    def __init__(self, stream):
+        self._left, self.close = iter(range(3)), stream.close
+        self._stream = stream
+
+    def __next__(self):
+        if next(self._left, None) is None:
+            raise WorkersFailed("a worker process was killed")
+        return next(self._stream)
+
+
+def test_the_steps_before_a_worker_process_died_are_saved(run, no_curves, small_variant, monkeypatch):
+    with monkeypatch.context() as patch:
+        opened = streams.open_train_stream
+        patch.setattr(streams, "open_train_stream", lambda *args, **kwargs: _Ending(opened(*args, **kwargs)))
+        status, _, err, folder = run(*_SHORT)
+    assert status == 1
+    told = f"a worker process was killed; saved after step 3; --resume {folder} goes on, --workers 0 needs no worker "
+    assert f"python -m train.main: error: {told}processes\n" in err
+    assert "continued after step 3 of 10" in run(*_SHORT)[1]
 
 
 _TRAINING = ("train/loss", "train/top1", "train/lr", "train/bad_images")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.files import write_whole
-from crossvit_jax.files import read_regular
+from crossvit_jax.files import read_json
 from train.cost.figures import Figures
 from train.cost.fit import WAYS, Fit
 
@@ -200,7 +200,7 @@ def write_report(file: Path | None, results: Sequence[Mapping[str, Any]]) -> Non
 def is_report(file: Path) -> bool:
     """Whether `write_report` wrote a file, or nobody did: it is empty."""
     try:
-        content = json.loads(read_regular(file) or '{"report": "train.compile"}')
+        content = read_json(file, empty={"report": "train.compile"})
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("report") == "train.compile"

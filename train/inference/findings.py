@@ -7,7 +7,7 @@ import numpy as np
 
 from convert.files import csv_text, shown
 from train.inference.dense import Objects, Segments
-from train.inference.predictions import WIDEST_CLASS, WIDEST_PATH
+from train.inference.predictions import WIDEST_CLASS, WIDEST_PATH, shown_class
 from train.tasks.detection import coco_results
 
 
@@ -15,9 +15,9 @@ class Table:
     """Aligned columns, the path on the first line of its image: objects, or the shares of the classes' pixels."""
 
     def __init__(self, paths: Sequence[str], class_names: Sequence[str], *, boxes: bool):
-        self._names = class_names
+        self._names = list(map(shown_class, class_names))
         self._path_width = min(WIDEST_PATH, max(len(shown(path)) for path in (*paths, "image")))
-        self._class_width = min(WIDEST_CLASS, max(len(name) for name in (*class_names, "class", "nothing")))
+        self._class_width = min(WIDEST_CLASS, max(len(name) for name in (*self._names, "class", "nothing")))
         columns = "   score     x1     y1     x2     y2" if boxes else "   pixels"
         self.header = self._line("image", "class", columns)
 
@@ -39,7 +39,7 @@ class Csv:
     """A line for each object, or for each class that pixels of an image are taken for."""
 
     def __init__(self, paths: Sequence[str], class_names: Sequence[str], *, boxes: bool):
-        self._names = class_names
+        self._names = list(map(shown, class_names))
         columns = ["score", "x1", "y1", "x2", "y2"] if boxes else ["pixels", "share"]
         self.header = csv_text([["path", "class", "index", *columns]])
 

@@ -31,7 +31,7 @@ class Table:
         """An image with its predictions, the best first, and where its picture of attention is, if it has one."""
         names = [shown(path)] + [""] * (len(predictions) - 1)
         rows = zip(names, predictions, strict=True)
-        return "".join(self._line(name, _short(p.class_name), f"{100 * p.probability:9.2f} %") for name, p in rows)
+        return "".join(self._line(name, shown_class(p.class_name), f"{100 * p.probability:9.2f} %") for name, p in rows)
 
     def _line(self, path: str, class_name: str, probability: str) -> str:
         return f"{path:{self._path_width}}  {class_name:{self._class_width}}  {probability}\n"
@@ -65,7 +65,7 @@ class JsonLines:
 FORMATS: dict[str, type[Table | Csv | JsonLines]] = {"table": Table, "csv": Csv, "jsonl": JsonLines}
 
 
-def _short(class_name: str) -> str:
+def shown_class(class_name: str) -> str:
     """A name that somebody's weights have, as a table can show it."""
     name = shown(class_name)
     return name if len(name) <= _LONGEST_CLASS else f"{name[:_LONGEST_CLASS]}…"

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 import convert
-from convert.files import check_replaceable, csv_text, write_whole
+from convert.files import check_replaceable, csv_text, shown, write_whole
 from crossvit_jax.boxes import Points, make_points
 from crossvit_jax.config import DetectorConfig
 from crossvit_jax.detection import CrossViTDetector, detections_of
@@ -224,7 +224,7 @@ class DetectionScores:
         """Numbers, those of each class, all detections as COCO's results, and the curves of precision over recall."""
         columns, values = ("objects", *self._precision.by_class_names), {"ap": None} | self.values()
         rows = [
-            (name, *("" if row.get(column) is None else f"{row[column]:.6g}" for column in columns))
+            (shown(name), *("" if row.get(column) is None else f"{row[column]:.6g}" for column in columns))
             for name, row in zip(self._task.class_names, self._precision.by_class(), strict=True)
         ]
         texts = {
@@ -234,8 +234,8 @@ class DetectionScores:
         }
         for name, text in texts.items():
             write_whole(folder / name, text.encode("utf-8", "surrogateescape"))
-        shown = "none" if values["ap"] is None else f"{values['ap']:.3f}"
-        title = f"{Path(about['weights']).name} on {about['dataset']} ({about['split']}): AP {shown}"
+        mean = "none" if values["ap"] is None else f"{values['ap']:.3f}"
+        title = f"{Path(about['weights']).name} on {about['dataset']} ({about['split']}): AP {mean}"
         picture = folder / _PICTURE
         picture.unlink(missing_ok=True)  # it would stay where this one cannot be drawn
         curves = [curve and (curve.recall, curve.precision) for curve in self._precision.curves()]

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 import convert
-from convert.files import check_replaceable, csv_text, write_whole
+from convert.files import check_replaceable, csv_text, shown, write_whole
 from crossvit_jax.config import SegmenterConfig
 from crossvit_jax.segmentation import CrossViTSegmenter
 from crossvit_jax.segmentation_loss import cross_entropy, dice_loss, mean_valid_pixels
@@ -178,8 +178,9 @@ class SegmentationScores:
 
     def lines(self) -> list[str]:
         """Each class's IoU and accuracy."""
-        width = max(len(name) for name in ("class", *self._task.class_names))
-        rows = zip(self._task.class_names, *segment_rates(self.confusion).values(), strict=True)
+        names = [shown(name) for name in self._task.class_names]
+        width = max(len(name) for name in ("class", *names))
+        rows = zip(names, *segment_rates(self.confusion).values(), strict=True)
         return [
             f"{'class':{width}}     IoU  accuracy",
             *(f"{name:{width}}  {_shown(iou)}    {_shown(accuracy)}" for name, iou, accuracy in rows),
@@ -193,14 +194,14 @@ class SegmentationScores:
         self, folder: Path, *, about: Mapping[str, Any], images: Sequence[str], say: Callable[[str], None]
     ) -> list[str]:
         """Numbers, rates of each class, and the confusion matrix of pixels as CSV and PNG."""
-        names, rates = self._task.class_names, segment_rates(self.confusion)
+        names, rates = list(map(shown, self._task.class_names)), segment_rates(self.confusion)
         pixels = self.confusion.sum(1)
-        shown = ([_shown(value).strip("- ") for value in values] for values in rates.values())
+        cells = ([_shown(value).strip("- ") for value in values] for values in rates.values())
         rows = [(name, *row) for name, row in zip(names, self.confusion, strict=True)]
         values = {"miou": None} | self.values()
         texts = {
             _NUMBERS: json.dumps({**about, **values}, indent=2) + "\n",
-            _PER_CLASS: csv_text([("class", "pixels", *rates), *zip(names, pixels, *shown, strict=True)]),
+            _PER_CLASS: csv_text([("class", "pixels", *rates), *zip(names, pixels, *cells, strict=True)]),
             _CONFUSION: csv_text([("true \\ predicted", *names), *rows]),
         }
         for name, text in texts.items():

@@ -9,12 +9,15 @@ from typing import Any
 
 from convert.errors import SettingsError, listed, one_line
 from convert.files import shown
+from crossvit_jax.config import shown_value
 from crossvit_jax.preprocess import Exif
+from train.data.dense.annotation_files import read_annotations
 from train.data.dense.boxes import Annotations, BoxFiles, box_sets
 from train.data.dense.samples import DenseSets
 
 _ROBOFLOW = "_annotations.coco.json"
 _HELD_OUT = ("val", "valid", "validation", "test")  # the first that is there
+_LARGEST = 2**53  # of an id, a side or an area: what other programs can hold as well
 
 
 def open_coco(path: Path, *, val_fraction: float, seed: int, exif: Exif) -> DenseSets:
@@ -73,14 +76,20 @@ def _find(root: Path) -> tuple[list[Path], str | None]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_bytes())
-    except OSError as error:
-        raise SettingsError(f"cannot read {file}: {error.strerror}") from None
+        content = json.loads(read_annotations(file))
+    except RecursionError:
+        raise SettingsError(f"{file} is no JSON: its brackets are nested too deeply") from None
+    except SettingsError:
+        raise
     except ValueError as error:
         raise SettingsError(f"{file} is no JSON: {one_line(error)}") from None
     wanted = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in wanted):
         raise SettingsError(f"{file} is no file of COCO's objects: it needs the lists {', '.join(wanted)}")
+    for key in wanted:
+        for entry in content[key]:
+            if not isinstance(entry, dict):
+                raise SettingsError(f"{file}: {key} must be a list of objects; got {shown_value(entry)} in it")
     return content
 
 
@@ -102,8 +111,8 @@ def _categories(files: Sequence[Path], contents: Sequence[dict[str, Any]]) -> tu
 
 def _without_group(categories: dict[int, str], contents: Sequence[dict[str, Any]]) -> tuple[dict[int, str], list[str]]:
     """Roboflow's first category is the group of all others, and no class."""
-    used = {entry.get("category_id") for content in contents for entry in content["annotations"]}
-    groups = {entry.get("supercategory") for entry in contents[0]["categories"]}
+    used = {_id_of(entry, "category_id") for content in contents for entry in content["annotations"]}
+    groups = {_id_of(entry, "supercategory") for entry in contents[0]["categories"]}
     for entry in contents[0]["categories"]:
         if entry["name"] in groups and entry.get("supercategory") == "none" and entry["id"] not in used:
             rest = {id: name for id, name in categories.items() if id != entry["id"]}
@@ -124,24 +133,25 @@ def _source(file: Path, content: dict[str, Any], category_ids: list[int], exif: 
         size = (_get(file, entry, "height", int), _get(file, entry, "width", int)) if sized else None
         places[image_id] = annotations.add_picture(name, image_id=image_id, size=size)
     labels = {id: label for label, id in enumerate(category_ids)}
-    seen: set[int] = set()
+    seen: set[Any] = set()
     twice = 0
     for entry in content["annotations"]:
-        what = f"annotation {entry.get('id', '')} of {file}".replace("  ", " ")
+        own_id = _id_of(entry, "id")
+        what = f"annotation {'' if own_id is None else own_id} of {file}".replace("  ", " ")
         image_id, category = (_get(file, entry, key, int) for key in ("image_id", "category_id"))
         if image_id not in places:
             raise SettingsError(f"{what} is for image {image_id}, and there is none of this id")
         if category not in labels:
             raise SettingsError(f"{what} is of category {category}, and there is none of this id")
         box = entry.get("bbox")
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box)):
-            raise SettingsError(f"{what} has as bbox {box!r}: it needs four numbers, x, y, width, height")
+        if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
+            raise SettingsError(f"{what} has as bbox {shown_value(box)}: it needs four numbers, x, y, width, height")
         x, y, width, height = box
         area = entry.get("area")
-        crowd, area = bool(entry.get("iscrowd", 0)), area if isinstance(area, int | float) else None
+        crowd, area = bool(entry.get("iscrowd", 0)), area if _is_number(area) else None
         annotations.add_box(places[image_id], (x, y, x + width, y + height), labels[category], crowd=crowd, area=area)
-        twice += entry.get("id") in seen
-        seen.add(entry.get("id"))
+        twice += own_id in seen
+        seen.add(own_id)
     source, notes = annotations.source()
     if twice and None not in seen:
         notes.append(f"{file}: {twice} annotations have the id of another one; all are taken")
@@ -163,15 +173,21 @@ def _pictures_of(file: Path, names: Sequence[str]) -> Path:
 
 
 def _get(file: Path, entry: Any, key: str, kind: type) -> Any:
-    value = entry.get(key) if isinstance(entry, dict) else None
+    value = entry.get(key)
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and not _is_number(value)):
         wanted = "a whole number" if kind is int else "text"
-        raise SettingsError(f"{file}: {key} must be {wanted}; got {value!r} in {_short(entry)}")
+        raise SettingsError(f"{file}: {key} must be {wanted}; got {shown_value(value)} in {shown_value(entry)}")
     return value
 
 
-def _short(entry: Any) -> str:
-    text = json.dumps(entry)
-    return text if len(text) <= 80 else f"{text[:79]}…"
+def _id_of(entry: dict[str, Any], key: str) -> Any:
+    """A value by which entries are told apart; None where it is of no kind that does."""
+    value = entry.get(key)
+    return value if isinstance(value, int | float | str) else None
+
+
+def _is_number(value: Any) -> bool:
+    """Also of what is not finite, which is told with the box; not of numbers that no float holds."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) <= _LARGEST)

@@ -15,7 +15,9 @@ from PIL import Image
 from convert.errors import SettingsError, listed, one_line
 from convert.files import shown
 from convert.image_files import image_files
-from crossvit_jax.preprocess import Exif, UnreadableImage, open_image
+from crossvit_jax.files import open_regular
+from crossvit_jax.preprocess import FORMATS, Exif, UnreadableImage, open_image
+from train.data.dense.annotation_files import read_lines
 from train.data.dense.samples import DenseSets, picture_size
 from train.data.folders.layout import find_splits
 from train.data.held_out import draw_held_out
@@ -24,6 +26,7 @@ from train.images.geometry import IGNORED
 
 CLASSES_FILE = "classes.txt"
 _LOOKED_AT = 200  # masks that are read before a run
+_AT_ONCE = 2**20  # pixels of a mask of which classes are found: each takes some 40 bytes then
 UNKNOWN = 254  # in the table of classes: a value of no class
 _MOST_CLASSES = 254
 _IMAGES, _MASKS = ("images", "image", "img", "imgs"), ("masks", "mask", "labels", "annotations")
@@ -79,31 +82,54 @@ def read_mask(
             if mask.format in ("JPEG", "MPO"):
                 raise ValueError("it is a JPEG file, which does not keep the values of pixels: masks are PNG files")
             mask.load()
-            values = _values(mask, colours)
+            stored = _stored(mask, colours)
+        segments = np.empty(stored.shape[:2], np.uint8)
+        rows = max(1, _AT_ONCE // stored.shape[1])
+        for top in range(0, len(stored), rows):
+            values = _values(stored[top : top + rows], colours, top)
+            segments[top : top + rows] = _classes_of(values, classes, top)
+    except MemoryError:
+        raise
     except Exception as error:  # whatever Pillow's parsers raise
         raise UnreadableImage(name, one_line(error)) from error
-    wrong = values >= len(classes)
-    segments = classes[np.where(wrong, 0, values)]
-    wrong |= segments == UNKNOWN
-    if wrong.any():
-        row, column = np.argwhere(wrong)[0]
-        known = int((classes < UNKNOWN).sum())
-        raise UnreadableImage(
-            name, f"it has {values[row, column]} at x {column}, y {row}, which is none of the {known} classes"
-        )
     return segments
 
 
-def _values(mask: Image.Image, colours: UInt8[np.ndarray, "colours 3"] | None) -> Int[np.ndarray, "height width"]:
-    """What the table of classes is asked for."""
+def _stored(mask: Image.Image, colours: UInt8[np.ndarray, "colours 3"] | None) -> Int[np.ndarray, "height width ..."]:
+    """The values or, where there are `colours`, the colours of a mask's pixels."""
+    if colours is not None:
+        return np.asarray(mask.convert("RGB"))
+    if mask.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
+        raise ValueError(
+            f"it is in colours ({mask.mode}), and {CLASSES_FILE} tells no colours: a line each, as `road 128 64 128`"
+        )
+    values = np.asarray(mask)
+    return values.astype(np.uint8) if values.dtype == bool else values
+
+
+def _classes_of(
+    values: Int[np.ndarray, "rows width"], classes: Int[np.ndarray, " values"], top: int
+) -> UInt8[np.ndarray, "rows width"]:
+    """The classes of rows of a mask that begin at `top`. Raises ValueError for a value of none."""
+    wrong = (values < 0) | (values >= len(classes))
+    found = classes[np.where(wrong, 0, values)]
+    wrong |= found == UNKNOWN
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        known = int((classes < UNKNOWN).sum())
+        raise ValueError(
+            f"it has {values[row, column]} at x {column}, y {top + row}, which is none of the {known} classes"
+        )
+    return found
+
+
+def _values(
+    stored: Int[np.ndarray, "rows width ..."], colours: UInt8[np.ndarray, "colours 3"] | None, top: int
+) -> Int[np.ndarray, "rows width"]:
+    """What the table of classes is asked for, of rows of a mask that begin at `top`."""
     if colours is None:
-        if mask.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
-            raise ValueError(
-                f"it is in colours ({mask.mode}), and {CLASSES_FILE} tells no colours: a line each, as `road 128 64 "
-                "128`"
-            )
-        return np.asarray(mask).astype(np.int64)
-    keys = _keys(np.asarray(mask.convert("RGB")))
+        return stored
+    keys = _keys(stored)
     known = _keys(colours)
     order = np.argsort(known)
     places = np.minimum(np.searchsorted(known[order], keys), len(known) - 1)
@@ -112,7 +138,7 @@ def _values(mask: Image.Image, colours: UInt8[np.ndarray, "colours 3"] | None) -
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
         colour = tuple((int(keys[row, column]) >> shift) & 255 for shift in (16, 8, 0))
-        raise ValueError(f"it has the colour {colour} at x {column}, y {row}, which is none of {CLASSES_FILE}")
+        raise ValueError(f"it has the colour {colour} at x {column}, y {top + row}, which is none of {CLASSES_FILE}")
     return found
 
 
@@ -172,14 +198,9 @@ def open_masks(path: Path, *, ignore_index: int, val_fraction: float, seed: int,
 
 def _read_classes(file: Path, ignore_index: int) -> tuple[tuple[str, ...], np.ndarray, np.ndarray | None]:
     """The names, the table of classes by value, and the colours where the file has them."""
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except OSError as error:
-        raise SettingsError(
-            f"{file} is needed, with the name of a class a line, in the order of the masks' values: {error.strerror}"
-        ) from None
-    except UnicodeDecodeError:
-        raise SettingsError(f"{file}: class names are read from UTF-8 text, and this is none") from None
+    if not os.path.lexists(file):
+        raise SettingsError(f"{file} is needed, with the name of a class a line, in the order of the masks' values")
+    lines = read_lines(file)
     while lines and not lines[-1]:
         lines.pop()
     if not lines or "" in lines:

@@ -1,5 +1,6 @@
 """Boxes in Pascal VOC's XML files, one for each picture."""
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,7 +8,9 @@ from xml.etree import ElementTree
 
 from convert.errors import SettingsError, one_line
 from convert.image_files import is_hidden, is_image
+from crossvit_jax.config import shown_value
 from crossvit_jax.preprocess import Exif
+from train.data.dense.annotation_files import read_annotations, read_lines
 from train.data.dense.boxes import Annotations, box_sets
 from train.data.dense.samples import DenseSets
 
@@ -61,10 +64,8 @@ class _Picture:
     def __init__(self, file: Path):
         self.file = file
         try:
-            root = ElementTree.parse(file).getroot()
-        except OSError as error:
-            raise SettingsError(f"cannot read {file}: {error.strerror}") from None
-        except ElementTree.ParseError as error:
+            root = ElementTree.fromstring(read_annotations(file))
+        except (ElementTree.ParseError, LookupError) as error:  # the latter for an encoding that nobody knows
             raise SettingsError(f"{file} is no XML: {one_line(error)}") from None
         self.filename = (root.findtext("filename") or "").strip()
         size = root.find("size")
@@ -85,9 +86,12 @@ class _Picture:
     def _number(self, element: ElementTree.Element, name: str) -> float:
         text = (element.findtext(name) or "").strip()
         try:
-            return float(text)
+            value = float(text)
         except ValueError:
-            raise SettingsError(f"{self.file}: {name} must be a number; got {text!r}") from None
+            value = math.nan
+        if not math.isfinite(value):
+            raise SettingsError(f"{self.file}: {name} must be a number; got {shown_value(text)}")
+        return value
 
 
 def _add(
@@ -126,10 +130,7 @@ def _split(root: Path, files: Iterable[str]) -> tuple[list[list[str]], str | Non
     chosen = []
     for split in ("train", held_out) if held_out else ("train",):
         file = lists / f"{split}.txt"
-        try:
-            names = [line.split()[0] for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"cannot read {file}: {one_line(error)}") from None
+        names = [line.split()[0] for line in read_lines(file) if line]
         unknown = [name for name in names if name not in files]
         if unknown:
             raise SettingsError(f"{file} names {unknown[0]}, and there is no XML file for it")

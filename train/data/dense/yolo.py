@@ -8,12 +8,32 @@ import yaml
 
 from convert.errors import SettingsError, one_line
 from convert.image_files import image_files, is_image
+from crossvit_jax.config import shown_value
 from crossvit_jax.preprocess import Exif
+from train.data.dense.annotation_files import read_annotations
 from train.data.dense.boxes import Annotations, BoxFiles, box_sets
 from train.data.dense.samples import DenseSets
 
 _HELD_OUT = ("val", "valid", "test")  # the first that is there
 _ROUNDING = 1e-3  # by which shares may be above 1
+_LARGEST_YAML, _DEEPEST = 2**20, 20  # bytes, which take seconds; levels
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes no aliases, since a few lines with them stand for more than a memory holds, and no deep nesting."""
+
+    _levels = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read")
+        if self._levels == _DEEPEST:
+            raise yaml.YAMLError("its brackets are nested too deeply")
+        self._levels += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._levels -= 1
 
 
 def open_yolo(path: Path, *, val_fraction: float, seed: int, exif: Exif) -> DenseSets:
@@ -56,10 +76,10 @@ def open_yolo(path: Path, *, val_fraction: float, seed: int, exif: Exif) -> Dens
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_bytes())
-    except OSError as error:
-        raise SettingsError(f"cannot read {file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(read_annotations(file, at_most=_LARGEST_YAML), _Loader)
+    except SettingsError:
+        raise
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:  # a date of month 13, say
         raise SettingsError(f"{file} is no YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise SettingsError(f"{file} is no data.yaml: it needs names, train and val")
@@ -69,14 +89,17 @@ def _read(file: Path) -> dict[str, Any]:
 def _class_names(file: Path, content: dict[str, Any]) -> list[str]:
     names = content.get("names")
     if isinstance(names, dict):
-        if sorted(names) != list(range(len(names))):
-            raise SettingsError(f"{file}: names must be numbered from 0 without gaps; got {sorted(names, key=str)}")
+        if set(names) != set(range(len(names))):
+            raise SettingsError(f"{file}: names must be numbered from 0 without gaps; got {shown_value(list(names))}")
         names = [names[place] for place in range(len(names))]
     if not isinstance(names, list) or not names:
-        raise SettingsError(f"{file} names no classes: names must be a list; got {names!r}")
+        raise SettingsError(f"{file} names no classes: names must be a list; got {shown_value(names)}")
     count = content.get("nc", len(names))
     if count != len(names):
-        raise SettingsError(f"{file} tells nc {count}, and has {len(names)} names")
+        raise SettingsError(f"{file} tells nc {shown_value(count)}, and has {len(names)} names")
+    odd = [name for name in names if not isinstance(name, str | int | float)]
+    if odd:
+        raise SettingsError(f"{file}: names must be texts; got {shown_value(odd[0])}")
     names = list(map(str, names))
     if len(set(names)) < len(names):
         raise SettingsError(f"{file} has the same name for two classes")
@@ -86,7 +109,9 @@ def _class_names(file: Path, content: dict[str, Any]) -> list[str]:
 def _root(file: Path, content: dict[str, Any]) -> Path:
     """What the folders are relative to: `path` where it is there, as seen from the file, or else the file's folder."""
     named = content.get("path")
-    for candidate in (file.parent / str(named), Path(str(named))) if named else ():
+    if named is not None and not isinstance(named, str):
+        raise SettingsError(f"{file}: path must be that of a folder; got {shown_value(named)}")
+    for candidate in (file.parent / named, Path(named)) if named else ():
         if candidate.is_dir():
             return candidate
     return file.parent
@@ -97,18 +122,20 @@ def _pictures(file: Path, root: Path, split: str, named: Any) -> list[Path]:
     pictures: list[Path] = []
     for text in named if isinstance(named, list) else [named]:
         # Roboflow writes ../train/images for what lies beside the file
-        tried = [root / str(text), root / str(text).removeprefix("../")]
+        if not isinstance(text, str):
+            raise SettingsError(f"{file}: {split} must be a path, or a list of some; got {shown_value(text)}")
+        tried = [root / text, root / text.removeprefix("../")]
         found = next((path for path in tried if path.exists()), None)
         if found is None:
             raise SettingsError(f"{file}: {split} is {text}, and there is no {tried[0]}")
         if found.is_dir():
             pictures += map(Path, image_files(found))
         else:
-            listing = found.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+            listing = os.fsdecode(read_annotations(found)).splitlines()
             lines = [line.strip() for line in listing if line.strip()]
             pictures += [found.parent / line if line.startswith("./") else root / line for line in lines]
     if not pictures:
-        raise SettingsError(f"{file}: {split} is {named}, and there are no pictures")
+        raise SettingsError(f"{file}: {split} is {shown_value(named)}, and there are no pictures")
     wrong = [picture for picture in pictures if not is_image(picture.name)]
     if wrong:
         raise SettingsError(f"{file}: {split} lists {wrong[0]}, whose suffix is none of an image")
@@ -128,13 +155,14 @@ def _labels_of(picture: Path) -> Path:
 def _add(annotations: Annotations, picture: Path, root: Path, num_classes: int, image_id: int) -> None:
     file = _labels_of(picture)
     place = annotations.add_picture(os.path.relpath(picture, root), image_id=image_id, size=None, origin=str(file))
-    if not file.is_file():
+    if not os.path.lexists(file):
         return
+    lines = read_annotations(file).decode("utf-8", "replace").splitlines()
     size = annotations.size_of(place)
     if size is None:
         return  # the picture cannot be read, which is told when it is
     height, width = size
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             label, (x1, y1, x2, y2) = _parsed(line, f"line {number} of {file}", num_classes)
             annotations.add_box(place, (x1 * width, y1 * height, x2 * width, y2 * height), label)
@@ -145,15 +173,15 @@ def _parsed(line: str, where: str, num_classes: int) -> tuple[int, tuple[float, 
     try:
         label, *values = map(float, line.split())
     except ValueError:
-        raise SettingsError(f"{where} must be numbers; got {line.strip()!r}") from None
+        raise SettingsError(f"{where} must be numbers; got {shown_value(line.strip())}") from None
     if not (label.is_integer() and 0 <= label < num_classes):
         raise SettingsError(f"{where} is of class {label:g}: there are {num_classes}, numbered from 0")
     if not all(-_ROUNDING <= value <= 1 + _ROUNDING for value in values):
-        raise SettingsError(f"{where} has values beyond 0 to 1, shares of the picture: got {line.strip()!r}")
+        raise SettingsError(f"{where} has values beyond 0 to 1, shares of the picture: got {shown_value(line.strip())}")
     if len(values) == 4:
         x, y, width, height = values
         return int(label), (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
     if len(values) >= 6 and len(values) % 2 == 0:
         across, down = values[::2], values[1::2]
         return int(label), (min(across), min(down), max(across), max(down))
-    raise SettingsError(f"{where} must be a class and 4 numbers, or a polygon; got {line.strip()!r}")
+    raise SettingsError(f"{where} must be a class and 4 numbers, or a polygon; got {shown_value(line.strip())}")

@@ -1,0 +1,72 @@
+"""The loss of a process of a run is one line."""
+
+import signal
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from train.devices.lost_hosts import HostLost, is_one_of_several, lost_hosts_explained
+
+_SCRIPT = """
+import os, signal, sys, time
+from train.devices.lost_hosts import watched
+
+def work():
+    {work}
+
+sys.exit(watched(work, aborted="x: another process is lost"))
+"""
+
+
+def _watched(work, *, send=None):
+    """The exit status, standard output and errors of a process that watches over this."""
+    command = [sys.executable, "-c", _SCRIPT.format(work=work)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        first = process.stdout.readline()
+        if send is not None:
+            process.send_signal(send)
+        out, err = process.communicate(timeout=60)
+    return process.returncode, first + out, err
+
+
+def test_an_aborted_process_is_told_in_a_line():
+    assert _watched("os.abort()") == (1, "", "x: another process is lost\n")
+    assert _watched("print('fine'); return 0") == (0, "fine\n", "")
+    assert _watched("return 3") == (3, "", "")
+    assert _watched("os.kill(os.getpid(), signal.SIGKILL)") == (137, "", "")
+
+
+def test_signals_are_handed_on_once():
+    heeds = (
+        "got = []\n    signal.signal(signal.SIGINT, lambda n, _: got.append(n))\n    print('ready', flush=True)\n"
+        "    while not got: time.sleep(0.01)\n    time.sleep(0.1)\n    print(len(got))\n    return 5"
+    )
+    assert _watched(heeds, send=signal.SIGINT) == (5, "ready\n1\n", "")
+    assert _watched("print('ready', flush=True); time.sleep(60)", send=signal.SIGTERM) == (143, "ready\n", "")
+
+
+def test_errors_of_a_lost_connection_are_explained_in_runs_of_several_processes(monkeypatch):
+    def fail(message):
+        with lost_hosts_explained():
+            raise ValueError(message)
+
+    with pytest.raises(ValueError, match=r"^UNKNOWN: Gloo all-reduce failed"):
+        fail("UNKNOWN: Gloo all-reduce failed: closed by peer")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(HostLost, match=r"^another process of the run is lost: UNKNOWN: Gloo all-reduce failed: closed"):
+        fail("UNKNOWN: Gloo all-reduce failed: closed by peer\nmore")
+    with pytest.raises(ValueError, match=r"^shapes differ$"):
+        fail("shapes differ")
+
+
+def test_what_tells_of_several_processes(monkeypatch):
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    assert not is_one_of_several(None)
+    assert is_one_of_several("localhost:1234")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert not is_one_of_several(None)
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert is_one_of_several(None)
