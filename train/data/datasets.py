@@ -1,4 +1,4 @@
-"""The data set that a run asks for: the digits, a prepared tensorflow-datasets set, or a folder."""
+"""The data set that a run asks for: the digits, a folder, a list of files, or one prepared by other packages."""
 
 import contextlib
 import io
@@ -7,12 +7,14 @@ from typing import Any
 
 from convert.class_names import NATURAL, TEXT, in_order
 from convert.errors import ConversionError, SettingsError, quiet
-from convert.files import FOLDER_PREFIX
+from convert.files import CSV_PREFIX, FOLDER_PREFIX, HF_PREFIX
 from train.config import TrainConfig
 from train.data.dense.open import open_dense_sets
 from train.data.folders.classes import one_class_error, open_folder
+from train.data.folders.listing import open_listing
+from train.data.prepared.huggingface import open_huggingface
+from train.data.prepared.tfds import check_prepared, data_folder, open_tfds
 from train.data.sources import ImageSets
-from train.data.tfds import check_prepared, data_folder, open_tfds
 
 
 def open_image_sets(config: TrainConfig, *, class_names: tuple[str, ...] | None = None) -> ImageSets:
@@ -54,6 +56,11 @@ def _open(config: TrainConfig) -> ImageSets:
     if config.dataset.startswith(FOLDER_PREFIX):
         root = Path(config.dataset.removeprefix(FOLDER_PREFIX))
         return open_folder(root, val_fraction=config.val_fraction, seed=config.seed)
+    split = {"val_fraction": config.val_fraction, "seed": config.seed}
+    if config.dataset.startswith(CSV_PREFIX):
+        return open_listing(Path(config.dataset.removeprefix(CSV_PREFIX)), **split)
+    if config.dataset.startswith(HF_PREFIX):
+        return open_huggingface(config.dataset.removeprefix(HF_PREFIX), **split)
     if config.dataset == "digits":
         return open_digits(config.data_dir)
     return open_tfds(config.dataset, config.data_dir)
@@ -61,7 +68,7 @@ def _open(config: TrainConfig) -> ImageSets:
 
 def open_digits(data_dir: str | None) -> ImageSets:
     """scikit-learn's digits, written to `data_dir` (none: tensorflow-datasets' own folder) the first time."""
-    from train.data.digits import SklearnDigits
+    from train.data.prepared.digits import SklearnDigits
 
     where = data_folder(data_dir)
     check_prepared(where, "sklearn_digits")
