@@ -34,7 +34,8 @@ SOURCE       hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub, also
              timm's, IBM's or Flax's names, an Orbax folder, or the folder of a training run (runs/X the weights of
              its best evaluation, runs/X:last the last, runs/X:ema their average)
 DESTINATION  .safetensors or .pth for timm and the torch twin, .flax.safetensors, or no ending for an Orbax folder;
-             .hf for a folder as repositories of the hub are, for timm.create_model("local-dir:out.hf");
+             .hf for a folder as repositories of the hub are, for timm.create_model("local-dir:out.hf"), and with
+             --push OWNER/REPO also uploaded there;
              .onnx, .stablehlo or .pt exports the whole model, and keeps the file only if it computes what SOURCE
              does: .onnx with --quantize dynamic or static in int8; .pt, the PyTorch twin with its linear layers in
              integers by torchao, with --quantize int8 or int4; with --training, .pth.tar or .pth for timm's
@@ -101,6 +102,7 @@ def _parser() -> Parser:
         action="store_true",
         help="of a run's newest checkpoint, write the weights with the optimiser's state, their average and the epoch",
     )
+    add("--push", metavar="OWNER/REPO", help="upload the folder .hf to this repository of the Hugging Face hub, too")
     add("--verify", action="store_true", help="run both twins on what was written and compare")
     add("--overwrite", action="store_true", help="replace DESTINATION if it exists")
     return parser
@@ -109,6 +111,7 @@ def _parser() -> Parser:
 def _convert(args: argparse.Namespace) -> int:
     # imported late: --help and a mistyped command line need not wait for the frameworks
     from convert.export.export import Export
+    from convert.formats import publish
     from convert.formats.write import EXPORTED, check_destination, check_writable, write, written_for_timm
     from convert.tensors import DTYPES
     from crossvit_jax.preprocess import limit_pixels
@@ -125,6 +128,8 @@ def _convert(args: argparse.Namespace) -> int:
         return _training(args)
     if args.triton:
         return _triton(args)
+    if args.push is not None and Path(args.destination).name.endswith(EXPORTED):
+        raise ConversionError("--push is for a folder .hf, not for an exported file")
     how = Export(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Export)})
     name = Path(args.destination).name  # without the slash that may be behind it
     if args.license is not None and not name.endswith((".onnx", ".pt")):
@@ -132,6 +137,10 @@ def _convert(args: argparse.Namespace) -> int:
     if name.endswith(EXPORTED) or how != Export(dtype=how.dtype):
         return _export(args, how)
     place = check_destination(args.destination, overwrite=args.overwrite)
+    if args.push is not None:
+        if not place.name.endswith(".hf"):
+            raise ConversionError(f"--push is for a folder .hf, which the hub takes as it is; got {args.destination}")
+        publish.check_publishable(args.push)
     weights = _load(args)
     check_writable(weights, place)
     stored = ", ".join(weights.dtypes)
@@ -142,7 +151,10 @@ def _convert(args: argparse.Namespace) -> int:
     print(f"written     {path}")
     if written_for_timm(path):
         tell_class_order(weights)
-    return _verify(weights, path) if args.verify else 0
+    status = _verify(weights, path) if args.verify else 0
+    if args.push is not None and status == 0:
+        print(f"published   {publish.publish(path, args.push)}")
+    return status
 
 
 def _export(args: argparse.Namespace, how: "Export") -> int:

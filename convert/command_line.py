@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from convert.errors import UserError, missing_extra, one_line
-from convert.files import FOLDER_PREFIX, home_path, local_path
+from convert.files import CSV_PREFIX, FOLDER_PREFIX, HF_PREFIX, home_path, local_path
 from convert.formats import hub
 from convert.streams import let_go_of_output, open_streams, tell_error
 from crossvit_jax.config import Branch, shown_value
@@ -240,12 +240,13 @@ def weights_source(text: str) -> str:
 
 
 def data_set(text: str) -> str:
-    """The name of a data set, or `folder:` and a path as `home_path` returns it. Raises as that does.
+    """The name of a data set, or `folder:`, `csv:` or `hf:` and a path as `home_path` returns it. Raises as that does.
 
     The path of a folder that is there is taken for one, unless it is `digits` or has what tensorflow-datasets prepares.
     """
-    if text.startswith(FOLDER_PREFIX):
-        return FOLDER_PREFIX + home_path(text.removeprefix(FOLDER_PREFIX))
+    for prefix in (FOLDER_PREFIX, CSV_PREFIX, HF_PREFIX):
+        if text.startswith(prefix):
+            return prefix + home_path(text.removeprefix(prefix))
     folder = Path(home_path(text))
     if text == "digits" or not folder.is_dir():
         return text

@@ -103,7 +103,7 @@ def load_weights(source: str | Path, *, task: str | None = None, seed: int = 0, 
         raise ConversionError(f"{source}: {error}") from None
     architecture.check(shapes, config, str(source))
     known = {"config": config, "class_names": class_names, "exif": exif, "patch_sizes": patch_sizes}
-    known |= {"origin": stored.origin, "trained": stored.trained}
+    known |= {"origin": stored.origin, "trained": stored.trained, "curves": stored.curves}
     weights = Weights(tensors=stored.tensors, notes=(*stored.notes, *said), **known)
     return adapt_to_task(weights, task, overrides, seed=seed)
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ class Weights:
     patch_sizes: tuple[tuple[int, ...], ...] | None = None  # that training drew from, where there were several
     origin: str | None = None  # where they come from, in words; .safetensors files keep it
     trained: Mapping[str, Any] | None = None  # how, for people: settings and data of the run that they come from
+    curves: Path | None = None  # the picture of that run's curves
     license: str = "Apache-2.0"  # that of the published weights; exported files tell it
     notes: tuple[str, ...] = ()  # what was chosen and changed on the way, for the user to read
 

@@ -17,6 +17,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     },
     "torch": {"torch": "torch", "torchvision": "torchvision", "timm": "timm"},
     "onnx": {"onnx": "onnx", "onnxruntime": "onnxruntime", "onnxscript": "onnxscript"},
+    "hf": {"datasets": "datasets"},
     "qat": {"qwix": "qwix"},
     "torchao": {"torchao": "torchao"},
     "serve": {

@@ -124,7 +124,8 @@ class TrainConfig:
     )
     dataset: str = setting(
         "digits",
-        "digits, a prepared tensorflow-datasets name, or folder:PATH (folder: may be left out); for detection digits "
+        "digits, folder:PATH (folder: may be left out), csv:FILE with columns path and label, hf:NAME or hf:PATH of "
+        "Hugging Face datasets, or a prepared tensorflow-datasets name; for detection digits "
         "(scenes of them), coco:PATH, voc:PATH or yolo:FILE; for segmentation digits or masks:PATH",
         data_set,
     )
@@ -138,7 +139,10 @@ class TrainConfig:
         class_order,
     )
     val_fraction: float = setting(
-        0.1, "share of each class held out when folder:PATH has no val/ or test/ folder", above=0, below=1
+        0.1,
+        "share of each class held out where folder:, csv: or hf: has no split for that",
+        above=0,
+        below=1,
     )
     max_bad_images: float = setting(
         USUAL_SHARE,

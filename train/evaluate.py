@@ -75,9 +75,9 @@ def _parser() -> Parser:
         type=data_set,
         default=argparse.SUPPRESS,
         metavar="DATA",
-        help="digits, a prepared tensorflow-datasets name, or folder:PATH; for detectors digits, coco:PATH, voc:PATH "
-        "or yolo:FILE; for segmenters digits or masks:PATH (default: that of the run, where SOURCE is in the folder of "
-        "one; what it held out is checked)",
+        help="digits, folder:PATH, csv:FILE, hf:NAME, or a prepared tensorflow-datasets name; for detectors digits, "
+        "coco:PATH, voc:PATH or yolo:FILE; for segmenters digits or masks:PATH (default: that of the run, where SOURCE "
+        "is in the folder of one; what it held out is checked)",
     )
     add(
         "--data-dir",
@@ -90,8 +90,8 @@ def _parser() -> Parser:
         "--split",
         choices=("held-out", "train", "val", "test", "all"),
         default="held-out",
-        help="images to evaluate: held-out or train, as training splits them (default: held-out); val or test: that "
-        "folder of a folder:PATH; all: every image of one that has only class folders",
+        help="images to evaluate: held-out or train, as training splits them (default: held-out); val or test: those "
+        "of a folder:PATH or csv:FILE; all: every image of one without splits",
     )
     add(
         "--class-order",

@@ -13,13 +13,16 @@ import numpy as np
 from convert import metadata
 from convert.errors import ConversionError, listed
 from convert.files import write_bytes
+from convert.formats.run_folder import CURVES
 from convert.weights import Weights
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig, DenseConfig
-from crossvit_jax.files import read_json
+from crossvit_jax.files import read_json, read_regular
 from crossvit_jax.preprocess import MEAN, STD
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+ANY = "OWNER/REPOSITORY"  # in the card, until it is known where it will be
 INDEX = "model.safetensors.index.json"  # of weights in several files
+_LARGEST_PICTURE = 2**26  # bytes
 LOCAL = "local-dir:"  # timm's prefix for such a folder
 # what timm's variants fix
 _FIXED = ("embed_dim", "depth", "num_heads", "mlp_ratio", "fusion_depth", "multi_conv", "stages")
@@ -37,17 +40,23 @@ def weights_in(folder: Path) -> Path | None:
 
 
 def shards(index: Path) -> list[Path]:
-    """The files that an index of weights names, beside it. Raises ConversionError if it is damaged."""
+    """The files that an index of weights names, beside it. Raises ConversionError if it is damaged, or one is not."""
+    names = shard_names(index)
+    missing = [name for name in names if not index.with_name(name).is_file()]
+    if missing:
+        raise ConversionError(f"{listed(missing)} of {index} does not exist")
+    return [index.with_name(name) for name in names]
+
+
+def shard_names(index: Path) -> list[str]:
+    """The names of the files that an index of weights names. Raises ConversionError if it is damaged."""
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConversionError(f"{index} is a damaged index: it has no weight_map of names and files") from None
     if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
         raise ConversionError(f"{index} names files that do not lie beside it")
-    missing = [name for name in names if not index.with_name(name).is_file()]
-    if missing:
-        raise ConversionError(f"{listed(missing)} of {index} does not exist")
-    return [index.with_name(name) for name in names]
+    return names
 
 
 def write_hf(weights: Weights, folder: Path) -> None:
@@ -59,7 +68,10 @@ def write_hf(weights: Weights, folder: Path) -> None:
     tensors = {name: np.ascontiguousarray(array) for name, array in weights.tensors.items()}
     write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt", metadata.KEY: description}))
     write_bytes(folder / CONFIG, (json.dumps(_config(weights), indent=2) + "\n").encode())
-    write_bytes(folder / CARD, _card(weights).encode())
+    curves = _curves(weights)
+    if curves is not None:
+        write_bytes(folder / CURVES, curves)
+    write_bytes(folder / CARD, _card(weights, with_curves=curves is not None).encode())
 
 
 def check_for_timm(config: CrossViTConfig | DenseConfig) -> None:
@@ -123,7 +135,15 @@ def _config(weights: Weights) -> dict[str, Any]:
     }
 
 
-def _card(weights: Weights) -> str:
+def _curves(weights: Weights) -> bytes | None:
+    """The picture of the run's curves; None where there is none that can be read."""
+    try:
+        return None if weights.curves is None else read_regular(weights.curves, at_most=_LARGEST_PICTURE)
+    except OSError:
+        return None
+
+
+def _card(weights: Weights, *, with_curves: bool) -> str:
     """The model card: what the model is, how it is used, and of a run how it came about."""
     from huggingface_hub import ModelCardData
 
@@ -149,7 +169,7 @@ def _card(weights: Weights) -> str:
         "```python",
         "import timm",
         "",
-        'model = timm.create_model("hf-hub:OWNER/REPOSITORY", pretrained=True)  # or local-dir:FOLDER',
+        f'model = timm.create_model("hf-hub:{ANY}", pretrained=True)  # or local-dir:FOLDER',
         "```",
     ]
     if weights.origin:
@@ -157,6 +177,8 @@ def _card(weights: Weights) -> str:
     if weights.trained:
         lines += ["", "## Training", "", "| setting | value |", "| --- | --- |"]
         lines += [f"| {name} | {value} |" for name, value in weights.trained.items()]
+    if with_curves:
+        lines += ["", f"![loss, accuracy and learning rate over the steps]({CURVES})"]
     if weights.class_names is not None and len(weights.class_names) <= 50:
         lines += ["", "## Classes", "", ", ".join(f"`{name}`" for name in weights.class_names)]
     return "\n".join(lines) + "\n"

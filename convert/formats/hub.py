@@ -12,6 +12,8 @@ PREFIXES = ("hf-hub:", "hf_hub:")
 def download(name: str) -> tuple[Path, list[str]]:
     """The cached file of the weights in a repository, `owner/repo` or `owner/repo@revision`; and notes for the user.
 
+    Of weights in several files it is the index, beside which the others lie.
+
     timm's `config.json` is in the same folder then, where the repository has one.
 
     Raises:
@@ -20,7 +22,7 @@ def download(name: str) -> tuple[Path, list[str]]:
     from huggingface_hub import constants
 
     repository = _Repository(name)
-    path = next(filter(None, map(repository.file, WEIGHTS)), None)
+    path = next(filter(None, map(repository.file, WEIGHTS)), None) or repository.shards()
     if path is not None:
         has_config = repository.file(CONFIG) is not None or not repository.is_unreachable
         unknown = f"the repository's {CONFIG} is not in the cache: mean, std and names of classes in it are not known"
@@ -64,3 +66,15 @@ class _Repository:
         except Exception as error:  # the HTTP client's own errors, a full disk in the cache, …
             where = " (HF_HOME names another place)" if "home directory" in str(error) else ""
             raise ConversionError(f"{source} could not be downloaded: {one_line(error)}{where}") from None
+
+    def shards(self) -> Path | None:
+        """The cached index of weights in several files, when these are in the cache too; None where there is none."""
+        from convert.formats.hf_folder import INDEX, shard_names
+
+        index = self.file(INDEX)
+        for name in [] if index is None else shard_names(index):
+            if self.file(name) is None:
+                raise ConversionError(
+                    f"hf-hub:{self._name} has no {name}, which its {INDEX} names, or it is not cached"
+                )
+        return index

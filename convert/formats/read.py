@@ -37,6 +37,7 @@ class Stored:
     notes: list[str] = field(default_factory=list)
     origin: str | None = None  # where the weights come from, in words, where the file tells
     trained: dict | None = None  # how, see `Weights`
+    curves: Path | None = None  # likewise
 
 
 def read(source: str | Path) -> Stored:
@@ -60,7 +61,7 @@ def _read_path(path: Path, kind: str | None = None) -> Stored:
     try:
         choice = run_folder.choose(path, kind)
         if choice is not None:
-            return replace(_read_of_run(choice), trained=run_folder.how_trained(path))
+            return replace(_read_of_run(choice), **run_folder.told_of(path))
         path = hf_folder.weights_in(path) or path
         if path.is_dir():
             params, description, notes = read_orbax(path)

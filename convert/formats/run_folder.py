@@ -10,7 +10,7 @@ from crossvit_jax.files import check_regular, read_json, read_regular
 
 # what a run leaves in its folder: at its end the last weights, those of the best evaluation, and the average
 WEIGHTS, BEST, AVERAGE = "weights.safetensors", "weights-best.safetensors", "weights-ema.safetensors"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, CURVES = "checkpoints", "curves.png"
 _KINDS = ("last", "ema")  # what may follow the folder behind a colon
 _CONFIG, _STATE, _LOG = "config.json", "state", "metrics.jsonl"
 _KEPT = {"params": "the model", "ema": "the average of the weights"}
@@ -144,7 +144,25 @@ def how_trained(folder: Path) -> dict[str, Any] | None:
     )
     told = {name.replace("_", " "): train[name] for name in names if train.get(name) is not None}
     counts = ("train_images", "held_out_images", "held_out_split")
-    return told | {name.replace("_", " "): data[name] for name in counts if data.get(name) is not None}
+    told |= {name.replace("_", " "): data[name] for name in counts if data.get(name) is not None}
+    return told | _last_evaluation(folder)
+
+
+def _last_evaluation(folder: Path) -> dict[str, Any]:
+    """The figures of the last evaluation in a run's log, by their names there; nothing where it tells none."""
+    try:
+        lines = [json.loads(line) for line in read_regular(folder / _LOG).splitlines()]
+        last = [line for line in lines if line.get("eval/loss") is not None][-1]
+        figures = {name: round(value, 4) for name, value in last.items() if name.startswith("eval/")}
+        return {"last evaluation": f"epoch {last['epoch']}"} | figures
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        return {}
+
+
+def told_of(folder: Path) -> dict[str, Any]:
+    """What the weights of a run bring along for people: `trained`, see `how_trained`, and the picture `curves`."""
+    curves = folder / CURVES
+    return {"trained": how_trained(folder), "curves": curves if curves.is_file() else None}
 
 
 def newest_checkpoint(folder: Path) -> Path:

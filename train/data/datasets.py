@@ -1,16 +1,18 @@
-"""The data set that a run asks for: the digits, a prepared tensorflow-datasets set, or a folder."""
+"""The data set that a run asks for: the digits, a folder, a list of files, or one prepared by other packages."""
 
 from pathlib import Path
 
 from convert.class_names import NATURAL, TEXT, in_order
 from convert.errors import ConversionError, SettingsError
-from convert.files import FOLDER_PREFIX
+from convert.files import CSV_PREFIX, FOLDER_PREFIX, HF_PREFIX
 from train.config import TrainConfig
 from train.data.dense.open import open_dense_sets
-from train.data.digits import NAME, digits_in_memory
 from train.data.folders.classes import one_class_error, open_folder
+from train.data.folders.listing import open_listing
+from train.data.prepared.digits import NAME, digits_in_memory
+from train.data.prepared.huggingface import open_huggingface
+from train.data.prepared.tfds import open_tfds
 from train.data.sources import ImageSets
-from train.data.tfds import open_tfds
 
 
 def open_image_sets(config: TrainConfig, *, class_names: tuple[str, ...] | None = None) -> ImageSets:
@@ -52,6 +54,11 @@ def _open(config: TrainConfig) -> ImageSets:
     if config.dataset.startswith(FOLDER_PREFIX):
         root = Path(config.dataset.removeprefix(FOLDER_PREFIX))
         return open_folder(root, val_fraction=config.val_fraction, seed=config.seed)
+    split = {"val_fraction": config.val_fraction, "seed": config.seed}
+    if config.dataset.startswith(CSV_PREFIX):
+        return open_listing(Path(config.dataset.removeprefix(CSV_PREFIX)), **split)
+    if config.dataset.startswith(HF_PREFIX):
+        return open_huggingface(config.dataset.removeprefix(HF_PREFIX), **split)
     if config.dataset == "digits":
         return open_digits(config.data_dir)
     return open_tfds(config.dataset, config.data_dir)

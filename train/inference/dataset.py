@@ -5,17 +5,43 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from convert.errors import SettingsError
-from convert.files import FOLDER_PREFIX
+from convert.files import CSV_PREFIX, FOLDER_PREFIX
 from convert.metadata import understand
 from train.config import TrainConfig
 from train.data.datasets import open_image_sets
-from train.data.folders.classes import open_split
+from train.data.folders.classes import FolderSource, open_split
 from train.data.folders.layout import find_splits
+from train.data.folders.listing import open_listed_split, read_listing
 from train.data.sources import ImageSets, Source
 from train.run.folder import read_run, read_settings
 from train.tasks.begin import settings_of
 
 _CHOICE = ("seed", "val_fraction")  # the settings that choose the held-out images
+
+
+class _Files(NamedTuple):
+    """A data set of image files: of a folder, or of a list."""
+
+    path: Path
+    is_list: bool
+
+    @classmethod
+    def of(cls, dataset: str) -> "_Files | None":
+        """None for the data sets of packages, whose splits have names of their own."""
+        for prefix in (FOLDER_PREFIX, CSV_PREFIX):
+            if dataset.startswith(prefix):
+                return cls(Path(dataset.removeprefix(prefix)), prefix == CSV_PREFIX)
+        return None
+
+    def splits(self) -> dict[str, str]:
+        """What the splits are called in it, by train, val and test; none: it tells none."""
+        if self.is_list:
+            return {split: split for split in read_listing(self.path) if split is not None}
+        return find_splits(self.path)[0] if self.path.is_dir() else {}
+
+    def open(self, split: str) -> tuple[FolderSource, tuple[str, ...], list[str]]:
+        """See `open_split`."""
+        return (open_listed_split if self.is_list else open_split)(self.path, split)
 
 
 class Data(NamedTuple):
@@ -51,21 +77,21 @@ def open_data(given: dict[str, Any], split: str, run: str | None, task: str = "c
         raise SettingsError(f"the run in {run} learns {trained.task}, and the weights are for {task}")
     start = settings_of(task) if trained is None else _data_settings(trained)
     config = dataclasses.replace(start, **given)
-    folder = Path(config.dataset.removeprefix(FOLDER_PREFIX)) if config.dataset.startswith(FOLDER_PREFIX) else None
-    splits = find_splits(folder)[0] if folder is not None and folder.is_dir() else {}
+    files = _Files.of(config.dataset)
+    splits = {} if files is None else files.splits()
     if split in ("val", "test", "all") or (split == "train" and splits.keys() == {"train"}):
-        if folder is None:
-            raise SettingsError(f"--split {split} is for a folder:PATH; choose held-out or train here")
-        images, names, notes = open_split(folder, split)
+        if files is None:
+            raise SettingsError(f"--split {split} is for folder:PATH and csv:FILE; choose held-out or train here")
+        images, names, notes = files.open(split)
         return Data(config.dataset, images, names, splits.get(split, "all of them"), notes, True)
     if trained is None:
         sets, notes = open_image_sets(config), []
     else:
         sets, notes = _as_in_training(config, given, trained, run, bool(splits))
-    if trained is None and folder is not None and not splits:
+    if trained is None and files is not None and not splits:
         notes.append(
-            f"{folder} has no train/ and val/: the images held out by seed {config.seed} are taken, {_share(config)}, "
-            "which only a training with the same has not seen; --split all takes all"
+            f"{files.path} has no train/ and val/: the images held out by seed {config.seed} are taken, "
+            f"{_share(config)}, which only a training with the same has not seen; --split all takes all"
         )
     told = f"training images; held out: {sets.held_out_split}" if split == "train" else sets.held_out_split
     images = sets.train if split == "train" else sets.held_out
@@ -95,7 +121,7 @@ def _as_in_training(
         if sets is None or sets.fingerprint != print_:
             config = dataclasses.replace(settings_of(config.task), **given)
             note = f"the run in {run} was trained on {trained.dataset}, and this is other data"
-            if config.dataset.startswith(FOLDER_PREFIX) and not has_splits:
+            if _Files.of(config.dataset) is not None and not has_splits:
                 note += f", of which {_share(config)} are taken; --split all takes all"
             return open_image_sets(config), [note]
         return sets, [f"the images are those of the run in {run}"]
@@ -108,7 +134,7 @@ def _as_in_training(
     asked = [text for text, name in zip(asked, _CHOICE, strict=True) if getattr(config, name) != getattr(trained, name)]
     why = f"{' and '.join(asked)} was asked for" if asked else "images were added, removed or moved since then"
     instead = ""
-    if config.dataset.startswith(FOLDER_PREFIX):
+    if _Files.of(config.dataset) is not None:
         instead = f"; --split {'val or test takes that folder' if has_splits else 'all takes all images'} as it is"
     raise SettingsError(
         f"{config.dataset} is not split as in the run in {run}: {why}, so that images which it was trained on would be "

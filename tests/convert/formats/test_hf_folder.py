@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from sklearn.datasets import load_sample_images
 from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 
-from convert import ConversionError, load_weights
+from convert import ConversionError, load_weights, predict
 from convert.formats.hf_folder import check_for_timm
+from convert.formats.run_folder import told_of
 from convert.formats.write import write
 from crossvit_jax import get_config
 from tests.convert.conftest import refused, run
@@ -27,7 +30,9 @@ def folder(weights, tmp_path):
         "class_names": _NAMES,
         "trained": {"dataset": "digits", "epochs": 14},
         "origin": "the weights after epoch 3",
+        "curves": tmp_path / "curves.png",
     }
+    about["curves"].write_bytes(b"a picture")
     return write(dataclasses.replace(weights, **about), tmp_path / "out.hf")
 
 
@@ -39,6 +44,18 @@ def test_timm_makes_the_model_of_our_folder_with_equal_logits(folder, images, lo
     assert (data["input_size"], data["crop_pct"], data["interpolation"]) == ((3, 48, 48), 0.875, "bicubic")
     assert (data["mean"], data["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     assert tuple(model.pretrained_cfg["label_names"]) == _NAMES
+
+
+def test_transformers_pipeline_finds_the_same_five_classes_on_photographs(folder):
+    from transformers import pipeline  # late: it takes seconds
+
+    photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    theirs = pipeline("image-classification", model=str(folder), device="cpu")(photographs, top_k=5)
+    for ours, answers in zip(predict(folder, photographs), theirs, strict=True):
+        assert [one.class_name for one in ours] == [answer["label"] for answer in answers]
+        np.testing.assert_allclose(
+            [one.probability for one in ours], [answer["score"] for answer in answers], rtol=1e-4
+        )
 
 
 def test_the_fields_are_those_that_timm_itself_writes(folder, timm_model, tmp_path):
@@ -57,7 +74,22 @@ def test_the_card_tells_what_the_model_is_and_how_it_was_trained(folder):
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm\nlicense: apache-2.0\npipeline_tag: image-classification\n")
     assert "# CrossViT ti, 10 classes" in card and "| epochs | 14 |" in card
+    assert "![loss, accuracy and learning rate over the steps](curves.png)" in card
+    assert (folder / "curves.png").read_bytes() == b"a picture"
     assert "These are the weights after epoch 3." in card and "`klasse 3 ä`" in card
+
+
+def test_a_run_tells_its_settings_its_last_evaluation_and_its_curves(tmp_path):
+    assert told_of(tmp_path) == {"trained": None, "curves": None}
+    about = {"train": {"dataset": "digits", "epochs": 2, "init": None}, "data": {"train_images": 7}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    expected = {"dataset": "digits", "epochs": 2, "train images": 7}
+    assert told_of(tmp_path)["trained"] == expected
+    lines = [{"epoch": epoch, "step": epoch, "eval/loss": 0.1234567, "eval/top1": 90.0 + epoch} for epoch in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in [*lines, {"step": 3}]))
+    (tmp_path / "curves.png").write_bytes(b"")
+    last = {"last evaluation": "epoch 2", "eval/loss": 0.1235, "eval/top1": 92.0}
+    assert told_of(tmp_path) == {"trained": expected | last, "curves": tmp_path / "curves.png"}
 
 
 def test_folders_of_the_hub_are_read_in_one_file_or_several(folder, timm_model, weights, tmp_path):

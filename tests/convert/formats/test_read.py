@@ -470,6 +470,20 @@ def test_the_config_of_a_repository_is_heeded_and_its_absence_from_the_cache_tol
         load_weights("hf-hub:someone/finetuned")
 
 
+def test_a_repository_with_weights_in_several_files_is_read(hub, tmp_path, state):
+    first, second = [*state][:9], [*state][9:]
+    for name, keys in (("a.safetensors", first), ("b.safetensors", second)):
+        save_file({key: state[key] for key in keys}, tmp_path / name)
+    places = dict.fromkeys(first, "a.safetensors") | dict.fromkeys(second, "b.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    snapshot = hub("someone/large", index.name, index)
+    shutil.copy(tmp_path / "a.safetensors", snapshot)
+    assert f"has no b.safetensors, and {index.name} names it" in _error("hf-hub:someone/large")
+    shutil.copy(tmp_path / "b.safetensors", snapshot)
+    _assert_holds("hf-hub:someone/large", state)
+
+
 def test_a_repository_with_a_torch_checkpoint_and_a_revision_is_read(hub, weights_file, state):
     hub("someone/finetuned", "pytorch_model.bin", weights_file, revision="v2")
     _assert_holds("hf-hub:someone/finetuned@v2", state)

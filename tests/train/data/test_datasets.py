@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 
 from train.data.datasets import open_digits, open_image_sets
 from train.data.held_out import held_out_indices
-from train.data.tfds import TfdsSource, open_tfds
+from train.data.prepared.tfds import TfdsSource, open_tfds
 from train.recipes import RECIPES
 
 

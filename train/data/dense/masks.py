@@ -15,8 +15,7 @@ from PIL import Image
 from convert.errors import SettingsError, listed, one_line
 from convert.files import shown
 from convert.image_files import image_files
-from crossvit_jax.files import open_regular
-from crossvit_jax.preprocess import FORMATS, Exif, UnreadableImage, open_image
+from crossvit_jax.preprocess import Exif, UnreadableImage, open_image
 from train.data.dense.annotation_files import read_lines
 from train.data.dense.samples import DenseSets, picture_size
 from train.data.folders.layout import find_splits

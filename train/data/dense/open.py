@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from convert.errors import SettingsError
-from convert.files import FOLDER_PREFIX, home_path
+from convert.files import CSV_PREFIX, FOLDER_PREFIX, HF_PREFIX, home_path
 from crossvit_jax.preprocess import Exif
 from train.data.dense.coco import open_coco
 from train.data.dense.masks import open_masks
@@ -59,7 +59,7 @@ def open_dense_sets(
         if prefix == _MASKS:
             return open_masks(root, ignore_index=ignore_index, val_fraction=val_fraction, seed=seed, exif=exif)
         return _BOXES[prefix](root, val_fraction=val_fraction, seed=seed, exif=exif)
-    if colon and prefix == FOLDER_PREFIX.rstrip(":"):
+    if f"{prefix}{colon}" in (FOLDER_PREFIX, CSV_PREFIX, HF_PREFIX):
         raise SettingsError(f"--dataset {dataset} has neither boxes nor masks; for {kind}: {_ACCEPTED[kind]}")
     accepted = _ACCEPTED[kind]
     if Path(home_path(dataset)).exists():

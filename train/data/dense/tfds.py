@@ -15,8 +15,8 @@ from crossvit_jax.preprocess import UnreadableImage, open_image
 from train.data.dense.boxes import Annotations, BoxFiles, box_sets
 from train.data.dense.masks import UNKNOWN, read_mask
 from train.data.dense.samples import DenseSets
+from train.data.prepared.tfds import prepared_builder
 from train.data.sources import HELD_OUT_SPLITS, TRAIN_SPLIT, DataError
-from train.data.tfds import prepared_builder
 from train.images.geometry import IGNORED
 
 _CROWD = ("is_crowd", "is_difficult")
@@ -94,7 +94,7 @@ def open_tfds_boxes(name: str, data_dir: str | None, *, val_fraction: float, see
     Objects marked `is_crowd` or `is_difficult` are crowds; boxes are shares of the picture, ymin, xmin, ymax, xmax.
 
     Args:
-        accepted: see `train.data.tfds.prepared_builder`.
+        accepted: see `train.data.prepared.tfds.prepared_builder`.
 
     Raises SettingsError if it is not prepared, has no such features, or boxes that do not fit.
     """
@@ -208,7 +208,7 @@ def open_tfds_masks(name: str, data_dir: str | None, *, accepted: str) -> DenseS
     Classes are those that the mask names; where it names none, the values in the training masks. 255 counts nowhere.
 
     Args:
-        accepted: see `train.data.tfds.prepared_builder`.
+        accepted: see `train.data.prepared.tfds.prepared_builder`.
 
     Raises SettingsError if it is not prepared or has no such features.
     """

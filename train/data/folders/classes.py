@@ -13,6 +13,7 @@ from convert.errors import SettingsError, listed
 from convert.image_files import IMAGE_SUFFIXES, LeftOut
 from train.data.folders.layout import Images, class_folders, find_splits, layout_notes, list_images, visible_folders
 from train.data.folders.shared import shared_images, shared_note
+from train.data.held_out import draw_of_each_class
 from train.data.sources import ImageSets, read_file
 
 
@@ -21,7 +22,7 @@ class FolderSource:
     """Image files with their labels."""
 
     root: str
-    files: tuple[str, ...]  # relative to root
+    files: tuple[str, ...]  # relative to root, or whole paths
     labels: np.ndarray
 
     def __len__(self) -> int:
@@ -30,7 +31,7 @@ class FolderSource:
     def paths(self) -> list[str]:
         """Of all files."""
         start = os.path.join(self.root, "")
-        return [start + file for file in self.files]
+        return [file if file.startswith(os.sep) else start + file for file in self.files]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Raises UnreadableImage for a file that cannot be read, DataError if they all have gone."""
@@ -54,9 +55,9 @@ def open_folder(root: Path, *, val_fraction: float, seed: int) -> ImageSets:
     left_out = LeftOut()
     if not splits:
         images = _with_images(root, list_images(root, left_out))
-        train, held_out = _split(root, images, val_fraction=val_fraction, seed=seed)
+        train, held_out = split_images(root, images, val_fraction=val_fraction, seed=seed)
         notes = [*layout_notes(root, images), *left_out.notes()]
-        return _image_sets(root, train, root, held_out, f"{val_fraction:.0%} of each class", notes)
+        return image_sets(root, train, root, held_out, f"{val_fraction:.0%} of each class", notes)
     train_split, held_out_split = splits.get("train"), splits.get("val", splits.get("test"))
     if train_split is None:
         there = " and ".join(f"{name}/" for name in splits.values())
@@ -69,13 +70,13 @@ def open_folder(root: Path, *, val_fraction: float, seed: int) -> ImageSets:
     train_root, held_out_root = root / train_split, root / held_out_split
     train = _with_images(train_root, list_images(train_root, left_out, beside=(held_out_root,)))
     held_out = list_images(held_out_root, left_out, beside=(train_root,))
-    held_out, notes = _in_classes(held_out_root, held_out, tuple(train), train_split)
+    held_out, notes = in_classes(held_out_root, held_out, tuple(train), train_split)
     notes += [*layout_notes(train_root, train), *layout_notes(held_out_root, held_out), *left_out.notes()]
     if others:
         notes.append(f"beside {train_split}/ and {held_out_split}/, these folders are left out: {listed(others)}")
     if "val" not in splits:
         notes.append(f"there is no val/ in {root}: in training, {held_out_split}/ chooses the best checkpoint")
-    return _image_sets(train_root, train, held_out_root, held_out, held_out_split, notes)
+    return image_sets(train_root, train, held_out_root, held_out, held_out_split, notes)
 
 
 def open_split(root: Path, split: str) -> tuple[FolderSource, tuple[str, ...], list[str]]:
@@ -96,11 +97,11 @@ def open_split(root: Path, split: str) -> tuple[FolderSource, tuple[str, ...], l
     images = list_images(folder, left_out)
     if "train" in splits:
         classes = class_folders(root / splits["train"], LeftOut())
-        images, notes = _in_classes(folder, images, tuple(classes), splits["train"])
+        images, notes = in_classes(folder, images, tuple(classes), splits["train"])
     else:
         images, notes = _with_images(folder, images), []
     notes += [*layout_notes(folder, images), *left_out.notes()]
-    return _source(folder, images), tuple(images), notes
+    return image_source(folder, images), tuple(images), notes
 
 
 def one_class_error(root: Path, name: str) -> SettingsError:
@@ -129,7 +130,7 @@ def _with_images(root: Path, images: Images) -> Images:
     return images
 
 
-def _in_classes(root: Path, images: Images, classes: tuple[str, ...], train: str) -> tuple[Images, list[str]]:
+def in_classes(root: Path, images: Images, classes: tuple[str, ...], train: str) -> tuple[Images, list[str]]:
     """The images of a split folder under the classes of that for training. A note tells which of them have none.
 
     Args:
@@ -149,25 +150,29 @@ def _in_classes(root: Path, images: Images, classes: tuple[str, ...], train: str
     return images, [told] if lacking else []
 
 
-def _split(root: Path, images: Images, *, val_fraction: float, seed: int) -> tuple[Images, Images]:
-    """The images to train on and those held out."""
+def split_images(root: Path, images: Images, *, val_fraction: float, seed: int) -> tuple[Images, Images]:
+    """The images to train on and those held out. Raises SettingsError if a class has a single image."""
     single = [name for name, files in images.items() if len(files) < 2]
     if single:
         raise SettingsError(f"{root} cannot be split: a class needs two images or more, unlike {listed(single)}")
-    rng = np.random.default_rng(seed)
-    train, held_out = {}, {}
-    for name, files in images.items():
-        count = min(max(1, round(val_fraction * len(files))), len(files) - 1)
-        chosen = set(rng.permutation(len(files))[:count].tolist())
-        train[name] = [file for index, file in enumerate(files) if index not in chosen]
-        held_out[name] = [file for index, file in enumerate(files) if index in chosen]
-    return train, held_out
+    labels = np.repeat(np.arange(len(images)), [len(files) for files in images.values()])
+    held = draw_of_each_class(labels, fraction=val_fraction, seed=seed)
+    sides: tuple[Images, Images] = ({}, {})
+    for label, (name, files) in enumerate(images.items()):
+        for side, of_side in zip(sides, (~held, held), strict=True):
+            side[name] = [file for file, taken in zip(files, of_side[labels == label], strict=True) if taken]
+    return sides
 
 
-def _image_sets(
+def image_sets(
     train_root: Path, train: Images, held_out_root: Path, held_out: Images, split: str, notes: list[str]
 ) -> ImageSets:
-    sources = _source(train_root, train), _source(held_out_root, held_out)
+    """The data set of image files by class.
+
+    Args:
+        split: what is held out, in words.
+    """
+    sources = image_source(train_root, train), image_source(held_out_root, held_out)
     shared = shared_images(*(source.paths() for source in sources))
     return ImageSets(
         *sources,
@@ -179,7 +184,8 @@ def _image_sets(
     )
 
 
-def _source(root: Path, images: Images) -> FolderSource:
+def image_source(root: Path, images: Images) -> FolderSource:
+    """Image files by class as a source."""
     labels = np.repeat(np.arange(len(images)), [len(files) for files in images.values()])
     return FolderSource(str(root), tuple(file for files in images.values() for file in files), labels)
 

@@ -134,7 +134,10 @@ def _check_labels(name: str, split: str, source: TfdsSource, num_classes: int, *
 
 
 def prepared_builder(
-    name: str, data_dir: str | None, *, accepted: str = "digits, a tensorflow-datasets name, or folder:PATH"
+    name: str,
+    data_dir: str | None,
+    *,
+    accepted: str = "digits, folder:PATH, csv:FILE, hf:NAME, or a tensorflow-datasets name",
 ) -> Any:
     """tensorflow-datasets' builder of a set that was prepared before. Raises SettingsError if there is none.
 

@@ -14,8 +14,8 @@ from convert.errors import SettingsError
 from crossvit_jax.preprocess import UnreadableImage
 from train.config import TrainConfig
 from train.data.datasets import open_image_sets
+from train.data.prepared.tfds import TfdsSource, open_tfds
 from train.data.sources import DataError
-from train.data.tfds import TfdsSource, open_tfds
 
 
 def _png(value: int) -> io.BytesIO:
@@ -128,7 +128,7 @@ def _forget_a_class(data_dir):
 
 
 def test_a_label_out_of_range_is_found_before_training(write_tfds, monkeypatch):
-    monkeypatch.setattr("train.data.tfds._LABELS_OF_LARGE_SPLIT", 3)  # a small one is looked at as a whole
+    monkeypatch.setattr("train.data.prepared.tfds._LABELS_OF_LARGE_SPLIT", 3)  # a small one is looked at as a whole
     data_dir = write_tfds(
         {"train": 40, "test": 2}, example=lambda i: {"id": "", "image": _png(i), "label": 2 * (i == 30)}
     )
@@ -144,10 +144,10 @@ def test_of_a_large_split_some_labels_are_looked_at_and_the_others_when_they_are
         {"train": 40, "test": 2}, example=lambda i: {"id": "", "image": _png(i), "label": 2 * (i == 30)}
     )
     _forget_a_class(data_dir)
-    monkeypatch.setattr("train.data.tfds._SMALL_SPLIT", 0)
+    monkeypatch.setattr("train.data.prepared.tfds._SMALL_SPLIT", 0)
     with pytest.raises(SettingsError, match="has label 2"):
         open_tfds("tiny", data_dir)
-    monkeypatch.setattr("train.data.tfds._LABELS_OF_LARGE_SPLIT", 3)
+    monkeypatch.setattr("train.data.prepared.tfds._LABELS_OF_LARGE_SPLIT", 3)
     asked, labels = [], TfdsSource.labels
     monkeypatch.setattr(TfdsSource, "labels", lambda self, indices: asked.append(indices) or labels(self, indices))
     source = open_tfds("tiny", data_dir).train

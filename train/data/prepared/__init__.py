@@ -1,0 +1,1 @@
+"""Data sets that were prepared before, by tensorflow-datasets or Hugging Face `datasets`, with random access."""

@@ -1,0 +1,195 @@
+"""Image classification sets of Hugging Face `datasets`, from its hub or from a folder, as sources."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from convert.errors import SettingsError, listed, one_line, quiet, require
+from convert.files import HF_PREFIX, shown
+from crossvit_jax.files import check_regular
+from crossvit_jax.preprocess import UnreadableImage, read_image_file
+from train.data.held_out import draw_of_each_class
+from train.data.sources import HELD_OUT_SPLITS, TRAIN_SPLIT, DataError, ImageSets
+
+# the names that are preferred where several columns would do
+_IMAGE_NAMES, _LABEL_NAMES = ("image", "img"), ("label", "labels", "fine_label")
+_NAME = re.compile(r"(?P<name>[^@:]+)(:(?P<config>[^@:]+))?(@(?P<revision>[^@:]+))?")
+
+
+class HuggingFaceSource:
+    """One split, or a part of it, images still encoded."""
+
+    def __init__(self, table: Any, image: str, labels: Int[np.ndarray, " images"], split: str, indices: np.ndarray):
+        """
+        Args:
+            table: a `datasets.Dataset` whose column `image` is not decoded.
+            labels: of the images at `indices`.
+            indices: rows of the table.
+        """
+        self._table, self._image, self._split = table, image, split
+        self.labels, self._indices = labels, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Raises UnreadableImage for a row without a picture, DataError if the data set has gone."""
+        row = int(self._indices[index])
+        name = f"{row} of split {self._split}"
+        try:
+            stored = self._table[row][self._image] or {}
+            encoded = stored.get("bytes") or (read_image_file(stored["path"]) if stored.get("path") else b"")
+        except OSError as error:
+            if any(not os.path.exists(file["filename"]) for file in self._table.cache_files):
+                raise DataError("the data set is gone: its files are missing") from error
+            raise UnreadableImage(name, error.strerror or one_line(error)) from error
+        if not encoded:
+            raise UnreadableImage(name, "it is empty")
+        return {"image": encoded, "label": int(self.labels[index]), "name": name}
+
+
+def open_huggingface(name: str, *, val_fraction: float, seed: int) -> ImageSets:
+    """A data set of the hub, `OWNER/NAME`, also `:CONFIG` and `@REVISION` behind it; or one in a folder.
+
+    A folder holds what `save_to_disk` writes, or files that `load_dataset` reads, such as Parquet. Of the hub, the
+    package downloads into its cache. Code of a data set's own is never run.
+
+    Held out is the first of validation, val and test; where there is none, of each class the share `val_fraction`,
+    chosen by `seed`.
+
+    Raises MissingExtra if the package is missing, SettingsError if there is no such data set, it cannot be read or
+    downloaded, or is none of images with one label each.
+    """
+    require(f"--dataset {HF_PREFIX}{name}", "datasets")
+    import datasets  # late: it is an extra's
+
+    datasets.disable_progress_bars()
+    splits = _load(datasets, name)
+    if TRAIN_SPLIT not in splits:
+        there = listed(map(repr, splits))
+        raise SettingsError(f"data set {HF_PREFIX}{name} needs a split {TRAIN_SPLIT!r}; it has {there or 'none'}")
+    held_out_split = next((split for split in HELD_OUT_SPLITS if split in splits), None)
+    chosen = [split for split in (TRAIN_SPLIT, held_out_split) if split is not None]
+    image, label = _columns(datasets, name, splits[TRAIN_SPLIT].features)
+    for split in chosen:
+        if {image, label} - set(splits[split].features):
+            raise SettingsError(f"split {split!r} of data set {HF_PREFIX}{name} has no columns {image!r} and {label!r}")
+    found = {split: _label_column(splits[split], label) for split in chosen}
+    class_names, labels, is_sorted = _classes(datasets, name, splits[TRAIN_SPLIT].features[label], found)
+    tables = {
+        split: splits[split].select_columns([image]).cast_column(image, datasets.Image(decode=False))
+        for split in chosen
+    }
+
+    def source(split: str, indices: np.ndarray) -> HuggingFaceSource:
+        return HuggingFaceSource(tables[split], image, labels[split][indices], split, indices)
+
+    if held_out_split is not None:
+        train, held_out = (source(split, np.arange(len(labels[split]))) for split in chosen)
+    else:
+        sizes = np.bincount(labels[TRAIN_SPLIT], minlength=len(class_names))
+        if (sizes == 1).any():
+            single = [class_names[place] for place in np.flatnonzero(sizes == 1)]
+            raise SettingsError(
+                f"data set {HF_PREFIX}{name} cannot be split: a class needs two images or more, unlike "
+                f"{listed(map(shown, single[:5]), len(single))}"
+            )
+        held = draw_of_each_class(labels[TRAIN_SPLIT], fraction=val_fraction, seed=seed)
+        train, held_out = (source(TRAIN_SPLIT, np.flatnonzero(side)) for side in (~held, held))
+    return ImageSets(
+        train,
+        held_out,
+        class_names,
+        held_out_split or f"{val_fraction:.0%} of each class",
+        _fingerprint(class_names, train, held_out),
+        sorted_by_name=is_sorted,
+    )
+
+
+def _load(datasets: Any, name: str) -> dict[str, Any]:
+    """The splits of a data set that have images, by name."""
+    try:
+        with quiet("datasets"), quiet("huggingface_hub"):
+            folder = Path(name)
+            if folder.is_dir():
+                check_regular(folder)
+                is_saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+                found = datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name)
+            else:
+                asked = _NAME.fullmatch(name)
+                if asked is None or name.startswith(("/", ".")):
+                    raise SettingsError(
+                        f"--dataset {HF_PREFIX}{shown(name)}: there is no such folder, and a data set of the hub is "
+                        "OWNER/NAME, OWNER/NAME:CONFIG or OWNER/NAME@REVISION"
+                    )
+                found = datasets.load_dataset(asked["name"], asked["config"], revision=asked["revision"])
+    except SettingsError:
+        raise
+    except Exception as error:  # its readers and its HTTP client raise what they like
+        raise SettingsError(f"data set {HF_PREFIX}{shown(name)} cannot be opened: {one_line(error)}") from None
+    splits = dict(found) if isinstance(found, dict) else {TRAIN_SPLIT: found}
+    return {str(split): table for split, table in splits.items() if len(table)}
+
+
+def _columns(datasets: Any, name: str, features: Any) -> tuple[str, str]:
+    """The columns of the image and of its class."""
+    images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
+    labels = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    texts = ("string", "large_string")
+    labels = labels or [key for key in _LABEL_NAMES if getattr(features.get(key), "dtype", None) in texts]
+    image, label = _one_of(images, _IMAGE_NAMES), _one_of(labels, _LABEL_NAMES)
+    if image is None or label is None:
+        raise SettingsError(
+            f"data set {HF_PREFIX}{name} is no image classification set: it needs one column of images, and one of "
+            f"class labels or of names called {' or '.join(_LABEL_NAMES)}; it has {', '.join(sorted(features))}"
+        )
+    return image, label
+
+
+def _one_of(found: Sequence[str], preferred: Sequence[str]) -> str | None:
+    """The only one, or the first that is preferred."""
+    return found[0] if len(found) == 1 else next((name for name in preferred if name in found), None)
+
+
+def _label_column(table: Any, label: str) -> np.ndarray:
+    return np.asarray(table.select_columns([label]).with_format("numpy")[:][label])
+
+
+def _classes(
+    datasets: Any, name: str, feature: Any, found: dict[str, np.ndarray]
+) -> tuple[tuple[str, ...], dict[str, Int[np.ndarray, " images"]], bool]:
+    """The names of the classes, the labels of each split, and whether the names were sorted."""
+    if isinstance(feature, datasets.ClassLabel):
+        names = tuple(feature.names)
+        for split, labels in found.items():
+            wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
+            if len(wrong):
+                raise SettingsError(
+                    f"image {wrong[0]} of split {split!r} of data set {HF_PREFIX}{name} has label {labels[wrong[0]]}: "
+                    f"there are {len(names)} classes, numbered from 0"
+                )
+        return names, {split: labels.astype(np.int64) for split, labels in found.items()}, False
+    for split, labels in found.items():
+        missing = [place for place, text in enumerate(labels) if not isinstance(text, str) or not text]
+        if missing:
+            raise SettingsError(f"image {missing[0]} of split {split!r} of data set {HF_PREFIX}{name} has no label")
+    names = tuple(sorted(set(found[TRAIN_SPLIT])))
+    places = {text: place for place, text in enumerate(names)}
+    unknown = sorted({text for labels in found.values() for text in labels} - set(names))
+    if unknown:
+        told = listed(map(shown, unknown[:5]), len(unknown))
+        raise SettingsError(f"data set {HF_PREFIX}{name} has held-out classes that are missing in training: {told}")
+    return names, {split: np.array([places[text] for text in labels]) for split, labels in found.items()}, True
+
+
+def _fingerprint(class_names: tuple[str, ...], *sources: HuggingFaceSource) -> str:
+    """Of the names of the classes, and of the labels on either side in their order."""
+    sums = [hashlib.sha256(source.labels.astype("<i8").tobytes()).hexdigest() for source in sources]
+    return hashlib.sha256(json.dumps([class_names, *sums]).encode()).hexdigest()
