@@ -77,7 +77,7 @@ class Attention(nnx.Module):
             out = dot_product_attention(q, k, v, self.implementation)
         else:
             out = dot_product_attention(q, k, v, self.implementation, log_size(size))
-        return self.proj_drop(self.proj(out.reshape(*out.shape[:2], -1)), rngs=rngs)
+        return self.proj_drop(self.proj(out.reshape(*out.shape[:2], out.shape[2] * out.shape[3])), rngs=rngs)
 
     def weights(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads tokens tokens"]:
         """How much each token (last axis but one) attends to each, in float32 or wider."""
