@@ -15,6 +15,7 @@ from convert.command_line import (
     image_size,
     leave,
     patch_size,
+    reduce_tokens,
     run,
     weights_source,
 )
@@ -66,6 +67,13 @@ def _parser() -> Parser:
     add("--num-classes", type=at_least_zero, metavar="N", help="new head for N classes; 0: no head")
     add("--image-size", type=image_size, metavar="N|HxW", help="resample the position embeddings to this size")
     add("--patch-size", type=patch_size, metavar="N,N", help="resize kernels and positions to patches of this size")
+    add(
+        "--reduce-tokens",
+        type=reduce_tokens,
+        metavar="HOW",
+        help="compute with fewer tokens: merge:N, fusion:SHARE or prune:SHARE; none: with all; no weight is changed, "
+        "and timm does not know of it",
+    )
     add(
         "--branches",
         nargs="+",
@@ -228,7 +236,7 @@ def _triton(args: argparse.Namespace) -> int:
     _refuse_others(
         args,
         "--triton writes a repository",
-        *("destination", "triton", "overwrite", "dtype", "license", "image_size", "patch_size"),
+        *("destination", "triton", "overwrite", "dtype", "license", "image_size", "patch_size", "reduce_tokens"),
     )
     if args.dtype == "bfloat16":
         raise ConversionError("--triton computes in float32 or float16: ONNX Runtime has no bfloat16 on CPUs")
@@ -244,7 +252,9 @@ def _triton(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace) -> "Weights":
     from convert.models import load_weights
 
-    changes = {name: getattr(args, name) for name in ("num_classes", "image_size", "patch_size", "branches")}
+    changes = {
+        name: getattr(args, name) for name in ("num_classes", "image_size", "patch_size", "reduce_tokens", "branches")
+    }
     weights = load_weights(args.source, **{key: value for key, value in changes.items() if value is not None})
     return weights if args.license is None else dataclasses.replace(weights, license=args.license)
 

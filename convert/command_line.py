@@ -19,7 +19,7 @@ from convert.errors import UserError, missing_extra, one_line
 from convert.files import CSV_PREFIX, FOLDER_PREFIX, HF_PREFIX, home_path, local_path
 from convert.formats import hub
 from convert.streams import let_go_of_output, open_streams, tell_error
-from crossvit_jax.config import Branch, shown_value
+from crossvit_jax.config import REDUCTIONS, Branch, shown_value
 
 UNGUARDED = (
     "a script that starts worker processes is run by each of them once more: put what it does below "
@@ -268,6 +268,15 @@ def patch_size(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"must be pixels, a number for each branch, such as 24,32; got {text!r}")
     return tuple(map(int, text.split(",")))
+
+
+def reduce_tokens(text: str) -> str:
+    """`merge:8`, `fusion:0.7`, `prune:0.7`, or `none`; the numbers are checked with the model's branches."""
+    if text != "none" and text.partition(":")[0] not in REDUCTIONS:
+        raise argparse.ArgumentTypeError(
+            f"must be merge:N, fusion:SHARE, prune:SHARE, such as merge:8 or fusion:0.7, or none; got {text!r}"
+        )
+    return text
 
 
 def branch(text: str) -> Branch:

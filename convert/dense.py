@@ -70,7 +70,9 @@ def body_of(weights: Weights) -> Weights:
         notes = (*notes, f"dropped of the {config.task} weights: {rest}")
         tensors = {name.removeprefix(BODY): array for name, array in tensors.items() if name.startswith(BODY)}
         return dataclasses.replace(weights, config=config.backbone, tensors=tensors, class_names=None, notes=notes)
-    return adapt(weights, {"num_classes": 0})
+    if config.reduce_tokens is not None:  # of no use where every patch is needed
+        notes = (*notes, f"reduce_tokens {config.reduce_tokens} dropped: all tokens are computed")
+    return adapt(dataclasses.replace(weights, notes=notes), {"num_classes": 0, "reduce_tokens": None})
 
 
 def _adapt_dense(weights: Weights, overrides: Mapping[str, Any], seed: int) -> Weights:

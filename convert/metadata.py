@@ -48,6 +48,8 @@ def describe(
     """
     settings = dataclasses.asdict(config)
     of_body = settings.get("backbone", settings)
+    if of_body["reduce_tokens"] is None:  # earlier versions know no such setting
+        del of_body["reduce_tokens"]
     if _unlike_variant(getattr(config, "backbone", config)):
         of_body["name"] = CUSTOM
     for branch in of_body["branches"]:

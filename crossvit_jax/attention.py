@@ -7,11 +7,17 @@ from jaxtyping import Array, Float
 
 from crossvit_jax.kernels.attention import dot_product_attention
 from crossvit_jax.layers import Linear, dropout_is_active
+from crossvit_jax.reduce import Size, log_size
 
 
-def softmax(scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Softmax over the last axis, in float32 or wider; returned in that precision."""
-    return jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), axis=-1)
+def softmax(
+    scores: Float[Array, "batch *shape tokens"], size: Size | None = None
+) -> Float[Array, "batch *shape tokens"]:
+    """Softmax over the last axis, in float32 or wider; returned in that precision. Tokens count by their size."""
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    if size is not None:
+        scores += jnp.expand_dims(log_size(size), range(1, scores.ndim - 1))
+    return jax.nn.softmax(scores, axis=-1)
 
 
 class Attention(nnx.Module):
@@ -44,31 +50,57 @@ class Attention(nnx.Module):
         self.forward_mode = enable
 
     def __call__(
-        self, x: Float[Array, "batch tokens dim"], *, rngs: nnx.Rngs | None = None
+        self, x: Float[Array, "batch tokens dim"], size: Size | None = None, *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch tokens dim"]:
-        """Each token attends over all."""
-        q, k, v = self._per_head(x)
+        """Each token attends over all.
+
+        Args:
+            size: the patches that each token stands for, see `crossvit_jax.reduce`; None: one each.
+        """
+        return self.attend(*self.per_head(x), size, rngs=rngs)
+
+    def attend(
+        self,
+        q: Float[Array, "batch tokens heads width"],
+        k: Float[Array, "batch tokens heads width"],
+        v: Float[Array, "batch tokens heads width"],
+        size: Size | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "batch tokens dim"]:
+        """The same for what `per_head` returns."""
         # weights that dropout thins have to be computed as such
         if dropout_is_active(self.attn_drop) or self.forward_mode:
-            attn = self.attn_drop(self._softmax(q, k), rngs=rngs).astype(x.dtype)
+            attn = self.attn_drop(self._softmax(q, k, size), rngs=rngs).astype(v.dtype)
             out = jnp.einsum("bhqk,bkhd->bqhd", attn, v)
-        else:
+        elif size is None:
             out = dot_product_attention(q, k, v, self.implementation)
-        return self.proj_drop(self.proj(out.reshape(x.shape)), rngs=rngs)
+        else:
+            out = dot_product_attention(q, k, v, self.implementation, log_size(size))
+        return self.proj_drop(self.proj(out.reshape(*out.shape[:2], out.shape[2] * out.shape[3])), rngs=rngs)
 
     def weights(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads tokens tokens"]:
         """How much each token (last axis but one) attends to each, in float32 or wider."""
-        q, k, _ = self._per_head(x)
+        q, k, _ = self.per_head(x)
         return self._softmax(q, k)
 
-    def _per_head(self, x: Float[Array, "batch tokens dim"]) -> list[Float[Array, "batch tokens heads width"]]:
+    def class_weights(
+        self,
+        q: Float[Array, "batch tokens heads width"],
+        k: Float[Array, "batch tokens heads width"],
+        size: Size | None = None,
+    ) -> Float[Array, "batch heads tokens"]:
+        """How much the first token attends to each, of what `per_head` returns, in float32 or wider."""
+        return self._softmax(q[:, :1], k, size)[:, :, 0]
+
+    def per_head(self, x: Float[Array, "batch tokens dim"]) -> list[Float[Array, "batch tokens heads width"]]:
         """Queries, keys and values."""
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         return [x[:, :, 0] for x in jax.lax.split(qkv, (1, 1, 1), axis=2)]  # whose gradient is a mere concatenation
 
-    def _softmax(self, q: Array, k: Array) -> Float[Array, "batch heads tokens tokens"]:
-        return softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * self.scale)
+    def _softmax(self, q: Array, k: Array, size: Size | None = None) -> Float[Array, "batch heads queries tokens"]:
+        return softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * self.scale, size)
 
 
 class CrossAttention(nnx.Module):
@@ -97,16 +129,16 @@ class CrossAttention(nnx.Module):
         self.proj_drop = nnx.Dropout(proj_drop)
 
     def __call__(
-        self, x: Float[Array, "batch tokens dim"], *, rngs: nnx.Rngs | None = None
+        self, x: Float[Array, "batch tokens dim"], size: Size | None = None, *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch 1 dim"]:
-        """The first token attends over all.
+        """The first token attends over all; `size` is as in `Attention`.
 
         With one query per head, the key and value projections fold into it: q·(W_k x) = (W_kᵀ q)·x and
         Σ aₙ W_v xₙ = W_v Σ aₙ xₙ, so no key or value is ever computed. The key bias adds the same number to every
         score of a head and drops out of the softmax.
         """
         batch, _, dim = x.shape
-        attn = self.attn_drop(self._softmax(x), rngs=rngs).astype(x.dtype)
+        attn = self.attn_drop(self._softmax(x, size), rngs=rngs).astype(x.dtype)
         x = jnp.einsum("bhn,bnc->bhc", attn, x)
         x = jnp.einsum("bhc,chd->bhd", x, self._per_head(self.wv, x.dtype))
         if self.wv.bias is not None:
@@ -116,15 +148,17 @@ class CrossAttention(nnx.Module):
         x = self.proj(x.reshape(batch, dim))[:, None]
         return self.proj_drop(x, rngs=rngs)
 
-    def weights(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads 1 tokens"]:
+    def weights(
+        self, x: Float[Array, "batch tokens dim"], size: Size | None = None
+    ) -> Float[Array, "batch heads 1 tokens"]:
         """How much the first token attends to each, in float32 or wider."""
-        return self._softmax(x)[:, :, None]
+        return self._softmax(x, size)[:, :, None]
 
-    def _softmax(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads tokens"]:
+    def _softmax(self, x: Float[Array, "batch tokens dim"], size: Size | None) -> Float[Array, "batch heads tokens"]:
         batch, _, dim = x.shape
         q = self.wq(x[:, 0]).reshape(batch, self.num_heads, dim // self.num_heads)
         q = jnp.einsum("chd,bhd->bhc", self._per_head(self.wk, x.dtype), q) * self.scale
-        return softmax(jnp.einsum("bhc,bnc->bhn", q, x))
+        return softmax(jnp.einsum("bhc,bnc->bhn", q, x), size)
 
     def _per_head(self, linear: Linear, dtype) -> Float[Array, "dim heads width"]:
         """The kernel of a projection, cut into those of the heads."""

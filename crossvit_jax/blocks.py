@@ -8,8 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from crossvit_jax.attention import Attention, CrossAttention
-from crossvit_jax.config import Branch, CrossViTConfig
+from crossvit_jax.config import Branch, CrossViTConfig, Reduction
 from crossvit_jax.layers import GELU, LayerNorm, Linear, Sequential
+from crossvit_jax.reduce import Size, merge_tokens, prune
 
 
 class Mlp(nnx.Module):
@@ -81,10 +82,28 @@ class Block(nnx.Module):
         self.drop_path2 = DropPath(drop_path)
 
     def __call__(
-        self, x: Float[Array, "batch tokens dim"], *, rngs: nnx.Rngs | None = None
+        self, x: Float[Array, "batch tokens dim"], size: Size | None = None, *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch tokens dim"]:
-        x = x + self.drop_path1(self.attn(self.norm1(x), rngs=rngs), rngs=rngs)
+        x = x + self.drop_path1(self.attn(self.norm1(x), size, rngs=rngs), rngs=rngs)
         return x + self.drop_path2(self.mlp(self.norm2(x), rngs=rngs), rngs=rngs)
+
+    def reduce(
+        self,
+        x: Float[Array, "batch tokens dim"],
+        size: Size | None,
+        reduction: Reduction,
+        branch: int,
+        *,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[Float[Array, "batch fewer dim"], Float[Array, "batch fewer"] | None]:
+        """The same with fewer tokens after the attention, and their sizes."""
+        q, k, v = self.attn.per_head(self.norm1(x))
+        x = x + self.drop_path1(self.attn.attend(q, k, v, size, rngs=rngs), rngs=rngs)
+        if reduction.kind == "merge":
+            x, size = merge_tokens(x, size, k, reduction.amounts[branch])
+        else:
+            x, size = prune(reduction, branch, x, size, self.attn.class_weights(q, k, size))
+        return x + self.drop_path2(self.mlp(self.norm2(x), rngs=rngs), rngs=rngs), size
 
 
 class CrossAttentionBlock(nnx.Module):
@@ -111,9 +130,9 @@ class CrossAttentionBlock(nnx.Module):
         self.drop_path = DropPath(drop_path)
 
     def __call__(
-        self, x: Float[Array, "batch tokens dim"], *, rngs: nnx.Rngs | None = None
+        self, x: Float[Array, "batch tokens dim"], size: Size | None = None, *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch 1 dim"]:
-        return x[:, :1] + self.drop_path(self.attn(self.norm1(x), rngs=rngs), rngs=rngs)
+        return x[:, :1] + self.drop_path(self.attn(self.norm1(x), size, rngs=rngs), rngs=rngs)
 
 
 class MultiScaleBlock(nnx.Module):
@@ -121,6 +140,9 @@ class MultiScaleBlock(nnx.Module):
 
     Branch i's class token is projected to the width of the next branch in the ring (`projs`), attends over the patch
     tokens there (`fusion`), and is projected back (`revert_projs`).
+
+    With `reduce_tokens` a branch may come out with fewer tokens. `sizes` are the patches that each of them stands for,
+    see `crossvit_jax.reduce`: of each branch an array (batch, tokens), or None while all are 1.
 
     Args:
         config: of the model.
@@ -148,6 +170,9 @@ class MultiScaleBlock(nnx.Module):
         # each branch, and the one whose patches its class token attends over
         ring = list(zip(config.branches, (*config.branches[1:], config.branches[0]), strict=True))
         self.grad_checkpointing = False
+        self.reduction, self.is_last = config.reduction, stage == config.stages - 1
+        # of each branch's blocks, those that reduce its tokens
+        self.reduces = tuple(_in_stage(config, stage, branch) for branch in range(len(config.branches)))
 
         self.blocks = nnx.List(
             nnx.List(
@@ -178,35 +203,71 @@ class MultiScaleBlock(nnx.Module):
         )
 
     def __call__(
-        self, xs: list[Float[Array, "batch _ _"]], *, rngs: nnx.Rngs | None = None
-    ) -> list[Float[Array, "batch _ _"]]:
-        """Each branch's tokens (batch, 1 + patches, dim) after the stage."""
-        xs = self.run_branches(xs, rngs=rngs)
-        class_tokens = self.fuse(xs, rngs=rngs)
-        return [jnp.concatenate([token, x[:, 1:]], axis=1) for token, x in zip(class_tokens, xs, strict=True)]
+        self,
+        xs: list[Float[Array, "batch _ _"]],
+        sizes: list[Size | None] | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[list[Float[Array, "batch _ _"]], list[Size | None]]:
+        """Each branch's tokens (batch, 1 + patches, dim) after the stage, and their sizes."""
+        xs, sizes = self.run_branches(xs, sizes, rngs=rngs)
+        class_tokens = self.fuse(xs, sizes, rngs=rngs)
+        fused = [jnp.concatenate([token, x[:, 1:]], axis=1) for token, x in zip(class_tokens, xs, strict=True)]
+        if self.reduction is None or self.reduction.kind != "fusion" or self.is_last:
+            return fused, sizes
+        return self._keep_attended(fused, xs, sizes)
 
     def run_branches(
-        self, xs: list[Float[Array, "batch _ _"]], *, rngs: nnx.Rngs | None = None
-    ) -> list[Float[Array, "batch _ _"]]:
+        self,
+        xs: list[Float[Array, "batch _ _"]],
+        sizes: list[Size | None] | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[list[Float[Array, "batch _ _"]], list[Size | None]]:
         """Every branch through its own blocks."""
-        outs = []
-        for x, blocks in zip(xs, self.blocks, strict=True):
-            for block in blocks:
-                x = self._run(block, x, rngs)
+        outs, out_sizes = [], []
+        for i, (x, size, blocks) in enumerate(zip(xs, sizes or [None] * len(xs), self.blocks, strict=True)):
+            for block, reduces in zip(blocks, self.reduces[i], strict=True):
+                x, size = (
+                    self._run_reduced(block, x, size, i, rngs) if reduces else (self._run(block, x, size, rngs), size)
+                )
             outs.append(x)
-        return outs
+            out_sizes.append(size)
+        return outs, out_sizes
 
     def fuse(
-        self, xs: list[Float[Array, "batch _ _"]], *, rngs: nnx.Rngs | None = None
+        self,
+        xs: list[Float[Array, "batch _ _"]],
+        sizes: list[Size | None] | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
     ) -> list[Float[Array, "batch 1 _"]]:
         """Each branch's new class token (batch, 1, dim), after attending over the patch tokens of the next branch."""
         outs = []
         for i, revert_proj in enumerate(self.revert_projs):
-            x = self._cross(xs, i)
+            x, size = self._cross(xs, i), (sizes or [None] * len(xs))[self._next(i)]
             for _, block in self._fusion_blocks(i):
-                x = self._run(block, x, rngs)
+                x, size = self._run(block, x, size, rngs), None  # after the first, it sees nothing but itself
             outs.append(revert_proj(x))
         return outs
+
+    def _keep_attended(
+        self, fused: list[Float[Array, "batch _ _"]], xs: list[Float[Array, "batch _ _"]], sizes: list[Size | None]
+    ) -> tuple[list[Float[Array, "batch _ _"]], list[Size | None]]:
+        """Fusion pruning: of each branch the patches that the class token which crossed over attended to most.
+
+        Args:
+            fused: the tokens to reduce, as the stage returns them.
+            xs: the tokens as `fuse` had them.
+        """
+        fused, sizes, before = list(fused), list(sizes), list(sizes)
+        for i in range(len(fused)):
+            other = self._next(i)
+            if self.reduction.amounts[other] != self.reduction.nothing:
+                _, block = self._fusion_blocks(i)[0]
+                attention = block.attn.weights(block.norm1(self._cross(xs, i)), before[other])[:, :, 0]
+                fused[other], sizes[other] = prune(self.reduction, other, fused[other], before[other], attention)
+        return fused, sizes
 
     def attention_maps(self, xs: list[Float[Array, "batch _ _"]]) -> dict[str, Array]:
         """The weights of each attention by its path in the stage, whose inputs are given."""
@@ -232,11 +293,36 @@ class MultiScaleBlock(nnx.Module):
 
     def _cross(self, xs: list[Float[Array, "batch _ _"]], i: int) -> Float[Array, "batch _ _"]:
         """Branch i's class token, projected, with the patch tokens that it attends over: those of the next branch."""
-        other = xs[(i + 1) % len(xs)]
+        other = xs[self._next(i)]
         return jnp.concatenate([self.projs[i](xs[i][:, :1]), other[:, 1:]], axis=1)
 
-    def _run(self, block: Block | CrossAttentionBlock, x: Float[Array, "batch _ _"], rngs) -> Array:
+    def _next(self, i: int) -> int:
+        """The next branch in the ring."""
+        return (i + 1) % len(self.projs)
+
+    def _run(
+        self, block: Block | CrossAttentionBlock, x: Float[Array, "batch _ _"], size: Size | None, rngs
+    ) -> Float[Array, "batch _ _"]:
         """Applies one block; under gradient checkpointing its activations are computed again in the backward pass."""
         if not self.grad_checkpointing:
-            return block(x, rngs=rngs)
-        return nnx.remat(lambda block, x, rngs: block(x, rngs=rngs))(block, x, rngs)
+            return block(x, size, rngs=rngs)
+        return nnx.remat(lambda block, x, size, rngs: block(x, size, rngs=rngs))(block, x, size, rngs)
+
+    def _run_reduced(
+        self, block: Block, x: Float[Array, "batch _ _"], size: Size | None, branch: int, rngs
+    ) -> tuple[Float[Array, "batch _ _"], Size | None]:
+        """The same for a block of a branch that reduces its tokens."""
+
+        def run(block: Block, x: Array, size: Size | None, rngs) -> tuple[Array, Size | None]:
+            return block.reduce(x, size, self.reduction, branch, rngs=rngs)
+
+        return (nnx.remat(run) if self.grad_checkpointing else run)(block, x, size, rngs)
+
+
+def _in_stage(config: CrossViTConfig, stage: int, branch: int) -> tuple[bool, ...]:
+    """Which blocks of a branch in a stage reduce its tokens."""
+    depths = [depths[branch] for depths in config.stage_depths]
+    start, end = sum(depths[:stage]), sum(depths[: stage + 1])
+    if config.reduction is None:
+        return (False,) * (end - start)
+    return tuple(config.reduction.blocks(branch, sum(depths))[start:end])

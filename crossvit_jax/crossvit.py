@@ -15,6 +15,7 @@ from crossvit_jax.config import CrossViTConfig, get_config
 from crossvit_jax.kernels.attention import fastest_implementation
 from crossvit_jax.layers import GELU, Conv, Identity, LayerNorm, Linear
 from crossvit_jax.patch_embed import PatchEmbed
+from crossvit_jax.reduce import Size, mean_patch
 from crossvit_jax.resize import resample_pos_embed, scale_image
 
 
@@ -99,13 +100,14 @@ class CrossViT(nnx.Module):
         """
         xs = self._embed(images, rngs, patch_size)
         *stages, last = self.blocks
+        sizes = None
         for stage in stages:
-            xs = stage(xs, rngs=rngs)
+            xs, sizes = stage(xs, sizes, rngs=rngs)
         # the head pools either the class tokens or the patch tokens: the others are not computed
-        xs = last.run_branches(xs, rngs=rngs)
+        xs, sizes = last.run_branches(xs, sizes, rngs=rngs)
         if self.global_pool == "token":
-            xs = last.fuse(xs, rngs=rngs)
-        return self.forward_head(self._normalise(xs), rngs=rngs)
+            xs = last.fuse(xs, sizes, rngs=rngs)
+        return self._pool(self._normalise(xs), sizes, rngs=rngs)
 
     def forward_features(
         self,
@@ -114,10 +116,14 @@ class CrossViT(nnx.Module):
         *,
         rngs: nnx.Rngs | None = None,
     ) -> list[Float[Array, "batch _ _"]]:
-        """Each branch's normalised tokens (batch, 1 + patches, dim), class token first."""
+        """Each branch's normalised tokens (batch, 1 + patches, dim), class token first.
+
+        Raises ValueError as the call, or where `reduce_tokens` leaves no token for each patch.
+        """
+        self.config.require_all_tokens("forward_features")
         xs = self._embed(images, rngs, patch_size)
         for stage in self.blocks:
-            xs = stage(xs, rngs=rngs)
+            xs, _ = stage(xs, rngs=rngs)
         return self._normalise(xs)
 
     def forward_patches(
@@ -128,19 +134,35 @@ class CrossViT(nnx.Module):
         Patches never see the last stage's fusion, which only makes class tokens: it is not run, see
         `unused_by_patches`.
         """
+        self.config.require_all_tokens("forward_patches")
         xs = self._embed(images, rngs)
         *stages, last = self.blocks
         for stage in stages:
-            xs = stage(xs, rngs=rngs)
-        xs = self._normalise(last.run_branches(xs, rngs=rngs))
+            xs, _ = stage(xs, rngs=rngs)
+        xs, _ = last.run_branches(xs, rngs=rngs)
+        xs = self._normalise(xs)
         return [self._as_map(x[:, 1:], grid, "NHWC") for grid, x in zip(self.config.grid_size, xs, strict=True)]
 
     def forward_head(
         self, xs: list[Float[Array, "batch _ _"]], *, pre_logits: bool = False, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch out"]:
         """Pools the result of `forward_features`; then the mean of all heads, or with `pre_logits` no head."""
+        return self._pool(xs, None, pre_logits=pre_logits, rngs=rngs)
+
+    def _pool(
+        self,
+        xs: list[Float[Array, "batch _ _"]],
+        sizes: list[Size | None] | None,
+        *,
+        pre_logits: bool = False,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "batch out"]:
+        """See `forward_head`; sizes are those of `MultiScaleBlock`."""
         real = jnp.promote_types(self.param_dtype, jnp.float32)
-        pooled = [x[:, 1:].astype(real).mean(1) if self.global_pool == "avg" else x[:, 0].astype(real) for x in xs]
+        pooled = [
+            mean_patch(x.astype(real), size) if self.global_pool == "avg" else x[:, 0].astype(real)
+            for x, size in zip(xs, sizes or [None] * len(xs), strict=True)
+        ]
         pooled = [self.head_drop(x, rngs=rngs) for x in pooled]
         if pre_logits or self.num_classes == 0:
             return jnp.concatenate(pooled, axis=1)
@@ -173,8 +195,9 @@ class CrossViT(nnx.Module):
             (the list that `forward_features` returns, intermediates in the order of their indices), or the latter only.
 
         Raises:
-            ValueError: an index out of range, an unknown format, or as the call.
+            ValueError: an index out of range, an unknown format, or as `forward_features`.
         """
+        self.config.require_all_tokens("forward_intermediates")
         wanted = self.config.feature_indices(indices)
         if output_fmt not in ("NHWC", "NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NHWC', 'NCHW' or 'NLC'; got {output_fmt!r}")
@@ -186,7 +209,7 @@ class CrossViT(nnx.Module):
         for i, stage in enumerate(self.blocks):
             if stop_early and i > last:
                 break
-            xs = stage(xs, rngs=rngs)
+            xs, _ = stage(xs, rngs=rngs)
             for branch, y in enumerate(self._normalise(xs) if norm else xs):
                 taken[branch * stages + i] = self._as_map(y[:, 1:], grids[branch], output_fmt)
         intermediates = [taken[index] for index in wanted]
@@ -201,12 +224,15 @@ class CrossViT(nnx.Module):
         tokens) for cross-attention, such as "blocks.0.fusion.1.attn", or "blocks.0.fusion.1.0.attn" where fusions have
         a depth. Token 0 is the class token, the others are the patches row by row, whose sizes are `patch_size`, see
         the call. Call it in evaluation mode; other calls do not pay for it.
+
+        Raises ValueError as `forward_features`.
         """
+        self.config.require_all_tokens("attention_maps")
         maps = {}
         xs = self._embed(images, None, patch_size)
         for i, stage in enumerate(self.blocks):
             maps |= {f"blocks.{i}.{path}": weights for path, weights in stage.attention_maps(xs).items()}
-            xs = stage(xs)
+            xs, _ = stage(xs)
         return maps
 
     def get_classifier(self) -> nnx.List:

@@ -6,11 +6,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from crossvit_torch.layers import Linear, dropout_is_active
+from crossvit_torch.reduce import Size, log_size
 
 
-def softmax(scores: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Softmax over the last axis, in float32 or wider; returned in that precision."""
-    return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1)
+def softmax(
+    scores: Float[Tensor, "batch heads queries tokens"], size: Size | None = None
+) -> Float[Tensor, "batch heads queries tokens"]:
+    """Softmax over the last axis, in float32 or wider; returned in that precision. Tokens count by their size."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if size is not None:
+        scores = scores + log_size(size)[:, None, None]
+    return scores.softmax(dim=-1)
 
 
 class Attention(nn.Module):
@@ -36,23 +42,51 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim, **kwargs)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        """Each token attends over all."""
-        q, k, v = self._per_head(x)
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], size: Size | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Each token attends over all.
+
+        Args:
+            size: the patches that each token stands for, see `crossvit_torch.reduce`; None: one each.
+        """
+        return self.attend(*self.per_head(x), size)
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch heads tokens width"],
+        k: Float[Tensor, "batch heads tokens width"],
+        v: Float[Tensor, "batch heads tokens width"],
+        size: Size | None = None,
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """The same for what `per_head` returns."""
         dropout = self.attn_drop.p if dropout_is_active(self.attn_drop) else 0.0
-        out = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
+        bias = None if size is None else log_size(size)[:, None, None].to(q.dtype)
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=self.scale)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def weights(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch heads tokens tokens"]:
         """How much each token (last axis but one) attends to each, in float32 or wider."""
-        q, k, _ = self._per_head(x)
-        return softmax(q @ k.transpose(-2, -1) * self.scale)
+        q, k, _ = self.per_head(x)
+        return self._softmax(q, k)
 
-    def _per_head(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "3 batch heads tokens width"]:
+    def class_weights(
+        self,
+        q: Float[Tensor, "batch heads tokens width"],
+        k: Float[Tensor, "batch heads tokens width"],
+        size: Size | None = None,
+    ) -> Float[Tensor, "batch heads tokens"]:
+        """How much the first token attends to each, of what `per_head` returns, in float32 or wider."""
+        return self._softmax(q[:, :, :1], k, size)[:, :, 0]
+
+    def per_head(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "3 batch heads tokens width"]:
         """Queries, keys and values."""
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         return qkv.permute(2, 0, 3, 1, 4)
+
+    def _softmax(self, q: Tensor, k: Tensor, size: Size | None = None) -> Float[Tensor, "batch heads queries tokens"]:
+        return softmax(q @ k.transpose(-2, -1) * self.scale, size)
 
 
 class CrossAttention(nn.Module):
@@ -80,22 +114,24 @@ class CrossAttention(nn.Module):
         self.proj = Linear(dim, dim, **kwargs)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch 1 dim"]:
-        """The first token attends over all.
+    def forward(self, x: Float[Tensor, "batch tokens dim"], size: Size | None = None) -> Float[Tensor, "batch 1 dim"]:
+        """The first token attends over all; `size` is as in `Attention`.
 
         The plain order of computation; the Flax twin folds the key and value projections into the single query.
         """
         batch, _, dim = x.shape
         v = self._per_head(self.wv(x))
-        attn = self.attn_drop(self.weights(x)).to(v.dtype)
+        attn = self.attn_drop(self.weights(x, size)).to(v.dtype)
         x = (attn @ v).transpose(1, 2)
         x = self.proj(x.reshape(batch, 1, dim))
         return self.proj_drop(x)
 
-    def weights(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch heads 1 tokens"]:
+    def weights(
+        self, x: Float[Tensor, "batch tokens dim"], size: Size | None = None
+    ) -> Float[Tensor, "batch heads 1 tokens"]:
         """How much the first token attends to each, in float32 or wider."""
         q, k = self._per_head(self.wq(x[:, :1])), self._per_head(self.wk(x))
-        return softmax(q @ k.transpose(-2, -1) * self.scale)
+        return softmax(q @ k.transpose(-2, -1) * self.scale, size)
 
     def _per_head(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch heads tokens width"]:
         batch, tokens, dim = x.shape

@@ -7,9 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crossvit_jax.config import Branch, CrossViTConfig
+from crossvit_jax.config import Branch, CrossViTConfig, Reduction
 from crossvit_torch.attention import Attention, CrossAttention
 from crossvit_torch.layers import GELU, LayerNorm, Linear, Sequential
+from crossvit_torch.reduce import Size, merge_tokens, prune
 
 
 class Mlp(nn.Module):
@@ -74,9 +75,23 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **kwargs)
         self.drop_path2 = DropPath(drop_path)
 
-    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], size: Size | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        x = x + self.drop_path1(self.attn(self.norm1(x), size))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+    def reduce(
+        self, x: Float[Tensor, "batch tokens dim"], size: Size | None, reduction: Reduction, branch: int
+    ) -> tuple[Float[Tensor, "batch fewer dim"], Float[Tensor, "batch fewer"] | None]:
+        """The same with fewer tokens after the attention, and their sizes."""
+        q, k, v = self.attn.per_head(self.norm1(x))
+        x = x + self.drop_path1(self.attn.attend(q, k, v, size))
+        if reduction.kind == "merge":
+            x, size = merge_tokens(x, size, k.transpose(1, 2), reduction.amounts[branch])
+        else:
+            x, size = prune(reduction, branch, x, size, self.attn.class_weights(q, k, size))
+        return x + self.drop_path2(self.mlp(self.norm2(x))), size
 
 
 class CrossAttentionBlock(nn.Module):
@@ -102,8 +117,8 @@ class CrossAttentionBlock(nn.Module):
         )
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch 1 dim"]:
-        return x[:, :1] + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x: Float[Tensor, "batch tokens dim"], size: Size | None = None) -> Float[Tensor, "batch 1 dim"]:
+        return x[:, :1] + self.drop_path(self.attn(self.norm1(x), size))
 
 
 class MultiScaleBlock(nn.Module):
@@ -111,6 +126,9 @@ class MultiScaleBlock(nn.Module):
 
     Branch i's class token is projected to the width of the next branch in the ring (`projs`), attends over the patch
     tokens there (`fusion`), and is projected back (`revert_projs`).
+
+    With `reduce_tokens` a branch may come out with fewer tokens. `sizes` are the patches that each of them stands for,
+    see `crossvit_torch.reduce`: of each branch a tensor (batch, tokens), or None while all are 1.
 
     Args:
         config: of the model.
@@ -139,6 +157,9 @@ class MultiScaleBlock(nn.Module):
         # each branch, and the one whose patches its class token attends over
         ring = list(zip(config.branches, (*config.branches[1:], config.branches[0]), strict=True))
         self.grad_checkpointing = False
+        self.reduction, self.is_last = config.reduction, stage == config.stages - 1
+        # of each branch's blocks, those that reduce its tokens
+        self.reduces = tuple(_in_stage(config, stage, branch) for branch in range(len(config.branches)))
 
         self.blocks = nn.ModuleList(
             nn.ModuleList(
@@ -168,30 +189,58 @@ class MultiScaleBlock(nn.Module):
             for own, other in ring
         )
 
-    def forward(self, xs: list[Float[Tensor, "batch _ _"]]) -> list[Float[Tensor, "batch _ _"]]:
-        """Each branch's tokens (batch, 1 + patches, dim) after the stage."""
-        xs = self.run_branches(xs)
-        class_tokens = self.fuse(xs)
-        return [torch.cat([token, x[:, 1:]], dim=1) for token, x in zip(class_tokens, xs, strict=True)]
+    def forward(
+        self, xs: list[Float[Tensor, "batch _ _"]], sizes: list[Size | None] | None = None
+    ) -> tuple[list[Float[Tensor, "batch _ _"]], list[Size | None]]:
+        """Each branch's tokens (batch, 1 + patches, dim) after the stage, and their sizes."""
+        xs, sizes = self.run_branches(xs, sizes)
+        class_tokens = self.fuse(xs, sizes)
+        fused = [torch.cat([token, x[:, 1:]], dim=1) for token, x in zip(class_tokens, xs, strict=True)]
+        if self.reduction is None or self.reduction.kind != "fusion" or self.is_last:
+            return fused, sizes
+        return self._keep_attended(fused, xs, sizes)
 
-    def run_branches(self, xs: list[Float[Tensor, "batch _ _"]]) -> list[Float[Tensor, "batch _ _"]]:
+    def run_branches(
+        self, xs: list[Float[Tensor, "batch _ _"]], sizes: list[Size | None] | None = None
+    ) -> tuple[list[Float[Tensor, "batch _ _"]], list[Size | None]]:
         """Every branch through its own blocks."""
-        outs = []
-        for x, blocks in zip(xs, self.blocks, strict=True):
-            for block in blocks:
-                x = self._run(block, x)
+        outs, out_sizes = [], []
+        for i, (x, size, blocks) in enumerate(zip(xs, sizes or [None] * len(xs), self.blocks, strict=True)):
+            for block, reduces in zip(blocks, self.reduces[i], strict=True):
+                x, size = self._run_reduced(block, x, size, i) if reduces else (self._run(block, x, size), size)
             outs.append(x)
-        return outs
+            out_sizes.append(size)
+        return outs, out_sizes
 
-    def fuse(self, xs: list[Float[Tensor, "batch _ _"]]) -> list[Float[Tensor, "batch 1 _"]]:
+    def fuse(
+        self, xs: list[Float[Tensor, "batch _ _"]], sizes: list[Size | None] | None = None
+    ) -> list[Float[Tensor, "batch 1 _"]]:
         """Each branch's new class token (batch, 1, dim), after attending over the patch tokens of the next branch."""
         outs = []
         for i, revert_proj in enumerate(self.revert_projs):
-            x = self._cross(xs, i)
+            x, size = self._cross(xs, i), (sizes or [None] * len(xs))[self._next(i)]
             for _, block in self._fusion_blocks(i):
-                x = self._run(block, x)
+                x, size = self._run(block, x, size), None  # after the first, it sees nothing but itself
             outs.append(revert_proj(x))
         return outs
+
+    def _keep_attended(
+        self, fused: list[Float[Tensor, "batch _ _"]], xs: list[Float[Tensor, "batch _ _"]], sizes: list[Size | None]
+    ) -> tuple[list[Float[Tensor, "batch _ _"]], list[Size | None]]:
+        """Fusion pruning: of each branch the patches that the class token which crossed over attended to most.
+
+        Args:
+            fused: the tokens to reduce, as the stage returns them.
+            xs: the tokens as `fuse` had them.
+        """
+        fused, sizes, before = list(fused), list(sizes), list(sizes)
+        for i in range(len(fused)):
+            other = self._next(i)
+            if self.reduction.amounts[other] != self.reduction.nothing:
+                _, block = self._fusion_blocks(i)[0]
+                attention = block.attn.weights(block.norm1(self._cross(xs, i)), before[other])[:, :, 0]
+                fused[other], sizes[other] = prune(self.reduction, other, fused[other], before[other], attention)
+        return fused, sizes
 
     def attention_maps(self, xs: list[Float[Tensor, "batch _ _"]]) -> dict[str, Tensor]:
         """The weights of each attention by its path in the stage, whose inputs are given."""
@@ -217,11 +266,34 @@ class MultiScaleBlock(nn.Module):
 
     def _cross(self, xs: list[Float[Tensor, "batch _ _"]], i: int) -> Float[Tensor, "batch _ _"]:
         """Branch i's class token, projected, with the patch tokens that it attends over: those of the next branch."""
-        other = xs[(i + 1) % len(xs)]
+        other = xs[self._next(i)]
         return torch.cat([self.projs[i](xs[i][:, :1]), other[:, 1:]], dim=1)
 
-    def _run(self, block: Block | CrossAttentionBlock, x: Float[Tensor, "batch _ _"]) -> Tensor:
+    def _next(self, i: int) -> int:
+        """The next branch in the ring."""
+        return (i + 1) % len(self.projs)
+
+    def _run(
+        self, block: Block | CrossAttentionBlock, x: Float[Tensor, "batch _ _"], size: Size | None
+    ) -> Float[Tensor, "batch _ _"]:
         """Applies one block; under gradient checkpointing its activations are computed again in the backward pass."""
         if not self.grad_checkpointing:
-            return block(x)
-        return checkpoint(block, x, use_reentrant=False)
+            return block(x, size)
+        return checkpoint(block, x, size, use_reentrant=False)
+
+    def _run_reduced(
+        self, block: Block, x: Float[Tensor, "batch _ _"], size: Size | None, branch: int
+    ) -> tuple[Float[Tensor, "batch _ _"], Size | None]:
+        """The same for a block of a branch that reduces its tokens."""
+        if not self.grad_checkpointing:
+            return block.reduce(x, size, self.reduction, branch)
+        return checkpoint(block.reduce, x, size, self.reduction, branch, use_reentrant=False)
+
+
+def _in_stage(config: CrossViTConfig, stage: int, branch: int) -> tuple[bool, ...]:
+    """Which blocks of a branch in a stage reduce its tokens."""
+    depths = [depths[branch] for depths in config.stage_depths]
+    start, end = sum(depths[:stage]), sum(depths[: stage + 1])
+    if config.reduction is None:
+        return (False,) * (end - start)
+    return tuple(config.reduction.blocks(branch, sum(depths))[start:end])

@@ -12,6 +12,7 @@ from crossvit_jax.config import CrossViTConfig, get_config
 from crossvit_torch.blocks import MultiScaleBlock
 from crossvit_torch.layers import Identity, LayerNorm, Linear
 from crossvit_torch.patch_embed import PatchEmbed
+from crossvit_torch.reduce import Size, mean_patch
 from crossvit_torch.resize import resample_pos_embed, scale_image
 
 
@@ -104,23 +105,28 @@ class CrossViT(nn.Module):
         with self._precision(images):
             xs = self._embed(images, patch_size)
             *stages, last = self.blocks
+            sizes = None
             for stage in stages:
-                xs = stage(xs)
+                xs, sizes = stage(xs, sizes)
             # the head pools either the class tokens or the patch tokens: the others are not computed
-            xs = last.run_branches(xs)
+            xs, sizes = last.run_branches(xs, sizes)
             if self.global_pool == "token":
-                xs = last.fuse(xs)
+                xs = last.fuse(xs, sizes)
             xs = self._normalise(xs)
-        return self.forward_head(xs)
+        return self._pool(xs, sizes)
 
     def forward_features(
         self, images: Float[Tensor, "batch channels height width"], patch_size: tuple[int, ...] | None = None
     ) -> list[Float[Tensor, "batch _ _"]]:
-        """Each branch's normalised tokens (batch, 1 + patches, dim), class token first."""
+        """Each branch's normalised tokens (batch, 1 + patches, dim), class token first.
+
+        Raises ValueError as the call, or where `reduce_tokens` leaves no token for each patch.
+        """
+        self.config.require_all_tokens("forward_features")
         with self._precision(images):
             xs = self._embed(images, patch_size)
             for stage in self.blocks:
-                xs = stage(xs)
+                xs, _ = stage(xs)
             return self._normalise(xs)
 
     def forward_patches(
@@ -131,20 +137,31 @@ class CrossViT(nn.Module):
         Patches never see the last stage's fusion, which only makes class tokens: it is not run, see
         `unused_by_patches`.
         """
+        self.config.require_all_tokens("forward_patches")
         with self._precision(images):
             xs = self._embed(images)
             *stages, last = self.blocks
             for stage in stages:
-                xs = stage(xs)
-            xs = self._normalise(last.run_branches(xs))
+                xs, _ = stage(xs)
+            xs, _ = last.run_branches(xs)
+            xs = self._normalise(xs)
         return [self._as_map(x[:, 1:], grid, "NCHW") for grid, x in zip(self.config.grid_size, xs, strict=True)]
 
     def forward_head(
         self, xs: list[Float[Tensor, "batch _ _"]], *, pre_logits: bool = False
     ) -> Float[Tensor, "batch out"]:
         """Pools the result of `forward_features`; then the mean of all heads, or with `pre_logits` no head."""
+        return self._pool(xs, None, pre_logits=pre_logits)
+
+    def _pool(
+        self, xs: list[Float[Tensor, "batch _ _"]], sizes: list[Size | None] | None, *, pre_logits: bool = False
+    ) -> Float[Tensor, "batch out"]:
+        """See `forward_head`; sizes are those of `MultiScaleBlock`."""
         real = torch.promote_types(self.param_dtype, torch.float32)
-        pooled = [x[:, 1:].to(real).mean(1) if self.global_pool == "avg" else x[:, 0].to(real) for x in xs]
+        pooled = [
+            mean_patch(x.to(real), size) if self.global_pool == "avg" else x[:, 0].to(real)
+            for x, size in zip(xs, sizes or [None] * len(xs), strict=True)
+        ]
         pooled = [self.head_drop(x) for x in pooled]
         if pre_logits or self.num_classes == 0:
             return torch.cat(pooled, dim=1)
@@ -176,8 +193,9 @@ class CrossViT(nn.Module):
             (the list that `forward_features` returns, intermediates in the order of their indices), or the latter only.
 
         Raises:
-            ValueError: an index out of range, an unknown format, or as the call.
+            ValueError: an index out of range, an unknown format, or as `forward_features`.
         """
+        self.config.require_all_tokens("forward_intermediates")
         wanted = self.config.feature_indices(indices)
         if output_fmt not in ("NCHW", "NHWC", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW', 'NHWC' or 'NLC'; got {output_fmt!r}")
@@ -190,7 +208,7 @@ class CrossViT(nn.Module):
             for i, stage in enumerate(self.blocks):
                 if stop_early and i > last:
                     break
-                xs = stage(xs)
+                xs, _ = stage(xs)
                 for branch, y in enumerate(self._normalise(xs) if norm else xs):
                     taken[branch * stages + i] = self._as_map(y[:, 1:], grids[branch], output_fmt).contiguous()
             intermediates = [taken[index] for index in wanted]
@@ -205,13 +223,16 @@ class CrossViT(nn.Module):
         tokens) for cross-attention, such as "blocks.0.fusion.1.attn", or "blocks.0.fusion.1.0.attn" where fusions have
         a depth. Token 0 is the class token, the others are the patches row by row, whose sizes are `patch_size`, see
         the call. Call it in evaluation mode; other calls do not pay for it.
+
+        Raises ValueError as `forward_features`.
         """
+        self.config.require_all_tokens("attention_maps")
         maps = {}
         with self._precision(images):
             xs = self._embed(images, patch_size)
             for i, stage in enumerate(self.blocks):
                 maps |= {f"blocks.{i}.{path}": weights for path, weights in stage.attention_maps(xs).items()}
-                xs = stage(xs)
+                xs, _ = stage(xs)
         return maps
 
     def get_classifier(self) -> nn.ModuleList:

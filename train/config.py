@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
 from convert.class_names import NATURAL, TEXT
-from convert.command_line import data_set, patch_size, weights_source
+from convert.command_line import data_set, patch_size, reduce_tokens, weights_source
 from convert.errors import SettingsError
 from convert.files import home_path
 from convert.image_files import USUAL_SHARE
@@ -25,7 +25,7 @@ _SHARE, _PART, _RATE = {"at_least": 0, "at_most": 1}, {"above": 0, "at_most": 1}
 _CLASSIFICATION = {"mixup": 0, "cutmix": 0, "smoothing": 0, "repeated_aug": 1, "loss": "softmax", "qat": None}
 _CLASSIFICATION |= {"auto_augment": "", "erase_prob": 0, "class_order": None, "crop_pct": None, "dropout": 0}
 _CLASSIFICATION |= {"crop_scale": (0.08, 1.0), "crop_ratio": (3 / 4, 4 / 3), "mix_prob": 1, "cutmix_share": 0.5}
-_CLASSIFICATION |= {"mix_group": None, "patch_sizes": None}
+_CLASSIFICATION |= {"mix_group": None, "patch_sizes": None, "reduce_tokens": None}
 _DENSE = {"width": None, "scale_jitter": (1.0, 1.0), "color_jitter": 0}
 _DETECTION = {"num_convs": None, "distances": None}
 _SEGMENTATION = {"decoder": None, "dice": 0, "ignore_index": 255}
@@ -85,6 +85,14 @@ def patch_size_text(text: str) -> str:
     """`24,32`, the pixels of the patches of each branch. Raises SettingsError for anything else."""
     try:
         return ",".join(map(str, patch_size(text)))
+    except argparse.ArgumentTypeError as error:
+        raise SettingsError(str(error)) from None
+
+
+def reduction_text(text: str) -> str:
+    """`merge:8` and the like, see `convert.command_line.reduce_tokens`. Raises SettingsError for anything else."""
+    try:
+        return reduce_tokens(text)
     except argparse.ArgumentTypeError as error:
         raise SettingsError(str(error)) from None
 
@@ -184,6 +192,13 @@ class TrainConfig:
         "20,28 12,16; the model's own among them; none: that alone",
         patch_size_text,
         many=True,
+    )
+    reduce_tokens: str | None = setting(
+        None,
+        "classification: fewer tokens on the way: merge:N (patches that each block merges), fusion:SHARE or "
+        "prune:SHARE (that is kept), for the widest branch, or a number for each as in fusion:0.7,0.5; the word none: "
+        "all of them, where --init has fewer; none: as --init",
+        reduction_text,
     )
     crop_pct: float | None = setting(
         None, "share of the resized image kept in evaluation; none: the variant's", float, **_PART
@@ -393,6 +408,7 @@ class TrainConfig:
             "image_size": self.image_size,
             "image_scale": self.image_scale,
             "crop_pct": self.crop_pct,
+            "reduce_tokens": self.reduce_tokens,
             "drop_rate": self.dropout,
             "drop_path_rate": self.drop_path,
         }

@@ -187,6 +187,7 @@ def _evaluate_classifier(args: argparse.Namespace, classifier: "Classifier") -> 
             "model": config.name,
             "image_size": config.image_size,
             "patch_size": config.patch_size,
+            "reduce_tokens": config.reduce_tokens,
             "crop_pct": config.crop_pct,
             "exif": classifier.task.config.exif,
             "precision": classifier.precision,
@@ -226,6 +227,7 @@ def _about(args: argparse.Namespace, classifier: "Classifier", data: "Data") -> 
     return (
         f"CrossViT {config.name} at {height} x {width} pixels (crop {config.crop_pct:g}), "
         f"{config.num_classes} classes, {classifier.precision}"
+        f"{f', {config.reduce_tokens}' * (config.reduce_tokens is not None)}"
         f"{f', weights rounded to {args.quantize}' * (args.quantize is not None)}, {classifier.device_summary}\n"
         f"{data.dataset}: {len(data.images)} images ({data.split})"
     )

@@ -128,6 +128,11 @@ def _predict(args: argparse.Namespace) -> int:
     given = [name for name in others if getattr(args, name) is not None]
     if given:
         raise SettingsError(f"--{given[0].replace('_', '-')} is not for {learned}, which {args.weights} is for")
+    if args.attention is not None:
+        try:
+            model.task.model_config.require_all_tokens("--attention")
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
     tiling = tiling_of(args, learned)
     if args.classes is not None:
         wanted = _class_numbers(args.classes, model.task.class_names)

@@ -119,8 +119,9 @@ def _jax_engine(args: argparse.Namespace) -> "Engine":
     require_classifier(args.weights, classifier.task.model_config)
     tell_notes(_PROGRAM, classifier.notes)
     largest = args.max_batch or (_BATCH_ON_CPUS if classifier.platform == "cpu" else _BATCH_ON_OTHERS)
-    # what weights attend to is not to be had once they are rounded: as in train.predict
-    return JaxEngine(classifier, largest, explains=not args.quantize)
+    # what weights attend to is not to be had once they are rounded, or of fewer tokens: as in train.predict
+    explains = not args.quantize and classifier.config.reduce_tokens is None
+    return JaxEngine(classifier, largest, explains=explains)
 
 
 def _onnx_engine(args: argparse.Namespace) -> "Engine":

@@ -48,6 +48,7 @@ class DenseConfig:
 
     def __post_init__(self):
         self._set("backbone", self.backbone.replace(num_classes=0))
+        self.backbone.require_all_tokens(f"a model for {self.task}")
         if self.width is None:
             self._set("width", _WIDTHS.get(self.name, 128))
         self._set("strides", self.default_strides if self.strides is None else tuple(self.strides))

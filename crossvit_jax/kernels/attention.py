@@ -21,22 +21,28 @@ def dot_product_attention(
     k: Float[Array, "batch tokens heads width"],
     v: Float[Array, "batch tokens heads width"],
     implementation: Literal["xla", "cudnn"] = "xla",
+    bias: Float[Array, "batch tokens"] | None = None,
 ) -> Float[Array, "batch tokens heads width"]:
-    """softmax(q kᵀ / √width) v for every head, in the inputs' dtype; the softmax is in float32 or wider.
+    """softmax(q kᵀ / √width + bias) v for every head, in the inputs' dtype; the softmax is in float32 or wider.
 
     Its gradient can be taken in reverse mode only; with "xla" to any order, the last of them in forward mode too.
 
     Args:
         implementation: "xla" for any device and dtype; "cudnn" for NVIDIA's fused kernel: a GPU, half precision.
+        bias: of each key, for all heads and queries alike, in float32 or wider; cuDNN rounds it to the inputs' dtype.
+            None: 0, at no cost.
 
     Raises:
         ValueError, RuntimeError, NotImplementedError: "cudnn" for inputs or a device that it is not for, as jax says.
     """
-    q, k, v = vary_alike(q, k, v)
+    if bias is None:
+        q, k, v = vary_alike(q, k, v)
+    else:
+        q, k, v, bias = vary_alike(q, k, v, bias[:, None, None])
     if implementation == "cudnn":
-        return _cudnn(q, k, v)
+        return _cudnn(q, k, v, bias)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    return _attend(q, k, v).swapaxes(1, 2)
+    return _attend(q, k, v, bias).swapaxes(1, 2)
 
 
 def fastest_implementation(devices: Iterable[Any], dtype: Any) -> Literal["xla", "cudnn"]:
@@ -48,48 +54,56 @@ def fastest_implementation(devices: Iterable[Any], dtype: Any) -> Literal["xla",
     return "cudnn" if fused and jnp.dtype(dtype).itemsize == 2 else "xla"
 
 
-def _cudnn(q: Array, k: Array, v: Array) -> Array:
+def _cudnn(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+    if bias is not None:  # cuDNN wants one for each query
+        batch, tokens = q.shape[:2]
+        bias = jnp.broadcast_to(bias.astype(q.dtype), (batch, 1, tokens, tokens))
     kernel = _cudnn_kernel if q.shape[1] % 2 == 0 else _cudnn_odd
-    return kernel(q, k, v)
+    return kernel(q, k, v, bias)
 
 
 _cudnn_kernel = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
 
 
 @jax.custom_vjp
-def _cudnn_odd(q: Array, k: Array, v: Array) -> Array:
+def _cudnn_odd(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
     """The kernel for an odd number of tokens, of which jax refuses the gradient: for that they are padded by one."""
-    return _cudnn_kernel(q, k, v)
+    return _cudnn_kernel(q, k, v, bias)
 
 
-def _cudnn_padded(q: Array, k: Array, v: Array) -> Array:
+def _cudnn_padded(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
     tokens = q.shape[1]
     q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+    if bias is not None:
+        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 1), (0, 1)))
     lengths = jnp.full(q.shape[0], tokens, jnp.int32)
-    return _cudnn_kernel(q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths)[:, :tokens]
+    return _cudnn_kernel(q, k, v, bias, query_seq_lengths=lengths, key_value_seq_lengths=lengths)[:, :tokens]
 
 
-_cudnn_odd.defvjp(lambda q, k, v: jax.vjp(_cudnn_padded, q, k, v), lambda vjp, d_out: vjp(d_out))
+_cudnn_odd.defvjp(lambda q, k, v, bias: jax.vjp(_cudnn_padded, q, k, v, bias), lambda vjp, d_out: vjp(d_out))
 
 
 Heads = Float[Array, "*heads tokens width"]
 Tokens = Float[Array, "*heads tokens 1"]
 Weights = Float[Array, "*heads queries keys"]
+Bias = Float[Array, "*any 1 keys"]  # of each key; `any` is that of the heads, or the images and 1
 
 
-def _attend(q: Heads, k: Heads, v: Heads) -> Heads:
+def _attend(q: Heads, k: Heads, v: Heads, bias: Bias | None) -> Heads:
     # neither a symbolic batch, under jax.export, nor one that explicit axes of a mesh cut can be cut into pieces
     if not isinstance(q.shape[0], int) or is_cut(q):
-        return _attend_and_recompute(q, k, v)
-    return jax.lax.platform_dependent(q, k, v, cpu=_attend_in_pieces, default=_attend_and_recompute)
+        return _attend_and_recompute(q, k, v, bias)
+    return jax.lax.platform_dependent(q, k, v, bias, cpu=_attend_in_pieces, default=_attend_and_recompute)
 
 
-def _forward(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Weights, Tokens, Tokens]:
+def _forward(q: Heads, k: Heads, v: Heads, bias: Bias | None) -> tuple[Heads, Weights, Tokens, Tokens]:
     """Attention, the exponentials that weigh the values, and each query's sum of them and largest scaled score."""
     scale = _scale(q)
     if q.dtype.itemsize >= 4:  # half precision would round the queries once more
         q, scale = q * scale, 1.0  # for the scores' scale, a CPU reads an array of their size
     scores = _matmul(q, _transposed(k))
+    if bias is not None:
+        scores, scale = scores * scale + bias, 1.0
     largest = scores.max(-1, keepdims=True)
     weights = jnp.exp((scores - largest) * scale)
     total = weights.sum(-1, keepdims=True)
@@ -100,26 +114,31 @@ def _forward(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Weights, Tokens, Toke
 
 
 @jax.custom_vjp
-def _attend_and_recompute(q: Heads, k: Heads, v: Heads) -> Heads:
+def _attend_and_recompute(q: Heads, k: Heads, v: Heads, bias: Bias | None) -> Heads:
     """Attention whose gradient computes the weights again: nothing of (tokens, tokens) is kept for it."""
-    return _forward(q, k, v)[0]
+    return _forward(q, k, v, bias)[0]
 
 
-def _recompute_forward(q: Heads, k: Heads, v: Heads) -> tuple[Heads, tuple[Array, ...]]:
-    out, _, total, largest = _forward(q, k, v)
-    return out, (q, k, v, out, largest + jnp.log(total))
+def _recompute_forward(q: Heads, k: Heads, v: Heads, bias: Bias | None) -> tuple[Heads, tuple[Array | None, ...]]:
+    out, _, total, largest = _forward(q, k, v, bias)
+    return out, (q, k, v, bias, out, largest + jnp.log(total))
 
 
-def _recompute_backward(residuals: tuple[Array, ...], d_out: Heads) -> tuple[Heads, Heads, Heads]:
-    q, k, v, out, log_total = residuals
+def _recompute_backward(residuals: tuple[Array | None, ...], d_out: Heads) -> tuple[Heads, Heads, Heads, Bias | None]:
+    q, k, v, bias, out, log_total = residuals
     # (heads, keys, queries): so, no product below needs one of these large matrices transposed
-    weights = jnp.exp(_matmul(k, _transposed(q)) * _scale(q) - _transposed(log_total))
+    scores = _matmul(k, _transposed(q)) * _scale(q)
+    if bias is not None:
+        scores += _transposed(bias)
+    weights = jnp.exp(scores - _transposed(log_total))
     mean = (d_out.astype(weights.dtype) * out.astype(weights.dtype)).sum(-1)[..., None, :]
-    d_scores = (weights * (_matmul(v, _transposed(d_out)) - mean)).astype(q.dtype)
+    d_scores = weights * (_matmul(v, _transposed(d_out)) - mean)
+    d_bias = None if bias is None else _transposed(d_scores.sum((1, 3), keepdims=True)).astype(bias.dtype)
+    d_scores = d_scores.astype(q.dtype)
     d_q = _transposed(_matmul(_transposed(k), d_scores)) * _scale(q)
     d_k = _matmul(d_scores, q) * _scale(q)
     d_v = _matmul(weights.astype(q.dtype), d_out)
-    return d_q.astype(q.dtype), d_k.astype(q.dtype), d_v.astype(q.dtype)
+    return d_q.astype(q.dtype), d_k.astype(q.dtype), d_v.astype(q.dtype), d_bias
 
 
 _attend_and_recompute.defvjp(_recompute_forward, _recompute_backward)
@@ -130,27 +149,30 @@ _SMALLEST_PIECE, _LARGEST_PIECE = 2**19, 2**22  # bytes of scores
 
 
 @jax.custom_vjp
-def _attend_in_pieces(q: Heads, k: Heads, v: Heads) -> Heads:
+def _attend_in_pieces(q: Heads, k: Heads, v: Heads, bias: Bias | None) -> Heads:
     """Attention for CPUs, whose gradient keeps the weights: reading them takes less time than computing them again.
 
     XLA runs the products of so small matrices on one core, one after the other, but pieces side by side; and the scores
     of a piece stay in the caches.
     """
-    return _pieces_forward(q, k, v)[0]
+    return _pieces_forward(q, k, v, bias)[0]
 
 
-def _pieces_forward(q: Heads, k: Heads, v: Heads) -> tuple[Heads, tuple]:
-    parts = [_forward(*piece) for piece in zip(*map(_cut, (q, k, v)), strict=True)]
+def _pieces_forward(q: Heads, k: Heads, v: Heads, bias: Bias | None) -> tuple[Heads, tuple]:
+    parts = [_forward(*piece) for piece in zip(*map(_cut, (q, k, v)), _cut_bias(bias, q), strict=True)]
     out, weights, total, _ = zip(*parts, strict=True)
     out = _joined(out, q.shape)
-    return out, (q, k, v, out, weights, total)
+    return out, (q, k, v, bias, out, weights, total)
 
 
-def _pieces_backward(residuals: tuple, d_out: Heads) -> tuple[Heads, Heads, Heads]:
-    q, k, v, out, weights, total = residuals
+def _pieces_backward(residuals: tuple, d_out: Heads) -> tuple[Heads, Heads, Heads, Bias | None]:
+    q, k, v, bias, out, weights, total = residuals
     parts = [_piece_backward(*piece) for piece in zip(*map(_cut, (q, k, v, out, d_out)), weights, total, strict=True)]
-    d_q, d_k, d_v = zip(*parts, strict=True)
-    return _joined(d_q, q.shape), _joined(d_k, q.shape), _joined(d_v, q.shape)
+    d_q, d_k, d_v, d_keys = zip(*parts, strict=True)
+    d_bias = None
+    if bias is not None:
+        d_bias = _joined(d_keys, (*q.shape[:2], 1, k.shape[2])).sum(1, keepdims=True).astype(bias.dtype)
+    return _joined(d_q, q.shape), _joined(d_k, q.shape), _joined(d_v, q.shape), d_bias
 
 
 _attend_in_pieces.defvjp(_pieces_forward, _pieces_backward)
@@ -158,15 +180,18 @@ _attend_in_pieces.defvjp(_pieces_forward, _pieces_backward)
 
 def _piece_backward(
     q: Heads, k: Heads, v: Heads, out: Heads, d_out: Heads, weights: Weights, total: Tokens
-) -> tuple[Heads, Heads, Heads]:
+) -> tuple[Heads, Heads, Heads, Bias]:
+    """The last is the gradient of a bias of each head."""
     d_out = d_out / total
     mean = (d_out * out).sum(-1, keepdims=True)
     d_out = d_out.astype(q.dtype)
-    d_scores = (weights * (_matmul(d_out, _transposed(v)) - mean)).astype(q.dtype)
+    d_scores = weights * (_matmul(d_out, _transposed(v)) - mean)
+    d_bias = d_scores.sum(-2, keepdims=True)
+    d_scores = d_scores.astype(q.dtype)
     d_q = _matmul(d_scores, k) * _scale(q)
     d_k = _transposed_matmul(d_scores, q) * _scale(q)
     d_v = _transposed_matmul(weights, d_out)
-    return d_q.astype(q.dtype), d_k.astype(q.dtype), d_v.astype(q.dtype)
+    return d_q.astype(q.dtype), d_k.astype(q.dtype), d_v.astype(q.dtype), d_bias
 
 
 def _transposed_matmul(a: Weights, b: Heads) -> Heads:
@@ -178,13 +203,24 @@ def _transposed_matmul(a: Weights, b: Heads) -> Heads:
 def _cut(x: Float[Array, "batch heads _ _"]) -> list[Float[Array, "piece _ _"]]:
     """The heads of all images, in pieces."""
     batch, heads, tokens, _ = x.shape
-    scores = 4 * batch * heads * tokens**2
+    return _cut_for(x, 4 * batch * heads * tokens**2)
+
+
+def _cut_bias(bias: Bias | None, q: Heads) -> list[Float[Array, "piece 1 keys"]] | list[None]:
+    """The bias of the heads of all images, in the pieces of their queries."""
+    if bias is None:
+        return [None] * len(_cut(q))
+    batch, heads, tokens, _ = q.shape
+    return _cut_for(jnp.broadcast_to(bias, (batch, heads, *bias.shape[2:])), 4 * batch * heads * tokens**2)
+
+
+def _cut_for(x: Float[Array, "batch heads _ _"], scores: int) -> list[Float[Array, "piece _ _"]]:
+    """In as many pieces as suit so many bytes of scores; of an empty batch, in one empty piece."""
+    batch, heads = x.shape[:2]
     pieces = max(min(_PIECES, scores // _SMALLEST_PIECE), min(_MAX_PIECES, scores // _LARGEST_PIECE), 1)
     size = -(-batch * heads // pieces) or 1
     flat = x.reshape(batch * heads, *x.shape[2:])
-    return [
-        flat[start : start + size] for start in range(0, batch * heads or 1, size)
-    ]  # of an empty batch, one empty piece
+    return [flat[start : start + size] for start in range(0, batch * heads or 1, size)]
 
 
 def _joined(parts: tuple[Float[Array, "_ tokens width"], ...], shape: tuple[int, ...]) -> Heads:

@@ -19,8 +19,10 @@ from tests.parity.reference import abstract, random_array
 TOKENS = 19
 
 
-def plain(q, k, v):
+def plain(q, k, v, bias=None):
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
+    if bias is not None:
+        scores += bias[:, None, None]
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), v)
 
 
@@ -50,6 +52,36 @@ def test_outputs_gradients_and_second_derivatives_equal_plain_attentions_in_floa
         for ours, expected in zip(results(dot_product_attention, *qkv), results(plain, *qkv), strict=True):
             for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12 * max(1.0, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_a_bias_of_each_key_and_its_gradient_equal_plain_attentions(monkeypatch, in_pieces, platform):
+    monkeypatch.setattr(attention, "_SMALLEST_PIECE", 4 * TOKENS**2 if in_pieces else 2**19)
+    kernel = attention._attend_in_pieces if platform == "cpu" else attention._attend_and_recompute
+    monkeypatch.setattr(attention, "_attend", kernel)
+    with jax.enable_x64():
+        given = [*heads(jnp.float64), jnp.asarray(random_array(5, 2, TOKENS))]
+
+        @partial(jax.jit, static_argnums=0)
+        def results(attend, *given):
+            return attend(*given), jax.grad(weighted_sum(attend), (0, 1, 2, 3))(*given)
+
+        ours = results(lambda q, k, v, bias: dot_product_attention(q, k, v, "xla", bias), *given)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(results(plain, *given)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_a_bias_in_half_precision_is_as_near_to_float64_as_plain_attention_is(scale):
+    rounded, bias = heads(jnp.bfloat16, scale=scale), jnp.asarray(random_array(5, 2, TOKENS), jnp.float32)
+    with jax.enable_x64():
+        exact = plain(*(x.astype(jnp.float64) for x in (*rounded, bias)))
+        errors = [
+            jnp.abs(out.astype(jnp.float64) - exact).max()
+            for out in (dot_product_attention(*rounded, "xla", bias), plain(*rounded, bias))
+        ]
+    assert errors[0] <= 1.02 * errors[1]
 
 
 def test_half_precision_is_as_near_to_float64_as_plain_attention_is():
@@ -137,16 +169,31 @@ def test_cudnn_pads_an_odd_number_of_tokens_for_the_gradient_only(monkeypatch):
     assert _program(jax.grad(loss), *qkv, platform="cuda").count("stablehlo.pad") >= 3
 
 
+def test_cudnn_takes_a_bias_forwards_and_backwards(monkeypatch):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+
+    def loss(*given):
+        return dot_product_attention(*given[:3], "cudnn", given[3]).astype(jnp.float32).sum()
+
+    for tokens in (TOKENS, TOKENS + 1):  # of the odd number jax takes no gradient by itself
+        given = [jnp.zeros((2, tokens, 3, 8), jnp.bfloat16)] * 3 + [jnp.zeros((2, tokens))]
+        program = _program(jax.grad(loss, (0, 1, 2, 3)), *given, platform="cuda")
+        assert program.count("@__cudnn$fmhaScaleBiasSoftmax(") == 1
+        assert program.count("@__cudnn$fmhaScaleBiasSoftmaxBackward(") == 1
+
+
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs NVIDIA's kernel")
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("tokens", "width"), [(401, 32), (197, 64), (100, 32)])
-def test_cudnn_gives_what_plain_attention_gives_on_a_gpu(tokens, width):
+def test_cudnn_gives_what_plain_attention_gives_on_a_gpu(tokens, width, biased):
+    bias = jnp.asarray(random_array(5, 2, tokens), jnp.float32) if biased else None
     qkv = [jnp.asarray(random_array(seed, 2, tokens, 3, width), jnp.bfloat16) for seed in (1, 2, 3)]
     d_out = jnp.asarray(random_array(4, 2, tokens, 3, width), jnp.bfloat16)
     for inference in (True, False):
 
         def results(implementation, inference=inference):
-            out, vjp = jax.vjp(lambda *qkv: dot_product_attention(*qkv, implementation), *qkv)
-            return (dot_product_attention(*qkv, implementation),) if inference else (out, *vjp(d_out))
+            out, vjp = jax.vjp(lambda *qkv: dot_product_attention(*qkv, implementation, bias), *qkv)
+            return (dot_product_attention(*qkv, implementation, bias),) if inference else (out, *vjp(d_out))
 
         for got, expected in zip(results("cudnn"), results("xla"), strict=True):
             scale = float(jnp.abs(expected.astype(jnp.float32)).max())

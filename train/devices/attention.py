@@ -1,6 +1,5 @@
 """Which kernel computes self-attention on the devices of a mesh."""
 
-import functools
 from typing import Literal
 
 import jax
@@ -58,7 +57,7 @@ def _refusal(model: CrossViTConfig, precision: str, devices: list[jax.Device], *
     for branch, (rows, columns) in zip(model.branches, model.grid_size, strict=True):
         shape = (_IMAGES, 1 + rows * columns, branch.num_heads, branch.embed_dim // branch.num_heads)
         try:
-            _try_cudnn(shape, precision, device, training=training)
+            _try_cudnn(shape, precision, device, training=training, biased=model.reduce_tokens is not None)
         except Exception as error:  # jax, XLA and cuDNN refuse in many ways; none of them should end the run
             reason = f"{shape[1]} tokens, {shape[2]} heads of {shape[3]}: {one_line(error)}"
             break
@@ -67,9 +66,16 @@ def _refusal(model: CrossViTConfig, precision: str, devices: list[jax.Device], *
     return reason
 
 
-def _try_cudnn(shape: tuple[int, ...], dtype: str, device: jax.Device, *, training: bool) -> None:
-    """Compiles cuDNN's attention and its gradient for a device; runs them if it is there. Raises what they raise."""
-    attend = functools.partial(dot_product_attention, implementation="cudnn")
+def _try_cudnn(shape: tuple[int, ...], dtype: str, device: jax.Device, *, training: bool, biased: bool) -> None:
+    """Compiles cuDNN's attention and its gradient for a device; runs them if it is there. Raises what they raise.
+
+    Args:
+        biased: with a bias of each key, as for tokens that stand for several patches.
+    """
+    bias = (jnp.zeros(shape[:2]),) if biased else ()
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return dot_product_attention(q, k, v, "cudnn", *bias)
 
     def total(*qkv: jax.Array) -> jax.Array:
         return attend(*qkv).astype(jnp.float32).sum()

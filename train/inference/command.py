@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from convert.command_line import Parser, at_least_one, image_size, share, threshold, weights_source
+from convert.command_line import Parser, at_least_one, image_size, reduce_tokens, share, threshold, weights_source
 from convert.errors import SettingsError
 from convert.streams import tell_error
 from crossvit_jax.files import MAX_PIXELS
@@ -26,7 +26,8 @@ _IMAGES_PER_PROCESS = 1000  # a process takes seconds to start, which fewer imag
 
 
 def add_model_flags(parser: Parser, *, batches: bool = True, max_pixels: int = MAX_PIXELS) -> None:
-    """--weights, --image-size, --crop-pct, --exif, --precision, --attention-kernel, --quantize and --max-pixels.
+    """--weights, --image-size, --crop-pct, --exif, --precision, --attention-kernel, --reduce-tokens, --quantize and
+    --max-pixels.
 
     Args:
         batches: --batch-size too.
@@ -59,6 +60,13 @@ def add_model_flags(parser: Parser, *, batches: bool = True, max_pixels: int = M
         default="auto",
         help="what computes self-attention: xla, or cudnn (NVIDIA GPUs from compute capability 8.0 on, in half "
         "precision) (default: auto, which is cudnn where it can)",
+    )
+    parser.add_argument(
+        "--reduce-tokens",
+        type=reduce_tokens,
+        metavar="HOW",
+        help="of classifiers: compute with fewer tokens: merge:N, fusion:SHARE or prune:SHARE; none: with all "
+        "(default: as the weights were trained)",
     )
     parser.add_argument(
         "--quantize",
@@ -151,7 +159,7 @@ def load_model(args: argparse.Namespace) -> "Predictor":
     keep_freed_memory()
     keep_compiled_programs()
     limit_pixels(args.max_pixels)
-    settings = ("image_size", "crop_pct", "precision", "attention_kernel", "quantize", "exif")
+    settings = ("image_size", "crop_pct", "precision", "attention_kernel", "reduce_tokens", "quantize", "exif")
     of_some = ("patch_size", "score_threshold", "iou_threshold", "max_detections")
     settings += tuple(name for name in of_some if name in args)
     return load_predictor(args.weights, **{name: getattr(args, name) for name in settings})

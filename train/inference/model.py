@@ -106,6 +106,7 @@ def load_predictor(
     crop_pct: float | None = None,
     precision: str | None = None,
     attention_kernel: str = "auto",
+    reduce_tokens: str | None = None,
     quantize: str | None = None,
     exif: Exif | None = None,
     **settings: Any,
@@ -118,6 +119,8 @@ def load_predictor(
         crop_pct: share of the resized image that a classifier's evaluation crop keeps; none: as stored.
         precision: float32, bfloat16 or float16; none: see `train.devices.mesh.default_precision`.
         attention_kernel: auto, xla or cudnn, see `train.devices.attention.choose_attention`.
+        reduce_tokens: how a classifier computes with fewer tokens, see `crossvit_jax.config.Reduction`, or "none" for
+            all of them; none: as stored.
         quantize: int8 or int4 to round a classifier's linear layers' weights to, see `train.optim.quantize`; none: as
             stored.
         exif: what to do with EXIF orientations, see `crossvit_jax.preprocess.decode_image`; none: what training did,
@@ -130,7 +133,7 @@ def load_predictor(
     """
     if quantize is not None:
         require_qwix("--quantize")
-    changes = {"image_size": image_size, "patch_size": patch_size, "crop_pct": crop_pct}
+    changes = {"image_size": image_size, "patch_size": patch_size, "crop_pct": crop_pct, "reduce_tokens": reduce_tokens}
     weights = checked_weights(source, **{field: value for field, value in changes.items() if value is not None})
     learned = task_of(weights.config)
     of_classifiers = {"crop_pct": crop_pct, "quantize": quantize}

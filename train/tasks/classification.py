@@ -63,7 +63,8 @@ class Classification:
         model = self.model_config
         size = " x ".join(map(str, dict.fromkeys(model.image_size)))
         patches = f" in patches of {' or '.join(self.config.patch_sizes)}" if self.config.patch_sizes else ""
-        return f"CrossViT {model.name} at {size} pixels{patches}, {model.num_classes} classes"
+        reduced = f", {model.reduce_tokens}" if model.reduce_tokens else ""
+        return f"CrossViT {model.name} at {size} pixels{patches}{reduced}, {model.num_classes} classes"
 
     def model(self, *, dtype: Any, rngs: nnx.Rngs) -> CrossViT:
         return CrossViT(self.model_config, dtype=dtype, rngs=rngs)

@@ -37,8 +37,8 @@ def tried(monkeypatch, looks_like_a_gpu):
     """What is computed with cuDNN's attention, where it works."""
     calls = []
 
-    def attend(q, k, v, implementation):
-        calls.append((implementation, q.shape[1:], q.dtype))
+    def attend(q, k, v, implementation, *bias):
+        calls.append((implementation, q.shape[1:], q.dtype, *(b.shape[1:] for b in bias)))
         return (q + k) * v
 
     monkeypatch.setattr(attention, "dot_product_attention", attend)
@@ -71,6 +71,10 @@ def test_cudnns_attention_is_tried_with_each_shape_of_the_model(mesh, tried, tra
     assert choose_attention("auto", CONFIG, "bfloat16", mesh, training=training) == ("cudnn", [])
     shapes = [(17, 2, 6), (5, 2, 12)]  # tokens, heads, width
     assert tried == [("cudnn", shape, "bfloat16") for shape in shapes for _ in range(1 + training)]
+    tried.clear()
+    reduced = CONFIG.replace(reduce_tokens="merge:1")
+    assert choose_attention("auto", reduced, "bfloat16", mesh, training=False) == ("cudnn", [])
+    assert tried == [("cudnn", shape, "bfloat16", shape[:1]) for shape in shapes]
 
 
 def test_where_cudnns_attention_fails_xlas_is_taken_and_one_line_says_why(mesh, fails):

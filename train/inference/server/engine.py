@@ -53,7 +53,7 @@ class JaxEngine:
     Args:
         largest: images in the largest batch.
         explains: whether attention can be asked for; not of quantised models, as what weights attend to once they are
-            rounded is not to be had.
+            rounded is not to be had, nor of those that reduce their tokens.
     """
 
     platform = "jax"
