@@ -43,10 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-batch", type=at_least_one, default=8, metavar="N", help="as of train.serve; default: 8")
     parser.add_argument("--seconds", type=at_least_one, default=20, metavar="N", help="of each load; default: 20")
     parser.add_argument("--fuzzed", type=at_least_one, default=1000, metavar="N", help="bodies of noise; default: 1000")
+    parser.add_argument(
+        "--soak", type=at_least_one, metavar="N", help="only this: N requests, and the server's memory after each tenth"
+    )
     parser.add_argument("--json", type=typed_path, metavar="FILE", help="write what was measured to FILE")
     args = parser.parse_args(argv)
     writable_json(parser, args.json)
-    return run(_PROGRAM, lambda: _run(args), failure=1)
+    return run(_PROGRAM, lambda: _soak(args) if args.soak else _run(args), failure=1)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -57,8 +60,7 @@ def _run(args: argparse.Namespace) -> int:
     with _serving([sys.executable, "-m", "benchmarks.sides.plain_server", args.weights]) as plain:
         told["plain"] = asyncio.run(_closed(plain.address, bodies, 4, args.seconds)).as_json()
     say("the plain server done")
-    command = [sys.executable, "-m", "train.serve", "--weights", args.weights, "--port", "0"]
-    with _serving([*command, "--max-batch", str(args.max_batch)]) as server:
+    with _serving(_server_command(args)) as server:
         asyncio.run(_closed(server.address, bodies, 2 * args.max_batch, 2))  # warm
         begin = server.memory()
         told |= _under_load(server, bodies, args)
@@ -71,6 +73,36 @@ def _run(args: argparse.Namespace) -> int:
     print(as_markdown(content))
     write_json(args.json, content)
     return 0
+
+
+def _soak(args: argparse.Namespace) -> int:
+    """Sends so many requests, and tells the memory after each tenth of them; the first tenth is to fill caches."""
+    from benchmarks.sides.load import closed_loop
+
+    bodies, memory, statuses = photographs(), [], Counter()
+    with _serving(_server_command(args)) as server:
+        for number in range(10):
+            left = args.soak // 10 + (number < args.soak % 10)
+            load = asyncio.run(closed_loop(server.address, bodies, clients=2 * args.max_batch, requests=left))
+            statuses += load.statuses
+            memory.append(server.memory())
+    content = about("soak") | {"weights": Path(args.weights).name, "max_batch": args.max_batch, "memory_bytes": memory}
+    content |= {"statuses": {str(status): count for status, count in sorted(statuses.items())}}
+    print(soak_as_markdown(content))
+    write_json(args.json, content)
+    return 0
+
+
+def soak_as_markdown(content: Content) -> str:
+    """The memory after each tenth of the requests, and by how much it has grown since the first."""
+    memory = content["memory_bytes"]
+    if None in memory:
+        told = "unknown on this system"
+    else:
+        told = f"{', '.join(f'{one / 2**20:.0f}' for one in memory)} MiB after each tenth of them: "
+        told += f"{(memory[-1] - memory[0]) / 2**20:+.1f} MiB since the first"
+    requests = f"{sum(content['statuses'].values())} requests ({_listed(content['statuses'])})"
+    return f"`train.serve --weights {content['weights']}`; {where(content)}\n\n- {requests}, memory {told}"
 
 
 def as_markdown(content: Content) -> str:
@@ -118,6 +150,11 @@ def photographs() -> list[bytes]:
         Image.fromarray(pixels[top : top + 375, left : left + 500]).save(file, "JPEG", quality=90)
         encoded.append(file.getvalue())
     return encoded
+
+
+def _server_command(args: argparse.Namespace) -> list[str]:
+    flags = ["--weights", args.weights, "--max-batch", str(args.max_batch), "--port", "0"]
+    return [sys.executable, "-m", "train.serve", *flags]
 
 
 class _Server:

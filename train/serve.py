@@ -1,4 +1,4 @@
-"""`python -m train.serve --weights SOURCE`: a classifier behind HTTP, for people, programs and Triton's clients."""
+"""`python -m train.serve --weights SOURCE`: a model behind HTTP, for people, programs and Triton's clients."""
 
 # What takes long to import is imported when it is needed: `--help` and wrong flags are answered at once.
 import argparse
@@ -13,7 +13,7 @@ from convert.errors import SettingsError, require
 from convert.files import typed_path
 from convert.streams import let_go_of_output, tell, tell_error
 from crossvit_jax.extras import EXTRAS
-from train.inference.command import SOURCES, add_model_flags, load_model, tell_notes
+from train.inference.command import SOURCES, add_detection_flags, add_model_flags, load_model, tell_notes
 
 if TYPE_CHECKING:
     from train.inference.server.app import Service
@@ -27,7 +27,8 @@ _MOST_PIXELS = 50_000_000  # of a picture, unless more are asked for
 
 _EPILOG = f"""\
 {SOURCES}; or an .onnx file that
-python -m convert wrote, without --preprocess, which ONNX Runtime computes on CPUs. Classifiers are served so far.
+python -m convert wrote, without --preprocess, which ONNX Runtime computes on CPUs. Classifiers, detectors and
+segmenters are served, with the answers of python -m train.predict.
 
 {_TOKEN} in the environment: requests must bear this token (Authorization: Bearer TOKEN), but for health checks and the
 page. Standard output has a line of JSON for each request, stderr the rest.
@@ -48,6 +49,7 @@ def _parser() -> Parser:
         prog=_PROGRAM, description="Answer HTTP requests for what pictures show, with a CrossViT.", epilog=_EPILOG
     )
     add_model_flags(parser, batches=False, max_pixels=_MOST_PIXELS)
+    add_detection_flags(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=_port, default=8000, help="0: a free one (default: 8000)")
     parser.add_argument(
@@ -112,24 +114,23 @@ def _service(args: argparse.Namespace, token: str | None) -> "Service":
 
 
 def _jax_engine(args: argparse.Namespace) -> "Engine":
-    from train.inference.model import require_classifier
-    from train.inference.server.engine import JaxEngine
+    from train.inference.server.engines.jax_engine import JaxEngine
 
-    classifier = load_model(args)
-    require_classifier(args.weights, classifier.task.model_config)
-    tell_notes(_PROGRAM, classifier.notes)
-    largest = args.max_batch or (_BATCH_ON_CPUS if classifier.platform == "cpu" else _BATCH_ON_OTHERS)
+    predictor = load_model(args)
+    tell_notes(_PROGRAM, predictor.notes)
+    largest = args.max_batch or (_BATCH_ON_CPUS if predictor.platform == "cpu" else _BATCH_ON_OTHERS)
     # what weights attend to is not to be had once they are rounded, or of fewer tokens: as in train.predict
-    explains = not args.quantize and classifier.config.reduce_tokens is None
-    return JaxEngine(classifier, largest, explains=explains)
+    explains = not args.quantize and getattr(predictor.task.model_config, "reduce_tokens", None) is None
+    return JaxEngine(predictor, largest, explains=explains)
 
 
 def _onnx_engine(args: argparse.Namespace) -> "Engine":
-    from train.inference.server.onnx_engine import OnnxEngine
+    from train.inference.server.engines.onnx_engine import OnnxEngine
 
     path = typed_path(args.weights)
-    for name in ("image_size", "precision", "quantize"):
-        if getattr(args, name) is not None:
+    fixed = ("image_size", "precision", "quantize", "score_threshold", "iou_threshold", "max_detections")
+    for name in fixed:
+        if getattr(args, name, None) is not None:
             raise SettingsError(f"{path} computes as it was exported: leave out --{name.replace('_', '-')}")
     engine = OnnxEngine(path, args.max_batch or _BATCH_ON_CPUS, crop_pct=args.crop_pct, exif=args.exif)
     if engine.is_dynamic:

@@ -1,6 +1,7 @@
 """Load for a server: HTTP requests over connections that stay open, from one thread. Imports nothing of jax."""
 
 import asyncio
+import math
 import random
 import time
 from collections import Counter
@@ -75,12 +76,20 @@ class Connections:
             writer.close()
 
 
-async def closed_loop(address: str, bodies: Sequence[bytes], *, clients: int, seconds: float) -> Load:
-    """So many clients, each of which asks again as soon as it is answered: how much a server can do."""
-    connections, load, start = Connections(address), Load(), time.perf_counter()
+async def closed_loop(
+    address: str, bodies: Sequence[bytes], *, clients: int, seconds: float = math.inf, requests: float = math.inf
+) -> Load:
+    """So many clients, each of which asks again as soon as it is answered: how much a server can do.
+
+    Args:
+        seconds, requests: the first of which that is reached ends it.
+    """
+    connections, load, start, asked = Connections(address), Load(), time.perf_counter(), 0
 
     async def client(number: int) -> None:
-        while (begin := time.perf_counter()) < start + seconds:
+        nonlocal asked
+        while (begin := time.perf_counter()) < start + seconds and asked < requests:
+            asked += 1
             _count(load, await connections.ask(bodies[number % len(bodies)]), begin)
 
     await asyncio.gather(*map(client, range(clients)))

@@ -53,6 +53,8 @@ def test_an_open_load_has_its_rate_and_counts_every_answer():
         closed = asyncio.run(closed_loop(echo.address, [b"x"], clients=3, seconds=0.2))
         assert sum(closed.statuses.values()) == echo.asked - asked
         assert closed.seconds >= 0.2
+        counted = asyncio.run(closed_loop(echo.address, [b"x"], clients=3, requests=50))
+        assert sum(counted.statuses.values()) == 50
 
 
 def test_a_server_that_does_not_listen_is_counted_as_no_answer():
@@ -82,7 +84,19 @@ def test_a_small_run_loses_nothing(tmp_path, capfd):
     assert told["alive"]
     assert sum(told["fuzzed"].values()) == 300
     assert set(told["fuzzed"]) <= {"400", "413", "415", "422"}
+    assert told["memory_bytes"]["end"] - told["memory_bytes"]["begin"] < 64 * 2**20
     end = told["sigterm"]
     assert end["status"] == 0
     assert end["answered"] == end["logged"] > 0
     assert set(end["statuses"]) <= {"0", "200", "503"}
+
+
+@pytest.mark.slow
+def test_memory_is_told_and_does_not_grow_with_the_requests(tmp_path, capfd):
+    weights, file = save_small(tmp_path / "w.safetensors", "abcdefgh"), tmp_path / "x.json"
+    assert main([f"--weights={weights}", "--max-batch=4", "--soak=1005", f"--json={file}"]) == 0
+    told = json.loads(file.read_text())
+    assert told["statuses"] == {"200": 1005}
+    assert len(told["memory_bytes"]) == 10
+    assert told["memory_bytes"][-1] - told["memory_bytes"][2] < 900 * 2**14  # 16 KiB a request; a picture has 550
+    assert "1005 requests (1005 of 200), memory" in capfd.readouterr().out

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from crossvit_jax.dense_config import get_dense_config
 from flax import nnx
 
 import crossvit_jax.reduce
 import crossvit_torch
 import crossvit_torch.reduce
 from crossvit_jax.config import Reduction, get_config
-from crossvit_jax.dense_config import get_dense_config
 from tests.parity.reference import (
     GRADIENT_BOUND,
     OUTPUT_BOUND,

@@ -74,6 +74,13 @@ def test_the_manifest_and_the_image_start_it_with_flags_and_probes_that_there_ar
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["httpGet"]["path"] in described
         assert container[probe]["httpGet"]["port"] == port["name"]
+    # what the linters of .ci/run ask for, and what they do not
+    assert pod["securityContext"]["runAsNonRoot"]
+    (user,) = re.findall(r"^USER (\d+)$", (folder / "Dockerfile").read_text(), re.MULTILINE)
+    assert int(user) == pod["securityContext"]["runAsUser"] > 0
+    assert not container["securityContext"]["allowPrivilegeEscalation"]
+    assert container["resources"]["requests"].keys() == {"cpu", "memory"}
+    assert "memory" in container["resources"]["limits"]
     before = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pod["terminationGracePeriodSeconds"] > before + args.grace
     assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]
@@ -179,7 +186,7 @@ class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == "train.inference.server.run":
             sys.meta_path.remove(self)
-            from train.inference.server.engine import JaxEngine
+            from train.inference.server.engines.jax_engine import JaxEngine
             JaxEngine.compile = lambda self: time.sleep(600)
 sys.meta_path.insert(0, Finder())
 """

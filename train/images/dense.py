@@ -98,8 +98,11 @@ class _Whole:
 
     def _placed(self, sample: Sample) -> tuple[Float32[np.ndarray, "rows cols 3"], Placement]:
         pixels = decoded(sample, self.exif)
-        placement = whole_placement(pixels.shape[:2], self.image_size)
-        return normalised(place_pixels(pixels, placement)), placement
+        return self.model_input(pixels), whole_placement(pixels.shape[:2], self.image_size)
+
+    def model_input(self, pixels: UInt8[np.ndarray, "height width 3"]) -> Float32[np.ndarray, "rows cols 3"]:
+        """What the model takes for decoded pixels: resized, padded and normalised."""
+        return normalised(place_pixels(pixels, whole_placement(pixels.shape[:2], self.image_size)))
 
     def _blank_image(self) -> Float32[np.ndarray, "rows cols 3"]:
         return np.zeros((*self.image_size, 3), np.float32)

@@ -160,10 +160,9 @@ class EvalTransform:
     image_size: tuple[int, int]
     crop_pct: float
     exif: Exif = "keep"
-    formats: tuple[str, ...] | None = None  # that may be read; see `decode_pixels`
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        pixels = decode_pixels(sample["image"], sample["name"], self.exif, self.formats)
+        pixels = decode_pixels(sample["image"], sample["name"], self.exif)
         return {"image": self.model_input(pixels), "label": np.int32(sample["label"])}
 
     def model_input(self, pixels: UInt8[np.ndarray, "height width 3"]) -> Float32[np.ndarray, "rows columns 3"]:

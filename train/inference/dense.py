@@ -1,7 +1,7 @@
 """What detectors and segmenters find in image files, at the files' own sizes."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,7 +85,7 @@ def find(
 
     def draw_picture(place: int, found: Objects | Segments) -> str:
         pixels = decoded(source[place], task.config.exif)
-        write_whole(pictures[place], png_of(_drawn(found, pixels, task.class_names)))
+        write_whole(pictures[place], png_of(drawn(found, pixels, task.class_names)))
         return str(pictures[place])
 
     draw = BestEffort("pictures of what is found", say)
@@ -138,16 +138,27 @@ def _found_in_whole(
         for number, outputs in enumerate(forward(compiled, fed)):
             size = sizes.popleft()
             for row in np.flatnonzero(outputs["mask"]).tolist():
-                placement = whole_placement(tuple(size[row].tolist()), canvas)
                 own = {name: array[row] for name, array in outputs.items()}
-                if isinstance(task, Detection):
-                    found = boxes_found(own, placement)
-                else:
-                    found = (classes_in_picture(own["logits"], placement),)
-                yield number * batch_size + row, found
+                yield number * batch_size + row, found_in_picture(own, tuple(size[row].tolist()), canvas)
 
 
-def _drawn(found: Objects | Segments, pixels: UInt8[np.ndarray, "height width 3"], names: Sequence[str]) -> Image.Image:
+def found_in_picture(
+    outputs: Mapping[str, np.ndarray], size: tuple[int, int], canvas: tuple[int, int]
+) -> tuple[np.ndarray, ...]:
+    """Boxes, scores and classes of a picture, see `boxes_found`; or of a segmenter the class of each pixel.
+
+    Args:
+        outputs: what `found` of the task tells of the whole picture on its canvas.
+        size, canvas: of the picture, and of what the model sees: (height, width).
+    """
+    placement = whole_placement(size, canvas)
+    return (
+        (classes_in_picture(outputs["logits"], placement),) if "logits" in outputs else boxes_found(outputs, placement)
+    )
+
+
+def drawn(found: Objects | Segments, pixels: UInt8[np.ndarray, "height width 3"], names: Sequence[str]) -> Image.Image:
+    """A picture with what is found in it; of objects those with a score of 0.3 or more."""
     if isinstance(found, Segments):
         return with_segments(pixels, found.segments)
     shown = found.scores >= SHOWN_SCORE

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -62,21 +63,31 @@ class JsonLines:
         self.header = ""
 
     def entry(self, found: Objects | Segments) -> str:
-        names, line = self._names, {"path": found.path}
-        if isinstance(found, Segments):
-            line["classes"] = [{"class": names[c], "index": c, "share": _rounded(s)} for c, s in _shares(found)]
-            line |= {"mask": found.mask} if found.mask else {}
-        else:
-            objects = zip(found.classes.tolist(), found.scores, found.boxes, strict=True)
-            line["objects"] = [
-                {"class": names[c], "index": c, "score": _rounded(score), "box": list(map(_rounded, box))}
-                for c, score, box in objects
-            ]
+        line = {"path": found.path} | told(found, self._names)
+        line |= {"mask": found.mask} if isinstance(found, Segments) and found.mask else {}
         line |= {"picture": found.picture} if found.picture else {}
         return json.dumps(line) + "\n"
 
 
 FORMATS: dict[str, type[Table | Csv | JsonLines]] = {"table": Table, "csv": Csv, "jsonl": JsonLines}
+
+
+def told(found: Objects | Segments, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """What is found in an image as JSON has it: `objects`, the best first, or the `classes` of its pixels with their
+    shares, the largest first.
+
+    Args:
+        names: of the classes.
+    """
+    if isinstance(found, Segments):
+        return {"classes": [{"class": names[c], "index": c, "share": _rounded(s)} for c, s in _shares(found)]}
+    objects = zip(found.classes.tolist(), found.scores, found.boxes, strict=True)
+    return {
+        "objects": [
+            {"class": names[c], "index": c, "score": _rounded(score), "box": list(map(_rounded, box))}
+            for c, score, box in objects
+        ]
+    }
 
 
 def coco_file(results: Sequence[Objects], paths: Sequence[str]) -> bytes:

@@ -3,28 +3,28 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from functools import partial
+from typing import Any, TypeVar
 
-import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from train.inference.classify import best_classes
-from train.inference.predictions import Prediction
 from train.inference.server import protocol
+from train.inference.server.answers import answers_of
 from train.inference.server.batcher import Batcher
-from train.inference.server.bodies import Asked, read_asked, read_body
-from train.inference.server.engine import Engine
+from train.inference.server.bodies import read_asked, read_body
+from train.inference.server.engines.engine import Engine
 from train.inference.server.gate import GONE, Gate, tell_failure, tell_refusal
 from train.inference.server.limits import Admission, Limits, Refusal
 from train.inference.server.metrics import CONTENT_TYPE, Metrics
 from train.inference.server.page import openapi, page, told_attention
-from train.inference.server.pictures import Pictures
+from train.inference.server.pictures import Picture, Pictures
 
+_T = TypeVar("_T")
 Answer = Callable[[Request, bytes, "Room"], Coroutine[Any, Any, Response]]
 
 _PROBES = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"})
@@ -59,6 +59,9 @@ class Service:
         self.admission = Admission(limits)
         self.batcher = Batcher(engine, limits.batching_delay, self.admission, self.metrics)
         self.pictures = Pictures(engine.transform, limits, self.metrics)
+        self.answers = answers_of(engine)
+        # while a batch is computed there are the outputs of one before it: of segmenters they may be a gigabyte
+        self._room_for_outputs = asyncio.Semaphore(2 * engine.sizes[-1])
         self.starting, self.ending = True, False
         self.metrics.held.set_function(lambda: self.admission.taken)
         self.metrics.ready.set_function(lambda: self.is_ready)
@@ -90,9 +93,16 @@ class Service:
         finally:
             room.leave()
 
-    async def probabilities(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Those (classes,) of images, computed in whatever batches."""
-        return await asyncio.gather(*map(self.batcher.ask, images))
+    async def computed(self, pictures: list[Picture], tell: Callable[[Any, Picture], _T]) -> list[_T]:
+        """What `tell` makes of each picture and the engine's output for it, computed in whatever batches."""
+        return await asyncio.gather(*(self._computed(picture, tell) for picture in pictures))
+
+    async def _computed(self, picture: Picture, tell: Callable[[Any, Picture], _T]) -> _T:
+        if not self.answers.takes_long:
+            return tell(await self.batcher.ask(picture.image), picture)
+        async with self._room_for_outputs:
+            row = await self.batcher.ask(picture.image)
+            return await self.pictures.run(tell, row, picture)
 
     async def _unless_gone(self, request: Request, answer: Awaitable[Response], seconds: float) -> Response:
         """The answer, if it is there in time and somebody still waits for it; otherwise it leaves all queues."""
@@ -203,7 +213,7 @@ class _Endpoints:
 
     async def model_metadata(self, request: Request) -> Response:
         protocol.check_model(**request.path_params)
-        return JSONResponse(protocol.model_metadata(self._service.engine))
+        return JSONResponse(protocol.model_metadata(self._service.engine.platform, self._service.answers.outputs))
 
     async def model_ready(self, request: Request) -> Response:
         protocol.check_model(**request.path_params)
@@ -215,13 +225,15 @@ class _Endpoints:
         return await self._service.answered(request, self._inferred)
 
     async def _inferred(self, request: Request, body: bytes, room: Room) -> Response:
-        pictures, length = self._service.pictures, request.headers.get(protocol.JSON_LENGTH)
-        asked = await pictures.run(protocol.read_inference, body, length)
+        service, length = self._service, request.headers.get(protocol.JSON_LENGTH)
+        read, answers = service.pictures, service.answers
+        asked = await read.run(protocol.read_inference, body, answers.outputs, length)
         room.resize(len(asked.pictures))
         encoded = isinstance(asked.pictures, list)
-        images = await (pictures.of_files if encoded else pictures.of_pixels)(asked.pictures)
-        probabilities = np.stack(await self._service.probabilities(images))
-        content, headers = protocol.answer(asked, probabilities)
+        pictures = await (read.of_files if encoded else read.of_pixels)(asked.pictures)
+        answers.check(pictures)
+        rows = await service.computed(pictures, answers.tensors)
+        content, headers = await read.run(protocol.answer, asked, answers.outputs, rows)
         return Response(content, headers=headers)
 
     # --- our own ---
@@ -230,26 +242,20 @@ class _Endpoints:
         return await self._service.answered(request, self._predicted)
 
     async def _predicted(self, request: Request, body: bytes, room: Room) -> Response:
-        service = self._service
-        content_type = request.headers.get("content-type", "")
-        asked = await read_asked(content_type, request.query_params, body)
+        service, content_type = self._service, request.headers.get("content-type", "")
+        asked = await read_asked(content_type, request.query_params, body, service.answers.options)
         if asked.attention and not service.engine.explains:
             raise Refusal(400, "this model does not tell what it attends to")
-        if asked.attention and len(asked.pictures) > 1:
-            raise Refusal(400, "attention is told for one picture at a time")
+        if (asked.attention or asked.overlay) and len(asked.pictures) > 1:
+            what = "attention is told" if asked.attention else "overlay is drawn"
+            raise Refusal(400, f"{what} for one picture at a time")
         room.resize(len(asked.pictures))
-        images = await service.pictures.of_files(asked.pictures)
+        pictures = await service.pictures.of_files(asked.pictures, keep_pixels=asked.overlay)
         if asked.attention:
-            explained = await service.batcher.ask(images[0], explain=True)
-            attention = await service.pictures.run(told_attention, service.engine.config, images[0], explained)
-            result = {"predictions": self._best(explained.probabilities, asked), "attention": attention}
-            return JSONResponse({"results": [result]})
-        results = [{"predictions": self._best(row, asked)} for row in await service.probabilities(images)]
+            explained = await service.batcher.ask(pictures[0].image, explain=True)
+            told = service.answers.told(explained.probabilities, pictures[0], asked)
+            run, config = service.pictures.run, service.engine.config
+            attention = await run(told_attention, config, pictures[0].image, explained)
+            return JSONResponse({"results": [told | {"attention": attention}]})
+        results = await service.computed(pictures, partial(service.answers.told, asked=asked))
         return JSONResponse({"results": results})
-
-    def _best(self, probabilities: Any, asked: Asked) -> list[dict[str, Any]]:
-        return [_told(one) for one in best_classes(probabilities, self._service.engine.class_names, asked.top_k)]
-
-
-def _told(prediction: Prediction) -> dict[str, Any]:
-    return {"class": prediction.class_name, "index": prediction.index, "probability": prediction.probability}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from train.inference.server.engine import Engine
+from train.inference.server.engines.engine import Engine
 from train.inference.server.limits import Admission
 from train.inference.server.metrics import Metrics
 
@@ -47,7 +47,7 @@ class Batcher:
         return len(self._queue)
 
     def ask(self, image: np.ndarray, *, explain: bool = False) -> "asyncio.Future[Any]":
-        """A future: of the image's probabilities, or of what `Engine.explain` returns."""
+        """A future: of what `Engine.compute` returns of the image, or `Engine.explain`."""
         answer = asyncio.get_running_loop().create_future()
         self._queue[answer] = _Waiting(image, explain, answer, time.monotonic())
         answer.add_done_callback(lambda done: self._queue.pop(done, None))
@@ -118,4 +118,4 @@ class Batcher:
 
     def _compute(self, batch: Sequence[_Waiting]) -> Sequence[Any]:
         images = np.stack([waiting.image for waiting in batch])
-        return [self._engine.explain(images)] if batch[0].explain else self._engine.classify(images)
+        return [self._engine.explain(images)] if batch[0].explain else self._engine.compute(images)

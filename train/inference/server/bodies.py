@@ -3,7 +3,7 @@
 import base64
 import binascii
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -17,15 +17,16 @@ from train.inference.server.limits import Limits, Refusal
 TOP_K = 5
 _DISCARDED = 4  # times the largest body; so much more is read, to no use, before a refusal
 _RAW = ("application/octet-stream", "application/x-www-form-urlencoded")  # the latter: curl, if it is told no other
-_JSON_KEYS = ("picture", "pictures", "top_k", "attention")
 
 
 class Asked(NamedTuple):
     """What `POST /predict` is to answer."""
 
     pictures: list[bytes]  # encoded
-    top_k: int = TOP_K
-    attention: bool = False
+    top_k: int = TOP_K  # of a classifier
+    attention: bool = False  # of a classifier: what its class tokens attend to
+    overlay: bool = False  # of the others: the picture with what is found in it
+    mask: bool = False  # of a segmenter
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
@@ -55,19 +56,19 @@ def _too_large(most: int) -> Refusal:
     return Refusal(413, f"the body has more than {most} bytes", {"Connection": "close"})
 
 
-async def read_asked(content_type: str, query: Mapping[str, str], body: bytes) -> Asked:
-    """What a body of this type asks for. Raises Refusal."""
+async def read_asked(content_type: str, query: Mapping[str, str], body: bytes, known: Sequence[str]) -> Asked:
+    """What a body of this type asks for. Raises Refusal.
+
+    Args:
+        known: the fields of `Asked` beside its pictures that this model has answers to.
+    """
     kind = content_type.partition(";")[0].strip().lower()
-    unknown = set(query) - {"top_k", "attention"}
+    unknown = set(query) - set(known)
     if unknown:
-        raise Refusal(400, f"unknown in the query: {sorted(unknown)[0][:40]!r}; known are top_k and attention")
-    options: dict[str, Any] = {}
-    if "top_k" in query:
-        options["top_k"] = _top_k(int(query["top_k"]) if _is_whole(query["top_k"]) else query["top_k"])
-    if "attention" in query:
-        options["attention"] = _flag({"true": True, "1": True, "false": False, "0": False}.get(query["attention"]))
+        raise Refusal(400, f"unknown in the query: {sorted(unknown)[0][:40]!r}; this model knows {', '.join(known)}")
+    options = {name: _option(name, _typed(name, text)) for name, text in query.items()}
     if kind == "application/json":
-        pictures, more = _of_json(body)
+        pictures, more = _of_json(body, known)
         options |= more
     elif kind == "multipart/form-data":
         pictures = await _of_form(content_type, body)
@@ -100,18 +101,15 @@ def decoded_base64(text: Any, name: str) -> bytes:
         raise Refusal(400, f"{name} is not in base64: {error}") from None
 
 
-def _of_json(body: bytes) -> tuple[list[bytes], dict[str, Any]]:
+def _of_json(body: bytes, known: Sequence[str]) -> tuple[list[bytes], dict[str, Any]]:
     asked = parsed_json(body)
-    if not isinstance(asked, dict) or set(asked) - set(_JSON_KEYS) or ("picture" in asked) == ("pictures" in asked):
-        raise Refusal(400, 'JSON is an object with "picture" or "pictures", and may have "top_k" and "attention"')
+    keys = {"picture", "pictures", *known}
+    if not isinstance(asked, dict) or set(asked) - keys or ("picture" in asked) == ("pictures" in asked):
+        raise Refusal(400, f'JSON is an object with "picture" or "pictures", and may have {", ".join(known)}')
     texts = asked["pictures"] if "pictures" in asked else [asked["picture"]]
     if not isinstance(texts, list):
         raise Refusal(400, "pictures must be an array of strings in base64")
-    options = {}
-    if "top_k" in asked:
-        options["top_k"] = _top_k(asked["top_k"])
-    if "attention" in asked:
-        options["attention"] = _flag(asked["attention"])
+    options = {name: _option(name, asked[name]) for name in known if name in asked}
     return [decoded_base64(text, f"picture {place}") for place, text in enumerate(texts, start=1)], options
 
 
@@ -142,17 +140,18 @@ async def _of_form(content_type: str, body: bytes) -> list[bytes]:
     return files
 
 
-def _is_whole(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 10
-
-
-def _top_k(value: Any) -> int:
-    if type(value) is not int or value < 1:
+def _option(name: str, value: Any) -> int | bool:
+    """The value of an option as JSON has it. Raises Refusal."""
+    if name != "top_k":
+        if not isinstance(value, bool):
+            raise Refusal(400, f"{name} must be true or false")
+    elif type(value) is not int or value < 1:
         raise Refusal(400, "top_k must be a whole number, 1 or more")
     return value
 
 
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise Refusal(400, "attention must be true or false")
-    return value
+def _typed(name: str, text: str) -> str | int | bool:
+    """A value in a query as JSON would have it."""
+    if name != "top_k":
+        return {"true": True, "1": True, "false": False, "0": False}.get(text, text)
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from crossvit_jax import CrossViTConfig
-from train.inference.server.engine import Engine, Explained
+from train.inference.server.engines.engine import Engine, Explained
 from train.inference.server.pictures import png
 from train.pictures.attention import seen_region
 
@@ -29,7 +29,9 @@ def openapi() -> str:
 def page(engine: Engine) -> tuple[str, dict[str, str]]:
     """The page, and its headers: it runs its own script and style, and loads nothing from anywhere else."""
     text = _file("page.html").replace("HEADLINE", html.escape(engine.headline))
-    text = text.replace('data-attention=""', f'data-attention="{str(engine.explains).lower()}"')
+    query = "top_k=5" if engine.config.task == "classification" else "overlay=true"
+    query += "&amp;attention=true" if engine.explains else ""
+    text = text.replace('data-query=""', f'data-query="{query}"')
     allowed = " ".join(f"{kind}-src {_hash(text, kind)};" for kind in ("script", "style"))
     policy = f"default-src 'none'; {allowed} img-src data: blob:; connect-src 'self'; form-action 'none'"
     return text, {"Content-Security-Policy": policy + "; frame-ancestors 'none'", "Referrer-Policy": "no-referrer"}

@@ -6,14 +6,14 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from crossvit_jax.preprocess import MEAN, STD, UnreadableImage
-from train.images.transforms import EvalTransform
+from train.images.decode import decode_pixels
+from train.inference.server.engines.engine import Transform
 from train.inference.server.limits import Limits, Refusal
 from train.inference.server.metrics import Metrics
 
@@ -22,12 +22,19 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _LONGEST_PREFIX = 16  # bytes that Pillow looks at to tell a format
 
 
+class Picture(NamedTuple):
+    """A picture that somebody sent."""
+
+    image: np.ndarray  # (height, width, 3), float32: what the model takes
+    size: tuple[int, int]  # height and width as it was sent
+    pixels: np.ndarray | None = None  # (height, width, 3), uint8, where they are still needed
+
+
 class Pictures:
     """Decodes in a few threads, whose number bounds how many decoded pictures are in memory."""
 
-    def __init__(self, transform: EvalTransform, limits: Limits, metrics: Metrics):
-        self._transform = replace(transform, formats=FORMATS)
-        self._limits, self._metrics = limits, metrics
+    def __init__(self, transform: Transform, limits: Limits, metrics: Metrics):
+        self._transform, self._limits, self._metrics = transform, limits, metrics
         self._threads = ThreadPoolExecutor(os.cpu_count(), "decode")
 
     async def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -38,26 +45,28 @@ class Pictures:
         """Loads and compiles what the first picture would wait for."""
         await self.run(self._transform.model_input, np.zeros((64, 48, 3), np.uint8))
 
-    async def of_files(self, encoded: Sequence[bytes]) -> list[np.ndarray]:
-        """Images (height, width, 3) of encoded pictures. Raises Refusal, naming the picture where there are several."""
+    async def of_files(self, encoded: Sequence[bytes], *, keep_pixels: bool = False) -> list[Picture]:
+        """Encoded pictures, decoded. Raises Refusal, naming the picture where there are several."""
         names = ["the picture"] if len(encoded) == 1 else [f"picture {place}" for place in range(1, len(encoded) + 1)]
-        reading = [self.run(self._of_file, *one) for one in zip(encoded, names, strict=True)]
+        reading = [self.run(self._of_file, *one, keep_pixels) for one in zip(encoded, names, strict=True)]
         return list(await asyncio.gather(*reading))
 
-    async def of_pixels(self, pixels: np.ndarray) -> list[np.ndarray]:
+    async def of_pixels(self, pixels: np.ndarray) -> list[Picture]:
         """The same of decoded ones (pictures, height, width, 3), uint8 RGB."""
         self._check_size((pixels.shape[2], pixels.shape[1]), "a picture")
-        return list(await asyncio.gather(*(self.run(self._transform.model_input, one) for one in pixels)))
+        images = await asyncio.gather(*(self.run(self._transform.model_input, one) for one in pixels))
+        return [Picture(image, pixels.shape[1:3]) for image in images]
 
-    def _of_file(self, encoded: bytes, name: str) -> np.ndarray:
+    def _of_file(self, encoded: bytes, name: str, keep_pixels: bool) -> Picture:
         start = time.monotonic()
         self._check_size(_header_size(encoded, name), name)
         try:
-            image = self._transform({"image": encoded, "label": 0, "name": name})["image"]
+            pixels = decode_pixels(encoded, name, self._transform.exif, FORMATS)
         except UnreadableImage as error:
             raise Refusal(422, f"{name} cannot be read: {error.reason}") from None
+        picture = Picture(self._transform.model_input(pixels), pixels.shape[:2], pixels if keep_pixels else None)
         self._metrics.decode_seconds.observe(time.monotonic() - start)
-        return image
+        return picture
 
     def _check_size(self, size: tuple[int, int], name: str) -> None:
         width, height = size

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convert import metadata
-from convert.export.triton import CLASSES, INPUT, MODEL, PROBABILITIES, VERSION
+from convert.export.triton import INPUT, MODEL, VERSION
+from train.inference.server.answers import Tensor
 from train.inference.server.bodies import decoded_base64, parsed_json
-from train.inference.server.engine import Engine
 from train.inference.server.limits import Refusal
 
 JSON_LENGTH = "Inference-Header-Content-Length"
@@ -34,18 +34,14 @@ def server_metadata() -> dict[str, Any]:
     return {"name": "crossvit-jax", "version": metadata.version("crossvit-jax"), "extensions": ["binary_tensor_data"]}
 
 
-def model_metadata(engine: Engine) -> dict[str, Any]:
+def model_metadata(platform: str, outputs: Sequence[Tensor]) -> dict[str, Any]:
     """What the model takes and returns. Pictures are uint8 RGB of any size, or (BYTES, of shape [n]) encoded files."""
-    classes = len(engine.class_names)
     return {
         "name": MODEL,
         "versions": [VERSION],
-        "platform": engine.platform,
+        "platform": platform,
         "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, -1, -1, 3]}],
-        "outputs": [
-            {"name": PROBABILITIES, "datatype": "FP32", "shape": [-1, classes]},
-            {"name": CLASSES, "datatype": "INT64", "shape": [-1, classes]},
-        ],
+        "outputs": [{**one._asdict(), "shape": list(one.shape)} for one in outputs],
     }
 
 
@@ -56,10 +52,11 @@ def check_model(name: str, version: str | None = None) -> None:
         raise Refusal(404, f"there is no model {asked[:80]!r}; there is {MODEL!r}, version {VERSION}")
 
 
-def read_inference(body: bytes, json_length: str | None) -> Inference:
+def read_inference(body: bytes, known: Sequence[Tensor], json_length: str | None) -> Inference:
     """What a request asks for.
 
     Args:
+        known: the outputs that there are.
         json_length: the header that tells where the JSON ends and bytes begin; none: there are none.
 
     Raises Refusal.
@@ -78,20 +75,22 @@ def read_inference(body: bytes, json_length: str | None) -> Inference:
     if not isinstance(inputs, list) or len(inputs) != 1 or _object(inputs[0], "an input").get("name") != INPUT:
         raise Refusal(400, f"inputs must be an array of one, named {INPUT!r}")
     pictures = _pictures(inputs[0], body[length:])
-    return Inference(name, pictures, _outputs(asked))
+    return Inference(name, pictures, _outputs(asked, [one.name for one in known]))
 
 
-def answer(inference: Inference, probabilities: np.ndarray) -> tuple[bytes, dict[str, str]]:
+def answer(
+    inference: Inference, known: Sequence[Tensor], rows: Sequence[Sequence[np.ndarray]]
+) -> tuple[bytes, dict[str, str]]:
     """The body of a response, and its headers.
 
     Args:
-        probabilities: (pictures, classes), float32.
+        rows: for each picture, the arrays of the outputs that there are, little-endian.
     """
-    order = np.argsort(-probabilities, axis=-1, kind="stable")
-    tensors = {PROBABILITIES: ("FP32", probabilities.astype("<f4")), CLASSES: ("INT64", order.astype("<i8"))}
+    tensors = {one.name: (one.datatype, column) for one, column in zip(known, zip(*rows, strict=True), strict=True)}
     outputs, binary = [], []
     for name, as_bytes in inference.outputs.items():
-        datatype, tensor = tensors[name]
+        datatype, column = tensors[name]
+        tensor = np.stack(column)
         output: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(tensor.shape)}
         if as_bytes:
             output["parameters"] = {"binary_data_size": tensor.nbytes}
@@ -155,9 +154,9 @@ def _bytes_of(binary: bytes, count: int) -> list[bytes]:
     return found
 
 
-def _outputs(asked: Mapping[str, Any]) -> dict[str, bool]:
+def _outputs(asked: Mapping[str, Any], known: Sequence[str]) -> dict[str, bool]:
     """The names of those that are wanted (none named: all), and whether as bytes."""
-    known, all_binary = (PROBABILITIES, CLASSES), _parameters(asked).get("binary_data_output", False)
+    all_binary = _parameters(asked).get("binary_data_output", False)
     outputs = asked.get("outputs") or [{"name": name} for name in known]
     if not isinstance(outputs, list):
         raise Refusal(400, "outputs must be an array")

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shutil
 import socket
 import threading
 import time
@@ -17,7 +18,7 @@ from tests.train.small_weights import save_small
 from train.images.transforms import eval_transform
 from train.inference.model import load_classifier
 from train.inference.server.app import Service, make_app
-from train.inference.server.engine import JaxEngine
+from train.inference.server.engines.jax_engine import JaxEngine
 from train.inference.server.limits import Limits
 
 CLASSES = "abcdefgh"
@@ -40,7 +41,7 @@ class ToldEngine:
     def compile(self):
         pass
 
-    def classify(self, images):
+    def compute(self, images):
         self.batches.append(len(images))
         self.began.set()
         assert self.go.wait(60)
@@ -118,3 +119,20 @@ def address(small_engine):
     """Where a server of the shrunk model listens."""
     with _listening(Service(small_engine, Limits(pictures=16))) as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium; where there is none, tests of it are skipped."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("there is no chromium with its driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as browser:
+        yield browser

@@ -12,8 +12,8 @@ from convert.export.onnx_int8 import quantize_dynamic
 from tests.command_line import refusal
 from tests.train.inference.server.conftest import encoded
 from train.inference.model import load_classifier
-from train.inference.server.engine import JaxEngine
-from train.inference.server.onnx_engine import OnnxEngine
+from train.inference.server.engines.jax_engine import JaxEngine
+from train.inference.server.engines.onnx_engine import OnnxEngine
 from train.serve import main
 
 
@@ -31,16 +31,16 @@ def onnx_file(small_weights, tmp_path_factory):
 
 
 def _alone(engine, images):
-    return np.concatenate([engine.classify(one[None]) for one in images])
+    return np.concatenate([engine.compute(one[None]) for one in images])
 
 
 @pytest.mark.parametrize(("how", "bound"), [({"precision": "bfloat16"}, 2e-2), ({"quantize": "int8"}, 0.1)])
 def test_other_arithmetic_comes_near_and_neighbours_change_nothing(small_weights, small_engine, images, how, bound):
     engine = JaxEngine(load_classifier(small_weights, **{"precision": "float32"} | how), 2, explains=False)
     engine.compile()
-    together = engine.classify(images[:2])
-    np.testing.assert_allclose(together, small_engine.classify(images[:2]), atol=bound)
-    np.testing.assert_allclose(engine.classify(images[[0, 2]])[0], together[0], atol=1e-6)
+    together = engine.compute(images[:2])
+    np.testing.assert_allclose(together, small_engine.compute(images[:2]), atol=bound)
+    np.testing.assert_allclose(engine.compute(images[[0, 2]])[0], together[0], atol=1e-6)
     # in a program of another size, sums have another order, and values are rounded to the other side here and there
     np.testing.assert_allclose(together, _alone(engine, images[:2]), atol=2e-2)
 
@@ -50,8 +50,8 @@ def test_an_onnx_file_has_the_answers_of_its_source(onnx_file, small_engine, ima
     engine.compile()
     assert (engine.sizes, tuple(engine.class_names)) == ((1, 2, 4), tuple("abcdefgh"))
     assert "in float32 by ONNX Runtime" in engine.headline
-    expected = small_engine.classify(images)
-    np.testing.assert_allclose(engine.classify(images), expected, atol=1e-5)
+    expected = small_engine.compute(images)
+    np.testing.assert_allclose(engine.compute(images), expected, atol=1e-5)
     np.testing.assert_allclose(_alone(engine, images), expected, atol=1e-5)
     assert engine.transform == small_engine.transform
 
@@ -61,7 +61,7 @@ def test_a_dynamically_quantised_file_gets_one_picture_at_a_time(onnx_file, smal
     engine = OnnxEngine(tmp_path / "int8.onnx", 8)
     assert engine.sizes == (1,)
     expected = _alone(engine, images)
-    assert np.abs(expected - small_engine.classify(images)).max() < 0.1
+    assert np.abs(expected - small_engine.compute(images)).max() < 0.1
     client = serving(engine, batching_delay=0.02)
     files = [("a", encoded((70 + 9 * seed, 60), seed=seed)) for seed in range(3)]
     results = client.post("/predict?top_k=8", files=files).json()["results"]

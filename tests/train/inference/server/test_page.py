@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -55,7 +54,7 @@ def test_the_page_loads_nothing_from_anywhere(serving):
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert "unsafe" not in policy
     assert "an engine for tests" in answer.text
-    assert 'data-attention="false"' in answer.text
+    assert 'data-query="top_k=5"' in answer.text
 
 
 def test_the_description_has_exactly_the_routes(serving):
@@ -71,22 +70,6 @@ def test_the_description_has_exactly_the_routes(serving):
 
 
 # --- in a browser ---
-
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("there is no chromium with its driver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as browser:
-        yield browser
 
 
 def _drop(browser, path):
@@ -107,7 +90,7 @@ def test_a_picture_that_is_dropped_on_the_page_is_told_with_bars_and_maps(browse
     picture, broken = tmp_path / "picture.png", tmp_path / "broken.png"
     picture.write_bytes(encoded((90, 60)))
     broken.write_bytes(picture.read_bytes()[:300])
-    expected = small_engine.classify(
+    expected = small_engine.compute(
         small_engine.transform({"image": picture.read_bytes(), "label": 0, "name": ""})["image"][None]
     )[0]
     browser.get(f"http://{address}/")

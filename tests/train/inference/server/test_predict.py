@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tests.train.inference.server.conftest import CLASSES, ToldEngine, encoded
-from train.inference.server.engine import batch_sizes
+from train.inference.server.engines.engine import batch_sizes
 from train.predict import main as predict_main
 
 _JPEG = {"Content-Type": "image/jpeg"}
@@ -92,7 +92,7 @@ def test_pictures_are_turned_as_training_turned_them(serving, photographs, tmp_p
     engine = ToldEngine()
     engine.transform = replace(engine.transform, exif="apply")
     seen = []
-    engine.classify = lambda images: (seen.append(images[0]), [[0.0, 1.0]])[1]
+    engine.compute = lambda images: (seen.append(images[0]), [[0.0, 1.0]])[1]
     serving(engine).post("/predict", content=turned.read_bytes())
     assert seen[0].shape == (48, 48, 3)
     expected = engine.transform({"image": turned.read_bytes(), "label": 0, "name": ""})["image"]

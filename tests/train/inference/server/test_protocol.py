@@ -25,7 +25,7 @@ def triton(address):
 
 def _expected(engine, pictures):
     images = [engine.transform({"image": one, "label": 0, "name": ""})["image"] for one in pictures]
-    return engine.classify(np.stack(images))
+    return engine.compute(np.stack(images))
 
 
 def test_health_and_metadata(triton):
