@@ -10,6 +10,7 @@ from crossvit_jax.config.dense import (
     build_dense_config,
     get_dense_config,
 )
+from crossvit_jax.config.reduction import REDUCTIONS, Reduction
 from crossvit_jax.config.variants import CUSTOM, IBM_NAMES, TIMM_NAMES, VARIANTS, get_config, list_variants
 
 __all__ = [
@@ -18,12 +19,14 @@ __all__ = [
     "CUSTOM",
     "EXAMPLE",
     "IBM_NAMES",
+    "REDUCTIONS",
     "TIMM_NAMES",
     "VARIANTS",
     "Branch",
     "CrossViTConfig",
     "DenseConfig",
     "DetectorConfig",
+    "Reduction",
     "SegmenterConfig",
     "build_dense_config",
     "get_config",
