@@ -25,8 +25,8 @@ _SHARE, _PART, _RATE = {"at_least": 0, "at_most": 1}, {"above": 0, "at_most": 1}
 _CLASSIFICATION = {"mixup": 0, "cutmix": 0, "smoothing": 0, "repeated_aug": 1, "loss": "softmax", "qat": None}
 _CLASSIFICATION |= {"auto_augment": "", "erase_prob": 0, "class_order": None, "crop_pct": None, "dropout": 0}
 _CLASSIFICATION |= {"crop_scale": (0.08, 1.0), "crop_ratio": (3 / 4, 4 / 3), "mix_prob": 1, "cutmix_share": 0.5}
-_CLASSIFICATION |= {"mix_group": None, "patch_sizes": None, "reduce_tokens": None}
-_DENSE = {"width": None, "scale_jitter": (1.0, 1.0), "color_jitter": 0}
+_CLASSIFICATION |= {"mix_group": None, "patch_sizes": None, "reduce_tokens": None, "class_weights": None}
+_DENSE = {"width": None, "scale_jitter": (1.0, 1.0)}
 _DETECTION = {"num_convs": None, "distances": None}
 _SEGMENTATION = {"decoder": None, "dice": 0, "ignore_index": 255}
 _MEANS_NOTHING = {
@@ -212,6 +212,10 @@ class TrainConfig:
     )
     crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "width / height of a random crop", number_pair, above=0)
     hflip: float = setting(0.5, "probability of a horizontal flip", **_SHARE)
+    vflip: float = setting(0.0, "probability of a vertical flip, for pictures that have no upper side", **_SHARE)
+    color_jitter: float = setting(
+        0.0, "largest change of brightness, contrast and saturation in training, such as 0.4; on the host", at_least=0
+    )
     auto_augment: str = setting("rand-m9-mstd0.5-inc1", "timm's RandAugment or AutoAugment string; none: no such step")
     erase_prob: float = setting(0.25, "probability of random erasing (a box of normal noise)", **_SHARE)
     augment_on: Literal["device", "host", None] = setting(
@@ -238,6 +242,12 @@ class TrainConfig:
         "softmax", "softmax: soft-target cross-entropy; bce: binary cross-entropy of each class"
     )
 
+    class_weights: Literal["balanced", None] = setting(
+        None,
+        "classification: balanced weighs each class in the training loss by images / (classes x images of the class), "
+        "for classes of unequal size; none: all alike",
+    )
+
     decoder: Literal["upernet", "mask", None] = setting(
         None,
         "segmentation: upernet (convolutions on a pyramid) or mask (Segmenter's mask transformer); none: upernet",
@@ -259,7 +269,6 @@ class TrainConfig:
     scale_jitter: tuple[float, float] = setting(
         (1.0, 1.0), "smallest and largest size of an image in training; 1: it just fits", number_pair, above=0
     )
-    color_jitter: float = setting(0.0, "largest change of brightness, contrast and saturation in training", at_least=0)
     dice: float = setting(
         0.0,
         "segmentation: weight of the Dice loss beside the cross-entropy; with --grad-accum it is that of each part",
@@ -358,6 +367,11 @@ class TrainConfig:
             )
         if self.init is not None and self.resume is not None:
             raise SettingsError("init begins anew from weights, and resume goes on with a run: leave one out")
+        if self.class_weights is not None and self.loss != "softmax":
+            raise SettingsError(
+                f"class_weights {self.class_weights} is for loss softmax: in {self.loss}, each class has a loss of its "
+                "own, whose sides a weight does not balance"
+            )
         if self.qat is not None and self.init is None and self.resume is None:
             raise SettingsError(f"qat {self.qat} is for weights that are trained already: name them with --init")
         if self.qat is not None and self.freeze_backbone:

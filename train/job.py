@@ -171,7 +171,7 @@ def augment_on(config: TrainConfig, saved: dict[str, Any] | None) -> str:
         return config.augment_on
     if saved is not None:
         return begun_settings(saved)["augment_on"]
-    return "device" if jax.default_backend() == "gpu" and device_can_augment(config.auto_augment) else "host"
+    return "device" if jax.default_backend() == "gpu" and device_can_augment(config) else "host"
 
 
 def mix_group(config: TrainConfig, saved: dict[str, Any] | None, mesh: Mesh) -> int:

@@ -16,11 +16,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from convert.errors import ConversionError, SettingsError, UserError
-from convert.formats.run_folder import AVERAGE, BEST, CHECKPOINTS, WEIGHTS, read_state
+from convert.formats.run_folder import AVERAGE, BEST, CHECKPOINTS, CURVES, WEIGHTS, read_state
 from convert.image_files import accepted_unreadable
 from convert.streams import tell
 from convert.tree import nest
-from train.data.bad_images import BadImages, too_many_error
+from train.data.bad_images import BadImages, too_many_error, unreadable
 from train.data.sources import DataError, WorkersFailed
 from train.data.tagged_images import TaggedImages
 from train.devices.hosts import is_main
@@ -46,8 +46,9 @@ from train.tasks.task import Metric, Scores, choosing_metric
 if TYPE_CHECKING:
     from train.run.checkpoints import Checkpoints
 
-CURVES_FILE, BATCH_FILE, OUTPUTS_FILE = "curves.png", "train_batch.png", "predictions.png"
+CURVES_FILE, BATCH_FILE, OUTPUTS_FILE = CURVES, "train_batch.png", "predictions.png"
 _DRAWN_EVERY_S = 60.0
+_LOOKED_AT = 2000  # held-out images, before the first epoch
 _DRAWN_IMAGES = 12
 
 
@@ -115,6 +116,8 @@ def train(job: Job) -> Result:
         run = stack.enter_context(closing(_Run(job, folder, programs, interruption, step=first_step, start=start)))
         memory, available = programs.memory, available_memory(mesh)
         check_fits(memory, available, config, mesh)
+        if newest_step == 0:
+            run.check_held_out()
         _say(memory.describe(available))
 
         # --- the state that an earlier run left, or a new one ---
@@ -182,6 +185,19 @@ class _Run:
         images, mesh = self._job.image_sets.held_out, self._job.mesh
         stream = open_eval_stream(config, images, transform, mesh, batch_size=self._job.eval_batch_size)
         return self._open.enter_context(closing(stream))
+
+    def check_held_out(self) -> None:
+        """Looks at the held-out images before anything is trained: at all of a small set, at some of a large one.
+
+        Raises TooManyBadImages if more of them cannot be read than is accepted.
+        """
+        source, share = self._job.image_sets.held_out, self._job.config.max_bad_images
+        count = min(len(source), _LOOKED_AT)
+        places = np.linspace(0, len(source) - 1, count).astype(int)
+        bad = unreadable(source, places, self._job.config.exif)
+        self._bad_held_out.add(bad)
+        if len(bad) > accepted_unreadable(share, count):
+            raise too_many_error(self._bad_held_out, len(bad), count, share)
 
     def restore_or_begin(self, checkpoints: "Checkpoints") -> None:
         """The state of the newest checkpoint that is whole, or a new one."""

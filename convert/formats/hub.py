@@ -74,7 +74,6 @@ class _Repository:
         index = self.file(INDEX)
         for name in [] if index is None else shard_names(index):
             if self.file(name) is None:
-                raise ConversionError(
-                    f"hf-hub:{self._name} has no {name}, which its {INDEX} names, or it is not cached"
-                )
+                missing = "not in the cache" if self.is_unreachable else "not there"
+                raise ConversionError(f"hf-hub:{self._name}: {name} is {missing}, and {INDEX} names it")
         return index

@@ -237,6 +237,18 @@ def test_too_many_unreadable_images_end_the_run_with_their_names(run, no_curves,
     assert ".png" in error
 
 
+def test_held_out_images_are_looked_at_before_the_first_epoch(run, no_curves, small_variant, image_folder):
+    for i in range(60):
+        path = image_folder(f"{'train' if i < 48 else 'val'}/{'ab'[i % 2]}/{i}.png", seed=i)
+        if i > 55:
+            path.write_bytes(b"no image")
+    flags = [f"--dataset=folder:{image_folder()}", "--recipe=digits", "--epochs=3", "--batch-size=8"]
+    status, out, error, folder = run(*flags)
+    assert (status, folder.exists()) == (1, False)
+    assert "4 of 12 images cannot be read, more than the share of 0.01 that is accepted" in error
+    assert "the first step was done" not in out
+
+
 @pytest.fixture
 def timm_checkpoint(run, no_curves, small_variant, tmp_path):
     """A file as timm saves it, for the ten digits at 48 pixels."""

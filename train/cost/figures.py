@@ -154,7 +154,7 @@ def _target(config: TrainConfig, num_classes: int, topology: str | None, *, trai
         devices = gpus.gpu_devices(topology) if gpu else slices.slice_devices(topology)
     mesh = make_mesh(config.mesh, devices)
     check_divides(config, mesh)
-    on_gpu = mesh.devices.flat[0].platform == "gpu" and device_can_augment(config.auto_augment)
+    on_gpu = mesh.devices.flat[0].platform == "gpu" and device_can_augment(config)
     on_device = config.augment_on == "device" or (config.augment_on is None and on_gpu)
     # on the device, augmentation is a program beside the step
     config = dataclasses.replace(

@@ -1,6 +1,7 @@
 """The images of a run that cannot be read: each is told once, and too many of them stop the run."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Int
@@ -53,6 +54,24 @@ class BadImages:
         except UnreadableImage as error:
             return error.name, str(error)
         return sample["name"], f"could not read image {sample['name']}, which can be read now"
+
+
+def unreadable(
+    source: Source, places: Int[np.ndarray, " images"], exif: Exif = "keep"
+) -> Int[np.ndarray, " unreadable"]:
+    """Which of the images at some places cannot be read or decoded. Raises DataError if the data set has gone."""
+    from train.images.dense import decoded  # late, as above
+
+    def is_whole(place: int) -> bool:
+        try:
+            decoded(source[place], exif)
+        except UnreadableImage:
+            return False
+        return True
+
+    with ThreadPoolExecutor() as pool:
+        whole = list(pool.map(is_whole, places.tolist()))
+    return places[~np.array(whole, bool)]
 
 
 def too_many_error(bad_images: BadImages, count: int, images: int, share: float) -> TooManyBadImages:

@@ -13,11 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+from jaxtyping import Int
+
 from convert.errors import UserError
 from crossvit_jax.preprocess import UnreadableImage, read_image_file
 
 TRAIN_SPLIT = "train"
 HELD_OUT_SPLITS = ("validation", "val", "test")  # the first that is there
+_LABELS_AT_A_TIME = 1024  # records that are in memory
 
 
 class DataError(UserError):
@@ -80,6 +84,19 @@ def image_names(source: Source) -> list[str]:
     if hasattr(source, "source"):  # `Matched` and its like
         return image_names(source.source)
     return source.paths() if hasattr(source, "paths") else [str(index) for index in range(len(source))]
+
+
+def image_labels(source: Source) -> Int[np.ndarray, " images"]:
+    """The labels of all images in their order. Of tensorflow-datasets sets every record is read for that."""
+    if isinstance(source, Matched):
+        return np.array(source.classes)[image_labels(source.source)]
+    if not callable(source.labels):
+        return np.asarray(source.labels)
+    starts = range(0, len(source), _LABELS_AT_A_TIME)
+    ends = (min(start + _LABELS_AT_A_TIME, len(source)) for start in starts)
+    return np.concatenate(
+        [source.labels(range(start, end)) for start, end in zip(starts, ends, strict=True)], dtype=np.int64
+    )
 
 
 @dataclass(frozen=True)

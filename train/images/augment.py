@@ -1,7 +1,8 @@
 """Augmentation on the device: what timm does to a crop, for a whole batch of them, in a jitted function of its own.
 
-Flip, RandAugment, normalisation and random erasing; reading, decoding and cropping stay with the workers. What is drawn
-for an image (`draw`) is apart from what is done with it: with the same draws the pixels are those of timm and Pillow.
+Flips, RandAugment, normalisation and random erasing; reading, decoding and cropping stay with the workers. What is
+drawn for an image (`draw`) is apart from what is done with it: with the same draws the pixels are those of timm and
+Pillow.
 An image's draws follow from the seed, the step and its place in the batch, on any number of devices.
 
 Most images need none of the costly operations, so each is done for those that need it, a few at a time.
@@ -49,6 +50,7 @@ class Draws(NamedTuple):
     negative: Bool[Array, "*batch layers"]  # the direction, of operations that have two
     box: Int[Array, "*batch 4"]  # top, bottom, left, right of what is erased; lower ends inclusive
     noise: Key[Array, "*batch"]  # decides what is there instead
+    vertical: Bool[Array, "*batch"] | None = None  # flipped so; none: nothing was drawn for it
 
 
 def draw(key: Key[Array, ""], config: TrainConfig, size: tuple[int, int]) -> Draws:
@@ -60,6 +62,8 @@ def draw(key: Key[Array, ""], config: TrainConfig, size: tuple[int, int]) -> Dra
     shares = jax.random.uniform(uniform, (_SHARES + 3 * layers,))
     (flip, *box), (operations, applied, negative) = shares[:_SHARES], shares[_SHARES:].reshape(3, layers)
     magnitudes = policy.magnitude + policy.noise * jax.random.normal(normal, (layers,))
+    # of a key of its own, so that recipes without it draw what they always drew
+    vertical = jax.random.bernoulli(jax.random.fold_in(noise, 0), config.vflip) if config.vflip else None
     return Draws(
         flip=flip < config.hflip,
         operations=_whole(operations, len(OPERATIONS)),
@@ -68,6 +72,7 @@ def draw(key: Key[Array, ""], config: TrainConfig, size: tuple[int, int]) -> Dra
         negative=negative < 0.5,
         box=_draw_box(jnp.stack(box), config.erase_prob, size),
         noise=noise,
+        vertical=vertical,
     )
 
 
@@ -104,6 +109,8 @@ def augment(
 ) -> Float32[Array, "batch height width 3"]:
     """What timm makes of crops, with given draws: flipped, augmented, normalised, erased."""
     images = jnp.where(draws.flip[:, None, None, None], images[:, :, ::-1], images)
+    if draws.vertical is not None:
+        images = jnp.where(draws.vertical[:, None, None, None], images[:, ::-1], images)
     by_table, by_blend = (functools.partial(function, increasing=increasing) for function in (_by_table, _by_blend))
 
     def layer(images: Array, drawn: tuple[Array, Array, Array, Array]) -> tuple[Array, None]:

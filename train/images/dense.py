@@ -51,19 +51,19 @@ def padded_boxes(objects: Boxes, placement: Placement, most_boxes: int) -> dict[
 
 @dataclass(frozen=True)
 class _Augment:
-    """Scale jitter, flip and colour: drawn once, done to the picture and to what belongs to it."""
+    """Scale jitter, flips and colour: drawn once, done to the picture and to what belongs to it."""
 
     image_size: tuple[int, int]
     scale_jitter: tuple[float, float] = (1.0, 1.0)
     hflip: float = 0.0
+    vflip: float = 0.0
     color_jitter: float = 0.0
     exif: Exif = "keep"
 
     def _drawn(self, sample: Sample, rng: np.random.Generator) -> tuple[Float32[np.ndarray, "rows cols 3"], Placement]:
         pixels = decoded(sample, self.exif)
-        placement = draw_placement(
-            rng, pixels.shape[:2], self.image_size, scale_jitter=self.scale_jitter, hflip=self.hflip
-        )
+        how = {"scale_jitter": self.scale_jitter, "hflip": self.hflip, "vflip": self.vflip}
+        placement = draw_placement(rng, pixels.shape[:2], self.image_size, **how)
         if self.color_jitter:
             pixels = jitter_colour(pixels, draw_colour(rng, self.color_jitter))
         return normalised(place_pixels(pixels, placement)), placement

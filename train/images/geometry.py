@@ -34,7 +34,8 @@ class Boxes(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """A picture is resized, mirrored where wanted, and a window of it put into the upper left corner of the canvas.
+    """A picture is resized, mirrored and turned upside down where wanted, and a window of it put into the upper left
+    corner of the canvas.
 
     Whatever of the canvas the picture does not reach is padding, right and below.
     """
@@ -45,6 +46,7 @@ class Placement(NamedTuple):
     top: int = 0  # of the window, in the resized picture
     left: int = 0
     mirrored: bool = False
+    upside_down: bool = False
 
     @property
     def covered(self) -> tuple[int, int]:
@@ -80,22 +82,24 @@ def draw_placement(
     *,
     scale_jitter: tuple[float, float],
     hflip: float,
+    vflip: float = 0.0,
 ) -> Placement:
-    """Large-scale jitter: a scale, a window at a random place where the picture is then larger than the canvas, a flip.
+    """Large-scale jitter: a scale, a window at a random place where the picture is then larger than the canvas, flips.
 
-    Four numbers are drawn whatever the sizes are.
+    Four numbers are drawn whatever the sizes are, and one more where there is a `vflip`.
 
     Args:
         size, canvas: (height, width).
         scale_jitter: smallest and largest scale; 1: the picture just fits, as in evaluation.
-        hflip: probability of being mirrored.
+        hflip, vflip: probability of being mirrored, and of being turned upside down.
     """
     scale, flip, *places = rng.uniform(size=4)
     low, high = scale_jitter
     placement = whole_placement(size, canvas, low + (high - low) * scale)
     rooms = [max(0, whole - side) for whole, side in zip(placement.resized, canvas, strict=True)]
     top, left = (int(place * (room + 1)) for place, room in zip(places, rooms, strict=True))
-    return placement._replace(top=top, left=left, mirrored=bool(flip < hflip))
+    upside_down = bool(vflip and rng.uniform() < vflip)
+    return placement._replace(top=top, left=left, mirrored=bool(flip < hflip), upside_down=upside_down)
 
 
 # --- onto the canvas ---
@@ -130,6 +134,8 @@ def place_boxes(
     placed = boxes.astype(np.float64) * (placement.scale * 2)
     if placement.mirrored:
         placed[:, [0, 2]] = placement.resized[1] - placed[:, [2, 0]]
+    if placement.upside_down:
+        placed[:, [1, 3]] = placement.resized[0] - placed[:, [3, 1]]
     placed -= (placement.left, placement.top) * 2
     area = np.prod(placed[:, 2:] - placed[:, :2], axis=1)
     height, width = placement.covered
@@ -142,6 +148,8 @@ def place_boxes(
 def _window(resized: np.ndarray, placement: Placement) -> np.ndarray:
     if placement.mirrored:
         resized = resized[:, ::-1]
+    if placement.upside_down:
+        resized = resized[::-1]
     height, width = placement.covered
     return resized[placement.top : placement.top + height, placement.left : placement.left + width]
 
@@ -160,6 +168,8 @@ def boxes_in_picture(boxes: Float[np.ndarray, "boxes 4"], placement: Placement) 
     back = boxes + np.array((placement.left, placement.top) * 2, np.float64)
     if placement.mirrored:
         back[:, [0, 2]] = placement.resized[1] - back[:, [2, 0]]
+    if placement.upside_down:
+        back[:, [1, 3]] = placement.resized[0] - back[:, [3, 1]]
     height, width = placement.size
     return np.clip(back / (placement.scale * 2), 0, (width, height) * 2)
 
@@ -190,6 +200,8 @@ def _strips(logits: np.ndarray, placement: Placement):
     logits = np.asarray(logits)[: placement.resized[0], : placement.resized[1]]
     if placement.mirrored:
         logits = logits[:, ::-1]
+    if placement.upside_down:
+        logits = logits[::-1]
     at_a_time = max(1, _STRIP // (width * logits.shape[-1]))
     for first in range(0, height, at_a_time):
         rows = _between(logits, placement.resized[0], height, slice(first, first + at_a_time))

@@ -1,5 +1,6 @@
 """timm's RandAugment strings, such as `rand-m9-mstd0.5-inc1`, for augmenting on the device. Imports no framework."""
 
+import dataclasses
 import re
 from dataclasses import dataclass
 
@@ -45,16 +46,23 @@ def parse_rand_augment(text: str) -> RandAugment:
     return settings
 
 
-def device_can_augment(auto_augment: str) -> bool:
-    """Whether a policy is among those that the device knows; the host knows all of timm's."""
+def device_can_augment(config: TrainConfig) -> bool:
+    """Whether the device knows what is to be done to images; the host knows all that timm does."""
     try:
-        parse_rand_augment(auto_augment)
-    except ValueError:
+        check_augment_on(dataclasses.replace(config, augment_on="device"))
+    except SettingsError:
         return False
     return True
 
 
 def check_augment_on(config: TrainConfig) -> None:
-    """Raises SettingsError if the device is to augment images by a policy that it does not know."""
-    if config.augment_on == "device" and not device_can_augment(config.auto_augment):
-        raise SettingsError(f"augment_on device takes as auto_augment {ACCEPTED}; got {config.auto_augment!r}")
+    """Raises SettingsError if the device is to augment images by what it does not know."""
+    if config.augment_on == "device" and config.color_jitter:
+        raise SettingsError(f"augment_on device knows no color_jitter; got {config.color_jitter:g}")
+    if config.augment_on == "device":
+        try:
+            parse_rand_augment(config.auto_augment)
+        except ValueError:
+            raise SettingsError(
+                f"augment_on device takes as auto_augment {ACCEPTED}; got {config.auto_augment!r}"
+            ) from None

@@ -77,7 +77,8 @@ def timm_settings(config: TrainConfig) -> dict[str, Any]:
         "scale": config.crop_scale,
         "ratio": config.crop_ratio,
         "hflip": config.hflip,
-        "color_jitter": None,
+        "vflip": config.vflip,
+        "color_jitter": config.color_jitter or None,
         "auto_augment": config.auto_augment or None,
         "interpolation": "bicubic",
         "re_prob": config.erase_prob,
@@ -94,13 +95,14 @@ def require_timm(config: TrainConfig) -> None:
 
 def _timms_steps(config: TrainConfig) -> list[str]:
     """What is asked for that timm's code does, in words."""
-    asked = {"flips": config.hflip, "auto_augment": config.auto_augment, "random erasing": config.erase_prob}
+    asked = {"flips": config.hflip or config.vflip, "auto_augment": config.auto_augment}
+    asked |= {"colour jitter": config.color_jitter, "random erasing": config.erase_prob}
     return [name for name, value in asked.items() if value]
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """timm's training transform: random crop, flip, RandAugment, normalisation, random erasing.
+    """timm's training transform: random crop, flips, RandAugment, colour jitter, normalisation, random erasing.
 
     Called with a sample (`image`: encoded bytes, `label`, `name`) and the sample's generator. Raises UnreadableImage
     before it has drawn anything.
@@ -116,7 +118,11 @@ class TrainTransform:
         # magnitude 9 with its noise asks for 0 bits about once in 660 images
         operations = data.auto_augment.NAME_TO_OP
         operations["Posterize"] = operations["PosterizeIncreasing"] = _posterize
-        return data.create_transform((3, *self.image_size), **timm_settings(self.config))
+        settings = timm_settings(self.config)
+        del settings["is_training"]
+        # create_transform would leave out the colour jitter beside RandAugment
+        make = data.transforms_factory.transforms_imagenet_train
+        return make(self.image_size, **settings, force_color_jitter=True)
 
     @cached_property
     def _steps(self):

@@ -135,6 +135,8 @@ class Meter:
         speed = self._window.steps_per_s * self._batch_size
         self._progress.step(epoch=self._epoch, values=values, lr=self._lr, images_per_s=speed)
         if self.step % self._log_every == 0:
+            shown = {"epoch": self._epoch, "step": self.step, "values": self._window.values(self._lr)}
+            self._progress.steps(**shown, images_per_s=speed)
             self._write()
 
     def _check_numbers(self, loss: float, scaled: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""What the user sees of a run: a progress bar on a terminal, and one line per epoch everywhere."""
+"""What the user sees of a run: a progress bar on a terminal, lines with the time elsewhere, and one per epoch."""
 
 import contextlib
 import shutil
@@ -21,7 +21,8 @@ def open_bar(*, disable: bool | None = None, **settings: Any) -> tqdm:
 
 
 class Progress:
-    """Shows loss, metrics, learning rate, images/s and time left. Where output is no terminal, there is no bar."""
+    """Shows loss, metrics, learning rate, images/s and time left. Where output is no terminal, there are lines
+    in place of the bar."""
 
     def __init__(
         self,
@@ -65,10 +66,21 @@ class Progress:
         except OSError:  # the terminal is closed, and the run goes on
             self._bar.disable = True
 
+    def steps(self, *, epoch: int, step: int, values: Mapping[str, float], images_per_s: float) -> None:
+        """A line about the steps since the last such line, where there is no bar: with the time.
+
+        Args:
+            step: of the run, from 1.
+            values: means over the steps by their names in the log.
+        """
+        if self._silent or not self._bar.disable:
+            return
+        shown = [f"loss {values['train/loss']:.3f}", *self._shown(values, "train/"), f"lr {values['train/lr']:.2e}"]
+        shown += [f"{images_per_s:.0f} images/s", f"{self._left(step)} left"]
+        tell(f"{time.strftime('%Y-%m-%d %H:%M:%S')} step {step}/{self._total}, epoch {epoch} | {' | '.join(shown)}")
+
     def epoch(self, *, epoch: int, step: int, values: dict[str, float], images_per_s: float) -> None:
         """A line about an epoch (from 1) that ended after `step` steps, with the metrics that are there."""
-        spent = time.perf_counter() - self._start if self._start else 0.0
-        left = spent / max(1, step - self._done_before - 1) * (self._total - step)
         # an epoch that was trained elsewhere has no loss of training
         loss = [f"loss {values['train/loss']:.3f}"] if "train/loss" in values else []
         shown = [*loss, *self._shown(values, "train/")]
@@ -79,7 +91,7 @@ class Progress:
         if averaged in values:
             shown.append(f"average of the weights: {self._choosing.shown(values[averaged])}")
         shown += [f"lr {values['train/lr']:.2e}", f"{images_per_s:.0f} images/s"]
-        shown.append(f"{tqdm.format_interval(left)} left")
+        shown.append(f"{self._left(step)} left")
         if not self._silent:
             line = f"epoch {epoch:{len(str(self._epochs))}}/{self._epochs} | " + " | ".join(shown)
             if self._bar.disable:
@@ -87,6 +99,11 @@ class Progress:
             else:
                 with self._bar.external_write_mode():  # without disturbing the bar
                     tell(line)
+
+    def _left(self, step: int) -> str:
+        """The time that the steps after this one will take, by those so far."""
+        spent = time.perf_counter() - self._start if self._start else 0.0
+        return tqdm.format_interval(spent / max(1, step - self._done_before - 1) * (self._total - step))
 
     def _shown(self, values: Mapping[str, float], prefix: str = "") -> list[str]:
         """The task's metrics that are among the values."""

@@ -89,7 +89,9 @@ def make_task(config: TrainConfig, model_config: ModelConfig, sets: ImageSets) -
         return Detection(config, model_config, sets.class_names, sets.most_boxes, sets.category_ids)
     if config.task == "segmentation":
         return Segmentation(config, model_config, sets.class_names)
-    return Classification(config, model_config, sets.class_names)
+    balanced = config.class_weights == "balanced"
+    weights = classification.balanced_weights(sets.train, sets.class_names) if balanced else None
+    return Classification(config, model_config, sets.class_names, weights)
 
 
 def variants_of(task: Task) -> tuple[Task, ...]:

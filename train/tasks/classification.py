@@ -24,7 +24,7 @@ from convert.files import check_replaceable, csv_text, shown, write_whole
 from convert.weights import Weights
 from crossvit_jax import CrossViT, CrossViTConfig, get_config
 from train.config import TrainConfig
-from train.data.sources import Source
+from train.data.sources import Source, image_labels
 from train.images.augment import compile_augment
 from train.images.mixup import draw_mix, mix_images, mix_in_groups, mix_targets
 from train.pictures.confusion import draw_confusion
@@ -53,6 +53,7 @@ class Classification:
     config: TrainConfig
     model_config: CrossViTConfig
     class_names: tuple[str, ...]  # in the order of the labels
+    class_weights: tuple[float, ...] | None = None  # in the loss, in the order of the labels; none: all 1
     patch_size: tuple[int, ...] | None = None  # of the patches that `loss` cuts; none: the model's own
 
     @property
@@ -115,7 +116,10 @@ class Classification:
         sizes = {} if self.patch_size is None else {"patch_size": self.patch_size}
         logits = model(batch["image"], **sizes, rngs=rngs)
         top1 = within_top(1, logits, jnp.argmax(batch["targets"], axis=-1))
-        loss = jnp.mean(_LOSSES[self.config.loss](logits, batch["targets"]))
+        targets = batch["targets"]
+        if self.class_weights is not None:  # as torch's cross_entropy weighs targets that are probabilities
+            targets = targets * jnp.array(self.class_weights, targets.dtype)
+        loss = jnp.mean(_LOSSES[self.config.loss](logits, targets))
         return loss, {"top1": jnp.mean(top1.astype(loss.dtype))}
 
     def update(self, extra: None, aux: Any, params: Any, step: Array) -> None:
@@ -384,6 +388,20 @@ def _fit_classes(weights: Weights, class_names: tuple[str, ...], *, seed: int) -
 
 
 # --- losses and accuracies ---
+
+
+def balanced_weights(source: Source, class_names: Sequence[str]) -> tuple[float, ...]:
+    """The weight of each class: images / (classes x images of the class), as scikit-learn balances them.
+
+    Raises SettingsError for a class without images.
+    """
+    counts = np.bincount(image_labels(source), minlength=len(class_names))
+    empty = [shown(name) for name, count in zip(class_names, counts, strict=True) if not count]
+    if empty:
+        raise SettingsError(
+            f"--class-weights balanced: no training image has the class {listed(empty[:5], len(empty))}"
+        )
+    return tuple((counts.sum() / (len(counts) * counts)).tolist())
 
 
 def soft_target_cross_entropy(

@@ -82,7 +82,7 @@ class Detection:
         config, shared = self.config, {"exif": self.config.exif, "most_boxes": self.most_boxes}
         if not training:
             return DetectionEvalTransform(self.model_config.image_size, **shared)
-        drawn = {name: getattr(config, name) for name in ("scale_jitter", "hflip", "color_jitter")}
+        drawn = {name: getattr(config, name) for name in ("scale_jitter", "hflip", "vflip", "color_jitter")}
         return DetectionTrainTransform(self.model_config.image_size, **drawn, **shared)
 
     def batch_shapes(self, batch_size: int, *, training: bool) -> dict[str, jax.ShapeDtypeStruct]:

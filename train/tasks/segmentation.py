@@ -70,7 +70,7 @@ class Segmentation:
         config, size = self.config, self.model_config.image_size
         if not training:
             return SegmentationEvalTransform(size, config.exif)
-        drawn = {name: getattr(config, name) for name in ("scale_jitter", "hflip", "color_jitter")}
+        drawn = {name: getattr(config, name) for name in ("scale_jitter", "hflip", "vflip", "color_jitter")}
         return SegmentationTrainTransform(size, **drawn, exif=config.exif)
 
     def batch_shapes(self, batch_size: int, *, training: bool) -> dict[str, jax.ShapeDtypeStruct]:

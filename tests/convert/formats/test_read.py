@@ -479,7 +479,7 @@ def test_a_repository_with_weights_in_several_files_is_read(hub, tmp_path, state
     index.write_text(json.dumps({"weight_map": places}))
     snapshot = hub("someone/large", index.name, index)
     shutil.copy(tmp_path / "a.safetensors", snapshot)
-    assert f"has no b.safetensors, and {index.name} names it" in _error("hf-hub:someone/large")
+    assert f"b.safetensors is not in the cache, and {index.name} names it" in _error("hf-hub:someone/large")
     shutil.copy(tmp_path / "b.safetensors", snapshot)
     _assert_holds("hf-hub:someone/large", state)
 
@@ -535,7 +535,7 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", answer)
     assert "the hub cannot be reached" in _error("hf-hub:someone/model")
-    assert asked == [("model.safetensors", False), ("pytorch_model.bin", True)]
+    assert asked == [("model.safetensors", False), ("pytorch_model.bin", True), ("model.safetensors.index.json", True)]
 
 
 def test_paths_may_be_strings_or_paths_below_home(monkeypatch, weights_file, state):

@@ -7,7 +7,7 @@ import pytest
 
 from convert.image_files import accepted_unreadable
 from crossvit_jax.preprocess import FORMATS
-from train.data.bad_images import BadImages, too_many_error
+from train.data.bad_images import BadImages, too_many_error, unreadable
 from train.data.folders.classes import open_folder
 
 
@@ -45,6 +45,11 @@ def test_each_bad_image_is_told_once_with_its_name_and_the_reason(source):
         f"cannot read image {names[1]}: it is empty",
         f"cannot read image {names[2]}: No such file or directory",
     ]
+
+
+def test_unreadable_images_are_found_among_those_looked_at(source):
+    np.testing.assert_array_equal(unreadable(source, np.arange(9)), [2, 3, 5])
+    np.testing.assert_array_equal(unreadable(source, np.array([8, 3, 0])), [3])
 
 
 def test_an_image_that_has_recovered_is_told_too(source):

@@ -99,6 +99,17 @@ def test_without_augmentation_the_crops_are_normalised(crops):
     assert images.dtype == np.float32
 
 
+def test_a_vertical_flip_is_drawn_beside_what_is_drawn_without_it(crops):
+    config = dataclasses.replace(_CONFIG, vflip=0.3)
+    plain, draws = (draw_batch(c, 0, np.arange(1000), _SIZE) for c in (_CONFIG, config))
+    assert abs(np.mean(draws.vertical) - 0.3) < 0.05
+    assert abs(np.corrcoef(draws.vertical, draws.flip)[0, 1]) < 0.1
+    for name in ("flip", "operations", "applied", "levels", "negative", "box"):
+        np.testing.assert_array_equal(getattr(draws, name), getattr(plain, name))
+    images = _compiled(dataclasses.replace(_PLAIN, vflip=1.0), 24)(crops[:24], 0)
+    np.testing.assert_array_equal(_pixels(images), crops[:24, ::-1])
+
+
 def test_an_image_depends_on_seed_step_and_place_only(crops):
     step = _compiled(_CONFIG, 24)
     first = np.asarray(step(crops[:24], 3))

@@ -60,6 +60,7 @@ def _by_torchvision(pixels, segments, boxes, placement):
     for part in joint:
         part = functional.resize(part, list(placement.resized), interpolation=v2.InterpolationMode.BICUBIC)
         part = functional.horizontal_flip(part) if placement.mirrored else part
+        part = functional.vertical_flip(part) if placement.upside_down else part
         part = functional.crop(part, placement.top, placement.left, rows, columns)
         fill = _PADDING if isinstance(part, Image.Image) else IGNORED
         below, right = placement.canvas[0] - rows, placement.canvas[1] - columns
@@ -72,7 +73,7 @@ def test_pixels_masks_and_boxes_move_together_as_torchvision_moves_them(size, ca
     picture = _picture(size)
     for seed in range(6):
         rng = np.random.default_rng(seed)
-        placement = draw_placement(rng, size, canvas, scale_jitter=jitter, hflip=0.5)
+        placement = draw_placement(rng, size, canvas, scale_jitter=jitter, hflip=0.5, vflip=0.5)
         pixels, segments, boxes = _by_torchvision(*picture, placement)
         np.testing.assert_array_equal(place_pixels(picture[0], placement), pixels)
         np.testing.assert_array_equal(place_segments(picture[1], placement), segments)
@@ -95,6 +96,7 @@ def test_what_is_drawn_covers_all_scales_windows_and_both_directions():
     assert abs(np.mean([left / room for left, room in rooms if room > 20]) - 0.5) < 0.03
     assert {placement.left for placement, width in zip(drawn, widths, strict=True) if width <= 100} == {0}
     assert {placement.top for placement in drawn} == {0}  # never higher than the canvas
+    assert {placement.upside_down for placement in drawn} == {False}
 
 
 @pytest.mark.parametrize(
@@ -139,26 +141,26 @@ def test_boxes_are_dropped_where_too_little_of_them_is_left():
     assert placed.dtype == np.float32
 
 
-@pytest.mark.parametrize("mirrored", [False, True])
-def test_boxes_find_their_way_back_to_the_picture(mirrored):
+@pytest.mark.parametrize("turned", [{}, {"mirrored": True}, {"upside_down": True}])
+def test_boxes_find_their_way_back_to_the_picture(turned):
     _, _, boxes = _picture((480, 641))
-    placement = whole_placement((480, 641), (96, 96))._replace(mirrored=mirrored)
+    placement = whole_placement((480, 641), (96, 96))._replace(**turned)
     placed, _ = place_boxes(boxes, placement)
     np.testing.assert_allclose(boxes_in_picture(placed, placement), boxes, atol=2e-4)
     beyond = boxes_in_picture(np.array([[-5.0, -5, 200, 200]]), placement)
     np.testing.assert_array_equal(beyond, [[0, 0, 641, 480]])
 
 
-@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("turned", [{}, {"mirrored": True}, {"upside_down": True}])
 @pytest.mark.parametrize("size", [(123, 77), (30, 40), (96, 96)])
-def test_logits_are_resized_to_the_picture_as_torch_does(size, mirrored, monkeypatch):
+def test_logits_are_resized_to_the_picture_as_torch_does(size, turned, monkeypatch):
     monkeypatch.setattr("train.images.geometry._STRIP", 77 * 3 * 10)  # several strips
-    placement = whole_placement(size, (96, 96))._replace(mirrored=mirrored)
+    placement = whole_placement(size, (96, 96))._replace(**turned)
     logits = np.random.default_rng(0).normal(size=(96, 96, 3))
     rows, columns = placement.resized
     part = torch.from_numpy(logits[:rows, :columns]).permute(2, 0, 1)[None]
     expected = torch.nn.functional.interpolate(part, size=size, mode="bilinear", align_corners=False)[0]
-    expected = (expected.flip(-1) if mirrored else expected).permute(1, 2, 0).numpy()
+    expected = expected.flip([-1] * placement.mirrored + [-2] * placement.upside_down).permute(1, 2, 0).numpy()
     back = logits_in_picture(logits, placement)
     np.testing.assert_allclose(back, expected, rtol=0, atol=1e-12)
     classes = classes_in_picture(logits, placement)

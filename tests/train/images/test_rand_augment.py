@@ -81,5 +81,5 @@ def test_by_default_it_is_the_faster_place_but_a_run_goes_on_where_it_was(
     config = dataclasses.replace(RECIPES["imagenet"], auto_augment=auto_augment)
     assert augment_on(config, saved) == expected
     for chosen in ("host", "device"):
-        if device_can_augment(auto_augment):
+        if device_can_augment(config):
             assert augment_on(dataclasses.replace(config, augment_on=chosen), saved) == chosen

@@ -14,7 +14,7 @@ import scipy.stats
 import torch
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, transforms
-from torchvision.transforms import functional
+from torchvision.transforms import ColorJitter, functional
 
 from crossvit_jax.preprocess import UnreadableImage, decode_image, preprocess_image
 from train.images.transforms import CropTransform, EvalTransform, draw_crop, eval_transform, train_transform
@@ -54,7 +54,18 @@ def test_training_images_are_those_of_the_recipe_in_timm(sample):
         _assert_timms(reference, sample, seed, _IMAGENET)
 
 
-@pytest.mark.parametrize("only", [{}, {"hflip": 0.5}, {"erase_prob": 1.0}, {"auto_augment": "augmix-m3"}])
+@pytest.mark.parametrize(
+    "only",
+    [
+        {},
+        {"hflip": 0.5},
+        {"erase_prob": 1.0},
+        {"auto_augment": "augmix-m3"},
+        {"vflip": 0.5},
+        {"color_jitter": 0.4},
+        {"hflip": 0.5, "vflip": 0.5, "color_jitter": 0.4, "auto_augment": "rand-m9-mstd0.5-inc1"},
+    ],
+)
 def test_training_images_are_timms_with_few_of_its_steps_or_none(only):
     config = dataclasses.replace(RECIPES["digits"], crop_scale=(0.3, 1.0), **only)
     reference = create_transform(
@@ -63,12 +74,18 @@ def test_training_images_are_timms_with_few_of_its_steps_or_none(only):
         scale=config.crop_scale,
         ratio=config.crop_ratio,
         hflip=config.hflip,
+        vflip=config.vflip,
         color_jitter=None,
         auto_augment=config.auto_augment or None,
         interpolation="bicubic",
         re_prob=config.erase_prob,
         re_mode="pixel",
     )
+    if config.color_jitter:  # after RandAugment, as timm's force_color_jitter has it
+        (end,) = (
+            place for place, step in enumerate(reference.transforms) if isinstance(step, transforms.MaybeToTensor)
+        )
+        reference.transforms.insert(end, ColorJitter(*[config.color_jitter] * 3))
     digit = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     for seed in range(20):
         _assert_timms(reference, {"image": _encoded(digit), "label": 7, "name": "digit"}, seed, config)

@@ -8,16 +8,27 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from sklearn.utils.class_weight import compute_class_weight
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
+from convert.errors import SettingsError
 from tests.train.steps import classification, init_state, make_eval_step, make_train_step
 from train.config import TrainConfig
+from train.data.folders.classes import FolderSource
+from train.data.sources import Matched
 from train.devices.mesh import make_mesh, state_shardings
 from train.optim.optimizer import make_optimizer
 from train.optim.state import abstract_model, abstract_state, lower_init, make_state
 from train.optim.step import jit_train_step
-from train.tasks.classification import binary_cross_entropy, soft_target_cross_entropy, within_top
+from train.recipes import RECIPES
+from train.tasks.classification import (
+    Classification,
+    balanced_weights,
+    binary_cross_entropy,
+    soft_target_cross_entropy,
+    within_top,
+)
 
 _CLASSES = 7
 
@@ -76,6 +87,28 @@ def test_the_losses_are_timms(loss, reference):
 def test_the_loss_that_is_asked_for_is_trained():
     softmax, binary = (_run(_config(loss=loss), steps=1)[0][0] for loss in ("softmax", "bce"))
     assert binary != pytest.approx(softmax, rel=0.05)
+
+
+def test_balanced_classes_weigh_in_the_loss_as_in_torch_and_scikit_learn():
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.repeat([0, 1, 2], [20, 5, 2]))
+    source = FolderSource("", ("",) * len(labels), labels)
+    weights = balanced_weights(Matched(source, (2, 0, 1)), "abc")
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=(labels - 1) % 3)
+    np.testing.assert_allclose(weights, expected)
+    with pytest.raises(SettingsError, match="no training image has the class d"):
+        balanced_weights(source, "abcd")
+
+    logits, targets = (rng.normal(size=(8, 3)).astype(np.float32) for _ in range(2))
+    targets = np.exp(targets) / np.exp(targets).sum(1, keepdims=True)
+    config = dataclasses.replace(RECIPES["digits"], class_weights="balanced")
+    task = Classification(config, config.model_config(3), ("a", "b", "c"), weights)
+    loss, aux = task.loss(lambda images, rngs: images, {"image": logits, "targets": targets}, None, rngs=None)
+    reference = torch.nn.functional.cross_entropy(*map(torch.tensor, (logits, targets)), weight=torch.tensor(weights))
+    assert float(loss) == pytest.approx(float(reference), rel=1e-6)
+    assert float(aux["top1"]) == np.mean(logits.argmax(1) == targets.argmax(1))
+    with pytest.raises(SettingsError, match="class_weights balanced is for loss softmax"):
+        dataclasses.replace(config, loss="bce")
 
 
 def test_half_precision_logits_lose_nothing_more():
