@@ -27,7 +27,7 @@ from train.devices.hosts import is_main
 from train.devices.lost_hosts import HostLost, lost_hosts_explained
 from train.devices.memory import available_memory, check_fits, memory_errors_explained
 from train.devices.mesh import fetch
-from train.inference.evaluation import forward
+from train.inference.evaluation import at_once, forward
 from train.job import Job
 from train.optim.carried import carry
 from train.optim.programs import Plan, Programs
@@ -333,7 +333,7 @@ class _Run:
         for outputs in forward(step, batches):
             scores.add(outputs)
             if len(seen) == 1:
-                seen.append(_some(outputs))
+                seen.append(_some(at_once(outputs)))
         self._seen = jax.device_get(tuple(seen)) or None
         self._tell_tagged("held-out")
         return scores

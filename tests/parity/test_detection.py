@@ -371,7 +371,7 @@ def test_the_whole_detector_equals_torchvisions_around_the_same_backbone():
 
 def test_training_steps_of_the_twins_end_at_the_same_weights_and_leave_the_unused_ones_alone():
     config = small_detector(width=64)  # in groups of two: alone, a channel's bias would be normalised away
-    rate, decay, steps = 1e-3, 0.05, 5
+    rate, decay, steps = 1e-3, 0.05, 20
     batches = [(random_array(i, 2, 3, 48, 48), some_targets(config, (4, 2), seed=i)) for i in range(steps)]
     with jax.enable_x64():
         twin, flax = whole_models(config)

@@ -239,7 +239,7 @@ def test_a_batch_whose_pixels_are_all_ignored_teaches_nothing():
 @pytest.mark.parametrize("settings", [{"scse": True, "strides": (6, 12, 24)}, {"decoder": "mask"}], ids=str)
 def test_training_steps_of_the_twins_end_at_the_same_weights_and_leave_the_unused_ones_alone(settings):
     config = small_segmenter((48, 72), **settings)
-    rate, steps = 1e-3, 3
+    rate, steps = 1e-3, 20
     batches = [(random_array(i, 2, 3, 48, 72), some_labels(i, (2, 48, 72), 4)) for i in range(steps)]
     twin = perturb(torch_segmentation.CrossViTSegmenter(config)).double()
     before = {name: x.numpy().copy() for name, x in twin.state_dict().items()}

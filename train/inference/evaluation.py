@@ -14,13 +14,14 @@ from train.data.bad_images import BadImages
 from train.data.sources import Source
 from train.data.tagged_images import TaggedImages
 from train.inference.model import Predictor
-from train.tasks.task import Batch, Scores
+from train.tasks.task import LATER, Batch, Scores
 
 BATCHES_BEHIND = 2  # results are fetched so many batches late, so that the devices never wait for the host
 
 
 def forward(program: Callable[[Batch], Any], batches: Iterator[Batch]) -> Iterator[Any]:
-    """What a program makes of each batch, as numpy arrays, in their order. Batches are not kept on the devices.
+    """What a program makes of each batch, as numpy arrays, in their order; what it has under `LATER` stays on the
+    devices. Batches are not kept there.
 
     Args:
         program: a compiled function of a batch.
@@ -29,9 +30,20 @@ def forward(program: Callable[[Batch], Any], batches: Iterator[Batch]) -> Iterat
     for outputs in map(program, batches):
         pending.append(outputs)
         if len(pending) > BATCHES_BEHIND:
-            yield jax.device_get(pending.popleft())
+            yield _fetched(pending.popleft())
     while pending:
-        yield jax.device_get(pending.popleft())
+        yield _fetched(pending.popleft())
+
+
+def _fetched(outputs: Any) -> Any:
+    if not isinstance(outputs, dict) or LATER not in outputs:
+        return jax.device_get(outputs)
+    return jax.device_get(at_once(outputs)) | {LATER: outputs[LATER]}
+
+
+def at_once(outputs: dict[str, Any]) -> dict[str, Any]:
+    """The outputs but those under `LATER`."""
+    return {name: value for name, value in outputs.items() if name != LATER}
 
 
 def without_bad(

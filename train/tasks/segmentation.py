@@ -27,7 +27,7 @@ from train.pictures.sheet import SHEET_COLUMNS
 from train.run.best_effort import BestEffort
 from train.tasks.evaluated import is_evaluation
 from train.tasks.segment_rates import mean_segment_rates, segment_confusion, segment_rates
-from train.tasks.task import Batch, Metric
+from train.tasks.task import LATER, Batch, Metric
 
 # what an evaluation leaves
 _NUMBERS, _PER_CLASS, _CONFUSION, _PICTURE = "evaluation.json", "per_class.csv", "confusion.csv", "confusion.png"
@@ -105,13 +105,15 @@ class Segmentation:
         return {"logits": model(images)}
 
     def evaluate(self, model: nnx.Module, batch: Batch) -> dict[str, Any]:
-        """Each image's `logits` (height, width, classes), float32, and `mask`; and `sums` over the unmasked images of
-        the cross-entropy as `loss`, and of the `pixels` that it is to be divided by."""
+        """Of each image the `classes` (height, width), uint8, that pixels are taken for, and `mask`; `sums` over the
+        unmasked images of the cross-entropy as `loss`, and of the `pixels` that it is to be divided by; and the float32
+        logits (height, width, classes), under `LATER` since pictures of the model's size need none."""
         logits, mask = model(batch["image"]), batch["mask"]
         segments = jnp.where(mask[:, None, None] > 0, batch["segments"], IGNORED)
         undivided = jnp.full(mask.shape, 1 / len(mask), mask.dtype)
         loss = cross_entropy(logits, segments, undivided)
-        return {"logits": logits, "mask": mask, "sums": {"loss": loss, "pixels": jnp.sum(segments != IGNORED)}}
+        sums = {"loss": loss, "pixels": jnp.sum(segments != IGNORED)}
+        return {"classes": jnp.argmax(logits, -1).astype(jnp.uint8), "mask": mask, "sums": sums, LATER: logits}
 
     def draw_batch(self, batch: Batch, path: Path) -> None:
         """Images with the colours of their pixels' classes."""
@@ -119,9 +121,8 @@ class Segmentation:
 
     def draw_outputs(self, batch: Batch, outputs: Mapping[str, Any], path: Path) -> None:
         """Images with the colours of the classes that their pixels are taken for, each beside the right ones."""
-        taken = outputs["logits"].argmax(-1).astype(np.uint8)
         title = "held-out images, right classes on the left, on the right those that are predicted"
-        self._draw(batch["image"], [batch["segments"], taken], path, title)
+        self._draw(batch["image"], [batch["segments"], outputs["classes"]], path, title)
 
     def _draw(self, images: np.ndarray, sides: Sequence[np.ndarray], path: Path, title: str) -> None:
         pixels, scale = pixels_of(images), sheet_scale(*images.shape[1:3])
@@ -150,11 +151,15 @@ class SegmentationScores:
     def add(self, outputs: Mapping[str, Any]) -> None:
         for name in self._sums:
             self._sums[name] += float(outputs["sums"][name])
-        for logits, mask in zip(outputs["logits"], outputs["mask"], strict=True):
+        canvas, logits = self._task.model_config.image_size, None
+        for row, mask in enumerate(outputs["mask"]):
             if mask > 0:
                 true = self._source.truth(self._place)["segments"]
-                placement = whole_placement(true.shape, self._task.model_config.image_size)
-                self._count(true, classes_in_picture(logits, placement))
+                predicted = outputs["classes"][row]
+                if true.shape != canvas:
+                    logits = np.asarray(outputs[LATER]) if logits is None else logits
+                    predicted = classes_in_picture(logits[row], whole_placement(true.shape, canvas))
+                self._count(true, predicted)
             self._place += 1
 
     def add_picture(self, index: int, predicted: np.ndarray) -> None:

@@ -16,6 +16,7 @@ from train.data.sources import Source
 
 Batch = Mapping[str, Any]  # arrays whose first axis is that of the images, or their shapes
 Tree = Any  # nested containers of arrays
+LATER = "later"  # among the outputs of `Task.evaluate`: what stays on the devices unless `Scores.add` needs it
 
 
 class Metric(NamedTuple):
@@ -35,7 +36,8 @@ class Scores(Protocol):
     """What an evaluation adds up on the host, over all images of a data set."""
 
     def add(self, outputs: Tree) -> None:
-        """The outputs of `Task.evaluate` for the next batch, as numpy arrays."""
+        """The outputs of `Task.evaluate` for the next batch, as numpy arrays; those under `LATER` are still on the
+        devices."""
 
     def values(self) -> dict[str, float]:
         """`images`, how many there were that could be read; unless that is 0, `loss` and the metrics in their units."""

@@ -51,13 +51,13 @@ def test_parameters_that_take_no_part_stay_as_they_are_and_all_others_are_traine
     config = task.config
     model = task.model(dtype=None, rngs=nnx.Rngs(0))
     optimizer = make_optimizer(
-        config, steps_per_epoch=3, no_weight_decay=model.no_weight_decay(), layer_of=model.layer_of
+        config, steps_per_epoch=10, no_weight_decay=model.no_weight_decay(), layer_of=model.layer_of
     )
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     first = jax.device_get(_names(params))
     state = make_state(params, optimizer, config, model, task)
     step = jax.jit(make_train_step(model, task, optimizer, config))
-    for _ in range(2):
+    for _ in range(20):
         state, metrics = step(state, make_batch(kind))
     assert np.isfinite(metrics["loss"])
     unused = {name for name in first if model.unused(name)}

@@ -11,7 +11,9 @@ from PIL import Image
 
 from tests.train.tasks.dense_models import SIDE, make_batch, make_model, make_task
 from train.data.dense.samples import DenseSets
+from train.inference.evaluation import forward
 from train.tasks.begin import matched
+from train.tasks.task import LATER
 
 
 def _loss(task, batch):
@@ -57,7 +59,8 @@ def _outputs(left_and_right, mask=(1, 1)):
     for row, (left, right) in enumerate(left_and_right):
         logits[row, :12, :24, left] = logits[row, :12, 24:, right] = 5
     sums = {"loss": np.float32(60), "pixels": np.int32(40)}
-    return {"logits": logits, "mask": np.array(mask, np.float32), "sums": sums}
+    classes = logits.argmax(-1).astype(np.uint8)
+    return {"classes": classes, "mask": np.array(mask, np.float32), "sums": sums, LATER: jnp.asarray(logits)}
 
 
 def _scores(halves, mask=(1, 1), task=None, source=None):
@@ -70,6 +73,26 @@ def test_classes_are_scored_at_the_pictures_own_size():
     scores = _scores([(0, 1), (0, 2)])
     assert scores.confusion.tolist() == np.diag([2 * 23 * 48, 23 * 48, 23 * 48, 0]).tolist()
     assert scores.values() == {"images": 2, "loss": 1.5, "miou": 1.0, "macc": 1.0, "aacc": 1.0}
+
+
+def test_logits_are_asked_for_where_a_picture_has_another_size_than_the_model_alone():
+    task, batch = make_task("segmentation"), make_batch("segmentation")
+    batch |= {"mask": jnp.ones(8)}
+    (outputs,) = forward(jax.jit(lambda batch: task.evaluate(make_model(task), batch)), iter([batch]))
+    assert isinstance(outputs[LATER], jax.Array) and isinstance(outputs["classes"], np.ndarray)
+    np.testing.assert_array_equal(outputs["classes"], np.asarray(outputs[LATER]).argmax(-1))
+
+    class Canvases(_Pictures):
+        def truth(self, index):
+            return {"segments": np.asarray(batch["segments"][index])}
+
+    scores = task.scores(Canvases())
+    scores.add({name: value for name, value in outputs.items() if name != LATER})
+    true, taken = np.asarray(batch["segments"]), outputs["classes"]
+    expected = [[int(((true == row) & (taken == column)).sum()) for column in range(4)] for row in range(4)]
+    assert scores.confusion.tolist() == expected and scores.values()["images"] == 8
+    with pytest.raises(KeyError, match=LATER):
+        task.scores(_Pictures()).add({name: value for name, value in outputs.items() if name != LATER})
 
 
 def test_what_is_taken_for_another_class_is_what_the_figures_say():
