@@ -44,6 +44,10 @@ DESTINATION  .safetensors or .pth for timm and the torch twin, .flax.safetensors
 
 exit status: 0 done; 1 --verify found the twins apart, or the exported file was not kept; 2 nothing was written, and
 one line on stderr says why
+
+examples:
+  python -m convert hf-hub:timm/crossvit_tiny_240.in1k ti.flax.safetensors --verify
+  python -m convert runs/X model.onnx --quantize dynamic
 """
 
 

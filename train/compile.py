@@ -22,6 +22,16 @@ from train.images.rand_augment import check_augment_on
 from train.recipes import RECIPES
 
 _PROGRAM = "python -m train.compile"
+_EPILOG = """\
+The other flags are those of python -m train.main, so that a command can be tried by changing the name of the module;
+here the ones about data, logging, checkpoints and hosts change nothing.
+
+exit status: 0 fits; 1 does not fit; 2 wrong usage
+
+examples:
+  python -m train.compile --variant ti s --topology h100 rtx4090 --batch-size 256
+  python -m train.compile --variant b --topology v5e:4x4 --batch-size 4096 --mesh data=4,fsdp=4
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,12 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser(recipe: TrainConfig) -> Parser:
     parser = Parser(
         prog=_PROGRAM,
-        description="Compile the training step for TPUs or GPUs that are not there (--topology) or for the devices of "
-        "this machine, and print its memory, arithmetic and communication. With several variants or topologies: as a "
+        description="Compile the training step for TPUs or GPUs that are not there (--topology) or for the devices of\n"
+        "this machine, and print its memory, arithmetic and communication. With several variants or topologies: as a\n"
         "table. Nothing is run.",
-        epilog="The other flags are those of python -m train.main, so that a command can be tried by changing the "
-        "name of the module; here the ones about data, logging, checkpoints and hosts change nothing. Exit status: "
-        "0 fits, 1 does not fit, 2 wrong usage.",
+        epilog=_EPILOG,
         conflict_handler="resolve",  # --variant, which train.main has once
     )
     add_settings(parser, recipe)

@@ -44,6 +44,10 @@ _EPILOG = f"""\
 
 exit status: 0 done, even if some images could not be read, which stderr names; 2 an error, and one line on stderr says
 which
+
+examples:
+  python -m train.evaluate --weights runs/X --output report/
+  python -m train.evaluate --weights hf-hub:timm/crossvit_tiny_240.in1k --dataset folder:imagenet --split val
 """
 
 

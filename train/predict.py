@@ -43,6 +43,10 @@ PATH: an image file, a folder (with all folders below it), or - for a list on st
 
 exit status: 0 all images were read; 1 some could not be read, which stderr names; 2 nothing could be done, and
 one line on stderr says why
+
+examples:
+  python -m train.predict --weights runs/X photo.jpg photos/ --format csv
+  find photos -name '*.jpg' | python -m train.predict --weights SOURCE - --attention maps/
 """
 
 

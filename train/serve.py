@@ -35,6 +35,10 @@ page. Standard output has a line of JSON for each request, stderr the rest.
 
 exit status: 0 a signal (SIGTERM, Ctrl-C) ended it, and all that was accepted was answered; 1 some of it was not; 2 the
 server could not start, and one line on stderr says why
+
+examples:
+  python -m train.serve --weights runs/X --port 8080
+  curl --data-binary @photo.jpg http://127.0.0.1:8080/predict
 """
 
 
