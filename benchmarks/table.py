@@ -42,6 +42,7 @@ _OTHERS = {  # what makes the table of a file
     "end_to_end": "benchmarks.table:fed_markdown",
     "scaling": "benchmarks.scaling:as_markdown",
     "serving": "benchmarks.serving:as_markdown",
+    "soak": "benchmarks.serving:soak_as_markdown",
     "startup": "benchmarks.startup:as_markdown",
 }
 

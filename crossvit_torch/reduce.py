@@ -56,7 +56,10 @@ def merge_tokens(
     scores = _product(metric[:, 1::2], metric[:, 0::2].transpose(1, 2))
     best, partner = scores.amax(-1), scores.argmax(-1)
     count = min(count, best.shape[1])
-    order = _one_hot(_rank(best), best.shape[1]).transpose(1, 2).to(size.dtype)  # row i: the pair of rank i
+    rank = _rank(best)
+    stays = rank >= count  # in its place among those: the next merging deals them by their order
+    rank = torch.where(stays, count - 1 + stays.cumsum(1), rank)
+    order = _one_hot(rank, best.shape[1]).transpose(1, 2).to(size.dtype)  # rows: pairs to merge, then the others
     pairs = _product(order, x[:, a])
     pair_sizes = _product(order, size[:, a, None])[..., 0]
     into = _product(order[:, :count], _one_hot(partner, scores.shape[2]).to(size.dtype)).transpose(1, 2)
@@ -85,7 +88,7 @@ def keep_attended(
     size = _sizes(x, size)
     attention = attention[:, 1:].to(size.dtype)
     place = _one_hot(_rank(attention).clamp(max=left - 1), left).transpose(1, 2).to(size.dtype)
-    rest = place[:, -1] * attention
+    rest = place[:, -1] * attention.clamp(min=_SMALLEST_NORM)  # which may have been rounded to 0 for all of them
     mean = torch.cat([place[:, :-1], (rest / rest.sum(-1, keepdim=True))[:, None]], dim=1)
     tokens = torch.cat([x[:, :1], _product(mean, x[:, 1:])], dim=1)
     return tokens, torch.cat([size[:, :1], _product(place, size[:, 1:, None])[..., 0]], dim=1)

@@ -196,8 +196,8 @@ class TrainConfig:
     reduce_tokens: str | None = setting(
         None,
         "classification: fewer tokens on the way: merge:N (patches that each block merges), fusion:SHARE or "
-        "prune:SHARE (that is kept), for the widest branch, or a number for each as in fusion:0.7,0.5; the word none: "
-        "all of them, where --init has fewer; none: as --init",
+        "prune:SHARE (that is kept), for the widest branch, or a number for each as in fusion:0.7,0.5; none: all "
+        "of them, where --init has fewer; not given: as --init",
         reduction_text,
     )
     crop_pct: float | None = setting(

@@ -164,7 +164,10 @@ def add_settings(parser: argparse.ArgumentParser, recipe: TrainConfig) -> None:
 
 
 def _nothing(field: dataclasses.Field) -> Any:
-    """What the text `none` stands for, or `...` where it is no value."""
+    """What the text `none` stands for, or `...` where it is no value, or a word like others: of `reduce_tokens`, for all
+    tokens where the weights have fewer."""
+    if field.name == "reduce_tokens":
+        return ...
     if type(None) in get_args(field.type) or None in get_args(field.type):
         return None
     return "" if field.name == "auto_augment" else ...
@@ -185,7 +188,7 @@ def _values_of(field: dataclasses.Field) -> str:
     """The choices of a flag, or the name of its value; with `none` where that is one."""
     choices = [text for text in get_args(field.type) if isinstance(text, str)]
     values = choices or [field.name.upper()]
-    values += [_NONE] * (_nothing(field) is not ...)
+    values += [_NONE] * (_nothing(field) is not ... or field.name == "reduce_tokens")
     return f"{{{','.join(values)}}}" if choices else "|".join(values)
 
 

@@ -82,7 +82,7 @@ def prepare(config: TrainConfig) -> Job:
     mesh = make_mesh(config.mesh)
     config = dataclasses.replace(config, augment_on=augment_on(config, saved))
     check_augment_on(config)
-    require_timm(config)
+    require_timm(config, may_augment_elsewhere=saved is None and device_can_augment(config))
     if jax.process_count() > 1 and config.output is None:
         raise SettingsError("with several processes, --output must name the run's folder, on a disk that all share")
     check_divides(config, mesh)
@@ -115,7 +115,7 @@ def prepare(config: TrainConfig) -> Job:
         config,
         variant=model_config.name,
         workers=(os.cpu_count() or 1) if config.workers is None else config.workers,
-        precision=config.precision or default_precision(mesh),
+        precision=config.precision or (saved or {}).get("train", {}).get("precision") or default_precision(mesh),
     )
     if config.augment_on == "host" and config.auto_augment not in {recipe.auto_augment for recipe in RECIPES.values()}:
         try:

@@ -196,7 +196,10 @@ class _Run:
         places = np.linspace(0, len(source) - 1, count).astype(int)
         bad = unreadable(source, places, self._job.config.exif)
         self._bad_held_out.add(bad)
-        if len(bad) > accepted_unreadable(share, count):
+        accepted = accepted_unreadable(share, count)
+        if count < len(source):  # of some: only what chance does not explain
+            accepted += 4 * accepted**0.5
+        if len(bad) > accepted:
             raise too_many_error(self._bad_held_out, len(bad), count, share)
 
     def restore_or_begin(self, checkpoints: "Checkpoints") -> None:

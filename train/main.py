@@ -5,6 +5,7 @@
 import gc
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from convert.command_line import leave, run
 from convert.errors import require
@@ -24,9 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     config = parse_flags(sys.argv[1:] if argv is None else argv)
     if is_one_of_several(config.coordinator):
-        why = f"as it does when another process of the run is lost; --resume {config.output} goes on"
-        return watched(lambda: _run(config), aborted=f"{_PROGRAM}: error: jax has aborted this process, {why}")
+        return watched(lambda: _run(config), aborted=lambda: _why_aborted(config))
     return _run(config)
+
+
+def _why_aborted(config) -> str:
+    begun = config.output is not None and Path(config.output, "config.json").is_file()
+    why = f"as it does when another process of the run is lost{f'; --resume {config.output} goes on' * begun}"
+    return f"{_PROGRAM}: error: jax has aborted this process, {why}"
 
 
 def _run(config) -> int:

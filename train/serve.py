@@ -17,7 +17,7 @@ from train.inference.command import SOURCES, add_detection_flags, add_model_flag
 
 if TYPE_CHECKING:
     from train.inference.server.app import Service
-    from train.inference.server.engine import Engine
+    from train.inference.server.engines.engine import Engine
 
 _PROGRAM = "python -m train.serve"
 _TOKEN = "CROSSVIT_TOKEN"
@@ -132,7 +132,10 @@ def _onnx_engine(args: argparse.Namespace) -> "Engine":
     from train.inference.server.engines.onnx_engine import OnnxEngine
 
     path = typed_path(args.weights)
-    fixed = ("image_size", "precision", "quantize", "score_threshold", "iou_threshold", "max_detections")
+    fixed = ("image_size", "precision", "reduce_tokens", "quantize", "score_threshold", "iou_threshold")
+    fixed += ("max_detections",)
+    if args.attention_kernel != "auto":
+        raise SettingsError(f"{path} computes as it was exported: leave out --attention-kernel")
     for name in fixed:
         if getattr(args, name, None) is not None:
             raise SettingsError(f"{path} computes as it was exported: leave out --{name.replace('_', '-')}")

@@ -69,6 +69,7 @@ def open_digits(data_dir: str | None) -> ImageSets:
 
     The images are the same, byte for byte. Raises MissingExtra where scikit-learn is not installed.
     """
-    if data_dir is not None and Path(data_dir, NAME).is_dir():
+    versions = [] if data_dir is None else Path(data_dir, NAME).glob("*/dataset_info.json")
+    if any(".incomplete" not in version.parent.name for version in versions):
         return open_tfds(NAME, data_dir)
     return digits_in_memory()

@@ -1,5 +1,6 @@
 """Which kernel computes self-attention on the devices of a mesh."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 import jax
@@ -9,7 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from convert.errors import SettingsError, one_line
-from crossvit_jax.config import CrossViTConfig
+from crossvit_jax.config import CrossViTConfig, Reduction
 from crossvit_jax.kernels.attention import dot_product_attention, fastest_implementation
 
 _IMAGES = 2  # enough to see whether a shape is supported: that does not depend on their number
@@ -54,16 +55,37 @@ def _refusal(model: CrossViTConfig, precision: str, devices: list[jax.Device], *
     """Why cuDNN's attention cannot be had, in a line: alike in all processes, which run the same programs."""
     device = next(device for device in devices if device.process_index == jax.process_index())
     reason = None
-    for branch, (rows, columns) in zip(model.branches, model.grid_size, strict=True):
-        shape = (_IMAGES, 1 + rows * columns, branch.num_heads, branch.embed_dim // branch.num_heads)
+    for shape, biased in _shapes(model):
         try:
-            _try_cudnn(shape, precision, device, training=training, biased=model.reduce_tokens is not None)
+            _try_cudnn(shape, precision, device, training=training, biased=biased)
         except Exception as error:  # jax, XLA and cuDNN refuse in many ways; none of them should end the run
             reason = f"{shape[1]} tokens, {shape[2]} heads of {shape[3]}: {one_line(error)}"
             break
     if jax.process_count() > 1 and np.any(multihost_utils.process_allgather(np.array(reason is not None))):
         return reason or "in another process"
     return reason
+
+
+def _shapes(model: CrossViTConfig) -> Iterator[tuple[tuple[int, ...], bool]]:
+    """What self-attention gets: (batch, tokens, heads, width), and whether keys have a bias.
+
+    They have one once tokens stand for several patches. Of the numbers of tokens that are left then, the first odd and
+    the first even one are tried: that is what kernels tell apart.
+    """
+    reduction = None if model.reduce_tokens is None else Reduction.parse(model.reduce_tokens, model.branches)
+    for place, (branch, (rows, columns)) in enumerate(zip(model.branches, model.grid_size, strict=True)):
+        counts = [rows * columns]
+        if reduction is not None:
+            depth = sum(depths[place] for depths in model.stage_depths)
+            between_stages = (model.stages - 1) * (reduction.kind == "fusion")
+            for _ in range(sum(reduction.blocks(place, depth)) + between_stages):
+                counts.append(reduction.left(place, counts[-1]))
+        seen = set()
+        for number, patches in enumerate(counts):
+            kind = (patches % 2, number > 0)
+            if kind not in seen:
+                seen.add(kind)
+                yield (_IMAGES, 1 + patches, branch.num_heads, branch.embed_dim // branch.num_heads), number > 0
 
 
 def _try_cudnn(shape: tuple[int, ...], dtype: str, device: jax.Device, *, training: bool, biased: bool) -> None:

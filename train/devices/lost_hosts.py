@@ -31,9 +31,13 @@ def lost_hosts_explained() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:  # jax has no type of its own for it
-        if isinstance(error, UserError) or jax.process_count() == 1 or not any(name in str(error) for name in _LOST):
+        text = str(error)
+        too_little_memory = "RESOURCE_EXHAUSTED" in text or "out of memory" in text
+        if isinstance(error, UserError) or jax.process_count() == 1 or too_little_memory:
             raise
-        raise HostLost(f"another process of the run is lost: {one_line(error)[:200]}") from error
+        if not any(name in text for name in _LOST):
+            raise
+        raise HostLost(f"another process of the run seems to be lost: {one_line(error)[:200]}") from error
 
 
 def end_at_once(message: str) -> None:
@@ -52,7 +56,7 @@ def is_one_of_several(coordinator: str | None) -> bool:
     return coordinator is not None or known or "," in env.get("TPU_WORKER_HOSTNAMES", "")
 
 
-def watched(work: Callable[[], int], *, aborted: str) -> int:
+def watched(work: Callable[[], int], *, aborted: Callable[[], str]) -> int:
     """What `work` returns, in a process of its own that this one waits for; 1 where that was aborted.
 
     jax aborts its process when another one of the run is lost, and prints pages of what only its authors read: nothing
@@ -60,11 +64,12 @@ def watched(work: Callable[[], int], *, aborted: str) -> int:
     jax is imported; where that has happened already, `work` is called as it is.
 
     Args:
-        aborted: the line that is told then.
+        aborted: makes the line that is told then.
     """
     if "jax" in sys.modules or not hasattr(signal, "sigwaitinfo"):
         return work()
     heeded = (*_FORWARDED, signal.SIGCHLD)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, the end of the other process would not be told
     before = signal.pthread_sigmask(signal.SIG_BLOCK, heeded)  # from now on, so that none is missed
     parent, child = os.getpid(), os.fork()
     if child == 0:
@@ -79,7 +84,10 @@ def watched(work: Callable[[], int], *, aborted: str) -> int:
         os._exit(os.WEXITSTATUS(ended))  # what leaves a process in the usual way has been done in the other one
     number = os.WTERMSIG(ended)
     if number == signal.SIGABRT:
-        tell_error(aborted)
+        tell_error(aborted())
+    elif number not in _FORWARDED:
+        full = " (too little memory is one reason)" * (number == signal.SIGKILL)
+        tell_error(f"error: the process was ended by {signal.Signals(number).name}{full}")
     os._exit(HostLost.status if number == signal.SIGABRT else 128 + number)
 
 

@@ -86,11 +86,16 @@ def timm_settings(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def require_timm(config: TrainConfig) -> None:
-    """Raises MissingExtra if the host is to do to the images of a run what timm does, and timm is not installed."""
+def require_timm(config: TrainConfig, *, may_augment_elsewhere: bool) -> None:
+    """Raises MissingExtra if the host is to do to the images of a run what timm does, and timm is not installed.
+
+    Args:
+        may_augment_elsewhere: whether the device could do it instead.
+    """
     steps = _timms_steps(config)
     if steps and config.augment_on == "host" and config.task == "classification":
-        require(f"{', '.join(steps)} on the host", "timm", "torch", otherwise="--augment-on device", verb="need")
+        otherwise = "--augment-on device" * may_augment_elsewhere
+        require(f"{', '.join(steps)} on the host", "timm", "torch", otherwise=otherwise, verb="need")
 
 
 def _timms_steps(config: TrainConfig) -> list[str]:

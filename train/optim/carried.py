@@ -106,7 +106,9 @@ def carry(state: State, carried: TrainingState, *, step: int) -> State:
     opt = jax.tree.map(filled, state["opt"], is_leaf=lambda part: isinstance(part, _KNOWN))
     average = {} if carried.average is None or "ema" not in state else {"ema": nest(carried.average)}
     average = {name: _like(state[name], tree) for name, tree in average.items()}
-    return {**state, **average, "opt": opt, "step": _like(state["step"], step)}
+    scale = state.get("loss_scale")  # a new one, but no step is the first any more
+    scaled = {} if scale is None else {"loss_scale": scale._replace(updates=_like(scale.updates, step))}
+    return {**state, **average, **scaled, "opt": opt, "step": _like(state["step"], step)}
 
 
 def _like(placed: Any, tree: Any) -> Any:

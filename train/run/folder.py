@@ -72,7 +72,15 @@ def read_run(output: str | None) -> dict[str, Any] | None:
         or not all(isinstance(saved.get(p, {}), dict) for p in parts)
     ):
         raise SettingsError(f"{folder / _CONFIG} was written by another program: name a new folder")
+    _rename_fingerprint(saved.get("data", {}))
     return saved
+
+
+def _rename_fingerprint(data: dict[str, Any]) -> None:
+    """Scenes of digits as they are called today: earlier versions named the seed, too, which decides nothing of them."""
+    scenes = re.fullmatch(r"digit scenes 1 (\w+) seed=\d+", str(data.get("fingerprint")))
+    if scenes:
+        data["fingerprint"] = f"digit scenes 2 {scenes[1]}"
 
 
 def read_settings(folder: str) -> TrainConfig:

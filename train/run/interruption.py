@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from types import FrameType
 
 import jax
@@ -18,6 +19,9 @@ _IMPATIENT = (signal.SIGTERM, signal.SIGINT)
 # These may come twice by themselves, from the shell as well as from the terminal, or before a SIGTERM: a second one is
 # no wish to end without saving.
 _WARNINGS = (signal.SIGHUP, signal.SIGUSR1)
+# Sent to a whole group of processes, Ctrl-C reaches one of several processes from its parent as well, see
+# `train.devices.lost_hosts`: one that follows at once is the same one.
+_TWICE_S = 0.2
 _STDERR = 2
 
 
@@ -39,6 +43,7 @@ class Interruption:
     def __init__(self):
         self.can_save = False
         self._signal: int | None = None
+        self._since = 0.0  # by time.monotonic()
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
@@ -69,12 +74,15 @@ class Interruption:
         if not self.can_save:
             _tell("interrupted before the first step; nothing was to be saved")
             os._exit(128 + number)  # neither compilation nor worker threads can be waited for
+        at_once = time.monotonic() - self._since < _TWICE_S
+        if number == self._signal == signal.SIGINT and at_once and jax.process_count() > 1:
+            return
         if number in _IMPATIENT and self._signal in _IMPATIENT:
             _tell("interrupted before it was saved")
             os._exit(128 + number)
         is_first = self._signal is None
         if self._signal not in _IMPATIENT:
-            self._signal = number
+            self._signal, self._since = number, time.monotonic()
         if is_first:
             _tell("interrupted; saving" + ", once more to end at once" * (number in _IMPATIENT))
             if jax.process_count() > 1:

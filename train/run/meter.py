@@ -118,7 +118,7 @@ class Meter:
     def finish(self) -> tuple[dict[str, float], float]:
         """Write what is not logged yet; the epoch's means by the names they have in the log, and images/s."""
         self.catch_up()
-        if self._window.totals["steps"]:
+        if self._window.totals["steps"] or self._window.totals.get("skipped"):
             self._write()
         return self._whole.values(self._lr), self._whole.steps_per_s * self._batch_size
 

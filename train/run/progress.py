@@ -75,7 +75,8 @@ class Progress:
         """
         if self._silent or not self._bar.disable:
             return
-        shown = [f"loss {values['train/loss']:.3f}", *self._shown(values, "train/"), f"lr {values['train/lr']:.2e}"]
+        loss = f"loss {values['train/loss']:.3f}" if "train/loss" in values else "skipped"  # all of them, in float16
+        shown = [loss, *self._shown(values, "train/"), f"lr {values['train/lr']:.2e}"]
         shown += [f"{images_per_s:.0f} images/s", f"{self._left(step)} left"]
         tell(f"{time.strftime('%Y-%m-%d %H:%M:%S')} step {step}/{self._total}, epoch {epoch} | {' | '.join(shown)}")
 

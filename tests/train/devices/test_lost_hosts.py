@@ -16,7 +16,7 @@ from train.devices.lost_hosts import watched
 def work():
     {work}
 
-sys.exit(watched(work, aborted="x: another process is lost"))
+sys.exit(watched(work, aborted=lambda: "x: another process is lost"))
 """
 
 
@@ -35,7 +35,15 @@ def test_an_aborted_process_is_told_in_a_line():
     assert _watched("os.abort()") == (1, "", "x: another process is lost\n")
     assert _watched("print('fine'); return 0") == (0, "fine\n", "")
     assert _watched("return 3") == (3, "", "")
-    assert _watched("os.kill(os.getpid(), signal.SIGKILL)") == (137, "", "")
+    killed = "error: the process was ended by SIGKILL (too little memory is one reason)\n"
+    assert _watched("os.kill(os.getpid(), signal.SIGKILL)") == (137, "", killed)
+
+
+def test_the_end_is_noticed_where_nobody_is_told_of_ended_processes():
+    """A launcher may have SIGCHLD ignored, which its processes inherit."""
+    script = "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n" + _SCRIPT.format(work="return 3").partition("\n\n")[2]
+    script = "import os, signal, sys, time\nfrom train.devices.lost_hosts import watched\n" + script
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 3
 
 
 def test_signals_are_handed_on_once():
@@ -55,8 +63,12 @@ def test_errors_of_a_lost_connection_are_explained_in_runs_of_several_processes(
     with pytest.raises(ValueError, match=r"^UNKNOWN: Gloo all-reduce failed"):
         fail("UNKNOWN: Gloo all-reduce failed: closed by peer")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(HostLost, match=r"^another process of the run is lost: UNKNOWN: Gloo all-reduce failed: closed"):
+    with pytest.raises(
+        HostLost, match=r"^another process of the run seems to be lost: UNKNOWN: Gloo all-reduce failed: closed"
+    ):
         fail("UNKNOWN: Gloo all-reduce failed: closed by peer\nmore")
+    with pytest.raises(ValueError, match="RESOURCE_EXHAUSTED"):  # of this process's own devices
+        fail("RESOURCE_EXHAUSTED: NCCL failed to allocate")
     with pytest.raises(ValueError, match=r"^shapes differ$"):
         fail("shapes differ")
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,17 @@ class FolderSource:
         start = os.path.join(self.root, "")
         return [file if file.startswith(os.sep) else start + file for file in self.files]
 
+    @cached_property
+    def _above(self) -> str:
+        """A folder that all files lie in, which is looked for when one of them is not there."""
+        whole = [file for file in self.files if file.startswith(os.sep)]
+        return os.path.commonpath(whole) if len(whole) == len(self.files) > 1 else self.root
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Raises UnreadableImage for a file that cannot be read, DataError if they all have gone."""
         index = int(index)
         path = os.path.join(self.root, self.files[index])
-        return {"image": read_file(self.root, path), "label": int(self.labels[index]), "name": path}
+        return {"image": read_file(self._above, path), "label": int(self.labels[index]), "name": path}
 
 
 def open_folder(root: Path, *, val_fraction: float, seed: int) -> ImageSets:

@@ -169,6 +169,11 @@ def _classes(
     if isinstance(feature, datasets.ClassLabel):
         names = tuple(feature.names)
         for split, labels in found.items():
+            missing = np.flatnonzero(
+                [label is None or label != label for label in labels]
+            )  # None, as NaN among numbers
+            if len(missing):
+                raise SettingsError(f"image {missing[0]} of split {split!r} of data set {HF_PREFIX}{name} has no label")
             wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
             if len(wrong):
                 raise SettingsError(

@@ -160,3 +160,14 @@ def test_a_name_of_the_hub_may_have_a_configuration_and_a_revision(monkeypatch):
     for name in ("owner/name", "owner/name:small@v2", "name@main"):
         assert len(_open(name).held_out) == 3
     assert asked == [("owner/name", None, None), ("owner/name", "small", "v2"), ("name", None, "main")]
+
+
+def test_an_image_without_a_label_is_told(tmp_path):
+    """A ClassLabel that is missing is NaN among numbers, and would be an integer of no class."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    pixels = [Image.new("RGB", (4, 4), colour) for colour in ("red", "green", "blue", "white")]
+    table = datasets.Dataset.from_dict({"image": pixels, "label": [0, None, 1, 0]}, features=features)
+    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "set")
+    with pytest.raises(SettingsError, match="image 1 of split 'train' of data set hf:.* has no label"):
+        _open(tmp_path / "set")
