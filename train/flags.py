@@ -164,8 +164,8 @@ def add_settings(parser: argparse.ArgumentParser, recipe: TrainConfig) -> None:
 
 
 def _nothing(field: dataclasses.Field) -> Any:
-    """What the text `none` stands for, or `...` where it is no value, or a word like others: of `reduce_tokens`, for all
-    tokens where the weights have fewer."""
+    """What the text `none` stands for, or `...` where it is no value, or a word like others: of `reduce_tokens` that of
+    all tokens, where the weights have fewer."""
     if field.name == "reduce_tokens":
         return ...
     if type(None) in get_args(field.type) or None in get_args(field.type):

@@ -77,7 +77,7 @@ def read_run(output: str | None) -> dict[str, Any] | None:
 
 
 def _rename_fingerprint(data: dict[str, Any]) -> None:
-    """Scenes of digits as they are called today: earlier versions named the seed, too, which decides nothing of them."""
+    """Scenes of digits as they are called today: earlier versions named the seed, too, which changes none of them."""
     scenes = re.fullmatch(r"digit scenes 1 (\w+) seed=\d+", str(data.get("fingerprint")))
     if scenes:
         data["fingerprint"] = f"digit scenes 2 {scenes[1]}"

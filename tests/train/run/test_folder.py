@@ -12,7 +12,7 @@ from convert.metadata import describe
 from crossvit_jax.config import get_config
 from train.config import TrainConfig
 from train.job import prepare
-from train.run.folder import Claim, check_same_run
+from train.run.folder import Claim, check_same_run, read_run
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK])
@@ -57,3 +57,10 @@ def test_a_run_whose_data_have_gone_says_how_to_name_their_new_place(tmp_path):
     )
     with pytest.raises(SettingsError, match=f"^there is no folder {old}$"):
         prepare(TrainConfig(dataset=f"folder:{old}", batch_size=8))
+
+
+def test_scenes_of_earlier_versions_are_the_same_scenes(tmp_path):
+    """They had the seed in their name, which decides nothing of them."""
+    config = {"train": {}, "data": {"fingerprint": "digit scenes 1 detection seed=3"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_run(str(tmp_path))["data"] == {"fingerprint": "digit scenes 2 detection"}

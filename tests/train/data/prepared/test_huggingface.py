@@ -169,5 +169,5 @@ def test_an_image_without_a_label_is_told(tmp_path):
     pixels = [Image.new("RGB", (4, 4), colour) for colour in ("red", "green", "blue", "white")]
     table = datasets.Dataset.from_dict({"image": pixels, "label": [0, None, 1, 0]}, features=features)
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "set")
-    with pytest.raises(SettingsError, match="image 1 of split 'train' of data set hf:.* has no label"):
+    with pytest.raises(SettingsError, match=r"image 1 of split 'train' of data set hf:.* has no label"):
         _open(tmp_path / "set")
