@@ -44,12 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=at_least_one, default=20, metavar="N", help="of each load; default: 20")
     parser.add_argument("--fuzzed", type=at_least_one, default=1000, metavar="N", help="bodies of noise; default: 1000")
     parser.add_argument(
-        "--soak", type=at_least_one, metavar="N", help="only this: N requests, and the server's memory after each tenth"
+        "--soak",
+        type=at_least_one,
+        default=1000,
+        metavar="N",
+        help="requests one after the other, with a look at the server's memory after each tenth; default: 1000",
     )
     parser.add_argument("--json", type=typed_path, metavar="FILE", help="write what was measured to FILE")
     args = parser.parse_args(argv)
     writable_json(parser, args.json)
-    return run(_PROGRAM, lambda: _soak(args) if args.soak else _run(args), failure=1)
+    return run(_PROGRAM, lambda: _run(args), failure=1)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -62,47 +66,16 @@ def _run(args: argparse.Namespace) -> int:
     say("the plain server done")
     with _serving(_server_command(args)) as server:
         asyncio.run(_closed(server.address, bodies, 2 * args.max_batch, 2))  # warm
-        begin = server.memory()
         told |= _under_load(server, bodies, args)
+        told["soak"] = _soaked(server, bodies, args)
         told["fuzzed"] = dict(asyncio.run(_fuzz(server.address, bodies, args.fuzzed)))
         told["alive"] = asyncio.run(_closed(server.address, bodies, 1, 0.5)).statuses.keys() == {200}
-        told["memory_bytes"] = {"begin": begin, "end": server.memory()}
         say("noise done")
         told["sigterm"] = _ended(server, bodies, 1.2 * told["capacity_per_s"])
     content = about("serving") | told
     print(as_markdown(content))
     write_json(args.json, content)
     return 0
-
-
-def _soak(args: argparse.Namespace) -> int:
-    """Sends so many requests, and tells the memory after each tenth of them; the first tenth is to fill caches."""
-    from benchmarks.sides.load import closed_loop
-
-    bodies, memory, statuses = photographs(), [], Counter()
-    with _serving(_server_command(args)) as server:
-        for number in range(10):
-            left = args.soak // 10 + (number < args.soak % 10)
-            load = asyncio.run(closed_loop(server.address, bodies, clients=2 * args.max_batch, requests=left))
-            statuses += load.statuses
-            memory.append(server.memory())
-    content = about("soak") | {"weights": Path(args.weights).name, "max_batch": args.max_batch, "memory_bytes": memory}
-    content |= {"statuses": {str(status): count for status, count in sorted(statuses.items())}}
-    print(soak_as_markdown(content))
-    write_json(args.json, content)
-    return 0
-
-
-def soak_as_markdown(content: Content) -> str:
-    """The memory after each tenth of the requests, and by how much it has grown since the first."""
-    memory = content["memory_bytes"]
-    if None in memory:
-        told = "unknown on this system"
-    else:
-        told = f"{', '.join(f'{one / 2**20:.0f}' for one in memory)} MiB after each tenth of them: "
-        told += f"{(memory[-1] - memory[0]) / 2**20:+.1f} MiB since the first"
-    requests = f"{sum(content['statuses'].values())} requests ({_listed(content['statuses'])})"
-    return f"`train.serve --weights {content['weights']}`; {where(content)}\n\n- {requests}, memory {told}"
 
 
 def as_markdown(content: Content) -> str:
@@ -116,8 +89,9 @@ def as_markdown(content: Content) -> str:
     titles = ["load", "answers/s", "p50 ms", "p99 ms", "rejected", "pictures a batch", "ms a batch", "other statuses"]
     capacity, end = content["capacity_per_s"], content["sigterm"]
     to_batches, to_plain = capacity / content["predict_images_per_s"], capacity / content["plain"]["answered_per_s"]
-    memory = content["memory_bytes"]
-    grown = "unknown" if None in memory.values() else f"{(memory['end'] - memory['begin']) / 2**20:+.0f} MiB"
+    soak, sizes = content["soak"], content["soak"]["memory_bytes"]
+    grown = "unknown" if None in sizes else f"{(sizes[-1] - sizes[0]) / 2**20:+.1f} MiB since the first"
+    sizes = ", ".join("-" if size is None else f"{size / 2**20:.0f}" for size in sizes)
     return "\n".join(
         [
             f"`train.serve --weights {content['weights']} --max-batch {content['max_batch']}`; {where(content)}",
@@ -130,7 +104,8 @@ def as_markdown(content: Content) -> str:
             f"{to_plain:.2f} times a plain server that takes one request at a time (goal {TO_PLAIN})",
             f"- {sum(content['fuzzed'].values())} bodies of noise: {_listed(content['fuzzed'])}; "
             f"afterwards it {'answers' if content['alive'] else 'DOES NOT ANSWER'}",
-            f"- memory {grown} over {content['requests']} requests",
+            f"- memory after each tenth of {sum(soak['statuses'].values())} requests ({_listed(soak['statuses'])}): "
+            f"{sizes} MiB, {grown}",
             f"- SIGTERM under load: exit status {end['status']} after {end['seconds']:.1f} s; "
             f"{end['answered']} answers arrived of {end['logged']} that it sent",
         ]
@@ -242,7 +217,7 @@ def _under_load(server: _Server, bodies: Sequence[bytes], args: argparse.Namespa
 
     saturated = asyncio.run(_closed(server.address, bodies, 2 * args.max_batch, args.seconds))
     say(f"capacity {saturated.rate:.1f} pictures/s")
-    loads, requests = [], sum(saturated.statuses.values())
+    loads = []
     for share in _SHARES:
         before, rate = server.metrics(), share * saturated.rate
         load = asyncio.run(open_loop(server.address, bodies, rate=rate, seconds=args.seconds))
@@ -257,9 +232,22 @@ def _under_load(server: _Server, bodies: Sequence[bytes], args: argparse.Namespa
                 "batch_s": change["crossvit_compute_seconds_sum"] / batches,
             }
         )
-        requests += loads[-1]["asked"]
         say(f"load of {share:.0%} done")
-    return {"capacity_per_s": saturated.rate, "loads": loads, "requests": requests}
+    return {"capacity_per_s": saturated.rate, "loads": loads}
+
+
+def _soaked(server: _Server, bodies: Sequence[bytes], args: argparse.Namespace) -> dict[str, Any]:
+    """The memory after each tenth of some requests, and how they were answered."""
+    from benchmarks.sides.load import closed_loop
+
+    memory, statuses = [], Counter()
+    for number in range(10):
+        count = args.soak // 10 + (number < args.soak % 10)
+        load = asyncio.run(closed_loop(server.address, bodies, clients=2 * args.max_batch, requests=count))
+        statuses += load.statuses
+        memory.append(server.memory())
+    say(f"{args.soak} requests done")
+    return {"memory_bytes": memory, "statuses": {str(status): count for status, count in sorted(statuses.items())}}
 
 
 async def _fuzz(address: str, bodies: Sequence[bytes], count: int) -> Counter:
