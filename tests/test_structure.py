@@ -218,3 +218,11 @@ def test_every_extra_brings_what_is_imported_of_it():
         assert set(packages.values()) <= names[extra], extra
         of_others = {"crossvit-jax", "scikit-learn", "pillow"}  # which several extras want
         assert names[extra] <= set(packages.values()) | of_others, extra
+
+
+def test_every_link_of_the_pages_leads_to_a_file():
+    pages = [*_ROOT.glob("*.md"), *(_ROOT / "docs").rglob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
