@@ -39,7 +39,7 @@ _FREE = {"output", "data_dir", "dataset", "init", "resume", "workers", "mesh", "
 _FREE |= {"process_id", "attention_kernel", "checkpoint_every", "max_bad_images", "max_pixels", "patience", "wandb"}
 # settings that came later, and by default change nothing
 _LATER = {"task", "decoder", "width", "num_convs", "distances", "scale_jitter", "color_jitter", "dice", "ignore_index"}
-_LATER |= {"patch_sizes", "reduce_tokens"}
+_LATER |= {"patch_sizes", "reduce_tokens", "distill", "distill_alpha", "distill_temperature"}
 
 
 class CheckpointError(UserError):
