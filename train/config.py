@@ -26,6 +26,7 @@ _CLASSIFICATION = {"mixup": 0, "cutmix": 0, "smoothing": 0, "repeated_aug": 1, "
 _CLASSIFICATION |= {"auto_augment": "", "erase_prob": 0, "class_order": None, "crop_pct": None, "dropout": 0}
 _CLASSIFICATION |= {"crop_scale": (0.08, 1.0), "crop_ratio": (3 / 4, 4 / 3), "mix_prob": 1, "cutmix_share": 0.5}
 _CLASSIFICATION |= {"mix_group": None, "patch_sizes": None, "reduce_tokens": None, "class_weights": None}
+_CLASSIFICATION |= {"distill": None, "distill_alpha": None, "distill_temperature": 1}
 _DENSE = {"width": None, "scale_jitter": (1.0, 1.0)}
 _DETECTION = {"num_convs": None, "distances": None}
 _SEGMENTATION = {"decoder": None, "dice": 0, "ignore_index": 255}
@@ -241,6 +242,18 @@ class TrainConfig:
     loss: Literal["softmax", "bce"] = setting(
         "softmax", "softmax: soft-target cross-entropy; bce: binary cross-entropy of each class"
     )
+    distill: str | None = setting(
+        None,
+        "classification: a trained classifier to follow beside the labels, any SOURCE of python -m convert; none: none",
+        weights_source,
+    )
+    distill_alpha: float | None = setting(
+        None,
+        "share of --distill in the loss, that of the labels is the rest; none: both count whole, timm's default",
+        float,
+        **_SHARE,
+    )
+    distill_temperature: float = setting(1.0, "what --distill divides the logits of both models by", above=0)
 
     class_weights: Literal["balanced", None] = setting(
         None,
@@ -384,6 +397,9 @@ class TrainConfig:
             twice = {size for size in self.patch_sizes if self.patch_sizes.count(size) > 1}
             if twice:
                 raise SettingsError(f"patch_sizes names {', '.join(sorted(twice))} twice")
+        if self.distill is None and (self.distill_alpha is not None or self.distill_temperature != 1):
+            name = "distill_temperature" if self.distill_alpha is None else "distill_alpha"
+            raise SettingsError(f"{name} is a setting of --distill: name the classifier to follow")
         for name, nothing in _MEANS_NOTHING[self.task].items():
             if getattr(self, name) != nothing:
                 raise SettingsError(f"{name} is no setting of {self.task}; got {getattr(self, name)}")
@@ -414,6 +430,11 @@ class TrainConfig:
     def drawn_patch_sizes(self) -> tuple[tuple[int, ...], ...] | None:
         """`patch_sizes` as numbers."""
         return self.patch_sizes and tuple(tuple(map(int, size.split(","))) for size in self.patch_sizes)
+
+    @property
+    def distill_weights(self) -> tuple[float, float]:
+        """What the loss of the labels and that of the teacher are multiplied by (timm/task/distillation.py)."""
+        return (1.0, 1.0) if self.distill_alpha is None else (1 - self.distill_alpha, self.distill_alpha)
 
     def model_overrides(self) -> dict[str, Any]:
         """The settings of `CrossViTConfig` that these decide."""

@@ -30,7 +30,7 @@ from train.optim.carried import check_carried, read_carried
 from train.optim.quantize import require_qwix
 from train.recipes import RECIPES
 from train.run.folder import begun_settings, check_same_run, describe_run, newest_checkpoint, read_run
-from train.tasks.begin import check_task, make_task, starting_model, variants_of
+from train.tasks.begin import check_task, make_task, make_teacher, starting_model, variants_of
 from train.tasks.task import Task
 
 
@@ -132,7 +132,13 @@ def prepare(config: TrainConfig) -> Job:
         check_same_run(saved, described, config.output)
     kernel, kernel_notes = choose_attention(config.attention_kernel, model_config, config.precision, mesh)
     config = dataclasses.replace(config, attention_kernel=kernel)
-    task = make_task(config, model_config, image_sets)
+    teacher, teacher_notes = None, []
+    if config.distill is not None:
+        begun_with = None if starts_anew else saved.get("teacher", {})  # the checkpoint has its parameters
+        teacher, described["teacher"], teacher_notes = make_teacher(
+            config, model_config, image_sets.class_names, mesh, begun_with
+        )
+    task = make_task(config, model_config, image_sets, teacher)
     variants_of(task)  # which are checked
     weight_notes = () if weights is None else weights.notes
     notes = [
@@ -141,6 +147,7 @@ def prepare(config: TrainConfig) -> Job:
         *_mix_note(config, mesh),
         *weight_notes,
         *kernel_notes,
+        *teacher_notes,
         *precision_note(config.precision, mesh),
     ]
     if carried is not None:

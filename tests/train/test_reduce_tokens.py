@@ -80,13 +80,3 @@ def test_what_cannot_be_is_refused_in_one_line(weights, tmp_path, capsys, monkey
     assert (status, out) == (2, "")
     assert message in error.splitlines()[-1]
     assert not (tmp_path / "maps").exists()
-
-
-def test_a_run_fine_tunes_with_fewer_tokens_and_goes_on_with_them(weights, few_digits_dir, no_curves, tmp_path, capsys):
-    usual = ["--recipe=digits", f"--data-dir={few_digits_dir}", "--batch-size=16", "--epochs=1", "--workers=0"]
-    folder = tmp_path / "run"
-    assert train.main.main([*usual, f"--init={weights}", "--reduce-tokens=merge:4,1", f"--output={folder}"]) == 0
-    assert "at 48 pixels, merge:4,1, 10 classes" in capsys.readouterr().out
-    assert load_weights(folder).config.reduce_tokens == "merge:4,1"
-    assert train.main.main([*usual, f"--output={folder}"]) == 2
-    assert "reduce_tokens was 'merge:4,1' and is None" in capsys.readouterr().err

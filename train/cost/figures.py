@@ -143,9 +143,11 @@ def check_case(config: TrainConfig, num_classes: int, topology: str | None = Non
 
 
 def _target(config: TrainConfig, num_classes: int, topology: str | None, *, training: bool = True) -> _Target:
+    from convert.metadata import describe_weights
     from train.devices.attention import choose_attention
     from train.devices.mesh import check_divides, default_mix_group, default_precision, make_mesh
     from train.images.rand_augment import device_can_augment
+    from train.tasks.begin import make_teacher, read_teacher
     from train.tasks.classification import Classification
 
     gpu, devices = None, None
@@ -167,7 +169,14 @@ def _target(config: TrainConfig, num_classes: int, topology: str | None, *, trai
     # where it is XLA's for want of cuDNN, the count of fused calls tells
     kernel, _ = choose_attention(config.attention_kernel, model_config, config.precision, mesh, training=training)
     config = dataclasses.replace(config, attention_kernel=kernel)
-    task = Classification(config, model_config, tuple(map(str, range(num_classes))))
+    names = tuple(map(str, range(num_classes)))
+    teacher = None
+    if config.distill is not None and training:
+        weights = read_teacher(config)
+        of_teacher = weights.class_names if weights.config.num_classes == num_classes else None
+        about = describe_weights(weights)
+        teacher, *_ = make_teacher(config, model_config, of_teacher or names, mesh, about)
+    task = Classification(config, model_config, names, teacher=teacher)
     images = task.batch_shapes(config.batch_size, training=True)["image"]
     options = gpu.compiler_options if gpu else None
     return _Target(config, task, mesh, options, images.size // mesh.size if on_device else 0)

@@ -114,9 +114,11 @@ def state_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """A tree of host arrays, the same in every process, as arrays on the devices of all processes."""
+    """A tree of arrays, those of the host the same in every process, as arrays on the devices of all processes."""
 
-    def place(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    def place(leaf: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
+        if isinstance(leaf, jax.Array):
+            return jax.device_put(leaf, sharding)
         return jax.make_array_from_callback(np.shape(leaf), sharding, lambda index: np.asarray(leaf[index]))
 
     return jax.tree.map(place, tree, shardings)

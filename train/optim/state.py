@@ -100,13 +100,11 @@ def make_state(
     optimizer: optax.GradientTransformation,
     config: TrainConfig,
     model: nnx.Module | None = None,
-    task: Task | None = None,
 ) -> State:
-    """A fresh state around given parameters.
+    """A fresh state around given parameters, without what a task adds to it.
 
     Args:
         model: whose they are, see `trained_and_frozen`.
-        task: what they learn; none: one without state of its own.
     """
     trained, _ = trained_and_frozen(params, config, model)
     opt = optimizer.init(trained)
@@ -115,16 +113,21 @@ def make_state(
         state["ema"] = jax.tree.map(jnp.copy, params)
     if config.precision == "float16":
         state["loss_scale"] = initial_loss_scale()
-    extra = None if task is None else task.extra(params)
-    return state if extra is None else state | {"extra": extra}
+    return state
 
 
 def abstract_state(
     model: nnx.Module, optimizer: optax.GradientTransformation, config: TrainConfig, task: Task | None = None
 ) -> State:
-    """The state of a model with shapes instead of arrays: enough to compile a step."""
+    """The state of a model with shapes instead of arrays: enough to compile a step.
+
+    Args:
+        task: what it learns; none: one without state of its own.
+    """
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return jax.eval_shape(lambda params: make_state(params, optimizer, config, model, task), params)
+    state = jax.eval_shape(lambda params: make_state(params, optimizer, config, model), params)
+    extra = None if task is None else jax.eval_shape(task.extra, params)
+    return state if extra is None else state | {"extra": extra}
 
 
 def lower_init(
@@ -145,21 +148,27 @@ def lower_init(
         shardings: of the state, on the mesh.
         params: initial parameters as numpy arrays; none: newly drawn ones.
     """
+    made = {name: tree for name, tree in shardings.items() if name != "extra"}  # by the program
+
+    def whole(state: State) -> State:
+        extra = task.extra(state["params"]) if "extra" in shardings else None
+        return state if extra is None else state | {"extra": put(extra, shardings["extra"])}
+
     if params is not None:
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
         around = jax.jit(
-            lambda params: make_state(params, optimizer, config, model, task),
+            lambda params: make_state(params, optimizer, config, model),
             in_shardings=(shardings["params"],),
-            out_shardings=shardings,
+            out_shardings=made,
         ).lower(shapes)
-        return lambda: around.compile()(put(params, shardings["params"]))
+        return lambda: whole(around.compile()(put(params, shardings["params"])))
 
     def init(seed: jax.Array) -> State:
         _, params = _draw(jax.random.key(seed), task=task, dtype=_dtype(config))
-        return make_state(params, optimizer, config, model, task)
+        return make_state(params, optimizer, config, model)
 
     seed = np.uint32(config.seed)
     # on a CPU, to optimise a program that runs once takes longer than the program
     options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
-    lowered = jax.jit(init, out_shardings=shardings, compiler_options=options).lower(seed)
-    return lambda: lowered.compile()(seed)
+    lowered = jax.jit(init, out_shardings=made, compiler_options=options).lower(seed)
+    return lambda: whole(lowered.compile()(seed))

@@ -4,19 +4,24 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from convert import load_weights
 from convert.dense import adapt_to_task, class_axes, with_fresh_classes
 from convert.errors import ConversionError, SettingsError
+from convert.metadata import describe_weights, understand
+from convert.tree import nest
 from convert.weights import Weights
 from crossvit_jax.config import CUSTOM, CrossViTConfig, DenseConfig, build_dense_config, get_config
 from train.config import TrainConfig
 from train.data.dense.samples import DenseSets, DenseSource, Reclassed
 from train.data.sources import ImageSets
+from train.devices.attention import choose_attention
 from train.recipes import RECIPES
 from train.tasks import classification
 from train.tasks.classification import Classification
 from train.tasks.detection import Detection
+from train.tasks.distillation import Teacher
 from train.tasks.segmentation import Segmentation
 from train.tasks.task import Task
 
@@ -83,15 +88,80 @@ def settings_of(task: str) -> TrainConfig:
     return TrainConfig() if task == "classification" else RECIPES[task]
 
 
-def make_task(config: TrainConfig, model_config: ModelConfig, sets: ImageSets) -> Task:
-    """The task of a run."""
+def read_teacher(config: TrainConfig) -> Weights:
+    """The classifier of `config.distill`. Raises SettingsError if it cannot be read, or is no such thing."""
+    what = f"--distill {config.distill}"
+    try:
+        weights = load_weights(config.distill).astype(np.dtype(np.float32))
+    except ConversionError as error:
+        raise SettingsError(f"--distill: {error}") from error
+    if task_of(weights.config) != "classification":
+        raise SettingsError(f"{what} is a model for {task_of(weights.config)}: only a classifier can teach one")
+    if weights.config.in_chans != 3:
+        raise SettingsError(f"{what} takes images of {weights.config.in_chans} channels, and runs read colour images")
+    if weights.non_finite():
+        raise SettingsError(f"{what}: {weights.non_finite()}")
+    return weights
+
+
+def make_teacher(
+    config: TrainConfig,
+    student: CrossViTConfig,
+    class_names: tuple[str, ...],
+    mesh: Mesh,
+    described: dict[str, Any] | None = None,
+) -> tuple[Teacher, dict[str, Any], list[str]]:
+    """The teacher of a run, how it is described in the run's folder, and what the user should know of it.
+
+    Args:
+        config: with the kernel of attention that was chosen for the student.
+        class_names: of the run.
+        described: how it was; then its parameters come from elsewhere, and `config.distill` may be gone.
+
+    Raises SettingsError as `read_teacher`, or if it does not know these classes and no others, or sees images of
+    another shape.
+    """
+    what, params, told = f"--distill {config.distill}", None, ()
+    if described is None:
+        weights = read_teacher(config)
+        described, params, told = describe_weights(weights), nest(weights.tensors), weights.notes
+    try:
+        model, known = understand(described)
+    except (KeyError, TypeError, ConversionError) as error:
+        raise SettingsError(f"the run in {config.output} was begun by another version: {error}") from error
+    try:
+        outputs, notes = classification.match_classes(class_names, known, model.num_classes)
+    except SettingsError as error:
+        raise SettingsError(f"{what}: {error}") from error
+    if len(outputs) != model.num_classes:
+        counts = f"the data set has {len(outputs)} classes, the weights have {model.num_classes}"
+        raise SettingsError(f"{what}: {counts}: only a classifier of the same classes can teach this one")
+    (rows, columns), (height, width) = model.image_size, student.image_size
+    if rows * width != columns * height:
+        sizes = f"{rows} x {columns} pixels, and this model {height} x {width}"
+        raise SettingsError(f"{what} sees images of {sizes}: they would be distorted")
+    if rows != height:
+        notes = [*notes, f"it sees the images of {height} x {width} pixels resized to {rows} x {columns}"]
+    # the same kernel as the student's, unless it cannot be had for this one
+    wanted = "xla" if config.attention_kernel == "xla" else "auto"
+    kernel, kernel_notes = choose_attention(wanted, model, config.precision, mesh, training=False)
+    notes = [f"the teacher, {model.name}: {note}" for note in [*told, *notes, *kernel_notes]]
+    return Teacher(model, tuple(outputs.tolist()), kernel, params), described, notes
+
+
+def make_task(config: TrainConfig, model_config: ModelConfig, sets: ImageSets, teacher: Teacher | None = None) -> Task:
+    """The task of a run.
+
+    Args:
+        teacher: that a classifier follows.
+    """
     if config.task == "detection":
         return Detection(config, model_config, sets.class_names, sets.most_boxes, sets.category_ids)
     if config.task == "segmentation":
         return Segmentation(config, model_config, sets.class_names)
     balanced = config.class_weights == "balanced"
     weights = classification.balanced_weights(sets.train, sets.class_names) if balanced else None
-    return Classification(config, model_config, sets.class_names, weights)
+    return Classification(config, model_config, sets.class_names, weights, teacher=teacher)
 
 
 def variants_of(task: Task) -> tuple[Task, ...]:

@@ -30,6 +30,7 @@ from train.images.mixup import draw_mix, mix_images, mix_in_groups, mix_targets
 from train.pictures.confusion import draw_confusion
 from train.pictures.sheet import draw_sheet
 from train.run.best_effort import BestEffort
+from train.tasks.distillation import Teacher, distillation_loss
 from train.tasks.evaluated import is_evaluation
 from train.tasks.rates import calibration_error, class_rates, mean_rates
 from train.tasks.task import Batch, Metric
@@ -55,6 +56,7 @@ class Classification:
     class_names: tuple[str, ...]  # in the order of the labels
     class_weights: tuple[float, ...] | None = None  # in the loss, in the order of the labels; none: all 1
     patch_size: tuple[int, ...] | None = None  # of the patches that `loss` cuts; none: the model's own
+    teacher: Teacher | None = None  # that the model follows beside the labels
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -108,10 +110,11 @@ class Classification:
         images, targets = mix_in_groups(mix, batch["image"], batch["label"], key, group=config.mix_group)
         return {"image": images, "targets": targets}
 
-    def extra(self, params: Any) -> None:
-        return None
+    def extra(self, params: Any) -> Any:
+        """The teacher's parameters."""
+        return self.teacher and self.teacher.initial()
 
-    def loss(self, model: nnx.Module, batch: Batch, extra: None, *, rngs: nnx.Rngs) -> tuple[Array, dict[str, Array]]:
+    def loss(self, model: nnx.Module, batch: Batch, extra: Any, *, rngs: nnx.Rngs) -> tuple[Array, dict[str, Array]]:
         """Also `top1`: the share of images whose largest target was predicted."""
         sizes = {} if self.patch_size is None else {"patch_size": self.patch_size}
         logits = model(batch["image"], **sizes, rngs=rngs)
@@ -120,10 +123,14 @@ class Classification:
         if self.class_weights is not None:  # as torch's cross_entropy weighs targets that are probabilities
             targets = targets * jnp.array(self.class_weights, targets.dtype)
         loss = jnp.mean(_LOSSES[self.config.loss](logits, targets))
+        if self.teacher is not None:
+            taught = self.teacher.logits(extra, batch["image"], dtype=model.dtype)
+            of_labels, of_teacher = self.config.distill_weights
+            loss = of_labels * loss + of_teacher * distillation_loss(logits, taught, self.config.distill_temperature)
         return loss, {"top1": jnp.mean(top1.astype(loss.dtype))}
 
-    def update(self, extra: None, aux: Any, params: Any, step: Array) -> None:
-        return None
+    def update(self, extra: Any, aux: Any, params: Any, step: Array) -> Any:
+        return extra
 
     def evaluate(self, model: nnx.Module, batch: Batch) -> dict[str, Any]:
         """Each image's `label`, `predicted` class, its probability as `confidence`, and `mask`; and `sums` over the

@@ -101,7 +101,9 @@ class Task(Protocol):
     def extra(self, params: Tree) -> Tree | None:
         """State of the task's own at the start of a run (a teacher, a centre); None adds nothing to a checkpoint.
 
-        Arrays of numbers or truth values, no keys of jax.random.
+        New arrays of numbers or truth values, of numpy or jax, no keys of jax.random. Called when the parameters are on
+        the devices, in no program, so that large arrays of numpy become constants of none; and before, with shapes for
+        parameters, under `jax.eval_shape`.
         """
 
     def loss(self, model: nnx.Module, batch: Batch, extra: Tree | None, *, rngs: nnx.Rngs) -> tuple[Array, Tree]:

@@ -55,7 +55,7 @@ def test_parameters_that_take_no_part_stay_as_they_are_and_all_others_are_traine
     )
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     first = jax.device_get(_names(params))
-    state = make_state(params, optimizer, config, model, task)
+    state = make_state(params, optimizer, config, model)
     step = jax.jit(make_train_step(model, task, optimizer, config))
     for _ in range(20):
         state, metrics = step(state, make_batch(kind))
