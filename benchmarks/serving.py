@@ -20,6 +20,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.command import writable_json
@@ -34,6 +35,8 @@ _PROGRAM = "python -m benchmarks.serving"
 _SHARES = (0.5, 0.8, 1.2, 2.0)  # of capacity
 _START = 600.0  # seconds that a server has to become ready
 _PHOTOGRAPHS = 8
+_ROUNDS = 3
+_READ_AHEAD = 2  # batches that are ready, or nearly so, when the loop goes on
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,14 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     bodies = photographs()
     told: dict[str, Any] = {"weights": Path(args.weights).name, "max_batch": args.max_batch, "seconds": args.seconds}
-    told["predict_images_per_s"] = _batch_loop(args.weights, bodies, args.seconds)
-    say("train.predict's loop done")
-    with _serving([sys.executable, "-m", "benchmarks.sides.plain_server", args.weights]) as plain:
-        told["plain"] = asyncio.run(_closed(plain.address, bodies, 4, args.seconds)).as_json()
-    say("the plain server done")
     with _serving(_server_command(args)) as server:
-        asyncio.run(_closed(server.address, bodies, 2 * args.max_batch, 2))  # warm
-        told |= _under_load(server, bodies, args)
+        told["rounds"] = _compared(server, bodies, args)
+        told["capacity_per_s"] = median(told["rounds"]["server"])
+        say(f"capacity {told['capacity_per_s']:.1f} pictures/s")
+        told["loads"] = _under_load(server, bodies, told["capacity_per_s"], args.seconds)
         told["soak"] = _soaked(server, bodies, args)
         told["fuzzed"] = dict(asyncio.run(_fuzz(server.address, bodies, args.fuzzed)))
         told["alive"] = asyncio.run(_closed(server.address, bodies, 1, 0.5)).statuses.keys() == {200}
@@ -87,8 +87,8 @@ def as_markdown(content: Content) -> str:
         others = ", ".join(f"{count} of {status}" for status, count in load["statuses"].items() if status != "200")
         rows.append([f"{load['share']:.0%}", f"{load['answered_per_s']:.1f}", *waits, *figures, others or "none"])
     titles = ["load", "answers/s", "p50 ms", "p99 ms", "rejected", "pictures a batch", "ms a batch", "other statuses"]
-    capacity, end = content["capacity_per_s"], content["sigterm"]
-    to_batches, to_plain = capacity / content["predict_images_per_s"], capacity / content["plain"]["answered_per_s"]
+    rounds, end = content["rounds"], content["sigterm"]
+    to_batches, to_plain = (_ratio(rounds["server"], rounds[other]) for other in ("predict", "plain"))
     soak, sizes = content["soak"], content["soak"]["memory_bytes"]
     grown = "unknown" if None in sizes else f"{(sizes[-1] - sizes[0]) / 2**20:+.1f} MiB since the first"
     sizes = ", ".join("-" if size is None else f"{size / 2**20:.0f}" for size in sizes)
@@ -100,8 +100,9 @@ def as_markdown(content: Content) -> str:
             "",
             *markdown_table(titles, rows),
             "",
-            f"- capacity {capacity:.1f} pictures/s: {to_batches:.2f} of train.predict's loop (goal {TO_BATCHES}), "
-            f"{to_plain:.2f} times a plain server that takes one request at a time (goal {TO_PLAIN})",
+            f"- capacity {content['capacity_per_s']:.1f} pictures/s: {to_batches} of train.predict's loop (goal "
+            f"{TO_BATCHES}), {to_plain} times a plain server that takes one request at a time (goal {TO_PLAIN}); "
+            f"median of {_ROUNDS} rounds (smallest to largest)",
             f"- {sum(content['fuzzed'].values())} bodies of noise: {_listed(content['fuzzed'])}; "
             f"afterwards it {'answers' if content['alive'] else 'DOES NOT ANSWER'}",
             f"- memory after each tenth of {sum(soak['statuses'].values())} requests ({_listed(soak['statuses'])}): "
@@ -180,8 +181,32 @@ def _serving(command: Sequence[str]) -> Iterator[_Server]:
                 process.kill()
 
 
-def _batch_loop(source: str, bodies: Sequence[bytes], seconds: float) -> float:
-    """Images in a second of train.predict's own loop, at its own batch size, once it runs."""
+def _compared(server: _Server, bodies: Sequence[bytes], args: argparse.Namespace) -> dict[str, list[float]]:
+    """Pictures in a second of `server`, `predict`, which is train.predict's loop, and `plain`, a server that takes one
+    request at a time. They take turns, so that what else the machine does slows all of them."""
+    seconds, clients = args.seconds / 2, 2 * args.max_batch
+    rates: dict[str, list[float]] = {"server": [], "predict": [], "plain": []}
+    with (
+        _serving([sys.executable, "-m", "benchmarks.sides.plain_server", args.weights]) as plain,
+        contextlib.closing(_batch_loop(args.weights, bodies, seconds)) as predict,
+    ):
+        asyncio.run(_closed(server.address, bodies, clients, 2))  # warm
+        for number in range(_ROUNDS):
+            rates["server"].append(asyncio.run(_closed(server.address, bodies, clients, seconds)).rate)
+            rates["predict"].append(next(predict))
+            rates["plain"].append(asyncio.run(_closed(plain.address, bodies, 4, seconds)).rate)
+            say(f"round {number + 1} of {_ROUNDS} done")
+    return rates
+
+
+def _ratio(rates: Sequence[float], others: Sequence[float]) -> str:
+    """Median, smallest and largest over rounds."""
+    ratios = [rate / other for rate, other in zip(rates, others, strict=True)]
+    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def _batch_loop(source: str, bodies: Sequence[bytes], seconds: float) -> Iterator[float]:
+    """Images in a second of train.predict's own loop, at its own batch size: anew each time that it is asked."""
     from train.data.bad_images import BadImages
     from train.devices.process import keep_compiled_programs, keep_freed_memory
     from train.inference.classify import classify
@@ -199,11 +224,14 @@ def _batch_loop(source: str, bodies: Sequence[bytes], seconds: float) -> float:
         files = FileSource(tuple(str(paths[number % len(paths)]) for number in range(1000 * size)))
         batches = classify(classifier, files, BadImages(files, print), batch_size=size, workers=0, top_k=5)
         with contextlib.closing(batches):
-            next(batches)  # compiled, and the first are read
-            start, done = time.perf_counter(), 0
-            while time.perf_counter() < start + seconds:
-                done += len(next(batches))
-            return done / (time.perf_counter() - start)
+            next(batches)  # it is compiled
+            while True:
+                for _ in range(_READ_AHEAD):  # which took no time of this round
+                    next(batches)
+                start, done = time.perf_counter(), 0
+                while time.perf_counter() < start + seconds:
+                    done += len(next(batches))
+                yield done / (time.perf_counter() - start)
 
 
 async def _closed(address: str, bodies: Sequence[bytes], clients: int, seconds: float) -> Any:
@@ -212,15 +240,13 @@ async def _closed(address: str, bodies: Sequence[bytes], clients: int, seconds: 
     return await closed_loop(address, bodies, clients=clients, seconds=seconds)
 
 
-def _under_load(server: _Server, bodies: Sequence[bytes], args: argparse.Namespace) -> dict[str, Any]:
+def _under_load(server: _Server, bodies: Sequence[bytes], capacity: float, seconds: float) -> list[dict[str, Any]]:
     from benchmarks.sides.load import open_loop
 
-    saturated = asyncio.run(_closed(server.address, bodies, 2 * args.max_batch, args.seconds))
-    say(f"capacity {saturated.rate:.1f} pictures/s")
     loads = []
     for share in _SHARES:
-        before, rate = server.metrics(), share * saturated.rate
-        load = asyncio.run(open_loop(server.address, bodies, rate=rate, seconds=args.seconds))
+        before, rate = server.metrics(), share * capacity
+        load = asyncio.run(open_loop(server.address, bodies, rate=rate, seconds=seconds))
         after = server.metrics()
         change = {name: after[name] - before.get(name, 0.0) for name in after}
         batches = max(1.0, change["crossvit_batch_pictures_count"])
@@ -233,7 +259,7 @@ def _under_load(server: _Server, bodies: Sequence[bytes], args: argparse.Namespa
             }
         )
         say(f"load of {share:.0%} done")
-    return {"capacity_per_s": saturated.rate, "loads": loads}
+    return loads
 
 
 def _soaked(server: _Server, bodies: Sequence[bytes], args: argparse.Namespace) -> dict[str, Any]:

@@ -79,6 +79,8 @@ def test_a_small_run_loses_nothing(tmp_path, capfd):
     assert main(flags) == 0, capfd.readouterr()
     assert "each tenth of 1005 requests (1005 of 200): " in capfd.readouterr().out
     told = json.loads(file.read_text())
+    assert {side: len(rates) for side, rates in told["rounds"].items()} == {"server": 3, "predict": 3, "plain": 3}
+    assert told["capacity_per_s"] == sorted(told["rounds"]["server"])[1] > 0
     assert [load["share"] for load in told["loads"]] == [0.5, 0.8, 1.2, 2.0]
     for load in told["loads"]:
         assert set(load["statuses"]) <= {"200", "503"}
