@@ -48,7 +48,7 @@ def test_pictures_show_every_branch(tmp_path, capsys):
     assert predict([f"--weights={weights}", str(tmp_path / "x.png"), f"--attention={pictures}"]) == 0
     with Image.open(pictures / "x.png") as picture:
         width, height = picture.size
-    assert height / width == pytest.approx((7.9 + 3.634) / 12, abs=0.01)  # a row more than with two branches
+    assert height / width == pytest.approx((7.9 + 3.634) / 16.5, abs=0.01)  # a row more than with two branches
     attention = nnx.jit(class_token_attention)(load_flax(weights), jnp.zeros((1, 48, 48, 3)))
     assert [values.shape[1] for values in attention["own"]] == [17, 5, 10]
     assert [values.shape[1] for values in attention["across"]] == [5, 10, 17]  # over those of the next branch

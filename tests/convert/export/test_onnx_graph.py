@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -301,7 +302,7 @@ def test_a_library_that_is_not_installed_has_no_version(weights, monkeypatch):
 
 
 def test_without_the_extra_its_name_is_told(capsys, tmp_path, monkeypatch):
-    find_spec = convert.export.export.importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *args: None if name == "onnxscript" else find_spec(name, *args)
     )
