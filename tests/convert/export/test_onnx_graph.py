@@ -56,6 +56,19 @@ def test_logits_are_the_twins_for_any_batch(exported, small):
         np.testing.assert_allclose(logits, expected, atol={"float32": 1e-5, "float16": 0.01}[dtype] * expected.max())
 
 
+def test_a_model_with_fewer_tokens_computes_so_in_the_file_too(small, tmp_path):
+    path = tmp_path / "reduced.onnx"
+    assert main([str(small), str(path), "--reduce-tokens=merge:4,1"]) == 0
+    images = np.random.default_rng(0).standard_normal((3, 3, 48, 48), np.float32)
+    (logits,) = onnxruntime.InferenceSession(path).run(["logits"], {"images": images})
+    with torch.inference_mode():
+        expected, whole = (
+            torch_model(load_weights(small, reduce_tokens=reduction))(torch.tensor(images)).numpy()
+            for reduction in ("merge:4,1", "none")
+        )
+    assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max() < np.abs(logits - whole).max()
+
+
 def test_the_command_tells_how_far_the_file_is_from_its_source(exported):
     dtype, path, out = exported
     assert f"written     {path}, {path.stat().st_size:,} bytes\n" in out
