@@ -9,6 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from beartype.roar import BeartypeDecorHintPep585DeprecationWarning
 
 import convert
 from convert.__main__ import main
@@ -55,6 +56,7 @@ def test_odd_tensors_of_torch_are_one_line(state_dict, tmp_path, capsys, message
     begin = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # other libraries say nothing before
+        warnings.simplefilter("ignore", BeartypeDecorHintPep585DeprecationWarning)  # of what only the tests look at
         line = refusal(capsys, "python -m convert", main, file, tmp_path / "out.safetensors")
     assert message in line
     assert line.strip().isprintable()
