@@ -63,7 +63,7 @@ def test_odd_tensors_of_torch_are_one_line(state_dict, tmp_path, capsys, message
     assert message in line
     assert line.strip().isprintable()
     assert len(line) < 20_000
-    assert time.process_time() - begin < 5  # a second, where no one counts what the tests cover
+    assert time.process_time() - begin < 30  # a second, where nobody checks types at each call and the machine is idle
 
 
 def test_negative_tensors_keep_their_values(state_dict, tmp_path):
