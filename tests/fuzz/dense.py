@@ -11,12 +11,9 @@ import numpy as np
 from PIL import Image
 
 from convert.command_line import run
-from convert.errors import UserError
-from convert.metadata import describe, understand
 from convert.streams import tell
 from crossvit_jax.preprocess import UnreadableImage
 from tests.fuzz.damage import VALUES, damage_a_file, damaged_bytes, damaged_json
-from tests.small_model import small_detector, small_segmenter
 from train.data.dense.open import open_dense_sets
 from train.data.dense.samples import DenseSets
 from train.images.dense import DetectionTrainTransform, SegmentationTrainTransform
@@ -193,18 +190,6 @@ def masks(chance: random.Random, templates: Path, work: Path) -> int:
     return _opened(f"masks:{root}", "segmentation")
 
 
-def dense_description(chance: random.Random, templates: Path, work: Path) -> int:
-    config = small_detector() if chance.random() < 0.5 else small_segmenter()
-    names = tuple(f"c{number}" for number in range(config.num_classes))
-    text = damaged_json(chance, describe(config, names, "keep")).decode("utf-8", "replace")
-    try:
-        config, names = understand(text)
-    except UserError:
-        return 2
-    assert names is None or len(names) == config.num_classes
-    return 0
-
-
 DENSE_KINDS: dict[str, Callable[[random.Random, Path, Path], int]] = {
-    kind.__name__: kind for kind in (coco, voc, yolo, masks, dense_description)
+    kind.__name__: kind for kind in (coco, voc, yolo, masks)
 }

@@ -26,7 +26,7 @@ from crossvit_jax.config import get_config
 from crossvit_jax.preprocess import UnreadableImage
 from tests.fuzz.damage import VALUES, damage_a_file, damaged_bytes, damaged_json
 from tests.fuzz.dense import DENSE_KINDS, make_dense_templates
-from tests.small_model import small_config
+from tests.small_model import small_config, small_detector, small_segmenter
 from train.config import TrainConfig
 from train.flags import parse_flags
 from train.images.transforms import EvalTransform
@@ -120,8 +120,10 @@ def orbax(chance: random.Random, templates: Path, work: Path) -> int:
 
 
 def description(chance: random.Random, templates: Path, work: Path) -> int:
-    config = small_config(3) if chance.random() < 0.5 else get_config("15-dagger-408", num_classes=3)
-    text = damaged_json(chance, describe(config, ("a", "b", "c"))).decode("utf-8", "replace")
+    classifiers = [small_config(3), get_config("15-dagger-408", num_classes=3)]
+    config = chance.choice([*classifiers, small_detector(), small_segmenter()])
+    names = tuple(f"c{number}" for number in range(config.num_classes))
+    text = damaged_json(chance, describe(config, names, chance.choice([None, "keep"]))).decode("utf-8", "replace")
     try:
         config, names = understand(text)
     except UserError:

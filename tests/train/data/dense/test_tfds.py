@@ -7,6 +7,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from convert.errors import SettingsError
+from tests.train.data.tiny_set import prepare_tiny
 from train.data.dense.open import open_dense_sets
 from train.images.dense import DetectionEvalTransform, SegmentationEvalTransform
 
@@ -47,24 +48,7 @@ def prepared(tmp_path):
     """Prepares a set `tiny` and opens it for a task."""
 
     def open_it(kind, features, example, splits=(("train", 4), ("test", 3))):
-        class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-            VERSION = tfds.core.Version("1.0.0")
-            name = "tiny"
-            pkg_dir_path = None
-
-            def _info(self):
-                return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
-
-            def _split_generators(self, dl_manager):
-                return {split: self._generate_examples(count) for split, count in splits}
-
-            def _generate_examples(self, count):
-                for i in range(count):
-                    yield i, example(i)
-
-        tfds.disable_progress_bar()
-        offline = tfds.download.DownloadConfig(try_download_gcs=False)
-        Tiny(data_dir=tmp_path, file_format="array_record").download_and_prepare(download_config=offline)
+        prepare_tiny(tmp_path, features, example, dict(splits))
         return open_dense_sets("tiny", kind, seed=0, val_fraction=0.5, data_dir=str(tmp_path))
 
     return open_it

@@ -12,6 +12,7 @@ from PIL import Image
 
 from convert.errors import SettingsError
 from crossvit_jax.preprocess import UnreadableImage
+from tests.train.data.tiny_set import prepare_tiny
 from train.config import TrainConfig
 from train.data.datasets import open_image_sets
 from train.data.prepared.tfds import TfdsSource, open_tfds
@@ -37,24 +38,7 @@ def write_tfds(tmp_path):
         }
         example = example or (lambda i: {"id": str(i), "image": _png(i), "label": i % 3})
 
-        class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-            VERSION = tfds.core.Version("1.0.0")
-            name = "tiny"
-            pkg_dir_path = None
-
-            def _info(self):
-                return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
-
-            def _split_generators(self, dl_manager):
-                return {split: self._generate_examples(count) for split, count in splits.items()}
-
-            def _generate_examples(self, count):
-                for i in range(count):
-                    yield i, example(i)
-
-        tfds.disable_progress_bar()
-        offline = tfds.download.DownloadConfig(try_download_gcs=False)
-        Tiny(data_dir=tmp_path, file_format=file_format).download_and_prepare(download_config=offline)
+        prepare_tiny(tmp_path, features, example, splits, file_format)
         return str(tmp_path)
 
     return write
