@@ -114,10 +114,10 @@ def train(job: Job) -> Result:
 
         first_step = newest_step if job.carried is None else job.carried.epochs * job.steps_per_epoch
         run = stack.enter_context(closing(_Run(job, folder, programs, interruption, step=first_step, start=start)))
+        if newest_step == 0:
+            run.check_held_out()  # before the programs are waited for
         memory, available = programs.memory, available_memory(mesh)
         check_fits(memory, available, config, mesh)
-        if newest_step == 0:
-            run.check_held_out()
         _say(memory.describe(available))
 
         # --- the state that an earlier run left, or a new one ---

@@ -220,7 +220,6 @@ def test_a_gpus_name_memory_and_driver_and_cudas_libraries_are_told(monkeypatch)
         {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 81559 * 2**20, "driver": "570.86.15"}
     ]
     assert described(told).startswith("NVIDIA H100 80GB HBM3 (80 GiB, driver 570.86.15), ")
-    assert told["commit"] is None
 
 
 def test_without_nvidia_smi_the_gpu_is_the_one_that_a_side_names(monkeypatch):

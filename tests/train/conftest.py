@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-from convert.errors import SettingsError
+from convert.errors import MissingExtra
 from tests.small_model import shrink
 from tests.train.prepared_digits import prepare_digits
 from train.cost import gpus, slices
@@ -84,7 +84,7 @@ def without_gpu(monkeypatch):
         monkeypatch.setenv(name, os.environ.get(name, value))
     try:
         gpus.prepare_environment()
-    except SettingsError as error:
+    except MissingExtra as error:
         pytest.skip(str(error))
     platforms = jax.config.jax_platforms  # jax has read the environment already
     jax.config.update("jax_platforms", "cpu")

@@ -459,7 +459,7 @@ def test_without_output_nothing_is_written(pictures, tmp_path, monkeypatch, caps
         (["--data-dir=~nobody-of-this-name"], "argument --data-dir: ~nobody-of-this-name: "),
         (["--output=~nobody-of-this-name"], "argument --output: ~nobody-of-this-name: "),
         (["--dataset=cifar1O"], "did you mean 'cifar10'"),
-        (["--dataset=digits", "--split=all"], "--split all is for a folder:PATH"),
+        (["--dataset=digits", "--split=all"], "--split all is for folder:PATH and csv:FILE"),
         (["--image-size=50"], "does not divide into whole patches"),
         (["--image-size=0"], "argument --image-size: must be pixels"),
         (["--crop-pct=1.5"], "argument --crop-pct: must be above 0 and at most 1; got '1.5'"),
@@ -467,7 +467,7 @@ def test_without_output_nothing_is_written(pictures, tmp_path, monkeypatch, caps
         (["--batch-size=0"], "argument --batch-size: must be a whole number, 1 or more; got '0'"),
         (["--workers=-1"], "argument --workers: must be a whole number, 0 or more"),
         (["--val-fraction=1"], "val_fraction must be above 0 and below 1"),
-        (["--precision=float16"], "argument --precision: invalid choice: 'float16'"),
+        (["--precision=float64"], "argument --precision: invalid choice: 'float64'"),
         (["stray"], "unrecognized arguments: stray"),
     ],
 )

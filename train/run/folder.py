@@ -20,18 +20,8 @@ from crossvit_jax.files import read_json
 from train.config import TrainConfig
 from train.run.provenance import command_line, commit
 
-_PACKAGES = (
-    "crossvit-jax",
-    "jax",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "tensorflow-datasets",
-    "timm",
-    "pillow",
-    "numpy",
-)
+_PACKAGES = ("crossvit-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "timm")
+_PACKAGES += ("pillow", "numpy")
 _CONFIG, _LOCK = "config.json", ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # what file systems without locks answer
 # what may differ when a run is continued: none of it changes what is computed

@@ -140,16 +140,17 @@ class Meter:
             self._write()
 
     def _check_numbers(self, loss: float, scaled: Mapping[str, float]) -> None:
+        skipped = bool(scaled.get("skipped"))
+        if scaled["loss_scale"] >= 1 if skipped else math.isfinite(loss):
+            return
         where = f"in step {self.step} (epoch {self._epoch}, learning rate {self._lr:g})"
         helps = "a lower --lr, a longer --warmup-epochs or --clip-grad may help"
-        if scaled.get("skipped"):
-            if scaled["loss_scale"] < 1:
-                raise TrainingFailed(
-                    f"gradients are infinite or NaN {where} at a loss scale of {scaled['loss_scale']:g}: step after "
-                    f"step was skipped; {helps}, or --precision float32"
-                )
-        elif not math.isfinite(loss):
-            raise TrainingFailed(f"the loss became {loss} {where}; {helps}")
+        if skipped:
+            raise TrainingFailed(
+                f"gradients are infinite or NaN {where} at a loss scale of {scaled['loss_scale']:g}: step after step "
+                f"was skipped; {helps}, or --precision float32"
+            )
+        raise TrainingFailed(f"the loss became {loss} {where}; {helps}")
 
     @property
     def _lr(self) -> float:

@@ -10,12 +10,10 @@ _FILE = Path(__file__).resolve()
 
 def commit() -> str | None:
     """The commit of this code, with "-dirty" if tracked files were changed since; None where no repository has it."""
-    tracked = output_of(
-        "git", "-C", str(_FILE.parent), "ls-files", "--error-unmatch", str(_FILE)
-    )  # else it is another's
-    if tracked is None:
-        return None
-    return output_of("git", "-C", str(_FILE.parent), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty")
+    git = ("git", "-C", str(_FILE.parent))
+    if output_of(*git, "ls-files", "--error-unmatch", str(_FILE)) is None:
+        return None  # installed in a folder that lies in somebody else's repository, perhaps
+    return output_of(*git, "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty")
 
 
 def command_line() -> str:

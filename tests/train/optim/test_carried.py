@@ -23,6 +23,7 @@ from tests.train.steps import make_train_step
 from train.config import TrainConfig
 from train.devices.mesh import make_mesh, replicated
 from train.optim.carried import carry
+from train.optim.loss_scale import initial_loss_scale
 from train.optim.optimizer import make_optimizer
 from train.optim.state import make_state
 from train.run.checkpoints import Checkpoints
@@ -160,6 +161,9 @@ def test_half_a_training_in_either_framework_ends_as_the_whole_in_torch(
         fresh = ours.state
         ours.state = carry(fresh, carried, step=_STEPS)
         assert int(ours.state["step"]) == _STEPS
+        scale = jax.device_put(initial_loss_scale(), replicated(make_mesh()))
+        scaled = carry({**fresh, "loss_scale": scale}, carried, step=_STEPS)
+        assert int(scaled["loss_scale"].updates) == _STEPS  # no step is the first, which would begin a new average
         again = ours.save(tmp_path / "again")  # and back without a step between
         _assert_near(ours.train(end).weights(), torch_run.weights(), _BOUND[dtype])
         # begun here

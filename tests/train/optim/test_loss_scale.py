@@ -210,3 +210,14 @@ def test_a_whole_model_learns_in_float16():
         losses.append(float(metrics["loss"]))
     assert {leaf.dtype for leaf in jax.tree.leaves(state["params"])} == {jnp.dtype("float32")}
     assert losses[-1] < losses[0] - 0.3
+
+
+def test_an_average_that_was_begun_elsewhere_goes_on_after_the_first_good_step():
+    """As of a training of timm's that goes on here: its scale is new, and its average is not."""
+    _, state, step = _start(_config(ema_decay=0.5))
+    state["step"] = jnp.int32(7)
+    state["loss_scale"] = state["loss_scale"]._replace(updates=jnp.int32(7))
+    before = state["ema"] = {"kernel": state["ema"]["kernel"] + 1}
+    after, _ = step(state, jax.tree.map(jnp.asarray, _batch(2)))
+    expected = (before["kernel"] + after["params"]["kernel"]) / 2
+    np.testing.assert_allclose(after["ema"]["kernel"], expected, rtol=0, atol=1e-6)
