@@ -25,6 +25,7 @@ from grain.python import SharedMemoryArray
 from convert.command_line import RUN_ANEW, UNGUARDED, leave_if_run_anew
 from convert.errors import SettingsError, UserError, one_line
 from train.data.sources import WorkersFailed
+from train.devices.decoding import share_among
 
 _GRACE_S = 30  # a worker's time after SIGTERM: enough for the main process to stop asking it for batches
 _LAST_MEMORY_S = 10  # time to give back shared memory when the program ends, which takes far less
@@ -40,6 +41,7 @@ def in_workers(batches: grain.IterDataset, workers: int) -> grain.IterDataset:
     if not workers:
         return batches
     leave_if_run_anew()
+    share_among(workers)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers ask absl, which does not run this program
     return _Started(batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_init_worker))
