@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from convert.command_line import leave, run
+from convert.command_line import Program, leave, run
 from convert.errors import require
 from convert.streams import tell
 from train.devices.lost_hosts import HostLost, end_at_once, is_one_of_several, watched
 from train.flags import parse_flags
 
-_PROGRAM = "python -m train.main"
+_PROGRAM = Program("train.main")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
