@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from typing import BinaryIO
 
 from train.devices.host_memory import host_memory
 
@@ -99,8 +100,8 @@ def decoding_memory() -> DecodingMemory:
 def share_among(workers: int) -> None:
     """Tells worker processes that are started from now on their share."""
     os.environ[_SHARE] = str(host_memory() // _OF_MEMORY // workers)
-    with suppress(OSError):  # nowhere to write: the shares alone are the bound
-        os.environ[_LOCK] = _lock_file().name
+    with suppress(OSError):  # nowhere to write: the shares alone are the bound, as on systems other than Linux
+        os.environ[_LOCK] = f"/proc/{os.getpid()}/fd/{_lock_file().fileno()}"
 
 
 def largest_kept(workers: int) -> int:
@@ -109,5 +110,5 @@ def largest_kept(workers: int) -> int:
 
 
 @cache
-def _lock_file() -> tempfile._TemporaryFileWrapper:
-    return tempfile.NamedTemporaryFile(prefix="crossvit-decoding-")  # removed at the end of this process
+def _lock_file() -> BinaryIO:
+    return tempfile.TemporaryFile()  # it has no name, so that nothing is left behind
