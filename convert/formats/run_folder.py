@@ -87,7 +87,7 @@ def read_state(checkpoint: Path, keys: Sequence[str] | None = None) -> dict[str,
             tree = checkpointer.metadata(folder).item_metadata.tree
             missing = [key for key in keys or () if key not in tree]
             if missing:
-                raise ConversionError(f"the checkpoint {checkpoint} has no {_KEPT.get(missing[0], missing[0])}")
+                raise ConversionError(f"the checkpoint {checkpoint} lacks {_KEPT.get(missing[0], missing[0])}")
             wanted = {key: tree[key] for key in keys or tree}
             # as numpy: nothing is cast, and nothing is put on a device that this machine may not have
             how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
