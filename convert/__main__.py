@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from convert.command_line import (
     Parser,
+    Program,
     at_least_one,
     at_least_zero,
     branch,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from convert.export.export import Export
     from convert.weights import Weights
 
+_PROGRAM = Program("convert")
 _EPILOG = """\
 SOURCE       hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub, also with @REVISION), a folder such as
              those have (model.safetensors, also in several files with an index), a .safetensors, .pth or .bin file with
@@ -55,12 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Converts as the arguments say; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
-    return run(parser.prog, lambda: _convert(args))
+    return run(_PROGRAM, lambda: _convert(args))
 
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="python -m convert",
+        prog=_PROGRAM,
         description="Convert CrossViT weights between timm, torch, Flax, safetensors and Orbax, or export them.",
         epilog=_EPILOG,
     )

@@ -30,6 +30,18 @@ RUN_ANEW = 66  # exit status of a worker process in which the script that starte
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 
+class Program:
+    """The name that a command goes by in its messages: `python -m MODULE`, or what was typed in place of that."""
+
+    typed: str | None = None  # of all commands of this process
+
+    def __init__(self, module: str):
+        self._module = module
+
+    def __str__(self) -> str:
+        return Program.typed or f"python -m {self._module}"
+
+
 class Parser(argparse.ArgumentParser):
     """Takes no abbreviated flags, and answers a wrong command line with one line on stderr and exit status 2.
 
@@ -41,10 +53,18 @@ class Parser(argparse.ArgumentParser):
         meant: flags that other programs have, and what is to be given here instead: told where one is given.
     """
 
-    def __init__(self, *, description: str = "", epilog: str = "", meant: Mapping[str, str] | None = None, **kwargs):
+    def __init__(
+        self,
+        *,
+        prog: str | Program,
+        description: str = "",
+        epilog: str = "",
+        meant: Mapping[str, str] | None = None,
+        **kwargs,
+    ):
         as_it_is = "\n" in description + epilog
         kwargs["formatter_class"] = argparse.RawDescriptionHelpFormatter if as_it_is else argparse.HelpFormatter
-        super().__init__(allow_abbrev=False, description=description, epilog=epilog, **kwargs)
+        super().__init__(prog=str(prog), allow_abbrev=False, description=description, epilog=epilog, **kwargs)
         self._meant = meant or {}
 
     def parse_args(self, args=None, namespace=None):
@@ -87,7 +107,7 @@ class Parser(argparse.ArgumentParser):
 # --- how a command ends ---
 
 
-def run(program: str, command: Callable[[], int], *, failure: int = 2, remedy: str = "") -> int:
+def run(program: str | Program, command: Callable[[], int], *, failure: int = 2, remedy: str = "") -> int:
     """A command's exit status: its own, or that of what stopped it, told in one line on stderr.
 
     That is the status of a UserError; 2 where a package is missing that an extra brings; `failure` where it has 1, and
@@ -162,7 +182,7 @@ def leave(status: int, *, at_once: bool = False) -> NoReturn:
     sys.exit(status)
 
 
-def _stopped(program: str, message: str, status: int) -> int:
+def _stopped(program: str | Program, message: str, status: int) -> int:
     tell_error(f"{program}: {message}")
     return status
 

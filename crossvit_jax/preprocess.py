@@ -111,7 +111,12 @@ def read_image_file(path: str | os.PathLike) -> bytes:
 
 
 def decode_image(
-    encoded: bytes, name: str, *, exif: Exif = "keep", formats: Sequence[str] | None = None
+    encoded: bytes,
+    name: str,
+    *,
+    exif: Exif = "keep",
+    formats: Sequence[str] | None = None,
+    before: Callable[[Image.Image], None] | None = None,
 ) -> Image.Image:
     """An image file's bytes as an RGB image. Transparency is dropped, of an animation the first picture is taken.
 
@@ -121,13 +126,17 @@ def decode_image(
         exif: "apply" turns an image as its EXIF orientation says, as `PIL.ImageOps.exif_transpose` does; "keep" takes
             it as it is stored. (TIFF files Pillow turns by itself.)
         formats: those that may be read, by Pillow's names; none: all that Pillow knows.
+        before: told the image when only its header is read, before memory is taken for its pixels.
 
     Raises UnreadableImage if they are no whole image, or one whose values do not tell how bright they are.
     """
     if not encoded:
         raise UnreadableImage(name, "it is empty")
     with _failures_named(name):
-        return _to_rgb(open_image(encoded, formats), exif)
+        image = open_image(encoded, formats)
+        if before is not None:
+            before(image)
+        return _to_rgb(image, exif)
 
 
 def limit_pixels(count: int | None) -> None:

@@ -211,6 +211,19 @@ def test_a_run_whose_output_nobody_reads_any_more_goes_on(monkeypatch, capsys):
     assert capsys.readouterr().err == "note: nothing more is printed: Broken pipe\n"
 
 
+# --- names ---
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "convert", "compile", "serve"])
+def test_a_command_is_called_as_it_was_typed(name, capsys):
+    wrong = ["--nonsense"]
+    assert _status("train.__main__", [name, *wrong]) == 2
+    assert capsys.readouterr().err.startswith(f"crossvit {name}: error: ")
+    module = {"train": "train.main", "convert": "convert.__main__"}.get(name, f"train.{name}")
+    assert _status(module, wrong) == 2
+    assert capsys.readouterr().err.startswith(f"python -m {module.removesuffix('.__main__')}: error: ")
+
+
 # --- addresses ---
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from convert.command_line import leave
+from convert.command_line import Program, leave
 from convert.streams import open_streams, tell, tell_error
 from crossvit_jax import __version__
 
@@ -31,7 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if name in _COMMANDS:
         module, _ = _COMMANDS[name]
-        return importlib.import_module(module).main(rest)
+        Program.typed = f"crossvit {name}"
+        try:
+            return importlib.import_module(module).main(rest)
+        finally:
+            Program.typed = None
     if name in ("-h", "--help"):
         width = max(map(len, _COMMANDS))
         tell("\n".join([_USAGE, "", *(f"  {name:{width}}  {does}" for name, (_, does) in _COMMANDS.items())]))

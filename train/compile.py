@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from convert.command_line import Parser, leave, run
+from convert.command_line import Parser, Program, leave, run
 from convert.errors import SettingsError
 from convert.files import check_place, check_replaceable, home_path
 from train.config import TrainConfig
@@ -21,7 +21,7 @@ from train.flags import add_settings, apply_flags
 from train.images.rand_augment import check_augment_on
 from train.recipes import RECIPES
 
-_PROGRAM = "python -m train.compile"
+_PROGRAM = Program("train.compile")
 _EPILOG = """\
 The other flags are those of python -m train.main, so that a command can be tried by changing the name of the module;
 here the ones about data, logging, checkpoints and hosts change nothing.

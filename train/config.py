@@ -344,6 +344,7 @@ class TrainConfig:
     )
     num_processes: int | None = setting(None, "number of processes, with --coordinator", int, at_least=1)
     process_id: int | None = setting(None, "which of them this is, from 0, with --coordinator", int, at_least=0)
+    join_timeout: int = setting(120, "seconds that processes wait for the others of a run when they start", at_least=1)
 
     log_every: int = setting(
         50, "steps between two lines of training metrics", at_least=1, section="logs and checkpoints"

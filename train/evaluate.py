@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convert.class_names import NATURAL, TEXT, in_order, read_names, unlike_timm
-from convert.command_line import Parser, at_least_zero, data_set, leave, patch_size, run
+from convert.command_line import Parser, Program, at_least_zero, data_set, leave, patch_size, run
 from convert.errors import SettingsError
 from convert.files import home_path
 from convert.streams import safe, tell_error
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from train.inference.dataset import Data
     from train.inference.model import Classifier, Predictor
 
-_PROGRAM = "python -m train.evaluate"
+_PROGRAM = Program("train.evaluate")
 _ALL = "all"
 _DATA = ("dataset", "data_dir", "seed", "val_fraction")  # flags that a run can tell
 

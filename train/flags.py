@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args
 
-from convert.command_line import Parser
+from convert.command_line import Parser, Program
 from convert.errors import SettingsError
 from convert.files import home_path
 from train.config import TrainConfig
@@ -21,7 +21,7 @@ _EVERYDAY = ("task", "variant", "init", "resume", "dataset", "data_dir", "recipe
 _EVERYDAY += ("epochs", "batch_size", "lr", "precision")
 _DIGITS = "digits"  # the data set that has recipes of its own
 _TASKS = get_args(next(field.type for field in dataclasses.fields(TrainConfig) if field.name == "task"))
-_PROGRAM = "python -m train.main"
+_PROGRAM = Program("train.main")
 _NONE = "none"
 # what timm's train.py, DeiT's and IBM's main.py call some settings
 _MEANT = {

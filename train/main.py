@@ -3,17 +3,18 @@
 # What takes long to import is imported when it is needed: `--help` and wrong flags are answered at once, and worker
 # processes, which import this module too, need none of it.
 import gc
+import mmap
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from convert.command_line import leave, run
+from convert.command_line import Program, leave, run
 from convert.errors import require
 from convert.streams import tell
 from train.devices.lost_hosts import HostLost, end_at_once, is_one_of_several, watched
 from train.flags import parse_flags
 
-_PROGRAM = "python -m train.main"
+_PROGRAM = Program("train.main")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,27 +26,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     config = parse_flags(sys.argv[1:] if argv is None else argv)
     if is_one_of_several(config.coordinator):
-        return watched(lambda: _run(config), aborted=lambda: _why_aborted(config))
+        joined = mmap.mmap(-1, 1)  # shared by both processes
+        return watched(lambda: _run(config, joined), aborted=lambda: _why_aborted(config, joined))
     return _run(config)
 
 
-def _why_aborted(config) -> str:
+def _why_aborted(config, joined: mmap.mmap) -> str:
+    if not joined[0]:
+        return (
+            f"{_PROGRAM}: error: the other processes of the run were not there within {config.join_timeout} s, or one "
+            "of them has ended; --join-timeout waits longer"
+        )
     begun = config.output is not None and Path(config.output, "config.json").is_file()
     why = f"as it does when another process of the run is lost{f'; --resume {config.output} goes on' * begun}"
     return f"{_PROGRAM}: error: jax has aborted this process, {why}"
 
 
-def _run(config) -> int:
+def _run(config, joined: mmap.mmap | None = None) -> int:
     # Until the first step, after which `train.loop` turns it on again: hardly anything of what is imported and traced
     # is garbage, and looking for it takes a fifth of the time.
     gc.disable()
     try:
-        return run(_PROGRAM, lambda: _train(config), failure=1)
+        return run(_PROGRAM, lambda: _train(config, joined), failure=1)
     finally:
         gc.enable()
 
 
-def _train(config) -> int:
+def _train(config, joined: mmap.mmap | None) -> int:
     require("training", "optax", "orbax", "tensorboardX")  # before anything is read or compiled
     from train.devices import hosts
     from train.devices.process import keep_compiled_programs, keep_freed_memory
@@ -55,6 +62,8 @@ def _train(config) -> int:
     keep_freed_memory()
     keep_compiled_programs()
     hosts.join_processes(config)
+    if joined is not None:
+        joined[0] = 1
     try:
         result = train(prepare(config))
     except HostLost as error:

@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert.command_line import Parser, at_least_one, leave, run
+from convert.command_line import Parser, Program, at_least_one, leave, run
 from convert.errors import SettingsError, listed, require
 from convert.files import check_place, check_replaceable, home_path, local_path, write_whole
 from convert.image_files import LeftOut
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from train.images.tiles import Tiling
     from train.inference.model import Classifier, Predictor
 
-_PROGRAM = "python -m train.predict"
+_PROGRAM = Program("train.predict")
 _FOLDERS = ("attention", "overlay", "masks")  # flags that name folders for pictures
 
 _EPILOG = f"""\

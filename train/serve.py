@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from convert.command_line import Parser, at_least_one, at_least_zero, leave, run
+from convert.command_line import Parser, Program, at_least_one, at_least_zero, leave, run
 from convert.errors import SettingsError, require
 from convert.files import typed_path
 from convert.streams import let_go_of_output, tell, tell_error
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from train.inference.server.app import Service
     from train.inference.server.engines.engine import Engine
 
-_PROGRAM = "python -m train.serve"
+_PROGRAM = Program("train.serve")
 _TOKEN = "CROSSVIT_TOKEN"
 _BATCH_ON_CPUS, _BATCH_ON_OTHERS = 8, 64
 _LAST_PORT, _LONGEST = 65535, 86400

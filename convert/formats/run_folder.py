@@ -13,6 +13,12 @@ WEIGHTS, BEST, AVERAGE = "weights.safetensors", "weights-best.safetensors", "wei
 CHECKPOINTS, CURVES = "checkpoints", "curves.png"
 _KINDS = ("last", "ema")  # what may follow the folder behind a colon
 _CONFIG, _STATE, _LOG = "config.json", "state", "metrics.jsonl"
+# by task, what chooses the best evaluation: its name in the log, as people know it, digits and unit
+_CHOOSING = {
+    "classification": ("top1", "top-1", ".2f", " %"),
+    "detection": ("ap", "AP", ".3f", ""),
+    "segmentation": ("miou", "mIoU", ".3f", ""),
+}
 _KEPT = {"params": "the model", "ema": "the average of the weights"}
 
 
@@ -81,7 +87,7 @@ def read_state(checkpoint: Path, keys: Sequence[str] | None = None) -> dict[str,
             tree = checkpointer.metadata(folder).item_metadata.tree
             missing = [key for key in keys or () if key not in tree]
             if missing:
-                raise ConversionError(f"the checkpoint {checkpoint} has no {_KEPT.get(missing[0], missing[0])}")
+                raise ConversionError(f"the checkpoint {checkpoint} lacks {_KEPT.get(missing[0], missing[0])}")
             wanted = {key: tree[key] for key in keys or tree}
             # as numpy: nothing is cast, and nothing is put on a device that this machine may not have
             how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
@@ -183,12 +189,21 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name))
 
 
+def _task(folder: Path) -> str:
+    """What a run learned; classification where its settings do not tell. Raises as `read_json` does."""
+    try:
+        return read_json(folder / _CONFIG)["train"].get("task", "classification")
+    except FileNotFoundError:
+        return "classification"
+
+
 def _best_checkpoint(folder: Path, checkpoints: Sequence[Path]) -> Choice | None:
     """The best evaluation of those whose checkpoints are kept, by the run's log; None where that tells none."""
     there = {int(path.name): path for path in checkpoints}
     try:
         lines = [json.loads(line) for line in read_regular(folder / _LOG).splitlines()]
-        names = {"ema": "eval/ema_top1", "params": "eval/top1"}  # the better is taken, of equal ones the average
+        metric, label, digits, unit = _CHOOSING[_task(folder)]
+        names = {"ema": f"eval/ema_{metric}", "params": f"eval/{metric}"}  # the better, of equal ones the average
         scored = [
             (line[name], -place, line, key)
             for place, (key, name) in enumerate(names.items())
@@ -200,5 +215,5 @@ def _best_checkpoint(folder: Path, checkpoints: Sequence[Path]) -> Choice | None
     if not scored:
         return None
     score, _, line, key = max(scored, key=lambda entry: entry[:2])
-    told = f"taken is {_KEPT[key]} of the best checkpoint, epoch {line['epoch']}, top-1 {score:.2f} %"
+    told = f"taken is {_KEPT[key]} of the best checkpoint, epoch {line['epoch']}, {label} {score:{digits}}{unit}"
     return Choice(there[line["step"]], key, told)

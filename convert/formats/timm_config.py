@@ -33,13 +33,17 @@ def read_beside(weights: Path) -> dict[str, Any] | None:
         if weights.name not in WEIGHTS:  # somebody else's
             return None
         raise ConversionError(f"{file} cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from None
-    if not isinstance(said, dict) or not isinstance(said.get("architecture"), str):
-        return None
-    if weights.name not in WEIGHTS and _variant(said["architecture"]) is None:
+    if not isinstance(said, dict):
         return None
     # older files have all in one dict; arguments of the model are what it was made with
     parts = (said.get("pretrained_cfg"), said, said.get("model_args"))
     flat = {key: value for part in parts if isinstance(part, dict) for key, value in part.items() if value is not None}
+    if not isinstance(said.get("architecture"), str):
+        if weights.name not in WEIGHTS or not flat.keys() & _PREPARED.keys():
+            return None
+        flat["architecture"] = ""  # it does not tell whose images it is about, and can mean these alone
+    elif weights.name not in WEIGHTS and _variant(said["architecture"]) is None:
+        return None
     return flat | {"label_names": flat.get("label_names", flat.get("labels"))}
 
 
@@ -57,12 +61,7 @@ def honour(
     """
     variant = _variant(said["architecture"])
     wrong = [] if variant in (None, config.name) else [f"architecture {said['architecture']}, not {config.name}"]
-    if config.in_chans == 3:
-        wrong += [
-            f"{key} {_shown(said[key])}, not {_shown(ours)}"
-            for key, ours in _PREPARED.items()
-            if key in said and not _is_same(said[key], ours)
-        ]
+    wrong += _prepared_otherwise(said) if config.in_chans == 3 else []
     if wrong:
         raise ConversionError(f"the {FILE} beside it asks for {'; '.join(wrong)}: such weights are not read here")
     changes = {
@@ -86,6 +85,27 @@ def honour(
         if class_names is None:
             notes.append(f"the label_names in the {FILE} beside it are not taken: they are not {config.num_classes}")
     return config, class_names, notes
+
+
+def check_flags(flags: Any) -> None:
+    """Looks at the flags of timm's training script in its checkpoints, for what they say of the images.
+
+    Raises ConversionError where these were prepared otherwise than here.
+    """
+    # an empty value stands for what timm knows of the variant, which is ours
+    said = {key: value for key in _PREPARED if (value := getattr(flags, key, None))}
+    wrong = _prepared_otherwise(said) if getattr(flags, "in_chans", None) in (None, 3) else []
+    if wrong:
+        raise ConversionError(f"it was trained with {'; '.join(wrong)}: such weights are not read here")
+
+
+def _prepared_otherwise(said: Mapping[str, Any]) -> list[str]:
+    """Both values of what is said of images and is not done so here."""
+    return [
+        f"{key} {_shown(said[key])}, not {_shown(ours)}"
+        for key, ours in _PREPARED.items()
+        if key in said and not _is_same(said[key], ours)
+    ]
 
 
 def _variant(architecture: str) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import ConversionError, listed, one_line, require
+from convert.formats import timm_config
 from convert.formats.find import PREFERRED, find_weights
 
 
@@ -93,7 +94,8 @@ def load_plain(path: Path) -> Any:
     """What a torch file holds, if that is tensors and plain values, or of classes that torch was told are safe.
 
     Raises:
-        ConversionError: the file is damaged, or might run code if it were unpickled.
+        ConversionError: the file is damaged, or might run code if it were unpickled; or it is of a training of timm's
+            with images that were prepared otherwise than here.
         MissingExtra: torch is not installed.
     """
     require(str(path), "torch")
@@ -108,7 +110,7 @@ def load_plain(path: Path) -> Any:
         known = torch.serialization.safe_globals([argparse.Namespace, PlainValue, *plain])
         with known, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of what it reads: ours tell whether it can be used
-            return torch.load(path, map_location="cpu", weights_only=True)
+            held = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # torch raises whatever the damage leads to: EOFError, RuntimeError, ValueError, …
@@ -121,6 +123,11 @@ def load_plain(path: Path) -> Any:
         if isinstance(error, pickle.UnpicklingError):
             raise ConversionError(f"{path} is damaged, or a pickle that torch.save did not write: not read") from None
         raise ConversionError(f"{path} is a truncated or damaged torch checkpoint: {one_line(error)}") from None
+    try:
+        timm_config.check_flags(held.get("args") if isinstance(held, Mapping) else None)
+    except ConversionError as error:
+        raise ConversionError(f"{path}: {error}") from None
+    return held
 
 
 def _check_sums(path: Path) -> None:

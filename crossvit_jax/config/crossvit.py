@@ -17,6 +17,7 @@ from crossvit_jax.config.branch import (
     shown_value,
 )
 from crossvit_jax.config.reduction import Reduction
+from crossvit_jax.config.settings import Settings
 
 _RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 _SMALLEST_CROP = 0.001
@@ -32,7 +33,7 @@ def _of_each_branch(field: str) -> property:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrossViTConfig:
+class CrossViTConfig(Settings):
     """Everything that defines a CrossViT.
 
     The branches form a ring: the class token of branch i attends over the patches of branch i + 1, that of the last
@@ -129,9 +130,6 @@ class CrossViTConfig:
             value = getattr(self, field)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0.0 <= value < 1.0:
                 raise ValueError(f"{field} must be a number in [0, 1); got {shown_value(value)}")
-
-    def _set(self, field: str, value: object) -> None:
-        object.__setattr__(self, field, value)
 
     def _count_stages(self) -> None:
         """Finds the number of stages; a number for each stage becomes one number where all are the same."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from crossvit_jax.config.branch import BRANCH_SETTINGS, LARGEST, require_whole
 from crossvit_jax.config.crossvit import CrossViTConfig
+from crossvit_jax.config.settings import Settings
 from crossvit_jax.config.variants import get_config
 
 # the pyramid's channels at 240 pixels, chosen so that what stands on the body costs less than the body
@@ -21,7 +22,7 @@ def _of_backbone(field: str) -> property:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseConfig:
+class DenseConfig(Settings):
     """What detectors and segmenters have in common.
 
     Raises ValueError for settings that make no model, naming the value and what is accepted.
@@ -62,9 +63,6 @@ class DenseConfig:
         if not fits or any(b != 2 * a for a, b in itertools.pairwise(self.strides)):
             known = " or ".join(f"{first:g}" for first in firsts)
             raise ValueError(f"strides must begin at {known} and double from level to level; got {self.strides}")
-
-    def _set(self, field: str, value: object) -> None:
-        object.__setattr__(self, field, value)
 
     @property
     def width_step(self) -> int:

@@ -133,7 +133,7 @@ def description(chance: random.Random, templates: Path, work: Path) -> int:
 
 
 def settings(chance: random.Random, templates: Path, work: Path) -> int:
-    run_settings = {"train": dict.fromkeys(()), "model": describe(small_config(3), None), "data": {"fingerprint": "x"}}
+    run_settings = {"train": {}, "model": describe(small_config(3), None), "data": {"fingerprint": "x"}}
     fields = TrainConfig.__dataclass_fields__.values()
     run_settings["train"] = {field.name: field.default for field in fields}
     write_config(work, run_settings)

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from convert.errors import UserError, listed
 from crossvit_jax.preprocess import Exif, UnreadableImage
 from train.data.sources import Source
+from train.devices.decoding import decoding_memory
 
 
 class TooManyBadImages(UserError):
@@ -64,7 +65,8 @@ def unreadable(
 
     def is_whole(place: int) -> bool:
         try:
-            decoded(source[place], exif)
+            with decoding_memory().returned():
+                decoded(source[place], exif)
         except UnreadableImage:
             return False
         return True

@@ -16,6 +16,7 @@ from crossvit_jax.preprocess import UnreadableImage, orientation
 from train.config import steps_per_epoch
 from train.data.sources import DataError, Source
 from train.data.workers import in_workers
+from train.devices.decoding import decoding_memory
 from train.images.transforms import EvalTransform
 
 Sample = dict[str, Any]
@@ -137,8 +138,9 @@ class _ForTraining:
         tries = min(_NEIGHBOURS, len(self.source))
         for neighbour in range(index, index + tries):
             try:
-                read = self.source[neighbour % images]
-                sample = self.transform(read, rng)
+                with decoding_memory().returned():  # when the picture is as small as the model takes it
+                    read = self.source[neighbour % images]
+                    sample = self.transform(read, rng)
             except UnreadableImage as error:
                 bad, last = np.int32(index), error
             else:
@@ -157,8 +159,10 @@ class _ForEvaluation:
         bad = _NOT_BAD
         if index < len(self.source):
             try:
-                read = self.source[index]
-                return {**self.transform(read), "mask": np.float32(1), "bad": bad, "tagged": _tagged(read)}
+                with decoding_memory().returned():
+                    read = self.source[index]
+                    sample = self.transform(read)
+                return {**sample, "mask": np.float32(1), "bad": bad, "tagged": _tagged(read)}
             except UnreadableImage:
                 bad = np.int32(index)
         return {**self.transform.blank(), "mask": np.float32(0), "bad": bad, "tagged": np.int8(-1)}

@@ -12,9 +12,11 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -25,10 +27,12 @@ from grain.python import SharedMemoryArray
 from convert.command_line import RUN_ANEW, UNGUARDED, leave_if_run_anew
 from convert.errors import SettingsError, UserError, one_line
 from train.data.sources import WorkersFailed
+from train.devices.decoding import share_among
 
 _GRACE_S = 30  # a worker's time after SIGTERM: enough for the main process to stop asking it for batches
 _LAST_MEMORY_S = 10  # time to give back shared memory when the program ends, which takes far less
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_QUIET = "ignore:resource_tracker:UserWarning"
 _SHARED_MEMORY = "/dev/shm"
 
 
@@ -40,6 +44,7 @@ def in_workers(batches: grain.IterDataset, workers: int) -> grain.IterDataset:
     if not workers:
         return batches
     leave_if_run_anew()
+    share_among(workers)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers ask absl, which does not run this program
     return _Started(batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_init_worker))
@@ -55,7 +60,9 @@ class _Started(grain.IterDataset):
     def __iter__(self) -> grain.DatasetIterator:
         iterator = self._parent.__iter__()
         try:
-            with _signals_held():  # from Python's process that watches over shared memory, which this starts
+            with _signals_held():  # from the process that this starts
+                _start_tracker()
+            with _signals_held():
                 iterator.get_state()  # this makes the iterators, one for each worker, that are started next
             with _signals_held():  # anew: as it started that one, Python let two signals through
                 iterator.start_prefetch()
@@ -117,6 +124,18 @@ def _no_room() -> str:
         f"{_SHARED_MEMORY}, in which worker processes leave batches, is full{size}: fewer workers or a smaller "
         "--batch-size take less, and Docker makes it larger with --shm-size=8g"
     )
+
+
+def _start_tracker() -> None:
+    """Starts Python's process that removes shared memory and semaphores which others leave behind.
+
+    It would warn of them: but Ctrl-C, a killed worker and a lost host end a run at once, and then it is meant to.
+    """
+    sys.warnoptions.append(_QUIET)  # where Python looks for the flags of that process
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.remove(_QUIET)
 
 
 @contextmanager

@@ -1,18 +1,17 @@
 """How much memory a step takes on each device, and what would help where that is too much."""
 
 import math
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
 from convert.errors import SettingsError
 from train.config import TrainConfig
+from train.devices.host_memory import host_memory
 
 BATCHES = 3  # on a device at the same time: the step's own, and the two that train.data.streams brings ahead
 
@@ -20,7 +19,6 @@ _GIB = 2**30
 # What libtpu lets a program use of the memory of a chip (which has 32, 16, 95 and 32 GB): the limit that the compiler
 # names when it refuses a program, libtpu 0.0.42. Only for chips that are not there; those that are tell themselves.
 _TPU_MEMORY = {"TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class DoesNotFit(SettingsError):
@@ -106,7 +104,7 @@ def available_memory(mesh: Mesh) -> int | None:
     """
     device = next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
     if device.platform == "cpu":
-        return _host_memory() // jax.local_device_count("cpu")
+        return host_memory() // jax.local_device_count("cpu")
     try:
         stats = device.memory_stats() or {}
     except jax.errors.JaxRuntimeError:  # a device to compile for, that is not there
@@ -129,15 +127,6 @@ def check_forward_fits(memory: StepMemory, available: int | None) -> None:
             f"a forward pass needs {_excess(memory.total, available)}; what would help: a smaller --batch-size",
             memory.total,
         )
-
-
-def _host_memory() -> int:
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = _CGROUP_LIMIT.read_text().strip()
-    except OSError:
-        return physical
-    return min(physical, int(limit)) if limit.isdigit() else physical  # "max": no limit
 
 
 @contextmanager

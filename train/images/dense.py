@@ -27,6 +27,8 @@ from train.images.geometry import (
 
 Sample = dict[str, Any]
 
+_JITTER_BYTES = 24  # of a pixel while colour is jittered: three images of Pillow's, and the copies between them
+
 
 def padded_boxes(objects: Boxes, placement: Placement, most_boxes: int) -> dict[str, np.ndarray]:
     """What a batch has of a picture's objects: `boxes` (most_boxes, 4) float32 x1, y1, x2, y2 in pixels of the canvas,
@@ -61,7 +63,7 @@ class _Augment:
     exif: Exif = "keep"
 
     def _drawn(self, sample: Sample, rng: np.random.Generator) -> tuple[Float32[np.ndarray, "rows cols 3"], Placement]:
-        pixels = decoded(sample, self.exif)
+        pixels = decoded(sample, self.exif, at_least=_JITTER_BYTES if self.color_jitter else 0)
         how = {"scale_jitter": self.scale_jitter, "hflip": self.hflip, "vflip": self.vflip}
         placement = draw_placement(rng, pixels.shape[:2], self.image_size, **how)
         if self.color_jitter:
@@ -148,12 +150,12 @@ class WholeTransform(_Whole):
         return {"image": self._blank_image(), "size": np.array(self.image_size, np.int32)}
 
 
-def decoded(sample: Sample, exif: Exif = "keep") -> UInt8[np.ndarray, "height width 3"]:
-    """The pixels of a sample's picture.
+def decoded(sample: Sample, exif: Exif = "keep", *, at_least: int = 0) -> UInt8[np.ndarray, "height width 3"]:
+    """The pixels of a sample's picture. `at_least`: see `decode_pixels`.
 
     Raises UnreadableImage, also where they are of another size than that which boxes or mask are for.
     """
-    pixels = decode_pixels(sample["image"], sample["name"], exif)
+    pixels = decode_pixels(sample["image"], sample["name"], exif, at_least=at_least)
     size = sample["segments"].shape if "segments" in sample else sample.get("size")
     if size is not None and tuple(size) != pixels.shape[:2]:
         (height, width), (rows, columns) = pixels.shape[:2], size

@@ -62,7 +62,7 @@ def classify(
         workers: processes that read images; 0: threads of this process.
         top_k: predictions per image; where there are fewer classes, all of them.
         pictures: for each image, the PNG in which to draw what the class tokens attend to.
-        say: told one line if that fails; there are no pictures from then on.
+        say: told one line if it cannot be drawn; there are no pictures from then on. Raises NotWritten for the file.
         tagged: told which images have an EXIF orientation.
     """
     from train.data.batches import eval_batches  # late: Grain takes long to import
@@ -89,7 +89,7 @@ def classify(
         draw_attention(pictures[place], classifier.config, title=title, predictions=told, **seen)
         return str(pictures[place])
 
-    draw = BestEffort("pictures of attention", say)
+    draw = BestEffort("pictures of attention", say, file_asked_for=True)
     batches = eval_batches(source, task.transform(training=False), batch_size=batch_size, workers=workers, rounds=1)
     shapes = task.batch_shapes(batch_size, training=False)
 

@@ -5,7 +5,16 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from convert.command_line import Parser, at_least_one, image_size, reduce_tokens, share, threshold, weights_source
+from convert.command_line import (
+    Parser,
+    Program,
+    at_least_one,
+    image_size,
+    reduce_tokens,
+    share,
+    threshold,
+    weights_source,
+)
 from convert.errors import SettingsError
 from convert.streams import tell_error
 from crossvit_jax.files import MAX_PIXELS
@@ -176,7 +185,7 @@ def exif_notes(args: argparse.Namespace, classifier: "Predictor", tagged: "Tagge
     return [note] if note else []
 
 
-def tell_notes(prog: str, notes: Iterable[str]) -> None:
+def tell_notes(prog: Program, notes: Iterable[str]) -> None:
     """What the user should know about the weights, on stderr."""
     for note in notes:
         tell_error(f"{prog}: note: {note}")

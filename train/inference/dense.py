@@ -63,7 +63,7 @@ def find(
         bad_images: told which images cannot be read, and are left out.
         batch_size: images at a time, or windows of them: a multiple of the number of devices.
         workers: processes that read images; 0: threads of this process.
-        pictures: for each image, the PNG in which to draw what is found.
+        pictures: for each image, the PNG in which to draw what is found. Raises NotWritten.
         masks: of a segmenter: for each image, the PNG to write with the class of each pixel. Raises NotWritten.
         say: told one line if drawing fails; there are no pictures from then on.
         tagged: told which images have an EXIF orientation.
@@ -88,7 +88,7 @@ def find(
         write_whole(pictures[place], png_of(drawn(found, pixels, task.class_names)))
         return str(pictures[place])
 
-    draw = BestEffort("pictures of what is found", say)
+    draw = BestEffort("pictures of what is found", say, file_asked_for=True)
     how = {"batch_size": batch_size, "workers": workers, "tagged": tagged}
     if tiling is None:
         answers = _found_in_whole(predictor, source, bad_images, **how)

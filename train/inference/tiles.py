@@ -1,6 +1,8 @@
 """What detectors and segmenters find in large pictures, window by window, at the pictures' own sizes."""
 
+import dataclasses
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,12 +14,13 @@ import grain
 import numpy as np
 
 from convert.errors import SettingsError
-from crossvit_jax.preprocess import UnreadableImage, normalised, orientation
+from crossvit_jax.preprocess import UnreadableImage, normalised, open_image, orientation
 from train.data.bad_images import BadImages
 from train.data.sources import Source
 from train.data.streams import device_batches
 from train.data.tagged_images import TaggedImages
 from train.data.workers import in_workers
+from train.devices.decoding import decoding_memory, largest_kept
 from train.images.dense import decoded
 from train.images.geometry import logits_in_picture, place_pixels, whole_placement
 from train.images.tiles import ClassesOfWindows, Tiling, Window, joined, windows
@@ -56,8 +59,10 @@ def found_in_windows(
     task = predictor.task
     canvas, exif = task.model_config.image_size, task.config.exif
     shapes = {name: task.batch_shapes(batch_size, training=False)[name] for name in ("image", "mask")}
-    pictures = grain.MapDataset.range(len(source)).map(_Read(source, exif)).to_iter_dataset(_READ_OPTIONS)
-    batches = _Windows(in_workers(pictures, workers), tiling, canvas, batch_size)
+    read = _Read(source, exif)
+    ahead = dataclasses.replace(read, most=largest_kept(workers) // 3)
+    pictures = grain.MapDataset.range(len(source)).map(ahead).to_iter_dataset(_READ_OPTIONS)
+    batches = _Windows(in_workers(pictures, workers), read, tiling, canvas, batch_size)
     places: deque[dict[str, np.ndarray]] = deque()  # of the windows in batches whose results are not yet there
 
     def with_places(stream: Iterator[Any]) -> Iterator[Any]:
@@ -147,35 +152,54 @@ class _Classes:
 
 @dataclass(frozen=True)
 class _Read:
-    """The pixels of a picture; none of an unreadable one."""
+    """The pixels of a picture; none of an unreadable one. Of a picture of more than `most` pixels only the place:
+    several that wait would fill the memory, so each is read again when the one before is done."""
 
     source: Source
     exif: Any
+    most: float = math.inf
 
     def __call__(self, place: int) -> dict[str, Any]:
         try:
-            sample = self.source[place]
-            pixels = decoded(sample, self.exif)
+            with decoding_memory().returned():
+                sample = self.source[place]
+                if _pixel_count(sample["image"]) > self.most:
+                    return {"place": np.int32(place)}
+                pixels = decoded(sample, self.exif)
         except UnreadableImage:
             return {"place": np.int32(place), "pixels": None, "tagged": np.int8(-1)}
         return {"place": np.int32(place), "pixels": pixels, "tagged": np.int8(orientation(sample["image"]) != 1)}
+
+
+def _pixel_count(encoded: bytes) -> int:
+    try:
+        return math.prod(open_image(encoded).size)
+    except MemoryError:
+        raise
+    except Exception:  # whatever Pillow's parsers raise: decoding tells it
+        return 0
 
 
 class _Windows(grain.IterDataset):
     """Batches of the windows of pictures, as `train.data.batches.eval_batches` has them of whole ones, with `place`,
     `size` and `window` of each; the last batch is filled up."""
 
-    def __init__(self, pictures: grain.IterDataset, tiling: Tiling, canvas: tuple[int, int], batch_size: int):
+    def __init__(
+        self, pictures: grain.IterDataset, read: _Read, tiling: Tiling, canvas: tuple[int, int], batch_size: int
+    ):
         super().__init__(pictures)
-        self._cut = (tiling, canvas, batch_size)
+        self._cut = (read, tiling, canvas, batch_size)
 
     def __iter__(self) -> grain.DatasetIterator:
         return _WindowIterator(iter(self._parent), *self._cut)
 
 
 class _WindowIterator(grain.DatasetIterator):
-    def __init__(self, pictures: grain.DatasetIterator, tiling: Tiling, canvas: tuple[int, int], batch_size: int):
+    def __init__(
+        self, pictures: grain.DatasetIterator, read: _Read, tiling: Tiling, canvas: tuple[int, int], batch_size: int
+    ):
         super().__init__(pictures)
+        self._read = read
         self._tiling, self._canvas, self._batch_size = tiling, canvas, batch_size
         self._rows = self._all_rows()
 
@@ -188,7 +212,10 @@ class _WindowIterator(grain.DatasetIterator):
 
     def _all_rows(self) -> Iterator[dict[str, Any]]:
         for picture in self._parent:
-            pixels, place = picture["pixels"], picture["place"]
+            place = picture["place"]
+            if "pixels" not in picture:
+                picture = self._read(int(place))
+            pixels = picture["pixels"]
             if pixels is None:
                 yield self._blank(bad=place)
                 continue
@@ -204,6 +231,7 @@ class _WindowIterator(grain.DatasetIterator):
                     "window": np.array(window, np.int32),
                 }
                 tagged = np.int8(-1)  # a picture is counted once
+            del picture, pixels  # before the next one is decoded
 
     def _image(self, pixels: np.ndarray, window: Window) -> np.ndarray:
         part = pixels[window.top : window.top + window.height, window.left : window.left + window.width]

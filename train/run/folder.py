@@ -26,7 +26,16 @@ _CONFIG, _LOCK = "config.json", ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # what file systems without locks answer
 # what may differ when a run is continued: none of it changes what is computed
 _FREE = {"output", "data_dir", "dataset", "init", "resume", "workers", "mesh", "coordinator", "num_processes"}
-_FREE |= {"process_id", "attention_kernel", "checkpoint_every", "max_bad_images", "max_pixels", "patience", "wandb"}
+_FREE |= {
+    "process_id",
+    "join_timeout",
+    "attention_kernel",
+    "checkpoint_every",
+    "max_bad_images",
+    "max_pixels",
+    "patience",
+    "wandb",
+}
 # settings that came later, and by default change nothing
 _LATER = {"task", "decoder", "width", "num_convs", "distances", "scale_jitter", "color_jitter", "dice", "ignore_index"}
 _LATER |= {"patch_sizes", "reduce_tokens", "vflip", "class_weights"}

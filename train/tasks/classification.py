@@ -230,7 +230,8 @@ class ClassificationScores:
         title = f"{Path(about['weights']).name} on {about['dataset']} ({about['split']}): top-1 {values['top1']:.2f} %"
         picture = folder / _PICTURE
         picture.unlink(missing_ok=True)  # it would stay where this one cannot be drawn
-        BestEffort(str(picture), say)(draw_confusion, self.confusion, names, picture, title=title)
+        draw = BestEffort(str(picture), say, file_asked_for=True)
+        draw(draw_confusion, self.confusion, names, picture, title=title)
         return [name for name in _FILES if (folder / name).exists()]
 
     def _predictions(self, images: Sequence[str]) -> Iterator[tuple[str, ...]]:

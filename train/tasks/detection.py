@@ -239,7 +239,8 @@ class DetectionScores:
         picture = folder / _PICTURE
         picture.unlink(missing_ok=True)  # it would stay where this one cannot be drawn
         curves = [curve and (curve.recall, curve.precision) for curve in self._precision.curves()]
-        BestEffort(str(picture), say)(draw_precision_recall, curves, self._task.class_names, picture, title=title)
+        draw = BestEffort(str(picture), say, file_asked_for=True)
+        draw(draw_precision_recall, curves, self._task.class_names, picture, title=title)
         return [name for name in _FILES if (folder / name).exists()]
 
 

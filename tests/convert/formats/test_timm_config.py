@@ -65,6 +65,12 @@ def test_images_that_are_prepared_otherwise_are_refused_with_both_values(reposit
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_settings_for_images_without_an_architecture_count_too(repository):
+    path = repository(images={"std": [1, 1, 1]}, architecture=None)
+    with pytest.raises(ConversionError, match=r"std \(1, 1, 1\), not"):
+        load_weights(path)
+
+
 def test_another_architecture_is_refused(repository):
     with pytest.raises(ConversionError, match="architecture crossvit_small_240, not ti"):
         load_weights(repository(architecture="crossvit_small_240"))

@@ -40,6 +40,13 @@ def label(sample, rng):
     return {"label": np.int32(sample["label"])}
 """
 
+_ENDED_AT_ONCE = """
+if __name__ == "__main__":
+    stream = iter(train_batches(Numbers(), label, batch_size=5, seed=0, workers=2))
+    batches = [next(stream) for _ in range(3)]
+    os._exit(3)
+"""
+
 _SIGNALS_TO_ALL = """
 SIGNALS = [signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM]  # as they are delivered, by number
 
@@ -120,9 +127,19 @@ def test_workers_let_signals_to_all_pass_from_birth_and_end_with_the_main_proces
 
 def test_the_end_of_a_program_has_no_shared_memory_left_to_warn_of(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(_DATA + _FEW_BATCHES)
+    script.write_text(
+        f"import train.data.workers\ntrain.data.workers._start_tracker = lambda: None\n{_DATA}{_FEW_BATCHES}"
+    )
     done = subprocess.run([sys.executable, str(script)], env=_ENVIRONMENT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "1225\n", "")
+
+
+def test_a_process_that_ends_at_once_leaves_nothing_to_be_told_of(tmp_path):
+    """As a run does at Ctrl-C: Python would warn of the semaphores and the shared memory that it then removes."""
+    script = tmp_path / "script.py"
+    script.write_text(_DATA + _ENDED_AT_ONCE)
+    done = subprocess.run([sys.executable, str(script)], env=_ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
 
 
 # --- workers that end before their time ---

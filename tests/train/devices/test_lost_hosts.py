@@ -1,6 +1,8 @@
 """The loss of a process of a run is one line."""
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -71,6 +73,24 @@ def test_errors_of_a_lost_connection_are_explained_in_runs_of_several_processes(
         fail("RESOURCE_EXHAUSTED: NCCL failed to allocate")
     with pytest.raises(ValueError, match=r"^shapes differ$"):
         fail("shapes differ")
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_processes_that_are_not_there_are_waited_for_so_long_and_told_in_a_line(process):
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))  # and nobody listens
+        port = listening.getsockname()[1]
+    command = [sys.executable, "-m", "train.main", f"--coordinator=localhost:{port}", "--num-processes=2"]
+    command += [f"--process-id={process}", "--join-timeout=2"]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    last = done.stderr.splitlines()[-1]
+    if process == 0:  # jax aborts, and prints before that
+        told = "error: the other processes of the run were not there within 2 s"
+        assert (done.returncode, last.partition("train.main: ")[2].startswith(told)) == (1, True), done.stderr
+    else:
+        told = f"error: cannot join the other processes: nothing answers at localhost:{port} within 2 s (Connection"
+        assert (done.returncode, done.stderr.count("\n"), told in last) == (2, 1, True), done.stderr
 
 
 def test_what_tells_of_several_processes(monkeypatch):

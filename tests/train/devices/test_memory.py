@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from train.data import streams
-from train.devices import memory
+from train.devices import host_memory, memory
 from train.devices.memory import (
     DoesNotFit,
     StepMemory,
@@ -95,10 +95,10 @@ def test_the_devices_of_a_cpu_share_the_machines_memory(monkeypatch):
 @pytest.mark.parametrize(("content", "limited"), [(f"{_GIB}\n", True), ("max\n", False)])
 def test_a_container_has_what_it_is_allowed(monkeypatch, tmp_path, content, limited):
     (tmp_path / "memory.max").write_text(content)
-    monkeypatch.setattr(memory, "_CGROUP_LIMIT", tmp_path / "absent")
-    physical = memory._host_memory()
-    monkeypatch.setattr(memory, "_CGROUP_LIMIT", tmp_path / "memory.max")
-    assert memory._host_memory() == (_GIB if limited else physical)
+    monkeypatch.setattr(host_memory, "_LIMITS", [tmp_path / "absent"])
+    physical = host_memory.host_memory()
+    monkeypatch.setattr(host_memory, "_LIMITS", [tmp_path / "absent", tmp_path / "memory.max"])
+    assert host_memory.host_memory() == (_GIB if limited else physical)
 
 
 @pytest.mark.parametrize(("stats", "expected"), [({"bytes_limit": 5}, 5), ({}, None), (None, None)])

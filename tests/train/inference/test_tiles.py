@@ -19,6 +19,7 @@ from train import evaluate, predict
 from train.data.bad_images import BadImages
 from train.devices.mesh import make_mesh
 from train.images.tiles import Tiling
+from train.inference import tiles
 from train.inference.image_paths import FileSource
 from train.inference.model import Predictor
 from train.inference.tiles import found_in_windows
@@ -116,6 +117,21 @@ def test_pixels_of_windows_have_the_class_that_they_have_in_the_picture(pictures
     colours = pixels[0] > 127
     np.testing.assert_array_equal(found[0][0], np.where(colours.any(-1), 1 + colours.argmax(-1), 0))
     assert found[2][0].shape == (24, 24) and (found[2][0][5:9, 8:14] == 2).all()
+
+
+def test_pictures_too_large_to_be_read_ahead_are_decoded_one_by_one_with_the_same_result(pictures, monkeypatch):
+    source = pictures[0]
+    task = _BrightPixels(RECIPES["segmentation"], small_segmenter(48), tuple("xrgb"))
+    expected = _found(task, source)
+    kept = []
+    monkeypatch.setattr(tiles, "largest_kept", lambda workers: 3 * 24 * 24)  # the smaller one
+    read = tiles._Read.__call__
+    monkeypatch.setattr(tiles._Read, "__call__", lambda *a: (kept.append(read(*a)), kept[-1])[1])
+    found = _found(task, source)
+    assert [one["place"] for one in kept if "pixels" not in one] == [0]
+    assert list(found) == list(expected)
+    for place in found:
+        np.testing.assert_array_equal(found[place][0], expected[place][0])
 
 
 # --- the commands ---

@@ -10,6 +10,7 @@ from jax import tree
 
 import convert
 from convert import ConversionError, load_weights
+from convert.formats.run_folder import choose
 from convert.metadata import describe
 from convert.tree import nest
 from tests.small_model import small_config
@@ -17,6 +18,9 @@ from tests.train.small_weights import small_timm_model
 from train.run.checkpoints import Checkpoints
 from train.run.folder import run_behind
 from train.run.run_state import Best, RunState
+from train.tasks.detection import Detection
+from train.tasks.segmentation import Segmentation
+from train.tasks.task import choosing_metric
 
 _NAMES = tuple("abc")
 
@@ -81,6 +85,25 @@ def test_of_a_run_that_has_ended_the_weights_of_the_best_evaluation_are_taken(ke
     others = "weights-best.safetensors or weights.safetensors"
     assert _value(f"{run}:ema") == (3, (f"weights-ema.safetensors was taken, not {others}",))
     assert _value(run / "weights.safetensors") == (1, ())
+
+
+@pytest.mark.parametrize(
+    ("task", "told"), [("detection", "step 20 epoch 2 AP 0.600"), ("segmentation", "step 20 epoch 2 mIoU 0.600")]
+)
+def test_the_metric_of_a_runs_own_task_chooses_its_best_checkpoint(tmp_path, task, told):
+    metric = choosing_metric({"detection": Detection.metrics, "segmentation": Segmentation.metrics}[task])
+    assert metric.better == "max"
+    (tmp_path / "config.json").write_text(json.dumps({"train": {"task": task}}))
+    lines = [
+        {"step": step, "epoch": step // 10, f"eval/{metric.name}": value, "eval/top1": 100 - step}
+        for step, value in ((10, 0.5), (20, 0.6), (30, 0.55))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "weights.safetensors").touch()
+    for step in (10, 20, 30):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    choice = choose(tmp_path, None)
+    assert f"step {choice.path.name} {choice.note.partition('best checkpoint, ')[2].replace(',', '')}" == told
 
 
 def test_what_a_run_does_not_keep_is_told(tmp_path):

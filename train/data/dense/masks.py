@@ -21,10 +21,12 @@ from train.data.dense.samples import DenseSets, picture_size
 from train.data.folders.layout import find_splits
 from train.data.held_out import draw_held_out
 from train.data.sources import read_file
+from train.devices.decoding import decoding_memory
 from train.images.geometry import IGNORED
 
 CLASSES_FILE = "classes.txt"
 _LOOKED_AT = 200  # masks that are read before a run
+_TAKEN = 24  # bytes of a pixel: what the picture takes too, which is decoded next
 _AT_ONCE = 2**20  # pixels of a mask of which classes are found: each takes some 40 bytes then
 UNKNOWN = 254  # in the table of classes: a value of no class
 _MOST_CLASSES = 254
@@ -77,7 +79,8 @@ def read_mask(
     Raises UnreadableImage if it cannot be decoded, or has a value or colour that is in neither.
     """
     try:
-        with open_image(encoded) as mask:
+        with decoding_memory().returned(), open_image(encoded) as mask:
+            decoding_memory().take(mask.width * mask.height, _TAKEN)
             if mask.format in ("JPEG", "MPO"):
                 raise ValueError("it is a JPEG file, which does not keep the values of pixels: masks are PNG files")
             mask.load()

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from crossvit_jax.preprocess import MEAN, STD, UnreadableImage
+from train.devices.decoding import decoding_memory
 from train.images.decode import decode_pixels
 from train.inference.server.engines.engine import Transform
 from train.inference.server.limits import Limits, Refusal
@@ -60,11 +61,12 @@ class Pictures:
     def _of_file(self, encoded: bytes, name: str, keep_pixels: bool) -> Picture:
         start = time.monotonic()
         self._check_size(_header_size(encoded, name), name)
-        try:
-            pixels = decode_pixels(encoded, name, self._transform.exif, FORMATS)
-        except UnreadableImage as error:
-            raise Refusal(422, f"{name} cannot be read: {error.reason}") from None
-        picture = Picture(self._transform.model_input(pixels), pixels.shape[:2], pixels if keep_pixels else None)
+        with decoding_memory().returned():
+            try:
+                pixels = decode_pixels(encoded, name, self._transform.exif, FORMATS)
+            except UnreadableImage as error:
+                raise Refusal(422, f"{name} cannot be read: {error.reason}") from None
+            picture = Picture(self._transform.model_input(pixels), pixels.shape[:2], pixels if keep_pixels else None)
         self._metrics.decode_seconds.observe(time.monotonic() - start)
         return picture
 
