@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks.command import require_packages, variant_name
+from benchmarks.command import parser_of, variant_name
 from benchmarks.result import markdown_table
-from convert.command_line import Parser, leave, run
+from convert.command_line import leave, run
+from convert.errors import require
+from convert.export.compare import ONNX_PACKAGES
 from convert.files import write_bytes
 from convert.tree import flatten
 from convert.weights import Weights
@@ -88,14 +90,14 @@ def _listed(kinds: Counter[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables; returns the exit status: 0 done; 2 wrong flags, or packages are missing."""
-    parser = Parser(prog="python -m benchmarks.fusion", description="Count what ONNX Runtime and XLA run of a model.")
+    parser = parser_of("fusion", "Count what ONNX Runtime and XLA run of a model.", epilog="")
     parser.add_argument("--variant", type=variant_name, default="ti", metavar="NAME", help="default: ti")
     args = parser.parse_args(argv)
     return run(parser.prog, lambda: _run(args.variant), failure=1)
 
 
 def _run(variant: str) -> int:
-    require_packages("the ONNX forms")
+    require("the ONNX forms", *ONNX_PACKAGES, verb="need")
     model = create_model(variant, rngs=nnx.Rngs(0))
     model.eval()
     print(table(model))

@@ -14,9 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import crossvit_torch
+from benchmarks.command import parser_of
 from benchmarks.result import markdown_table
 from convert.architecture import model_class
-from convert.command_line import Parser, leave, run
+from convert.command_line import leave, run
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig, DenseConfig, get_dense_config
 
 # parameters in millions, "FLOPs" (multiply-adds) in 10⁹, ImageNet top-1 in percent: arXiv 2103.14899, tables 2 and 4;
@@ -110,7 +111,7 @@ def dense_table() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table."""
-    parser = Parser(prog="python -m benchmarks.model_table", description="Print the table of variants.")
+    parser = parser_of("model_table", "Print the table of variants.", epilog="")
     parser.add_argument("--dense", action="store_true", help="that of the detectors and segmenters made of them")
     args = parser.parse_args(argv)
     return run(parser.prog, lambda: print(dense_table() if args.dense else table()) or 0)

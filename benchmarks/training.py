@@ -6,8 +6,8 @@ follow each other without waiting, as in a real run; only the last of a round is
 float32 parameters. Drop path is off: each framework would drop other blocks, and the losses could not be compared.
 """
 
-from benchmarks.command import main
+from benchmarks.inference import main
 from convert.command_line import leave
 
 if __name__ == "__main__":
-    leave(main("training"))
+    leave(main(benchmark="training"))

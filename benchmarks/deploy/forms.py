@@ -58,7 +58,7 @@ def qat_forms(weights: Weights, folder: Path, calibration: Calibration) -> dict[
     source = _float32(weights, folder / "qat.safetensors").file
     integers = quantised(flax_model(weights), "int8")
     size = sum(array.nbytes for array in jax.tree.leaves(nnx.state(integers)))
-    forms = {"QAT int8, qwix in JAX": Form(runs_in="qwix", file=source, size=size, dtype="int8", qat=True)}
+    forms = {"QAT int8, qwix in JAX": Form(runs_in="qwix", file=source, bytes=size, dtype="int8", qat=True)}
     exported = folder / "qat.onnx"
     write_bytes(exported, onnx_graph(weights).SerializeToString())
     for name, file in _int8(exported, folder, calibration).items():
@@ -80,4 +80,4 @@ def _int8(exported: Path, folder: Path, calibration: Calibration) -> dict[str, P
 
 
 def _form(file: Path, runs_in: str, dtype: str, *, qat: bool = False) -> Form:
-    return Form(runs_in=runs_in, file=str(file), size=file.stat().st_size, dtype=dtype, qat=qat)
+    return Form(runs_in=runs_in, file=str(file), bytes=file.stat().st_size, dtype=dtype, qat=qat)

@@ -78,10 +78,10 @@ _LOADERS = {"torch": _torch_eager, "onnxruntime": _onnx, "stablehlo": _stablehlo
 def _program(
     task: DeployTask, prepare: Callable[[Images], Any], call: Callable[[Any], Logits], facts: dict[str, str]
 ) -> Program:
-    """The program that gives `prepare`d images to `call`; its check are the logits of all checked images."""
+    """The program that gives `prepare`d images to `call`; it checks the logits of all checked images."""
 
-    def check() -> Logits:
-        return np.concatenate([call(prepare(batch)) for batch in task.batches()])[: task.checked]
+    def check() -> dict[str, Logits]:
+        return {"logits": np.concatenate([call(prepare(batch)) for batch in task.batches()])[: task.checked]}
 
     images = prepare(next(task.batches()))
     return Program(check, repeated(lambda: call(images)), facts)

@@ -7,11 +7,12 @@ paper has it; with its prefetcher, train.py has the workers do it, which costs t
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from timm.data import ImageDataset, create_loader
 from torch import Tensor
 
-from benchmarks.sides.fed import Delivered, steady_state, wait_for_rest
+from benchmarks.sides.fed import begin_round, check_batch, wait_for_rest
 from benchmarks.sides.timm import Training, facts, set_up, wait
 from benchmarks.task import EndToEndTask, Program
 from train.images.transforms import timm_settings
@@ -23,8 +24,8 @@ _AHEAD_PER_WORKER, _AHEAD = 2, 2
 def load(task: EndToEndTask, side: str) -> Program:
     """The program; its workers start with the first batch."""
     set_up()
-    training = Training(task.step, compiled=task.timm == "timm-compile")
-    config, on_gpu = task.recipe("host"), training.device.type == "cuda"
+    training = Training(task)
+    config, on_gpu = task.fed_recipe("host"), training.device.type == "cuda"
     loader = create_loader(
         ImageDataset(f"{task.folder}/train"),
         input_size=(3, *task.image_size),
@@ -40,18 +41,19 @@ def load(task: EndToEndTask, side: str) -> Program:
     batches = _endless(loader)
     del loader  # so that `batches.close` ends the workers
 
-    def check() -> Delivered:
+    def check() -> dict[str, np.ndarray]:
         images, labels = next(batches)
-        return Delivered.of(images.permute(0, 2, 3, 1).cpu().numpy(), labels.cpu().numpy())
+        check_batch(task, images.permute(0, 2, 3, 1).cpu().numpy(), labels.cpu().numpy())
+        return {}
 
     def train(steps: int) -> None:
         for _ in range(steps):
             training.step(*next(batches))
         wait(training.device)
 
-    def around():
+    def before_round() -> None:
         ahead = _AHEAD_PER_WORKER * task.workers + _AHEAD
-        return steady_state(lambda: next(batches), train, ahead=ahead, workers=task.workers)
+        begin_round(lambda: next(batches), train, ahead=ahead, workers=task.workers)
 
     def rest() -> None:
         wait_for_rest()
@@ -59,9 +61,9 @@ def load(task: EndToEndTask, side: str) -> Program:
 
     return Program(
         check,
-        run=lambda calls: train(calls * task.steps),
+        run=train,
         facts=facts(training.device),
-        around=around,
+        before_round=before_round,
         close=batches.close,
         rest=rest,
     )

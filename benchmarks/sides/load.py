@@ -34,7 +34,6 @@ class Load:
         """Its figures."""
         asked = sum(self.statuses.values())
         return {
-            "asked": asked,
             "statuses": {str(status): count for status, count in sorted(self.statuses.items())},
             "answered_per_s": self.rate,
             "rejected": (asked - self.statuses[200]) / asked if asked else 0.0,
@@ -43,28 +42,30 @@ class Load:
         }
 
 
-class Connections:
+class _Connections:
     """Sends bodies to one path of a server; connections are opened as they are needed, and used again."""
 
-    def __init__(self, address: str, path: str = "/predict"):
-        self._host, port = address.rsplit(":", 1)
-        self._port, self._path = int(port), path
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+    def __init__(self, address: str, load: Load):
+        self._host, self._port = address.rsplit(":", 1)
+        self._load, self._idle = load, []
 
-    async def ask(self, body: bytes, content_type: str = "application/octet-stream") -> int:
-        """The status of the answer; 0: there was none."""
+    async def ask(self, body: bytes, due: float) -> None:
+        """Asks once, and counts the answer; its wait began when it was due."""
         try:
             async with asyncio.timeout(_LONGEST_WAIT):
-                reader, writer = (
-                    self._idle.pop() if self._idle else await asyncio.open_connection(self._host, self._port)
-                )
-                head = f"POST {self._path} HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: {content_type}\r\n"
-                writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-                answer = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-                length = int(answer.split("content-length:", 1)[1].split("\r\n", 1)[0])
-                await reader.readexactly(length)
-        except (OSError, EOFError, TimeoutError, asyncio.IncompleteReadError):
-            return 0
+                status = await self._status(body)
+        except (OSError, EOFError, TimeoutError):
+            status = 0
+        self._load.statuses[status] += 1
+        if status == 200:
+            self._load.waits.append(time.perf_counter() - due)
+
+    async def _status(self, body: bytes) -> int:
+        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, int(self._port))
+        head = f"POST /predict HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: application/octet-stream\r\n"
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        answer = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+        await reader.readexactly(int(answer.split("content-length:", 1)[1].split("\r\n", 1)[0]))
         if "connection: close" in answer:
             writer.close()
         else:
@@ -84,13 +85,14 @@ async def closed_loop(
     Args:
         seconds, requests: the first of which that is reached ends it.
     """
-    connections, load, start, asked = Connections(address), Load(), time.perf_counter(), 0
+    load, start, asked = Load(), time.perf_counter(), 0
+    connections = _Connections(address, load)
 
     async def client(number: int) -> None:
         nonlocal asked
         while (begin := time.perf_counter()) < start + seconds and asked < requests:
             asked += 1
-            _count(load, await connections.ask(bodies[number % len(bodies)]), begin)
+            await connections.ask(bodies[number % len(bodies)], begin)
 
     await asyncio.gather(*map(client, range(clients)))
     load.seconds = time.perf_counter() - start
@@ -103,24 +105,12 @@ async def open_loop(address: str, bodies: Sequence[bytes], *, rate: float, secon
 
     A wait begins when the request was due: what makes the sender late is not left out.
     """
-    connections, load, draws = Connections(address), Load(), random.Random(seed)
-    asking, start = set(), time.perf_counter()
-    due = start
+    load, draws, asking, start = Load(), random.Random(seed), set(), time.perf_counter()
+    connections, due = _Connections(address, load), start
     while (due := due + draws.expovariate(rate)) < start + seconds:
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
-
-        async def ask(due: float, body: bytes) -> None:
-            _count(load, await connections.ask(body), due)
-
-        task = asyncio.create_task(ask(due, bodies[len(asking) % len(bodies)]))
-        asking.add(task)
+        asking.add(asyncio.create_task(connections.ask(bodies[len(asking) % len(bodies)], due)))
     await asyncio.gather(*asking)
     load.seconds = time.perf_counter() - start
     connections.close()
     return load
-
-
-def _count(load: Load, status: int, begin: float) -> None:
-    load.statuses[status] += 1
-    if status == 200:
-        load.waits.append(time.perf_counter() - begin)

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.task import repeated
 from crossvit_jax.config import get_config
 
 PRODUCT = {"cpu": 2048, "gpu": 8192}  # rows and columns of both factors
@@ -19,8 +18,7 @@ def flops_per_image(variant: str, *, training: bool) -> int:
     Cross-attention counts in the order of computation that needs least, ours. What is no product by nature does not
     count: the resize, two matrices on our side. Nor does what a side computes again for its gradient.
     """
-    # here: the processes of timm's sides measure the peak without jax
-    import jax
+    import jax  # here: the processes of timm's sides measure the peak without jax
     import jax.numpy as jnp
     from flax import nnx
 
@@ -29,15 +27,13 @@ def flops_per_image(variant: str, *, training: bool) -> int:
 
     # a crop takes the place of the resize; dropout asks for the plain attention, whose gradient computes nothing again
     config = get_config(variant, crop_scale=True, attn_drop_rate=0.5)
-    model = nnx.eval_shape(lambda: CrossViT(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(model)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: CrossViT(config, rngs=nnx.Rngs(0))))
     images = jax.ShapeDtypeStruct((1, *config.image_size, config.in_chans), jnp.float32)
 
     def total(params, images):
         return nnx.merge(graphdef, params)(images, rngs=nnx.Rngs(dropout=jax.random.key(0))).sum()
 
-    program = jax.make_jaxpr(jax.grad(total) if training else total)(nnx.to_pure_dict(state), images)
-    return matrix_flops(program)
+    return matrix_flops(jax.make_jaxpr(jax.grad(total) if training else total)(nnx.to_pure_dict(state), images))
 
 
 def peak_flops(device: str, multiply: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
@@ -48,11 +44,12 @@ def peak_flops(device: str, multiply: Callable[[], Any], wait: Callable[[Any], A
         multiply: begins to compute a product of two matrices of random numbers, `PRODUCT[device]` on each side.
         wait: returns when that product is there.
     """
-    run = repeated(multiply, wait)
-    run(1)  # compiles
+    wait(multiply())  # compiles
     fastest, end = math.inf, time.perf_counter() + _SECONDS
     while time.perf_counter() < end or fastest == math.inf:
         start = time.perf_counter()
-        run(_AT_ONCE[device])
+        for _ in range(_AT_ONCE[device]):
+            product = multiply()
+        wait(product)
         fastest = min(fastest, (time.perf_counter() - start) / _AT_ONCE[device])
     return 2 * PRODUCT[device] ** 3 / fastest

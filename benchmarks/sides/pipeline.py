@@ -14,7 +14,7 @@ from benchmarks.task import SIZE, DataTask, Program, jax_facts, repeated
 
 
 def load(task: DataTask, side: str) -> Program:
-    """The program of one of `DATA_SIDES`."""
+    """The program of a side."""
     if side == "timm":
         return _timm(task)
     if side == "device-augment":

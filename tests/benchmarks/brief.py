@@ -8,7 +8,7 @@ import pkgutil
 
 from benchmarks import worker
 from benchmarks.sides import model_flops
-from benchmarks.task import DataTask, DeployTask, DetectionTask, EndToEndTask, Program, Task
+from benchmarks.task import DataTask, DeployTask, DetectionTask, EndToEndTask, ModelTask, Program
 from crossvit_jax.config import VARIANTS
 from tests.small_model import small_config
 
@@ -33,7 +33,7 @@ def load(task: _Brief, side: str) -> Program:
     return dataclasses.replace(program, warm_up_s=0.0)
 
 
-class BriefTask(_Brief, Task):
+class BriefModelTask(_Brief, ModelTask):
     pass
 
 

@@ -4,20 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.report.goals import TIMES_AS_FAST
-from benchmarks.result import Content, Result, best, counts, device_name, rounds, times_as_fast
+from benchmarks.result import Content, Result, best, failed, rounds, times_as_fast
 from train.pictures.figure import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = {"flax": "#4c72b0", "flax-cudnn": "#dd8452"}
-_NEUTRAL = "#555555"
-_BETWEEN_SIDES = 0.3  # of the distance between results
+_COLOUR, _NEUTRAL = "#4c72b0", "#555555"
 
 
 def draw_ratios(contents: Sequence[Content], path: Path) -> None:
-    """Draw a panel for each benchmark and machine, with the range of the rounds' ratios as whiskers, and the goal.
+    """Draw a panel for each benchmark and machine, with the range of the rounds' ratios as whiskers.
 
     Args:
         contents: of JSON files of `benchmarks.inference` and `training`.
@@ -29,10 +26,12 @@ def draw_ratios(contents: Sequence[Content], path: Path) -> None:
     """
     panels: dict[tuple[str, str], list[Result]] = {}
     for content in contents:
+        machine = content["machine"]
+        devices = {"cpu": machine["cpu"], "gpu": ", ".join(gpu["name"] for gpu in machine.get("gpus", [])) or "GPU"}
         for result in content["results"]:
-            if best(result, "flax") and best(result, "timm"):
-                where = f"{device_name(content, result['device'])}, {result['dtype']}"
-                panels.setdefault((content["benchmark"], where), []).append(result)
+            if "flax" in rounds(result) and best(result, "timm"):
+                place = f"{devices[result['device']]}, {result['dtype']}"
+                panels.setdefault((content["benchmark"], place), []).append(result)
     if not panels:
         raise ValueError("no result has both Flax and timm")
     widths = [max(3, len(results)) for results in panels.values()]
@@ -52,22 +51,16 @@ def draw_ratios(contents: Sequence[Content], path: Path) -> None:
 
 
 def _draw_panel(axes: "Axes", results: Sequence[Result]) -> None:
-    goal = TIMES_AS_FAST[results[0]["device"]]
     axes.axhline(1, color=_NEUTRAL, lw=0.8)
-    axes.axhline(goal, color=_NEUTRAL, lw=1.2, ls="--", label="goal")
-    sides = [side for side in _COLOURS if any(side in rounds(result) for result in results)]
-    for place, result in enumerate(results):
-        for number, side in enumerate(side for side in sides if side in rounds(result)):
-            ratio = times_as_fast(rounds(result)[side], rounds(result)[best(result, "timm")])
-            x, y = place + _BETWEEN_SIDES * (number - (len(sides) - 1) / 2), ratio["ratio"]
-            whiskers = [[y - ratio["min"]], [ratio["max"] - y]]
-            filling = _COLOURS[side] if counts(result) else "white"
-            axes.errorbar(x, y, whiskers, fmt="o", color=_COLOURS[side], mfc=filling, ms=6, capsize=4, lw=1.2)
-            box = {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.5}
-            axes.annotate(f"{y:.2f}", (x, y), (6, 0), textcoords="offset points", fontsize=8, va="center", bbox=box)
-    for side in sides:
-        axes.plot([], [], "o", color=_COLOURS[side], label=side)
-    if not all(counts(result) for result in results):
+    valid = [not result["disturbed"] and not failed(result, "timm") for result in results]
+    box = {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.5}
+    for x, (result, counts) in enumerate(zip(results, valid, strict=True)):
+        y, least, most = times_as_fast(rounds(result)["flax"], rounds(result)[best(result, "timm")])
+        dot = {"fmt": "o", "color": _COLOUR, "mfc": _COLOUR if counts else "white", "ms": 6, "capsize": 4, "lw": 1.2}
+        axes.errorbar(x, y, [[y - least], [most - y]], **dot)
+        axes.annotate(f"{y:.2f}", (x, y), (6, 0), textcoords="offset points", fontsize=8, va="center", bbox=box)
+    axes.plot([], [], "o", color=_COLOUR, label="flax")
+    if not all(valid):
         axes.plot([], [], "o", color=_NEUTRAL, mfc="white", label="not valid: see the notes under the tables")
     names = [f"{result['variant']}\nbatch {result['batch_size']}" for result in results]
     axes.set_xticks(range(len(names)), names, fontsize=9)
