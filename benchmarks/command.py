@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks.result import Content, as_json, is_result, write_json
@@ -80,18 +80,12 @@ def check_json(file: Path | None) -> None:
         check_replaceable([file], is_result)
 
 
-def run_sides(
-    parser: Parser,
-    args: argparse.Namespace,
-    tasks: Callable[[str, Path], Iterable[Task]],
-    references: Sequence[str],
-) -> int:
+def run_sides(parser: Parser, args: argparse.Namespace, tasks: Callable[[str, Path], Iterable[Task]]) -> int:
     """Measures the sides of some tasks, prints the table and writes the JSON; returns the exit status.
 
     Args:
         args: with `json`, `repeats`, `sides` and, where there is a choice, `device`.
         tasks: made on a device, with what they need in a folder, one at a time.
-        references: see `benchmarks.rounds.measure`.
     """
 
     def begin() -> int:
@@ -105,8 +99,8 @@ def run_sides(
             try:
                 for task in tasks(device, Path(folder)):
                     say(", ".join(f"{name} {value}" for name, value in task.told().items()))
-                    how = {"references": references, "rounds": args.repeats, "environment": environment}
-                    measured.append(measure(task, args.sides or list(task.SIDES), **how))
+                    sides = args.sides or list(task.SIDES)
+                    measured.append(measure(task, sides, rounds=args.repeats, environment=environment))
                     write_json(args.json, as_json(benchmark, measured))  # each time: an interruption costs one
             finally:
                 if measured:

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         require("the input pipelines", "numba", "simplejpeg", "sklearn", extra="train", verb="need")
         return [DataTask(batch_size=args.photographs)]
 
-    return run_sides(parser, args, tasks, ["timm"])
+    return run_sides(parser, args, tasks)
 
 
 if __name__ == "__main__":

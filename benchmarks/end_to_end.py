@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.command import add_models, add_rounds, parser_of, run_sides
-from benchmarks.inference import REFERENCES, models
+from benchmarks.inference import models
 from benchmarks.task import PHOTOGRAPH_CLASSES, DataTask, EndToEndTask, usable_cores
 from convert.command_line import at_least_one, leave
 from convert.errors import require
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for settings in models(args, device, folder):
             yield EndToEndTask(folder=str(folder), files=args.images, workers=args.workers, **settings)
 
-    return run_sides(parser, args, tasks, REFERENCES)
+    return run_sides(parser, args, tasks)
 
 
 def write_photographs(folder: Path, count: int) -> None:

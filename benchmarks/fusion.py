@@ -66,8 +66,7 @@ def table(model: CrossViT) -> str:
     from convert.export.onnx_graph import onnx_graph
     from convert.export.onnx_int8 import quantize_dynamic
 
-    weights = Weights(config=model.config, tensors=flatten(model))
-    rows = []
+    weights, nodes, kernels = Weights(config=model.config, tensors=flatten(model)), [], []
     with tempfile.TemporaryDirectory() as folder:
         exported, int8 = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
         write_bytes(exported, onnx_graph(weights).SerializeToString())
@@ -75,13 +74,13 @@ def table(model: CrossViT) -> str:
         for name, path in (("float32", exported), ("dynamic int8", int8)):
             counts = [onnx_nodes(path, level) for level in LEVELS]
             own = Counter({kind.split(".")[-1]: count for kind, count in counts[-1].items() if "." in kind})
-            rows.append([name, *(f"{count.total():,}" for count in counts), _listed(own)])
-    lines, rows = markdown_table(["ONNX Runtime", *LEVELS, "its own kinds, at all"], rows), []
+            nodes.append([name, *(f"{count.total():,}" for count in counts), _listed(own)])
     for batch in (1, 8):
         traced, kinds = xla_kernels(model, batch)
-        rows.append([f"batch {batch}", f"{traced:,}", f"{kinds.total():,}", _listed(kinds)])
+        kernels.append([f"batch {batch}", f"{traced:,}", f"{kinds.total():,}", _listed(kinds)])
     titles = [f"XLA, {jax.default_backend()}", "operations traced", "kernels", "of these"]
-    return "\n".join([*lines, "", *markdown_table(titles, rows)])
+    lines = markdown_table(["ONNX Runtime", *LEVELS, "its own kinds, at all"], nodes)
+    return "\n".join([*lines, "", *markdown_table(titles, kernels)])
 
 
 def _listed(kinds: Counter[str]) -> str:
@@ -93,15 +92,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of("fusion", "Count what ONNX Runtime and XLA run of a model.", epilog="")
     parser.add_argument("--variant", type=variant_name, default="ti", metavar="NAME", help="default: ti")
     args = parser.parse_args(argv)
-    return run(parser.prog, lambda: _run(args.variant), failure=1)
 
+    def tell() -> int:
+        require("the ONNX forms", *ONNX_PACKAGES, verb="need")
+        model = create_model(args.variant, rngs=nnx.Rngs(0))
+        model.eval()
+        print(table(model))
+        return 0
 
-def _run(variant: str) -> int:
-    require("the ONNX forms", *ONNX_PACKAGES, verb="need")
-    model = create_model(variant, rngs=nnx.Rngs(0))
-    model.eval()
-    print(table(model))
-    return 0
+    return run(parser.prog, tell, failure=1)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from benchmarks.command import add_models, add_rounds, parser_of, run_sides
 from benchmarks.task import ModelTask
 from convert.command_line import leave
 
-REFERENCES = ("timm", "timm-compile")
-
 
 def main(argv: Sequence[str] | None = None, benchmark: str = "inference") -> int:
     """Runs the benchmark, inference or training; returns the exit status."""
@@ -28,7 +26,7 @@ def main(argv: Sequence[str] | None = None, benchmark: str = "inference") -> int
         for settings in models(args, device, folder):
             yield ModelTask(benchmark=benchmark, **settings)
 
-    return run_sides(parser, args, tasks, REFERENCES)
+    return run_sides(parser, args, tasks)
 
 
 def models(args: argparse.Namespace, device: str, folder: Path) -> Iterator[dict[str, Any]]:

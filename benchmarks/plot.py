@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.result import Content, Result, best, failed, rounds, times_as_fast
+from benchmarks.result import Content, Result, best, failed, gpus, rounds, times_as_fast
 from train.pictures.figure import new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ def draw_ratios(contents: Sequence[Content], path: Path) -> None:
     """
     panels: dict[tuple[str, str], list[Result]] = {}
     for content in contents:
-        machine = content["machine"]
-        devices = {"cpu": machine["cpu"], "gpu": ", ".join(gpu["name"] for gpu in machine.get("gpus", [])) or "GPU"}
+        devices = {"cpu": content["machine"]["cpu"], "gpu": ", ".join(gpus(content)[:1])}
         for result in content["results"]:
             if "flax" in rounds(result) and best(result, "timm"):
                 place = f"{devices[result['device']]}, {result['dtype']}"

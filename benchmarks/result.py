@@ -7,6 +7,7 @@ A result is what was measured at a time: the settings of its task, and of each s
 round. All other figures of the tables are computed from these. Imports no framework.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -21,7 +22,7 @@ from benchmarks.rounds import Measured, Times
 from benchmarks.task import usable_cores
 from convert.files import write_whole
 from crossvit_jax.files import read_json
-from train.run.provenance import commit, output_of
+from train.run.provenance import commit
 
 Content = Mapping[str, Any]  # of a JSON file
 Result = Mapping[str, Any]
@@ -77,12 +78,9 @@ def _result(measured: Measured) -> dict[str, Any]:
 
 
 def _side(times: Times) -> dict[str, Any]:
-    known, ready = timed([turn.seconds for turn in times.rounds]) | {"failure": times.failure}, times.ready
-    if ready:
-        known |= {"others_cores": [turn.others for turn in times.rounds], "calls_per_round": ready.calls}
-        known |= {"load_s": ready.load_s, "first_result_s": ready.first_s, "warm_up_s": ready.warm_up_s}
-        known |= {"peak_bytes": ready.peak_bytes, "difference": times.difference, "from_float32": times.from_float32}
-    return known | times.more
+    known = timed([seconds for seconds, _ in times.rounds]) | {"failure": times.failure}
+    known |= {"others_cores": [others for _, others in times.rounds]} | (times.ready.told if times.ready else {})
+    return known | {"difference": times.difference, "from_float32": times.from_float32} | times.more
 
 
 def timed(seconds: Sequence[float]) -> dict[str, Any]:
@@ -100,7 +98,7 @@ def about(benchmark: str, facts: Mapping[str, str] | None = None) -> dict[str, A
         facts: what the sides told of themselves (`Program.facts`); goes before what is installed here.
     """
     machine = {"cpu": _cpu_model(), "cores": os.cpu_count(), "usable_cores": usable_cores()}
-    machine |= {"system": platform.platform(terse=True)} | ({"gpus": gpus} if (gpus := _gpus()) else {})
+    machine["system"] = platform.platform(terse=True)
     installed = {str(found.name): found.version for found in importlib.metadata.distributions()}
     versions = {name: installed[name] for name in _PACKAGES if name in installed}
     return {
@@ -112,23 +110,12 @@ def about(benchmark: str, facts: Mapping[str, str] | None = None) -> dict[str, A
     }
 
 
-def _gpus() -> list[dict[str, Any]]:
-    """Name, memory and driver of each NVIDIA GPU."""
-    told = output_of("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits")
-    rows = [[cell.strip() for cell in line.split(",")] for line in (told or "").splitlines()]
-    return [
-        {"name": name, "memory_bytes": int(mebibytes) * 2**20, "driver": driver}
-        for name, mebibytes, driver in (row for row in rows if len(row) == 3 and row[1].isdigit())
-    ]
-
-
 def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine()
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
+    with contextlib.suppress(OSError):  # not Linux
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def where(contents: Sequence[Content]) -> str:
@@ -141,13 +128,16 @@ def where(contents: Sequence[Content]) -> str:
 def described(content: Content) -> str:
     """Machine, versions and threads of a JSON file: where two files differ in any of them, so do these words."""
     machine, facts = content["machine"], content["software"]
-    form = "{name} ({memory:.0f} GiB, driver {driver})"
-    gpus = [form.format(memory=gpu["memory_bytes"] / 2**30, **gpu) for gpu in machine.get("gpus", [])]
     versions = [f"{name} {version}" for name, version in facts.items() if not name.endswith((" threads", " device"))]
     threads = [f"{name.removesuffix(' threads')} {count}" for name, count in facts.items() if name.endswith(" threads")]
-    place = [*gpus, machine["cpu"], f"{machine['usable_cores']} of {machine['cores']} cores"]
+    place = [*gpus(content)[:1], machine["cpu"], f"{machine['usable_cores']} of {machine['cores']} cores"]
     told = [", ".join(place), ", ".join(versions)] + ([f"threads: {', '.join(threads)}"] if threads else [])
     return "; ".join(told)
+
+
+def gpus(content: Content) -> list[str]:
+    """What the sides call the devices that they ran on, but for the CPU."""
+    return [fact for name, fact in content["software"].items() if name.endswith(" device") and fact != "cpu"]
 
 
 # --- what the rounds say ---

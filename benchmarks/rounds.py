@@ -13,14 +13,13 @@ from benchmarks.worker import Ready, Round, SideFailed, Worker
 from convert.errors import UserError
 from convert.streams import tell_error as say  # progress is told on stderr: tables are on stdout
 
-# Largest differences of sides that agree: of logits, losses and scores as a share of the largest one, of each
+# Largest differences of sides that agree: of logits and losses as a share of the largest one, of each
 # gradient's norm as a share of itself. Those of Ti on a CPU: 2e-6, 7e-8 and 2e-5 in float32; 0.02, 2e-3 and 0.04 in
 # bfloat16. Pixels are equal to the bit.
 BOUNDS = {
     "logits": {"float32": 1e-4, "bfloat16": 0.1},
     "losses": {"float32": 1e-5, "bfloat16": 5e-3},
     "gradients": {"float32": 1e-3, "bfloat16": 0.1},
-    "scores": {"float32": 1e-4},
     "images": {"float32": 0.0},
     "crops": {"float32": 0.0},
 }
@@ -56,8 +55,8 @@ class Measured:
     @property
     def others(self) -> float | None:
         """Cores that other programs kept busy: the median over all rounds. None where the system does not tell."""
-        rounds = [turn.others for times in not_failed(self.sides).values() for turn in times.rounds]
-        known = [others for others in rounds if others is not None]
+        rounds = [turn for times in not_failed(self.sides).values() for turn in times.rounds]
+        known = [others for _, others in rounds if others is not None]
         return statistics.median(known) if known else None
 
 
@@ -70,28 +69,27 @@ def measure(
     task: Task,
     sides: Sequence[str],
     *,
-    references: Sequence[str],
     rounds: int,
     environment: dict[str, str],
     compare: Callable[[Measured], None] | None = None,
 ) -> Measured:
     """Times the sides in turn, A B C A B C …, never two at once. One that fails is left out of the rest, and says why.
 
+    Eager timm is what the others are compared with, or the first side.
+
     Args:
-        references: the first of them that is a side is what the others are compared with.
         environment: for the processes.
         compare: is called when all sides are ready, before any round; it may raise, or note failures. Default:
             `require_agreement`.
     """
-    reference = next((side for side in references if side in sides), sides[0])
-    measured = Measured(task, {side: Times() for side in sides}, reference)
+    measured = Measured(task, {side: Times() for side in sides}, "timm" if "timm" in sides else sides[0])
     with contextlib.ExitStack() as processes:
         workers = {}
         for side, times in measured.sides.items():
             with _noting_failure(times):
                 workers[side] = processes.enter_context(Worker(side, task, environment))
-                times.ready = ready = workers[side].ready
-                say(f"{side}: loaded in {ready.load_s:.1f} s, first result after {ready.first_s:.1f} s")
+                times.ready = workers[side].ready
+                say(f"{side}: first result after {times.ready.told['first_result_s']:.1f} s")
         (compare or require_agreement)(measured)
         for number in range(1, rounds + 1):
             for side, times in not_failed(measured.sides).items():

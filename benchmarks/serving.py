@@ -30,12 +30,11 @@ _SHARES = (0.5, 0.8, 1.2, 2.0)  # of capacity
 _START = 600.0  # seconds that a server has to become ready
 _PHOTOGRAPHS = 8
 _ROUNDS = 3
-_READ_AHEAD = 2  # batches that are ready, or nearly so, when the loop goes on
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
-    description = "Put a server of a classifier under load; compare it with train.predict, and with no batches."
+    description = "Put a server of a classifier under load, and compare it with one that makes no batches."
     parser = parser_of("serving", description, "exit status: 0 done; 1 a server failed; 2 wrong flags")
     parser.add_argument("--weights", type=weights_source, required=True, metavar="SOURCE", help="the weights to serve")
     parser.add_argument("--max-batch", type=at_least_one, default=8, metavar="N", help="as of train.serve; default: 8")
@@ -98,53 +97,19 @@ def _serving(source: str, max_batch: int) -> Iterator[_Server]:
 
 
 def _compared(server: _Server, bodies: Sequence[bytes], args: argparse.Namespace) -> dict[str, list[float]]:
-    """Pictures in a second of `server`; of `predict`, which is train.predict's loop; and of `one at a time`, the same
-    server without batches. They take turns, so that what else the machine does slows all of them."""
-    seconds, clients = args.seconds / 2, 2 * args.max_batch
+    """Pictures in a second of the server, and without batches; in turns, so that others slow both."""
 
     def rate(of: _Server, seconds: float) -> float:
-        return asyncio.run(closed_loop(of.address, bodies, clients=clients, seconds=seconds)).rate
+        return asyncio.run(closed_loop(of.address, bodies, clients=2 * args.max_batch, seconds=seconds)).rate
 
-    rates: dict[str, list[float]] = {"server": [], "predict": [], "one at a time": []}
-    with (
-        _serving(args.weights, 1) as single,
-        contextlib.closing(_batch_loop(args.weights, bodies, seconds)) as predict,
-    ):
+    rates: dict[str, list[float]] = {"server": [], "one at a time": []}
+    with _serving(args.weights, 1) as single:
         rate(server, 2)  # warm
         for number in range(_ROUNDS):
-            for side, found in zip(rates, (rate(server, seconds), next(predict), rate(single, seconds)), strict=True):
-                rates[side].append(found)
+            for side, found in rates.items():
+                found.append(rate(server if side == "server" else single, args.seconds / 2))
             say(f"round {number + 1} of {_ROUNDS} done")
     return rates
-
-
-def _batch_loop(source: str, bodies: Sequence[bytes], seconds: float) -> Iterator[float]:
-    """Images in a second of train.predict's own loop, at its own batch size: anew each time that it is asked."""
-    from train.data.bad_images import BadImages
-    from train.devices.process import keep_compiled_programs, keep_freed_memory
-    from train.inference.classify import classify
-    from train.inference.image_paths import FileSource
-    from train.inference.model import load_classifier
-
-    keep_freed_memory()
-    keep_compiled_programs()
-    classifier = load_classifier(source)
-    size = classifier.batch_size(None, 10**6)
-    with tempfile.TemporaryDirectory(prefix="crossvit-serving-") as folder:
-        paths = [Path(folder, f"{number}.jpg") for number in range(len(bodies))]
-        for path, body in zip(paths, bodies, strict=True):
-            path.write_bytes(body)
-        files = FileSource(tuple(str(paths[number % len(paths)]) for number in range(1000 * size)))
-        batches = classify(classifier, files, BadImages(files, print), batch_size=size, workers=0, top_k=5)
-        with contextlib.closing(batches):
-            next(batches)  # it is compiled
-            while True:
-                for _ in range(_READ_AHEAD):  # which took no time of this round
-                    next(batches)
-                start, done = time.perf_counter(), 0
-                while time.perf_counter() < start + seconds:
-                    done += len(next(batches))
-                yield done / (time.perf_counter() - start)
 
 
 def _loaded(server: _Server, bodies: Sequence[bytes], share: float, capacity: float, seconds: float) -> dict[str, Any]:

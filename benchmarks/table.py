@@ -164,14 +164,11 @@ def _beside(other: str | Callable[[Result, str], str | None], form: str = ".2f",
     return cell
 
 
-def _beside_best(rivals: str) -> Cell:
-    def cell(result: Result, side: str) -> str:
-        fastest = best(result, rivals)
-        if side == fastest:
-            return f"**best of {rivals}{' that ran' if failed(result, rivals) else ''}**"
-        return _beside(lambda *_: fastest)(result, side)
-
-    return cell
+def _beside_best(result: Result, side: str) -> str:
+    fastest = best(result, "timm")
+    if side == fastest:
+        return f"**best of timm{' that ran' if failed(result, 'timm') else ''}**"
+    return _beside(lambda *_: fastest)(result, side)
 
 
 def _difference(result: Result, side: str) -> str:
@@ -191,7 +188,7 @@ _TIME = ("ms per call, median (min-max)", _seconds(".2f", 1000))
 _PER_S, _DIFFERENCE = ("images/s", _rate()), ("difference", _difference)
 _SPREAD_PER_S = "images/s, median (min-max)"
 _MODEL_COLUMNS = (
-    *(*_SETTINGS, _TIME, _PER_S, ("times as fast as timm's best (min-max)", _beside_best("timm"))),
+    *(*_SETTINGS, _TIME, _PER_S, ("times as fast as timm's best (min-max)", _beside_best)),
     ("peak memory, GiB", _peak_memory),
     ("of the matmul peak", lambda result, side: _known(share_of_peak(result, side), ".0%")),
     _DIFFERENCE,
@@ -292,17 +289,6 @@ MODELS = ("inference", "training")
 LAYOUTS = {
     "inference": Layout(lambda result: "CrossViT inference", _MODEL_COLUMNS),
     "training": Layout(lambda result: "CrossViT training", _MODEL_COLUMNS),
-    "detection": Layout(
-        lambda result: (
-            f"CrossViT {result['variant']} detector at {' x '.join(map(str, result['image_size']))} pixels, "
-            f"batch {result['batch_size']}"
-        ),
-        (
-            *(("benchmark", _setting("benchmark")), _SIDE, _TIME, _PER_S),
-            *(("times as fast as torchvision's best (min-max)", _beside_best("torchvision")), _DIFFERENCE),
-        ),
-        rivals="torchvision",
-    ),
     "end_to_end": Layout(
         lambda result: (
             f"Training with the input pipeline, {result['files']:,} JPEG files of 500 x 375, "
@@ -344,8 +330,7 @@ LAYOUTS = {
         lambda result: f"`train.serve --weights {result['weights']} --max-batch {result['batch_size']}`",
         (
             *(_SIDE, (_SPREAD_PER_S, _rates(".1f"))),
-            ("times as fast as train.predict", _beside("predict")),
-            ("as the server without batches", _beside("one at a time")),
+            ("times as fast as without batches", _beside("one at a time")),
         ),
         more=_served,
     ),

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from convert.files import FOLDER_PREFIX
-from crossvit_jax.config import DetectorConfig, get_config, get_dense_config
+from crossvit_jax.config import get_config
 from train.config import TrainConfig
 from train.recipes import RECIPES
 
@@ -25,7 +25,6 @@ SIZE = 240  # of the images that the data benchmark makes
 PHOTOGRAPH_CLASSES = 10  # of the files that training is fed from; the model has its thousand
 GPU_WARM_UP_S = 1.0  # see `Program.warm_up_s`
 _DIFFERENT_IMAGES = 256  # in larger batches they come again: drawing thousands takes long
-_DETECTION_CLASSES, _BOXES = 80, 8  # COCO's classes; in each image
 _STEPS, _STEPS_PER_WORKER = 8, 4  # in a round of steps that are fed, at least
 
 Images = Float32[np.ndarray, "batch height width 3"]
@@ -48,7 +47,7 @@ class Program:
     """A task, loaded and ready on one side."""
 
     # Arrays by name, in which the sides must agree: `logits`; of unmixed training steps `losses`, and of each parameter
-    # the norm of what AdamW makes of its `gradients` (the first moment); `scores` of detections; `images` and `crops`.
+    # the norm of what AdamW makes of its `gradients` (the first moment); `images` and `crops`.
     check: Callable[[], dict[str, np.ndarray]]
     run: Callable[[int], None]  # that many calls; returns when the results are there
     facts: dict[str, str]  # versions, threads, device
@@ -57,7 +56,7 @@ class Program:
     rest: Callable[[], None] = lambda: None  # between its turns: leaves unused device memory, and cores, to others
     warm_up_s: float = 3.0  # on a CPU; by then a process has the memory that it needs
     peak_bytes: Callable[[], int | None] = lambda: None  # the most device memory in use so far; None on a CPU
-    flops: Callable[[], int] | None = None  # of the model in a call: see `benchmarks.sides.model_flops`
+    flops: Callable[[], int] | None = None  # of the model in a call: see `train.cost.flops`
     peak_flops: Callable[[], float] | None = None  # measures the device's
     float32: Callable[[], Any] | None = None  # for a task in bfloat16: what `check` would give in float32
 
@@ -127,8 +126,12 @@ class ModelTask(Task):
 
         Odd batches are not mixed: timm mixes images in pairs.
         """
-        mixing = {"mixup": 0.0, "cutmix": 0.0} if self.batch_size % 2 else {}
-        return _constant_rate("imagenet", self.batch_size, **mixing)
+        changes = {"mixup": 0.0, "cutmix": 0.0} if self.batch_size % 2 else {}
+        # drop path is off: each framework would drop other blocks, and the losses could not be compared
+        changes |= {"lr": 1e-4, "warmup_epochs": 0, "drop_path": 0.0}
+        return dataclasses.replace(
+            RECIPES["imagenet"], batch_size=self.batch_size, lr_batch_size=self.batch_size, **changes
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,54 +159,6 @@ class EndToEndTask(ModelTask):
         """The settings of the trainer."""
         data = {"dataset": FOLDER_PREFIX + self.folder, "workers": self.workers, "augment_on": augment_on}
         return dataclasses.replace(self.recipe(), variant=self.variant, **data)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DetectionTask(Task):
-    """A detector and a batch, from images to boxes or a training step, on a CPU."""
-
-    SIDES: ClassVar = {side: "torchvision_detection" for side in ("torchvision", "torchvision-compile")} | {
-        "flax": "flax"
-    }
-    benchmark: Literal["inference", "training"]
-    variant: str
-    weights: str  # a safetensors file of our detector
-
-    def told(self) -> dict[str, Any]:
-        size = list(self.config().image_size)
-        return {"benchmark": self.benchmark, "variant": self.variant, "image_size": size} | super().told()
-
-    def config(self) -> DetectorConfig:
-        return get_dense_config("detection", self.variant, num_classes=_DETECTION_CLASSES)
-
-    def images(self) -> Images:
-        """The same numbers in every process."""
-        shape = (self.batch_size, *self.config().image_size, 3)
-        return np.random.default_rng(0).standard_normal(shape, np.float32)
-
-    def targets(self) -> dict[str, np.ndarray]:
-        """Boxes of each image from large to small, whose areas torchvision tells apart in float32."""
-        height, width = self.config().image_size
-        rng, shape = np.random.default_rng(1), (self.batch_size, _BOXES)
-        shares = np.geomspace(0.9, 0.1, _BOXES)[:, None] * rng.uniform(0.9, 1, (*shape, 2))
-        sides = shares * [width, height]
-        first = rng.uniform(size=sides.shape) * ([width, height] - sides)
-        return {
-            "boxes": np.concatenate([first, first + sides], axis=-1).astype(np.float32),
-            "classes": rng.integers(_DETECTION_CLASSES, size=shape, dtype=np.int32),
-            "present": np.ones(shape, bool),
-        }
-
-    def recipe(self) -> TrainConfig:
-        """The trainer's settings for data of one's own, at a small constant learning rate, the same in all layers."""
-        changes = {"layer_decay": 1.0, "precision": "float32", "clip_grad": None}
-        return _constant_rate("detection", self.batch_size, **changes)
-
-
-def _constant_rate(recipe: str, batch_size: int, **changes: Any) -> TrainConfig:
-    """Without drop path: each framework would drop other blocks, and the losses could not be compared."""
-    steady = {"lr": 1e-4, "warmup_epochs": 0, "drop_path": 0.0, "batch_size": batch_size, "lr_batch_size": batch_size}
-    return dataclasses.replace(RECIPES[recipe], **steady, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)

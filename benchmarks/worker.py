@@ -34,22 +34,15 @@ class Ready:
 
     check: dict[str, Any]  # see `Program.check`
     facts: dict[str, str]  # see `Program.facts`
-    calls: int  # in a round
-    load_s: float  # imports, weights
-    first_s: float  # compilation, and the first calls
-    warm_up_s: float  # the calls after that
-    peak_bytes: int | None = None  # the most device memory that was in use until then; None on a CPU
+    # calls in a round; seconds until it was loaded, had its first result, was warm; device memory in use at most
+    told: dict[str, float | None]
     flops: int | None = None  # of the model in a call; where the side can tell, as the two below
     peak_flops: float | None = None  # of the device, per second
     float32: Any = None  # what `check` would be in float32
 
 
-@dataclass(frozen=True)
-class Round:
-    """One turn of a side."""
-
-    seconds: float  # per call
-    others: float | None  # cores that other programs kept busy meanwhile; None where the system does not tell
+# seconds per call, and how many cores other programs kept busy meanwhile: None where the system does not tell
+Round = tuple[float, float | None]
 
 
 class Worker:
@@ -126,22 +119,15 @@ def _take_turns(side: str, task: Task, pipe: Connection) -> None:
         call = _time(program, 1)
         while time.perf_counter() < first + program.warm_up_s:
             call = min(call, _time(program, 1))
-        ready = Ready(
-            check,
-            program.facts,
-            calls=max(task.least_calls, round(ROUND_SECONDS / call)),
-            load_s=loaded - start,
-            first_s=first - loaded,
-            warm_up_s=time.perf_counter() - first,
-            peak_bytes=program.peak_bytes(),  # before what follows takes memory
-            flops=program.flops and program.flops(),
-            peak_flops=program.peak_flops and program.peak_flops(),
-            float32=program.float32 and program.float32(),
-        )
+        calls = max(task.least_calls, round(ROUND_SECONDS / call))
+        told = {"load_s": loaded - start, "first_result_s": first - loaded, "warm_up_s": time.perf_counter() - first}
+        told |= {"calls_per_round": calls, "peak_bytes": program.peak_bytes()}  # before what follows takes memory
+        measures = (program.flops, program.peak_flops, program.float32)
+        ready = Ready(check, program.facts, told, *(measure and measure() for measure in measures))
         program.rest()
         pipe.send(ready)
         while pipe.recv() == "round":
-            pipe.send(_round(program, ready.calls))
+            pipe.send(_round(program, calls))
 
 
 def _round(program: Program, calls: int) -> Round:
@@ -151,7 +137,7 @@ def _round(program: Program, calls: int) -> Round:
     own = own_seconds() - own
     others = None if busy is None else max(0.0, (_busy_seconds() - busy - own) / seconds)
     program.rest()
-    return Round(seconds / calls, others)
+    return seconds / calls, others
 
 
 def _time(program: Program, calls: int) -> float:

@@ -25,7 +25,6 @@ _COMMANDS = {
     "benchmarks.end_to_end": [],
     "benchmarks.fusion": [],
     "benchmarks.inference": [],
-    "benchmarks.detection": [],
     "benchmarks.model_table": [],
     "benchmarks.serving": ["--weights=w"],
     "benchmarks.startup": [],

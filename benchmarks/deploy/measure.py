@@ -22,15 +22,9 @@ Logits = Float32[np.ndarray, "images classes"]
 
 
 def measure_model(model: Model, folder: Path, *, images: int, calibration_images: int, rounds: int) -> list[Measured]:
-    """Makes all forms of a model, tries them on held-out images and times them.
+    """Makes all forms of a model in a folder, tries them on so many held-out images at most, and times them.
 
-    Args:
-        folder: for files.
-        images: held out, that are tried at most.
-        calibration_images: from training, for static quantisation.
-
-    Raises:
-        ConversionError, SettingsError, DataError: see `float_forms` and `read_images`.
+    Raises ConversionError, SettingsError or DataError, see `float_forms` and `read_images`.
     """
     run, sets, config = model.run, model.sets, model.run.weights.config
     say("reading images")
@@ -71,7 +65,6 @@ def measure_forms(
         found[batch_size] = measure(
             dataclasses.replace(task, batch_size=batch_size, checked=checked),
             list(task.forms),
-            references=[REFERENCE],
             rounds=rounds,
             environment={"JAX_PLATFORMS": "cpu"},
             compare=lambda measured: _compare(measured, expected),

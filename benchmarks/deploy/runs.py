@@ -49,15 +49,13 @@ class Model:
 
 
 def open_run(source: str, *, dataset: str | None, data_dir: str | None) -> Run:
-    """The weights and settings of a run.
+    """The weights and settings of a run, or of another source that `convert.load_weights` reads.
 
     Args:
-        source: the folder of a training run, or another source that `convert.load_weights` reads.
         dataset, data_dir: instead of the run's; a source that is no run needs the former.
 
-    Raises:
-        ConversionError, SettingsError: see `load_classifier_weights`; the data set is not known; or a run was trained
-            for other integers than int8, or qwix is needed for it and not installed.
+    Raises ConversionError or SettingsError: see `load_classifier_weights`; the data set is not known; or a run was
+    trained for other integers than int8, or qwix is needed for it and not installed.
     """
     if Path(source, "config.json").is_file():
         settings = read_settings(source)
@@ -67,8 +65,9 @@ def open_run(source: str, *, dataset: str | None, data_dir: str | None) -> Run:
         raise SettingsError(f"{source}: no such run; --runs takes folders of training runs")
     else:
         raise SettingsError(f"{source} is no folder of a training run: name what it was trained on with --dataset")
-    changes = {"dataset": dataset, "data_dir": data_dir}
-    settings = dataclasses.replace(settings, **{name: value for name, value in changes.items() if value is not None})
+    settings = dataclasses.replace(
+        settings, dataset=dataset or settings.dataset, data_dir=data_dir or settings.data_dir
+    )
     if settings.qat is not None:
         require_qwix(f"{source} (trained with --qat)")
         if settings.qat != "int8":
@@ -112,16 +111,8 @@ def read_images(
 ) -> tuple[Float32[np.ndarray, "images height width 3"], Int[np.ndarray, " images"], int]:
     """Images at even steps, so that each class has its share where they are sorted, as evaluation sees them.
 
-    Args:
-        most: images that are read.
-        file: in which they are kept; what is returned lies there.
-
-    Returns:
-        Images, labels, and how many could not be read: they are named on stderr and left out.
-
-    Raises:
-        SettingsError: none of them could be read.
-        DataError: the data set cannot be read any further.
+    Returns them, in a file of that name; their labels; and how many of the `most` that were asked for could not be
+    read: these are named on stderr. Raises SettingsError if that is all, DataError if the data set cannot be read.
     """
     config, count = weights.config, min(most, len(source))
     transform, labels = eval_transform(config, weights.exif or "keep"), []

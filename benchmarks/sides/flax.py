@@ -1,4 +1,4 @@
-"""Our model, detector and training steps, jitted."""
+"""Our model and training step, jitted."""
 
 import dataclasses
 
@@ -8,29 +8,30 @@ import numpy as np
 import optax
 from flax import nnx
 
-from benchmarks.sides.model_flops import PRODUCT, flops_per_image, peak_flops
-from benchmarks.task import CHECKED_STEPS, GPU_WARM_UP_S, NEVER, DetectionTask, ModelTask, Program, jax_facts, repeated
+from benchmarks.sides.peak import PRODUCT, peak_flops
+from benchmarks.task import CHECKED_STEPS, GPU_WARM_UP_S, NEVER, ModelTask, Program, jax_facts, repeated
 from convert import load_flax, load_weights
 from convert.tree import flatten, nest
+from crossvit_jax.config import get_config
 from train.config import TrainConfig
+from train.cost.flops import flops_per_image
 from train.devices.attention import choose_attention
 from train.devices.mesh import make_mesh
 from train.devices.process import keep_freed_memory
 from train.optim.programs import Plan, Programs
 from train.optim.state import State
 from train.tasks.classification import Classification
-from train.tasks.detection import Detection
 
 
-def load(task: ModelTask | DetectionTask, side: str) -> Program:
+def load(task: ModelTask, side: str) -> Program:
     """The task's program, not compiled yet."""
     set_up(task)
     program = {"inference": _inference, "training": _training}[task.benchmark](task)
-    if isinstance(task, DetectionTask):
-        return program
     program = dataclasses.replace(
         program,
-        flops=lambda: task.batch_size * flops_per_image(task.variant, training=task.benchmark == "training"),
+        flops=lambda: (
+            task.batch_size * flops_per_image(get_config(task.variant), gradient=task.benchmark == "training")
+        ),
         peak_flops=lambda: _peak_flops(task),
     )
     if task.device == "cpu":
@@ -43,7 +44,7 @@ def load(task: ModelTask | DetectionTask, side: str) -> Program:
     )
 
 
-def set_up(task: ModelTask | DetectionTask) -> None:
+def set_up(task: ModelTask) -> None:
     """What jax has to know before it computes."""
     if task.device == "cpu":
         keep_freed_memory()  # as the commands of train do
@@ -51,43 +52,38 @@ def set_up(task: ModelTask | DetectionTask) -> None:
         jax.config.update("jax_default_matmul_precision", "highest")  # a GPU's default is TF32
 
 
-def _attention(task: ModelTask | DetectionTask) -> str:
+def _attention(task: ModelTask) -> str:
     """The kernel of self-attention that the trainer takes here: on GPUs cuDNN's where it can be had."""
-    if isinstance(task, DetectionTask):
-        return "xla"
     model, mesh = load_weights(task.weights).config, make_mesh(devices=jax.devices()[:1])
     return choose_attention("auto", model, task.dtype, mesh, training=task.benchmark == "training")[0]
 
 
-def _inference(task: ModelTask | DetectionTask) -> Program:
-    dtype, what = jnp.dtype(task.dtype), "scores" if isinstance(task, DetectionTask) else "logits"
+def _inference(task: ModelTask) -> Program:
+    dtype = jnp.dtype(task.dtype)
     model = load_flax(task.weights, dtype=dtype, param_dtype=dtype)
-    if what == "logits":
-        model.set_attention(_attention(task))
+    model.set_attention(_attention(task))
     graphdef, params = nnx.split(model)
     params = nnx.to_pure_dict(params)
     images = jnp.asarray(task.images(), dtype)
 
     @jax.jit
     def forward(params, images):
-        model = nnx.merge(graphdef, params)
-        return {"logits": model(images)} if what == "logits" else model.detect(images)
+        return nnx.merge(graphdef, params)(images)
 
     def check() -> dict[str, np.ndarray]:
-        return {what: np.asarray(forward(params, images)[what], np.float32)}
+        return {"logits": np.asarray(forward(params, images), np.float32)}
 
-    def call() -> dict[str, jax.Array]:
-        found = forward(params, images)
-        return jax.block_until_ready(found) if task.device == "cpu" else found
+    def call() -> jax.Array:
+        logits = forward(params, images)
+        return logits.block_until_ready() if task.device == "cpu" else logits
 
     return Program(check, repeated(call, jax.block_until_ready), jax_facts())
 
 
-def _training(task: ModelTask | DetectionTask) -> Program:
+def _training(task: ModelTask) -> Program:
     config = task.recipe()
-    targets = task.targets() if isinstance(task, DetectionTask) else {"label": task.labels()}
     # `bad` as in every batch of the trainer: no image is unreadable
-    batch = {"image": task.images(), **targets, "bad": np.full(task.batch_size, -1, np.int32)}
+    batch = {"image": task.images(), "label": task.labels(), "bad": np.full(task.batch_size, -1, np.int32)}
     batch = {name: jnp.asarray(array) for name, array in batch.items()}
     state, step = None, None
 
@@ -112,19 +108,14 @@ def _training(task: ModelTask | DetectionTask) -> Program:
     return Program(check, repeated(call, jax.block_until_ready), jax_facts())
 
 
-def programs_of(task: ModelTask | DetectionTask, recipe: TrainConfig) -> Programs:
+def programs_of(task: ModelTask, recipe: TrainConfig) -> Programs:
     """The trainer's programs for a recipe, on one device. They compile at the same time."""
     config = dataclasses.replace(recipe, precision=task.dtype, attention_kernel=_attention(task))
-    model = load_weights(task.weights).config
-    if isinstance(task, DetectionTask):
-        names = tuple(map(str, range(model.num_classes)))
-        learned = Detection(config, model, names, most_boxes=task.targets()["boxes"].shape[1])
-    else:
-        learned = Classification(config, model, ())
+    learned = Classification(config, load_weights(task.weights).config, ())
     return Programs(Plan(learned, config, make_mesh(devices=jax.devices()[:1]), NEVER))
 
 
-def begin(programs: Programs, task: ModelTask | DetectionTask) -> State:
+def begin(programs: Programs, task: ModelTask) -> State:
     """The trainer's state around the task's weights."""
     return programs.new_state(nest(load_weights(task.weights).tensors))
 

@@ -27,7 +27,7 @@ class Load:
 
     @property
     def rate(self) -> float:
-        """Answers with 200 in a second."""
+        """Of answers with 200."""
         return len(self.waits) / self.seconds
 
     def as_json(self) -> dict[str, Any]:

@@ -13,28 +13,23 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from benchmarks.sides.model_flops import PRODUCT, peak_flops
+from benchmarks.sides.peak import PRODUCT, peak_flops
 from benchmarks.task import CHECKED_STEPS, GPU_WARM_UP_S, ModelTask, Program, repeated
 from crossvit_jax.config import TIMM_NAMES
 
 
 def write_weights(variant: str, path: Path) -> None:
-    """Random weights for timm's model of a variant."""
-    with torch.device("meta"):
-        model = timm.create_model(TIMM_NAMES[variant])
-    save_file(noise(model), path)
-
-
-def noise(model: nn.Module) -> dict[str, Tensor]:
-    """Random weights by name: as large as timm's initial ones in every parameter, biases and norms too.
+    """Random weights for timm's model of a variant, as large as its initial ones in biases and norms too.
 
     Fresh ones are 0 and 1 there, and would let mistakes pass the comparison.
     """
+    with torch.device("meta"):
+        model = timm.create_model(TIMM_NAMES[variant])
     generator, tensors = torch.Generator().manual_seed(0), {}
     for name, parameter in model.state_dict().items():
         is_norm = parameter.ndim == 1 and name.endswith("weight")
         tensors[name] = 0.02 * torch.randn(parameter.shape, generator=generator) + is_norm
-    return tensors
+    save_file(tensors, path)
 
 
 def load(task: ModelTask, side: str) -> Program:
@@ -106,14 +101,9 @@ class Training:
         groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=model.no_weight_decay())
         self._optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
         self._cross_entropy = SoftTargetCrossEntropy()
-        self._mix = Mixup(
-            mixup_alpha=config.mixup,
-            cutmix_alpha=config.cutmix,
-            prob=config.mix_prob,
-            switch_prob=config.cutmix_share,
-            label_smoothing=config.smoothing,
-            num_classes=model.num_classes,
-        )
+        alphas = {"mixup_alpha": config.mixup, "cutmix_alpha": config.cutmix, "switch_prob": config.cutmix_share}
+        targets = {"label_smoothing": config.smoothing, "num_classes": model.num_classes}
+        self._mix = Mixup(prob=config.mix_prob, **alphas, **targets)
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """The loss of one step, perhaps not computed yet. Mixes the images in place."""

@@ -7,8 +7,8 @@ import dataclasses
 import pkgutil
 
 from benchmarks import worker
-from benchmarks.sides import model_flops
-from benchmarks.task import DataTask, DeployTask, DetectionTask, EndToEndTask, ModelTask, Program
+from benchmarks.sides import peak
+from benchmarks.task import DataTask, DeployTask, EndToEndTask, ModelTask, Program
 from crossvit_jax.config import VARIANTS
 from tests.small_model import small_config
 
@@ -21,7 +21,7 @@ class _Brief:
 
 
 def load(task: _Brief, side: str) -> Program:
-    worker.ROUND_SECONDS = model_flops._SECONDS = 0.1  # of the side's process, as what follows
+    worker.ROUND_SECONDS = peak._SECONDS = 0.1  # of the side's process, as what follows
     if not isinstance(task, DataTask):  # which has no model
         VARIANTS["ti"] = small_config(CLASSES).replace(name="ti")
         if side.startswith("timm"):
@@ -38,10 +38,6 @@ class BriefModelTask(_Brief, ModelTask):
 
 
 class BriefDataTask(_Brief, DataTask):
-    pass
-
-
-class BriefDetectionTask(_Brief, DetectionTask):
     pass
 
 

@@ -5,17 +5,17 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import command, data, detection, end_to_end, inference
+from benchmarks import command, data, end_to_end, inference
 from benchmarks.command import check_json, workers_environment
 from benchmarks.rounds import Measured, Times
-from benchmarks.sides.model_flops import flops_per_image
-from benchmarks.worker import Ready, Round, SideFailed
+from benchmarks.worker import Ready, SideFailed
 from convert.command_line import run
 from convert.errors import ConversionError
 from crossvit_jax.config import VARIANTS
 from tests.benchmarks.brief import CLASSES, BriefModelTask
 from tests.small_model import small_config
 from tests.train.small_weights import save_small
+from train.cost.flops import flops_per_image
 
 
 @pytest.mark.parametrize(
@@ -28,8 +28,7 @@ from tests.train.small_weights import save_small
         (inference, "--json /proc/x.json --device cpu", "cannot be written to"),
         (inference, "--repeat 3", "unrecognized arguments"),
         (data, "--repeats 0", "--repeats"),
-        (detection, "--sides timm", "--sides"),
-        (detection, "--sides flax flax", "twice"),
+        (data, "--sides flax", "--sides"),
         (end_to_end, "--workers 0", "--workers"),
         (end_to_end, "--images 7 --batch-size 8", "--images 7 do not fill a batch of 8"),
     ],
@@ -104,7 +103,7 @@ def measured(monkeypatch):
 
 
 def _times(failure: str | None = None) -> Times:
-    return Times(Ready({}, {}, 5, 1.0, 2.0, 3.0), [Round(1.0, 0.0)], 0.0, failure)
+    return Times(Ready({}, {}, {}), [(1.0, 0.0)], 0.0, failure)
 
 
 def test_what_was_measured_before_a_failure_is_printed_and_written(measured, tmp_path, capsys):
@@ -154,7 +153,7 @@ def test_a_small_run(benchmark, batch_size, tmp_path, capsys, monkeypatch):
     assert written["benchmark"] == benchmark and written["machine"]["cores"] >= 1
     assert {"jax", "torch", "timm"} <= written["software"].keys()
     assert (result["variant"], result["batch_size"], result["dtype"]) == ("ti", batch_size, "float32")
-    flops = flops_per_image("ti", training=benchmark == "training")
+    flops = flops_per_image(VARIANTS["ti"], gradient=benchmark == "training")
     assert result["flops_per_call"] == batch_size * flops > 0 and result["peak_flops"] > 0
     for side in ("flax", "timm"):
         times = result["sides"][side]

@@ -16,7 +16,7 @@ from benchmarks.deploy.runs import Run, open_run, pair, read_images
 from benchmarks.result import as_json
 from benchmarks.table import tables
 from benchmarks.task import DeployTask, Form
-from benchmarks.worker import Ready, Round, SideFailed, load_program
+from benchmarks.worker import Ready, SideFailed, load_program
 from convert import load_weights, save
 from convert.errors import SettingsError
 from convert.export.stablehlo import stablehlo_program
@@ -28,6 +28,7 @@ from train.evaluate import main as evaluate
 from train.run.folder import write_config
 
 _CLASSES = "abc"
+_TOLD = {"load_s": 0.0, "first_result_s": 0.0}
 
 
 @pytest.fixture
@@ -74,10 +75,10 @@ class _HereWorker:
     def ready(self):
         program = load_program(self.task, self.side)
         program.run(1)
-        return Ready(program.check(), program.facts, 1, 0.0, 0.0, 0.0)
+        return Ready(program.check(), program.facts, _TOLD)
 
     def round(self):
-        return Round(0.5 if self.side == REFERENCE else 0.25, 0.0)
+        return 0.5 if self.side == REFERENCE else 0.25, 0.0
 
 
 @pytest.fixture
@@ -193,7 +194,7 @@ def scripted(monkeypatch):
                 if isinstance(answer, SideFailed):
                     raise answer
                 logits = expected[self.task.forms[self.side].qat][: self.task.checked]
-                return Ready({"logits": logits + np.float32(answer)}, {"torch": "2"}, 1, 0.0, 0.0, 0.0)
+                return Ready({"logits": logits + np.float32(answer)}, {"torch": "2"}, _TOLD)
 
         monkeypatch.setattr(measure, "Worker", Scripted)
         task = DeployTask(about=_ABOUT, forms=_FORMS, images="x.npy", checked=20, batch_size=max(BATCHES))

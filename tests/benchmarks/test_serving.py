@@ -81,7 +81,6 @@ def test_a_small_run_loses_nothing(tmp_path, capfd):
     (told,) = json.loads(file.read_text())["results"]
     assert {side: len(known["seconds"]) for side, known in told["sides"].items()} == {
         "server": 3,
-        "predict": 3,
         "one at a time": 3,
     }
     assert [load["share"] for load in told["loads"]] == [0.5, 0.8, 1.2, 2.0]
