@@ -42,25 +42,19 @@ def draw_ratios(contents: Sequence[Content], path: Path) -> None:
         variants = list(dict.fromkeys(result["variant"] for result in results))
         _draw_panel(axes, sorted(results, key=lambda result: (variants.index(result["variant"]), result["batch_size"])))
     all_axes[0].set_ylabel("times as fast as the best of timm")
-    legend = {
-        label: handle for axes in all_axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(legend.values(), legend, loc="outside lower center", ncols=len(legend), frameon=False, fontsize=9)
+    figure.supxlabel("hollow: not valid as a comparison, see the notes under the tables", fontsize=8)
     save_figure(figure, path)
 
 
 def _draw_panel(axes: "Axes", results: Sequence[Result]) -> None:
     axes.axhline(1, color=_NEUTRAL, lw=0.8)
-    valid = [not result["disturbed"] and not failed(result, "timm") for result in results]
     box = {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.5}
-    for x, (result, counts) in enumerate(zip(results, valid, strict=True)):
+    for x, result in enumerate(results):
         y, least, most = times_as_fast(rounds(result)["flax"], rounds(result)[best(result, "timm")])
-        dot = {"fmt": "o", "color": _COLOUR, "mfc": _COLOUR if counts else "white", "ms": 6, "capsize": 4, "lw": 1.2}
+        filling = "white" if result["disturbed"] or failed(result, "timm") else _COLOUR
+        dot = {"fmt": "o", "color": _COLOUR, "mfc": filling, "ms": 6, "capsize": 4, "lw": 1.2}
         axes.errorbar(x, y, [[y - least], [most - y]], **dot)
         axes.annotate(f"{y:.2f}", (x, y), (6, 0), textcoords="offset points", fontsize=8, va="center", bbox=box)
-    axes.plot([], [], "o", color=_COLOUR, label="flax")
-    if not all(valid):
-        axes.plot([], [], "o", color=_NEUTRAL, mfc="white", label="not valid: see the notes under the tables")
     names = [f"{result['variant']}\nbatch {result['batch_size']}" for result in results]
     axes.set_xticks(range(len(names)), names, fontsize=9)
     axes.set_xlim(-0.6, len(names) - 0.3)

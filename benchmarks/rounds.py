@@ -75,12 +75,11 @@ def measure(
 ) -> Measured:
     """Times the sides in turn, A B C A B C …, never two at once. One that fails is left out of the rest, and says why.
 
-    Eager timm is what the others are compared with, or the first side.
+    When all are ready, before any round, they are compared with eager timm, or with the first side where that is none.
 
     Args:
         environment: for the processes.
-        compare: is called when all sides are ready, before any round; it may raise, or note failures. Default:
-            `require_agreement`.
+        compare: in place of `require_agreement`; it may raise, or note failures.
     """
     measured = Measured(task, {side: Times() for side in sides}, "timm" if "timm" in sides else sides[0])
     with contextlib.ExitStack() as processes:

@@ -63,27 +63,9 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-class _Server:
-    """`python -m train.serve` in a process of its own. Use it in a `with`."""
-
-    def __init__(self, process: subprocess.Popen, log: Path):
-        """Waits until it takes requests. Raises SideFailed."""
-        end = time.monotonic() + _START
-        while ": ready\n" not in (text := log.read_text()):
-            if time.monotonic() > end or process.poll() is not None:
-                raise SideFailed(f"the server did not become ready: {text[-500:].strip()}")
-            time.sleep(0.1)
-        self.address = text.split("http://")[1].split()[0]
-
-    def metrics(self) -> dict[str, float]:
-        """Prometheus's text as numbers."""
-        with urllib.request.urlopen(f"http://{self.address}/metrics", timeout=60) as answer:
-            lines = [line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#")]
-        return {name: float(value) for name, value in lines}
-
-
 @contextlib.contextmanager
-def _serving(source: str, max_batch: int) -> Iterator[_Server]:
+def _serving(source: str, max_batch: int) -> Iterator[str]:
+    """`python -m train.serve` in a process of its own: its address, once it takes requests. Raises SideFailed."""
     command = [sys.executable, "-m", "train.serve", "--weights", source, "--max-batch", str(max_batch), "--port", "0"]
     environment = {name: value for name, value in os.environ.items() if name != "CROSSVIT_TOKEN"}
     with (
@@ -91,16 +73,28 @@ def _serving(source: str, max_batch: int) -> Iterator[_Server]:
         subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=log) as process,
     ):
         try:
-            yield _Server(process, Path(log.name))
+            end = time.monotonic() + _START
+            while ": ready\n" not in (text := Path(log.name).read_text()):
+                if time.monotonic() > end or process.poll() is not None:
+                    raise SideFailed(f"the server did not become ready: {text[-500:].strip()}")
+                time.sleep(0.1)
+            yield text.split("http://")[1].split()[0]
         finally:
             process.kill()
 
 
-def _compared(server: _Server, bodies: Sequence[bytes], args: argparse.Namespace) -> dict[str, list[float]]:
+def _metrics(address: str) -> dict[str, float]:
+    """Prometheus's text as numbers."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as answer:
+        lines = [line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in lines}
+
+
+def _compared(server: str, bodies: Sequence[bytes], args: argparse.Namespace) -> dict[str, list[float]]:
     """Pictures in a second of the server, and without batches; in turns, so that others slow both."""
 
-    def rate(of: _Server, seconds: float) -> float:
-        return asyncio.run(closed_loop(of.address, bodies, clients=2 * args.max_batch, seconds=seconds)).rate
+    def rate(of: str, seconds: float) -> float:
+        return asyncio.run(closed_loop(of, bodies, clients=2 * args.max_batch, seconds=seconds)).rate
 
     rates: dict[str, list[float]] = {"server": [], "one at a time": []}
     with _serving(args.weights, 1) as single:
@@ -112,11 +106,11 @@ def _compared(server: _Server, bodies: Sequence[bytes], args: argparse.Namespace
     return rates
 
 
-def _loaded(server: _Server, bodies: Sequence[bytes], share: float, capacity: float, seconds: float) -> dict[str, Any]:
+def _loaded(server: str, bodies: Sequence[bytes], share: float, capacity: float, seconds: float) -> dict[str, Any]:
     """What becomes of a share of the capacity, and of the server's batches meanwhile."""
-    before = server.metrics()
-    load = asyncio.run(open_loop(server.address, bodies, rate=share * capacity, seconds=seconds))
-    change = {name: value - before.get(name, 0.0) for name, value in server.metrics().items()}
+    before = _metrics(server)
+    load = asyncio.run(open_loop(server, bodies, rate=share * capacity, seconds=seconds))
+    change = {name: value - before.get(name, 0.0) for name, value in _metrics(server).items()}
     batches = max(1.0, change["crossvit_batch_pictures_count"])
     say(f"load of {share:.0%} done")
     return load.as_json() | {
@@ -126,14 +120,14 @@ def _loaded(server: _Server, bodies: Sequence[bytes], share: float, capacity: fl
     }
 
 
-def _soaked(server: _Server, bodies: Sequence[bytes], args: argparse.Namespace) -> dict[str, Any]:
+def _soaked(server: str, bodies: Sequence[bytes], args: argparse.Namespace) -> dict[str, Any]:
     """The memory after each tenth of some requests, and how they were answered."""
     memory, statuses = [], Counter()
     for number in range(10):
         count = args.soak // 10 + (number < args.soak % 10)
-        load = asyncio.run(closed_loop(server.address, bodies, clients=2 * args.max_batch, requests=count))
+        load = asyncio.run(closed_loop(server, bodies, clients=2 * args.max_batch, requests=count))
         statuses += load.statuses
-        memory.append(server.metrics().get("process_resident_memory_bytes"))
+        memory.append(_metrics(server).get("process_resident_memory_bytes"))
     say(f"{args.soak} requests done")
     return {"memory_bytes": memory, "statuses": {str(status): count for status, count in sorted(statuses.items())}}
 

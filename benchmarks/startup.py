@@ -29,9 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Starts training with an empty cache of compiled programs and again, and prints how long each took to a step."""
     description = "Time the start of training on the digits, without and with the cache of compiled programs."
     parser = parser_of("startup", description, _EPILOG)
-    parser.add_argument(
-        "--repeats", type=at_least_one, default=3, metavar="N", help="pairs of a first and a second start; default: 3"
-    )
+    repeats = "pairs of a first and a second start; default: 3"
+    parser.add_argument("--repeats", type=at_least_one, default=3, metavar="N", help=repeats)
     add_json(parser)
     args, flags = parser.parse_known_args(argv)
     return run(parser.prog, lambda: _run(args, [*shlex.split(_FLAGS), *flags]), failure=1)
@@ -60,9 +59,8 @@ def _seconds(flags: list[str], output: str, environment: Mapping[str, str]) -> f
     """From the start of the process until it says that its first step is done. Raises SideFailed if it never does."""
     start = time.perf_counter()
     command = [sys.executable, "-u", "-m", "train.main", *flags, "--output", output]
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment, **streams) as process:
         try:
             last = ""
             for line in process.stdout:

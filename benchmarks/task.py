@@ -128,19 +128,16 @@ class ModelTask(Task):
         """
         changes = {"mixup": 0.0, "cutmix": 0.0} if self.batch_size % 2 else {}
         # drop path is off: each framework would drop other blocks, and the losses could not be compared
-        changes |= {"lr": 1e-4, "warmup_epochs": 0, "drop_path": 0.0}
-        return dataclasses.replace(
-            RECIPES["imagenet"], batch_size=self.batch_size, lr_batch_size=self.batch_size, **changes
-        )
+        changes |= {"lr": 1e-4, "warmup_epochs": 0, "drop_path": 0.0, "lr_batch_size": self.batch_size}
+        return dataclasses.replace(RECIPES["imagenet"], batch_size=self.batch_size, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EndToEndTask(ModelTask):
     """Training steps that are fed from JPEG files, beside the same steps alone, whose batch lies on the device."""
 
-    SIDES: ClassVar = {"flax": "flax", "flax-device": "fed_flax", "flax-host": "fed_flax"} | {
-        "timm": "timm",
-        "timm-loader": "fed_timm",
+    SIDES: ClassVar = {"flax": "flax", "flax-device": "fed_flax", "flax-host": "fed_flax", "timm": "timm"} | {
+        "timm-loader": "fed_timm"
     }
     benchmark: Literal["training"] = "training"
     folder: str  # of the photographs, see `benchmarks.end_to_end.write_photographs`

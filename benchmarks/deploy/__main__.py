@@ -32,19 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark as the arguments say; returns the exit status."""
     parser = parser_of("deploy", "Compare the shipped forms of trained CrossViTs: size, speed, accuracy.", _EPILOG)
     parser.add_argument("--runs", type=weights_source, nargs="+", required=True, metavar="RUN", help="trained runs")
-    parser.add_argument(
-        "--dataset", type=data_set, metavar="DATA", help="as of python -m train.main (default: that of each run)"
-    )
-    parser.add_argument(
-        "--data-dir", type=home_path, metavar="DIR", help="where prepared data sets lie (default: as in each run)"
-    )
-    parser.add_argument(
-        "--images", type=at_least_one, default=2000, metavar="N", help="held-out ones to try at most; default: 2000"
-    )
-    parser.add_argument(
-        "--calibration-images", type=at_least_one, default=128, metavar="N", help="training images; default: 128"
-    )
-    parser.add_argument("--repeats", type=at_least_one, default=10, metavar="N", help="rounds; default: 10")
+    add = parser.add_argument
+    add("--dataset", type=data_set, metavar="DATA", help="as of python -m train.main (default: that of each run)")
+    add("--data-dir", type=home_path, metavar="DIR", help="where prepared data sets lie (default: as in each run)")
+    add("--images", type=at_least_one, default=2000, metavar="N", help="held-out ones to try at most; default: 2000")
+    add("--calibration-images", type=at_least_one, default=128, metavar="N", help="training images; default: 128")
+    add("--repeats", type=at_least_one, default=10, metavar="N", help="rounds; default: 10")
     add_json(parser)
     args = parser.parse_args(argv)
     return run(parser.prog, lambda: _run(args), failure=1)
@@ -62,13 +55,8 @@ def _run(args: argparse.Namespace) -> int:
     for number, model in enumerate(models, 1):
         say(f"CrossViT {model.run.weights.config.name} of {model.run.source}, {number} of {len(models)}")
         with tempfile.TemporaryDirectory(prefix="crossvit-deploy-") as folder:
-            measured += measure_model(
-                model,
-                Path(folder),
-                images=args.images,
-                calibration_images=args.calibration_images,
-                rounds=args.repeats,
-            )
+            how = {"images": args.images, "calibration_images": args.calibration_images, "rounds": args.repeats}
+            measured += measure_model(model, Path(folder), **how)
         content = as_json("deploy", measured)
         write_json(args.json, content)  # after each model, so that an interruption costs one
     tell(content)

@@ -62,13 +62,9 @@ def measure_forms(
     for batch_size in reversed(BATCHES):  # the larger batch first: there all images are classified
         checked = task.checked if batch_size == task.batch_size else min(task.checked, _CHECKED_ONE_BY_ONE)
         say(f"batch {batch_size}: each form classifies {checked} images before it is timed")
-        found[batch_size] = measure(
-            dataclasses.replace(task, batch_size=batch_size, checked=checked),
-            list(task.forms),
-            rounds=rounds,
-            environment={"JAX_PLATFORMS": "cpu"},
-            compare=lambda measured: _compare(measured, expected),
-        )
+        at_size = dataclasses.replace(task, batch_size=batch_size, checked=checked)
+        how = {"environment": {"JAX_PLATFORMS": "cpu"}, "compare": lambda measured: _compare(measured, expected)}
+        found[batch_size] = measure(at_size, list(task.forms), rounds=rounds, **how)
     ready = {name: times.ready for name, times in found[task.batch_size].sides.items() if times.ready}
     top1 = {name: 100 * float(np.mean(one.check["logits"].argmax(axis=1) == labels)) for name, one in ready.items()}
     for measured in found.values():

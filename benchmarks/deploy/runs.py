@@ -40,7 +40,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Model:
-    """A run in floating point, and the quantisation-aware one that goes with it."""
+    """A run in floating point, the quantisation-aware one that goes with it, and their images."""
 
     run: Run
     qat: Run | None

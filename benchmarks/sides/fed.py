@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from benchmarks.task import PHOTOGRAPH_CLASSES, EndToEndTask
+from benchmarks.task import PHOTOGRAPH_CLASSES, EndToEndTask, Program
 from benchmarks.worker import children_seconds
 
 _BLACK, _WHITE = -2.118, 2.641  # of the darkest and the brightest channel, normalised as for ImageNet
@@ -38,24 +39,6 @@ def check_batch(task: EndToEndTask, images: np.ndarray, labels: np.ndarray) -> N
         )
 
 
-def begin_round(take: Callable[[], object], train: Callable[[int], None], *, ahead: int, workers: int) -> None:
-    """Returns when no batch lies ready any more.
-
-    Between its rounds a pipeline fills its queues, and a round that began with them would be one of a faster pipeline.
-    So all that can lie ready is thrown away, and each worker delivers one batch that is trained on: the queues are then
-    as they are in the middle of a long run, empty where the workers are slower than the step.
-
-    Args:
-        take: takes a batch from the pipeline.
-        train: so many steps, each on a new batch.
-        ahead: at least as many batches as can lie ready.
-        workers: processes of the pipeline.
-    """
-    for _ in range(ahead):
-        take()
-    train(workers)
-
-
 def wait_for_rest() -> None:
     """Returns when the children of this process do not compute any more, after a minute at the latest.
 
@@ -67,3 +50,38 @@ def wait_for_rest() -> None:
         time.sleep(_LOOK_EVERY)
         now = children_seconds()
         before, working = now, now - before > _AT_REST * _LOOK_EVERY
+
+
+def fed_program(
+    task: EndToEndTask,
+    *,
+    take: Callable[[], object],
+    look: Callable[[], tuple[np.ndarray, np.ndarray]],
+    train: Callable[[int], None],
+    ahead: int,
+    rest: Callable[[], None] = wait_for_rest,
+    **others: Any,
+) -> Program:
+    """The program of a pipeline and its step. When a round begins, no batch lies ready.
+
+    Between its rounds a pipeline fills its queues, and a round that began with them would be one of a faster pipeline.
+    So all that can lie ready is thrown away, and each worker delivers one batch that is trained on: the queues are then
+    as they are in the middle of a long run, empty where the workers are slower than the step.
+
+    Args:
+        take: takes a batch from the pipeline.
+        look: takes one as images with the channels last, and labels.
+        train: so many steps, each on a new batch.
+        ahead: at least as many batches as can lie ready.
+    """
+
+    def check() -> dict[str, np.ndarray]:
+        check_batch(task, *look())
+        return {}
+
+    def before_round() -> None:
+        for _ in range(ahead):
+            take()
+        train(task.workers)
+
+    return Program(check, train, before_round=before_round, rest=rest, **others)

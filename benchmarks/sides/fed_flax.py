@@ -6,7 +6,7 @@ from collections import deque
 import jax
 import numpy as np
 
-from benchmarks.sides.fed import begin_round, check_batch, wait_for_rest
+from benchmarks.sides.fed import fed_program
 from benchmarks.sides.flax import begin, programs_of, set_up
 from benchmarks.task import EndToEndTask, Program, jax_facts
 from train.data.batches import train_batches
@@ -27,13 +27,9 @@ def load(task: EndToEndTask, side: str) -> Program:
     config = task.fed_recipe(augment_on=side.removeprefix("flax-"))
     programs = programs_of(task, config)
     state = begin(programs, task)
-    batches = train_batches(
-        open_image_sets(config).train,
-        train_transform(config, config.model_config(num_classes=1000)),
-        batch_size=config.batch_size,
-        seed=config.seed,
-        workers=config.workers,
-    )
+    source, transform = open_image_sets(config).train, train_transform(config, config.model_config(num_classes=1000))
+    how = {"batch_size": config.batch_size, "seed": config.seed, "workers": config.workers}
+    batches = train_batches(source, transform, **how)
     stream = device_batches(batches, programs.plan.mesh)
     done, computing = 0, deque()
 
@@ -44,10 +40,9 @@ def load(task: EndToEndTask, side: str) -> Program:
             batch = programs.augment(batch, done)
         return batch
 
-    def check() -> dict[str, np.ndarray]:
+    def look() -> tuple[np.ndarray, np.ndarray]:
         batch = next_batch()
-        check_batch(task, np.asarray(batch["image"]), np.asarray(batch["label"]))
-        return {}
+        return np.asarray(batch["image"]), np.asarray(batch["label"])
 
     def train(steps: int) -> None:
         nonlocal state, done
@@ -59,21 +54,12 @@ def load(task: EndToEndTask, side: str) -> Program:
                 jax.device_get(computing.popleft())
         jax.block_until_ready(state)
 
-    def before_round() -> None:
-        ahead = _AHEAD_PER_WORKER * task.workers + _AHEAD
-        begin_round(lambda: next(stream), train, ahead=ahead, workers=task.workers)
-
     def close() -> None:
         stream.close()
         programs.close()
         give_back_memory()
         atexit.unregister(give_back_memory)  # by then multiprocessing has ended the thread that it asks
 
-    return Program(
-        check,
-        run=train,
-        facts=jax_facts(),
-        before_round=before_round,
-        close=close,
-        rest=wait_for_rest,
-    )
+    ahead = _AHEAD_PER_WORKER * task.workers + _AHEAD
+    how = {"look": look, "train": train, "ahead": ahead, "facts": jax_facts(), "close": close}
+    return fed_program(task, take=lambda: next(stream), **how)

@@ -12,7 +12,7 @@ import torch
 from timm.data import ImageDataset, create_loader
 from torch import Tensor
 
-from benchmarks.sides.fed import begin_round, check_batch, wait_for_rest
+from benchmarks.sides.fed import fed_program, wait_for_rest
 from benchmarks.sides.timm import Training, facts, set_up, wait
 from benchmarks.task import EndToEndTask, Program
 from train.images.transforms import timm_settings
@@ -41,32 +41,22 @@ def load(task: EndToEndTask, side: str) -> Program:
     batches = _endless(loader)
     del loader  # so that `batches.close` ends the workers
 
-    def check() -> dict[str, np.ndarray]:
+    def look() -> tuple[np.ndarray, np.ndarray]:
         images, labels = next(batches)
-        check_batch(task, images.permute(0, 2, 3, 1).cpu().numpy(), labels.cpu().numpy())
-        return {}
+        return images.permute(0, 2, 3, 1).cpu().numpy(), labels.cpu().numpy()
 
     def train(steps: int) -> None:
         for _ in range(steps):
             training.step(*next(batches))
         wait(training.device)
 
-    def before_round() -> None:
-        ahead = _AHEAD_PER_WORKER * task.workers + _AHEAD
-        begin_round(lambda: next(batches), train, ahead=ahead, workers=task.workers)
-
     def rest() -> None:
         wait_for_rest()
         torch.cuda.empty_cache()  # does nothing on a CPU
 
-    return Program(
-        check,
-        run=train,
-        facts=facts(training.device),
-        before_round=before_round,
-        close=batches.close,
-        rest=rest,
-    )
+    ahead = _AHEAD_PER_WORKER * task.workers + _AHEAD
+    how = {"look": look, "train": train, "ahead": ahead, "facts": facts(training.device), "close": batches.close}
+    return fed_program(task, take=lambda: next(batches), rest=rest, **how)
 
 
 def _endless(loader) -> Iterator[tuple[Tensor, Tensor]]:

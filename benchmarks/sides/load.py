@@ -5,7 +5,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,8 @@ _LONGEST_WAIT = 60.0  # seconds for an answer
 class Load:
     """What came of some load."""
 
-    seconds: float = 0.0  # from its begin to the last answer
+    start: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0  # from its start to the last answer
     statuses: Counter = field(default_factory=Counter)  # 0: there was no answer
     waits: list[float] = field(default_factory=list)  # seconds of those answered with 200, from when they were due
 
@@ -45,20 +46,20 @@ class Load:
 class _Connections:
     """Sends bodies to one path of a server; connections are opened as they are needed, and used again."""
 
-    def __init__(self, address: str, load: Load):
+    def __init__(self, address: str):
         self._host, self._port = address.rsplit(":", 1)
-        self._load, self._idle = load, []
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
-    async def ask(self, body: bytes, due: float) -> None:
+    async def ask(self, load: Load, body: bytes, due: float) -> None:
         """Asks once, and counts the answer; its wait began when it was due."""
         try:
             async with asyncio.timeout(_LONGEST_WAIT):
                 status = await self._status(body)
         except (OSError, EOFError, TimeoutError):
             status = 0
-        self._load.statuses[status] += 1
+        load.statuses[status] += 1
         if status == 200:
-            self._load.waits.append(time.perf_counter() - due)
+            load.waits.append(time.perf_counter() - due)
 
     async def _status(self, body: bytes) -> int:
         reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, int(self._port))
@@ -82,22 +83,17 @@ async def closed_loop(
 ) -> Load:
     """So many clients, each of which asks again as soon as it is answered: how much a server can do.
 
-    Args:
-        seconds, requests: the first of which that is reached ends it.
+    It ends after so many seconds or requests, whichever is first.
     """
-    load, start, asked = Load(), time.perf_counter(), 0
-    connections = _Connections(address, load)
+    load, connections, asked = Load(), _Connections(address), 0
 
     async def client(number: int) -> None:
         nonlocal asked
-        while (begin := time.perf_counter()) < start + seconds and asked < requests:
+        while (begin := time.perf_counter()) < load.start + seconds and asked < requests:
             asked += 1
-            await connections.ask(bodies[number % len(bodies)], begin)
+            await connections.ask(load, bodies[number % len(bodies)], begin)
 
-    await asyncio.gather(*map(client, range(clients)))
-    load.seconds = time.perf_counter() - start
-    connections.close()
-    return load
+    return await _ended(load, connections, map(client, range(clients)))
 
 
 async def open_loop(address: str, bodies: Sequence[bytes], *, rate: float, seconds: float, seed: int = 0) -> Load:
@@ -105,12 +101,16 @@ async def open_loop(address: str, bodies: Sequence[bytes], *, rate: float, secon
 
     A wait begins when the request was due: what makes the sender late is not left out.
     """
-    load, draws, asking, start = Load(), random.Random(seed), set(), time.perf_counter()
-    connections, due = _Connections(address, load), start
-    while (due := due + draws.expovariate(rate)) < start + seconds:
+    load, connections, draws, asking = Load(), _Connections(address), random.Random(seed), set()
+    due = load.start
+    while (due := due + draws.expovariate(rate)) < load.start + seconds:
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        asking.add(asyncio.create_task(connections.ask(bodies[len(asking) % len(bodies)], due)))
+        asking.add(asyncio.create_task(connections.ask(load, bodies[len(asking) % len(bodies)], due)))
+    return await _ended(load, connections, asking)
+
+
+async def _ended(load: Load, connections: _Connections, asking: Iterable[Awaitable]) -> Load:
     await asyncio.gather(*asking)
-    load.seconds = time.perf_counter() - start
+    load.seconds = time.perf_counter() - load.start
     connections.close()
     return load

@@ -52,7 +52,8 @@ def test_a_pipeline_that_delivers_anything_else_is_told(spoil, says):
 def test_a_round_begins_with_empty_queues():
     happened = []
     take, train = lambda: happened.append("take"), lambda steps: happened.append(f"train {steps}")
-    fed.begin_round(take, train, ahead=3, workers=2)
+    program = fed.fed_program(_task(workers=2), take=take, look=None, train=train, ahead=3, facts={})
+    program.before_round()
     assert happened == ["take", "take", "take", "train 2"]
 
 
