@@ -14,7 +14,7 @@ from benchmarks.task import Task
 from convert.command_line import Parser, at_least_one, run
 from convert.errors import SettingsError
 from convert.files import check_place, check_replaceable, typed_path
-from crossvit_jax.config import get_config
+from crossvit_jax.config import VARIANTS
 
 EPILOG = """\
 Each side runs in a process of its own, one at a time, round by round in turn: A B C A B C … Compilation and warm-up are
@@ -43,20 +43,10 @@ def add_rounds(parser: Parser, sides: Iterable[str], repeats: int = 10) -> None:
 
 def add_models(parser: Parser) -> None:
     """Models and where they run."""
-    parser.add_argument(
-        "--variants", "--variant", nargs="+", type=variant_name, default=["ti"], metavar="NAME", help="default: ti"
-    )
+    parser.add_argument("--variants", "--variant", nargs="+", choices=VARIANTS, default=["ti"], help="default: ti")
     parser.add_argument("--batch-size", type=at_least_one, default=8, metavar="N", help="default: 8")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu where torch and jax can use one")
-
-
-def variant_name(text: str) -> str:
-    """A flag's value: any name of a variant."""
-    try:
-        return get_config(text).name
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def pick_device(args: argparse.Namespace) -> str:
@@ -81,11 +71,9 @@ def check_json(file: Path | None) -> None:
 
 
 def run_sides(parser: Parser, args: argparse.Namespace, tasks: Callable[[str, Path], Iterable[Task]]) -> int:
-    """Measures the sides of some tasks, prints the table and writes the JSON; returns the exit status.
+    """Measures the sides of tasks, prints the table and writes the JSON; returns the exit status.
 
-    Args:
-        args: with `json`, `repeats`, `sides` and, where there is a choice, `device`.
-        tasks: made on a device, with what they need in a folder, one at a time.
+    The tasks are made for a device, with what they need in a folder, one at a time.
     """
 
     def begin() -> int:
@@ -123,8 +111,7 @@ def status_of(measured: Iterable[Measured]) -> int:
 def workers_environment(device: str, folder: Path) -> dict[str, str]:
     """Environment variables for the sides' processes.
 
-    Args:
-        folder: for compiled programs: several processes run the same ones.
+    The folder is for compiled programs: several processes run the same ones.
     """
     compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
     variables = {"JAX_PLATFORMS": "cuda" if device == "gpu" else "cpu", "JAX_COMPILATION_CACHE_DIR": compiled}

@@ -16,9 +16,7 @@ from convert.errors import require
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
     parser = parser_of("data", "Time encoded photographs to training batches: ours against timm's transform.")
-    parser.add_argument(
-        "--photographs", type=at_least_one, default=48, metavar="N", help="images in a batch; default: 48"
-    )
+    parser.add_argument("--photographs", type=at_least_one, default=48, metavar="N", help="in a batch; default: 48")
     add_rounds(parser, DataTask.SIDES)
     args = parser.parse_args(argv)
 

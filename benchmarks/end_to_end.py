@@ -24,12 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of("end_to_end", "Time training with its input pipeline, JPEG files to updated weights.")
     add_models(parser)
     cores = usable_cores()
-    parser.add_argument(
-        "--workers", type=at_least_one, default=cores, metavar="N", help=f"processes; default: one a core, here {cores}"
-    )
-    parser.add_argument(
-        "--images", type=at_least_one, default=20_000, metavar="N", help="JPEG files in an epoch; default: 20000"
-    )
+    add = parser.add_argument
+    add("--workers", type=at_least_one, default=cores, metavar="N", help=f"default: one for each core, here {cores}")
+    add("--images", type=at_least_one, default=20_000, metavar="N", help="JPEG files in an epoch; default: 20000")
     add_rounds(parser, EndToEndTask.SIDES, repeats=5)
     args = parser.parse_args(argv)
     if args.images < args.batch_size:

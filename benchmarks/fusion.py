@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks.command import parser_of, variant_name
+from benchmarks.command import parser_of
 from benchmarks.result import markdown_table
 from convert.command_line import leave, run
 from convert.errors import require
@@ -19,6 +19,7 @@ from convert.files import write_bytes
 from convert.tree import flatten
 from convert.weights import Weights
 from crossvit_jax import CrossViT, create_model
+from crossvit_jax.config import VARIANTS
 
 # of ONNX Runtime, which calls them ORT_…
 LEVELS = {"disabled": "DISABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED", "all": "ENABLE_ALL"}
@@ -90,7 +91,7 @@ def _listed(kinds: Counter[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables; returns the exit status: 0 done; 2 wrong flags, or packages are missing."""
     parser = parser_of("fusion", "Count what ONNX Runtime and XLA run of a model.", epilog="")
-    parser.add_argument("--variant", type=variant_name, default="ti", metavar="NAME", help="default: ti")
+    parser.add_argument("--variant", choices=VARIANTS, default="ti", help="default: ti")
     args = parser.parse_args(argv)
 
     def tell() -> int:

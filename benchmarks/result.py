@@ -164,12 +164,6 @@ def failed(result: Result, whose: str = "") -> list[str]:
     return [name for name in result["sides"] if name.startswith(whose) and name not in rounds(result)]
 
 
-def share_of_peak(result: Result, side: str) -> float | None:
-    """The FLOPs per second of a side, as a share of the device's peak, where both are known."""
-    flops, peak, seconds = result.get("flops_per_call"), result.get("peak_flops"), rounds(result).get(side)
-    return flops / statistics.median(seconds) / peak if flops and peak and seconds else None
-
-
 def images_per_s(result: Result, side: str) -> tuple[float, float, float]:
     """Median, smallest and largest over the rounds; the median is that of the time.
 

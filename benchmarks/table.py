@@ -18,7 +18,6 @@ from benchmarks.result import (
     images_per_s,
     markdown_table,
     rounds,
-    share_of_peak,
     spread,
     times_as_fast,
     where,
@@ -55,10 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _tell(parser: Parser, args: argparse.Namespace) -> int:
     contents = [_read(parser, file) for file in args.files]
     try:
-        text = "\n\n".join(tables(contents))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        print("\n\n".join(tables(contents)))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         parser.error(f"a file is not as a benchmark wrote it ({type(error).__name__}: {error})")
-    print(text)
     if args.plot:
         from benchmarks.plot import draw_ratios
         from train.pictures.figure import is_own_picture
@@ -103,22 +101,12 @@ def _table(layout: Layout, group: Sequence[tuple[Content, Result]]) -> list[str]
     if busy:
         cores = f"up to {max(busy):.1f} of {contents[0]['machine']['cores']} cores"
         lines += ["", f"**Not valid as a comparison**: other programs kept {cores} busy meanwhile."]
-    incomplete = [
-        f"{result['variant']} at batch {result['batch_size']}: {', '.join(failed(result, layout.rivals))} failed"
-        for result in results
-        if failed(result, layout.rivals)
-    ]
-    if incomplete:
-        lines += ["", f"**Not beside {layout.rivals} at its best**: {'; '.join(incomplete)}."]
+    if any(failed(result, layout.rivals) for result in results):
+        lines += ["", f"**Not beside {layout.rivals} at its best**: a side of it failed."]
     return lines + layout.more(results)
 
 
 # --- cells ---
-
-
-def _known(value: float | None, form: str) -> str:
-    """A figure as text; empty where it is not known."""
-    return "" if value is None else format(value, form)
 
 
 def _in_words(figures: Iterable[float], form: str = ".2f", scale: float = 1) -> str:
@@ -131,27 +119,33 @@ def _setting(name: str) -> Cell:
     return lambda result, side: str(result[name])
 
 
-def _figure(cell: Cell, *, says_why: bool = False) -> Cell:
-    """A cell of a side that was timed; of another one it is empty, or `says_why`."""
+def _told(name: str, form: str, scale: float = 1) -> Cell:
+    """A figure that a side may have told of itself."""
 
-    def told(result: Result, side: str) -> str:
+    def cell(result: Result, side: str) -> str:
+        value = result["sides"][side].get(name)
+        return "" if value is None else format(scale * value, form)
+
+    return cell
+
+
+def _figures(
+    of: Callable[[Result, str], Sequence[float]], form: str, *, median_only: bool = False, says_why: bool = True
+) -> Cell:
+    """Median and range of a side that was timed; another one `says_why` it was not, or nothing."""
+
+    def cell(result: Result, side: str) -> str:
         if side in rounds(result):
-            return cell(result, side)
+            return format(of(result, side)[0], form) if median_only else _in_words(of(result, side), form)
         return f"failed: {result['sides'][side]['failure'].replace('|', '/')}" if says_why else ""
 
-    return told
+    return cell
 
 
-def _seconds(form: str, scale: float) -> Cell:
-    return _figure(lambda result, side: _in_words(spread(rounds(result)[side]), form, scale), says_why=True)
-
-
-def _rates(form: str) -> Cell:
-    return _figure(lambda result, side: _in_words(images_per_s(result, side), form), says_why=True)
-
-
-def _rate(*, says_why: bool = False) -> Cell:
-    return _figure(lambda result, side: f"{images_per_s(result, side)[0]:.1f}", says_why=says_why)
+def _seconds(form: str, scale: float, *, median_only: bool = False) -> Cell:
+    return _figures(
+        lambda result, side: [scale * one for one in spread(rounds(result)[side])], form, median_only=median_only
+    )
 
 
 def _beside(other: str | Callable[[Result, str], str | None], form: str = ".2f", scale: float = 1) -> Cell:
@@ -172,27 +166,24 @@ def _beside_best(result: Result, side: str) -> str:
 
 
 def _difference(result: Result, side: str) -> str:
-    if side == result["reference"]:
-        return "reference"
-    return _known(result["sides"][side].get("difference"), ".1e")
+    return "reference" if side == result["reference"] else _told("difference", ".1e")(result, side)
 
 
-def _peak_memory(result: Result, side: str) -> str:
-    size = result["sides"][side].get("peak_bytes")
-    return _known(size and size / 2**30, ".2f")
+def _share_of_peak(result: Result, side: str) -> str:
+    flops, peak, seconds = result["flops_per_call"], result["peak_flops"], rounds(result).get(side)
+    return f"{flops / spread(seconds)[0] / peak:.0%}" if flops and peak and seconds else ""
 
 
 _SIDE = ("side", lambda result, side: side)
 _SETTINGS = (("variant", _setting("variant")), ("batch", _setting("batch_size")), ("dtype", _setting("dtype")), _SIDE)
 _TIME = ("ms per call, median (min-max)", _seconds(".2f", 1000))
-_PER_S, _DIFFERENCE = ("images/s", _rate()), ("difference", _difference)
+_PER_S = ("images/s", _figures(images_per_s, ".1f", median_only=True, says_why=False))
 _SPREAD_PER_S = "images/s, median (min-max)"
 _MODEL_COLUMNS = (
     *(*_SETTINGS, _TIME, _PER_S, ("times as fast as timm's best (min-max)", _beside_best)),
-    ("peak memory, GiB", _peak_memory),
-    ("of the matmul peak", lambda result, side: _known(share_of_peak(result, side), ".0%")),
-    _DIFFERENCE,
-    ("from float32", lambda result, side: _known(result["sides"][side].get("from_float32"), ".1e")),
+    ("peak memory, GiB", _told("peak_bytes", ".2f", 2**-30)),
+    ("of the matmul peak", _share_of_peak),
+    *(("difference", _difference), ("from float32", _told("from_float32", ".1e"))),
 )
 
 
@@ -216,13 +207,13 @@ def _percent(result: Result, side: str) -> str:
 # --- deployed forms: a row has the results at both batch sizes ---
 
 
-def _form(cell: Callable[[dict[str, Any]], str]) -> Cell:
-    """Of what is told at any batch size."""
-    return lambda at, side: cell(at[1]["sides"][side])
-
-
 def _at(size: int, cell: Cell) -> Cell:
     return lambda at, side: cell(at[size], side)
+
+
+def _megabytes(result: Result, side: str) -> str:
+    told = result["sides"][side]
+    return f"{told['bytes'] / 1e6:.1f}{' in memory' if told['runs_in'] == 'qwix' else ''}"
 
 
 def _logits(at: dict[int, Result], side: str) -> str:
@@ -234,17 +225,14 @@ def _logits(at: dict[int, Result], side: str) -> str:
 _BESIDE_TORCH = _beside(lambda result, side: None if side == result["reference"] else result["reference"])
 _DEPLOYED = (
     ("form", lambda at, side: side),
-    ("MB", _form(lambda told: f"{told['bytes'] / 1e6:.1f}{' in memory' if told['runs_in'] == 'qwix' else ''}")),
-    ("% of ONNX float32", _form(lambda told: _known(told["percent_of_onnx_float32"], ".1f"))),
-    (
-        "batch 1: ms",
-        _at(1, _figure(lambda result, side: f"{1000 * spread(rounds(result)[side])[0]:.2f}", says_why=True)),
-    ),
+    ("MB", _at(1, _megabytes)),
+    ("% of ONNX float32", _at(1, _told("percent_of_onnx_float32", ".1f"))),
+    ("batch 1: ms", _at(1, _seconds(".2f", 1000, median_only=True))),
     ("times as fast as torch (min-max)", _at(1, _BESIDE_TORCH)),
-    ("batch 8: images/s", _at(8, _rate(says_why=True))),
+    ("batch 8: images/s", _at(8, _figures(images_per_s, ".1f", median_only=True))),
     ("times as fast as torch (min-max)", _at(8, _BESIDE_TORCH)),
-    ("top-1, %", _form(lambda told: _known(told["top1"], ".2f"))),
-    ("points", _form(lambda told: _known(told["points_from_float32"], "+.2f"))),
+    ("top-1, %", _at(1, _told("top1", ".2f"))),
+    ("points", _at(1, _told("points_from_float32", "+.2f"))),
     ("logits differ by", _logits),
 )
 _POINTS = (
@@ -295,14 +283,14 @@ LAYOUTS = {
             f"{result['workers']} workers"
         ),
         (
-            *(*_SETTINGS, (_SPREAD_PER_S, _rates(".1f")), ("of its step alone (min-max)", _percent)),
+            *(*_SETTINGS, (_SPREAD_PER_S, _figures(images_per_s, ".1f")), ("of its step alone (min-max)", _percent)),
             ("times as fast as timm (min-max)", _beside(_fed_alike)),
         ),
     ),
     "data": Layout(
         lambda result: f"{result['batch_size']} JPEG photographs of 500 x 375 to a training batch at 240 pixels",
         (
-            *(_SIDE, (_SPREAD_PER_S, _rates(".0f"))),
+            *(_SIDE, (_SPREAD_PER_S, _figures(images_per_s, ".0f"))),
             (
                 "times as fast as timm (min-max)",
                 lambda result, side: (
@@ -329,7 +317,7 @@ LAYOUTS = {
     "serving": Layout(
         lambda result: f"`train.serve --weights {result['weights']} --max-batch {result['batch_size']}`",
         (
-            *(_SIDE, (_SPREAD_PER_S, _rates(".1f"))),
+            *(_SIDE, (_SPREAD_PER_S, _figures(images_per_s, ".1f"))),
             ("times as fast as without batches", _beside("one at a time")),
         ),
         more=_served,

@@ -22,7 +22,7 @@ from train.cost.flops import flops_per_image
     ("benchmark", "flags", "says"),
     [
         (inference, "--batch-size 0", "--batch-size"),
-        (inference, "--variant resnet", "unknown CrossViT variant"),
+        (inference, "--variant resnet", "invalid choice"),
         (inference, "--sides flax flax --device cpu", "twice"),
         (inference, "--json /no/such/folder/x.json --device cpu", "/no/such/folder does not exist"),
         (inference, "--json /proc/x.json --device cpu", "cannot be written to"),

@@ -96,7 +96,7 @@ def test_a_failed_side_of_timms_is_named_and_the_rest_is_not_called_its_best():
     assert timm[RATIO] == "**best of timm that ran**"
     assert flax[RATIO] == "2.00 (2.00-2.00)"
     (table,) = tables([content])
-    assert table.endswith("\n\n**Not beside timm at its best**: ti at batch 4: timm-compile failed.")
+    assert table.endswith("\n\n**Not beside timm at its best**: a side of it failed.")
 
 
 @pytest.mark.parametrize(("others", "disturbed"), [(0.0, False), (1e3, True)])
