@@ -7,8 +7,8 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks.result import Content, as_json, is_result, write_json
-from benchmarks.rounds import Measured, measure, say
+from benchmarks.result import Content, as_json, failed, is_result, write_json
+from benchmarks.rounds import measure, say
 from benchmarks.table import tables
 from benchmarks.task import Task
 from convert.command_line import Parser, at_least_one, run
@@ -91,21 +91,16 @@ def run_sides(parser: Parser, args: argparse.Namespace, tasks: Callable[[str, Pa
                     measured.append(measure(task, sides, rounds=args.repeats, environment=environment))
                     write_json(args.json, as_json(benchmark, measured))  # each time: an interruption costs one
             finally:
-                if measured:
-                    tell(as_json(benchmark, measured))
-        return status_of(measured)
+                status = tell(as_json(benchmark, measured)) if measured else 0
+        return status
 
     return run(parser.prog, begin, failure=1)
 
 
-def tell(content: Content) -> None:
-    """Prints the tables."""
+def tell(content: Content) -> int:
+    """Prints the tables; returns the exit status: 1 if a side failed."""
     print("\n\n".join(tables([content])), flush=True)
-
-
-def status_of(measured: Iterable[Measured]) -> int:
-    """The exit status: 1 if a side failed."""
-    return 1 if any(times.failure for one in measured for times in one.sides.values()) else 0
+    return 1 if any(map(failed, content["results"])) else 0
 
 
 def workers_environment(device: str, folder: Path) -> dict[str, str]:

@@ -45,11 +45,9 @@ def onnx_nodes(path: Path, level: str) -> Counter[str]:
 def xla_kernels(model: CrossViT, batch: int) -> tuple[int, Counter[str]]:
     """How many operations are traced of a forward pass, and how many kernels of each kind XLA makes of them.
 
-    The kinds are XLA's: `fusion kLoop` is a loop over elements, `fusion kCustom` what a library computes on CPUs, and
-    others are instructions that stay as they are, such as `dot`.
+    Of XLA's kinds, `fusion kLoop` is a loop over elements, and `fusion kCustom` what a library computes on CPUs.
     """
-    graphdef, params = nnx.split(model)
-    config = model.config
+    (graphdef, params), config = nnx.split(model), model.config
     images = jax.ShapeDtypeStruct((batch, *config.image_size, config.in_chans), jnp.float32)
     lowered = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images)).lower(params, images)
     entry = re.search(r"^ENTRY .*?^}", lowered.compile().as_text(), re.MULTILINE | re.DOTALL)[0]

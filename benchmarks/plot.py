@@ -14,15 +14,9 @@ _COLOUR, _NEUTRAL = "#4c72b0", "#555555"
 
 
 def draw_ratios(contents: Sequence[Content], path: Path) -> None:
-    """Draw a panel for each benchmark and machine, with the range of the rounds' ratios as whiskers.
+    """Draw a panel for each benchmark of models and machine, with the range of the rounds' ratios as whiskers.
 
-    Args:
-        contents: of JSON files of `benchmarks.inference` and `training`.
-        path: of the PNG to write or replace.
-
-    Raises:
-        ValueError: no result has both Flax and timm.
-        NotWritten: the picture cannot be written.
+    Raises ValueError if no result has both Flax and timm, NotWritten if the picture cannot be written.
     """
     panels: dict[tuple[str, str], list[Result]] = {}
     for content in contents:

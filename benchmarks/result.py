@@ -52,11 +52,7 @@ def is_result(file: Path) -> bool:
 
 
 def as_json(benchmark: str, measured: Sequence[Measured]) -> dict[str, Any]:
-    """Everything measured, with every round, in plain types.
-
-    Args:
-        benchmark: its module in `benchmarks`.
-    """
+    """Everything that a benchmark measured, with every round, in plain types."""
     sides = [times for one in measured for times in one.sides.values() if times.ready]
     facts = {name: fact for times in sides for name, fact in times.ready.facts.items()}
     return about(benchmark, facts) | {"results": [_result(one) for one in measured]}
@@ -94,8 +90,7 @@ def timed(seconds: Sequence[float]) -> dict[str, Any]:
 def about(benchmark: str, facts: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The head of a JSON file: which benchmark, when, of which commit, on what, with which versions.
 
-    Args:
-        facts: what the sides told of themselves (`Program.facts`); goes before what is installed here.
+    What the sides told of themselves (`Program.facts`) goes before what is installed here.
     """
     machine = {"cpu": _cpu_model(), "cores": os.cpu_count(), "usable_cores": usable_cores()}
     machine["system"] = platform.platform(terse=True)
@@ -165,10 +160,7 @@ def failed(result: Result, whose: str = "") -> list[str]:
 
 
 def images_per_s(result: Result, side: str) -> tuple[float, float, float]:
-    """Median, smallest and largest over the rounds; the median is that of the time.
-
-    So the ratio of two medians is that of `times_as_fast`, whatever the number of rounds.
-    """
+    """Median, smallest and largest; the median is that of the time, so that ratios are those of `times_as_fast`."""
     median, least, most = spread(rounds(result)[side])
     return tuple(result["images_per_call"] / seconds for seconds in (median, most, least))
 

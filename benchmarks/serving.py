@@ -58,9 +58,8 @@ def _run(args: argparse.Namespace) -> int:
     result = {"weights": Path(args.weights).name, "batch_size": args.max_batch, "images_per_call": 1}
     result |= {"disturbed": False, "sides": {side: timed([1 / rate for rate in told]) for side, told in rates.items()}}
     content = about("serving") | {"results": [result | {"loads": loads, "soak": soak}]}
-    tell(content)
     write_json(args.json, content)
-    return 0
+    return tell(content)
 
 
 @contextlib.contextmanager

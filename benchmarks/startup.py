@@ -50,9 +50,8 @@ def _run(args: argparse.Namespace, flags: list[str]) -> int:
             say(f"pair {number} of {args.repeats} done")
     sides = {start: timed(seconds) for start, seconds in starts.items()}
     content = about("startup") | {"results": [{"flags": shlex.join(flags), "disturbed": False, "sides": sides}]}
-    tell(content)
     write_json(args.json, content)
-    return 0
+    return tell(content)
 
 
 def _seconds(flags: list[str], output: str, environment: Mapping[str, str]) -> float:

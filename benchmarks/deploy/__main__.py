@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.command import add_json, check_json, parser_of, status_of, tell
+from benchmarks.command import EPILOG, add_json, check_json, parser_of, tell
 from benchmarks.result import as_json, write_json
 from benchmarks.rounds import say
 from convert.command_line import at_least_one, data_set, leave, run, weights_source
@@ -17,15 +17,12 @@ from convert.errors import require
 from convert.export.compare import ONNX_PACKAGES
 from convert.files import home_path
 
-_EPILOG = """\
+_EPILOG = f"""\
 RUN: the folder of a training run, whose settings tell the data set; or any SOURCE of python -m convert, with --dataset.
-A run with --qat int8 joins the run before it, of the same variant, image size and data set.
+A run with --qat int8 joins the run before it, of the same variant, image size and data set. Static int8 is calibrated
+on training images.
 
-Each side runs in a process of its own, one at a time, round by round in turn: A B C A B C … Compilation and warm-up are
-not timed. Static int8 is calibrated on training images.
-
-exit status: 0 done; 1 a form failed or differs too much: its row says so; 2 wrong flags, or a run that cannot be used
-"""
+{EPILOG}"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,8 +56,7 @@ def _run(args: argparse.Namespace) -> int:
             measured += measure_model(model, Path(folder), **how)
         content = as_json("deploy", measured)
         write_json(args.json, content)  # after each model, so that an interruption costs one
-    tell(content)
-    return status_of(measured)
+    return tell(content)
 
 
 if __name__ == "__main__":

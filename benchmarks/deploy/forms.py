@@ -24,14 +24,9 @@ Calibration = Float32[np.ndarray, "images 3 height width"]
 
 
 def float_forms(weights: Weights, folder: Path, calibration: Calibration) -> dict[str, Form]:
-    """All forms of weights that were trained in floating point; the first, `REFERENCE`, is what they are measured by.
+    """All forms of weights in float32, as files in a folder; the first, `REFERENCE`, is what they are measured by.
 
-    Args:
-        weights: in float32.
-        folder: for their files.
-        calibration: normalised training images, for static quantisation.
-
-    Raises ConversionError if a file cannot be written.
+    Static quantisation is calibrated on normalised training images. Raises ConversionError if a file cannot be written.
     """
     say("making safetensors, ONNX and StableHLO")
     torch, exported, half, program = (folder / name for name in ("w.safetensors", "32.onnx", "16.onnx", "stablehlo"))

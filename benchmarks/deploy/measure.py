@@ -47,13 +47,11 @@ def measure_model(model: Model, folder: Path, *, images: int, calibration_images
 def measure_forms(
     task: DeployTask, weights: Mapping[bool, Weights], labels: Int[np.ndarray, " images"], *, rounds: int
 ) -> list[Measured]:
-    """Times all forms at each of `BATCHES`, once their logits are within the converters' bounds.
-
-    A form that fails, or whose logits are not within them, is left out of the rest; its `Times.failure` says why.
+    """Times all forms at each of `BATCHES`, once their logits are within the converters' bounds of the `weights`, which
+    are by `Form.qat`. A form that fails, or is not within them, is left out of the rest; its `Times.failure` says why.
 
     Args:
         task: at the largest batch.
-        weights: by `Form.qat`.
         labels: the outputs that are right.
     """
     say(f"classifying {task.checked} images with the weights in float32")

@@ -29,14 +29,10 @@ def check_batch(task: EndToEndTask, images: np.ndarray, labels: np.ndarray) -> N
         raise WrongBatch(f"batches are {images.dtype} of {images.shape}, not float32 of {shape}")
     darkest, brightest, beyond = images.min(), images.max(), np.mean((images < _BLACK) | (images > _WHITE))
     if not (darkest < _DARK and brightest > _BRIGHT and beyond <= _ERASED):  # not so for NaN either
-        raise WrongBatch(
-            f"pixels from {darkest:.2f} to {brightest:.2f}, {beyond:.1%} of them beyond black and white, are no "
-            "photographs normalised as for ImageNet"
-        )
+        told = f"pixels from {darkest:.2f} to {brightest:.2f}, {beyond:.1%} of them beyond black and white"
+        raise WrongBatch(f"{told}, are no photographs normalised as for ImageNet")
     if not 0 <= labels.min() <= labels.max() < PHOTOGRAPH_CLASSES:
-        raise WrongBatch(
-            f"labels from {labels.min()} to {labels.max()} are not those of the {PHOTOGRAPH_CLASSES} folders"
-        )
+        raise WrongBatch(f"labels from {labels.min()} to {labels.max()} are not those of {PHOTOGRAPH_CLASSES} folders")
 
 
 def wait_for_rest() -> None:

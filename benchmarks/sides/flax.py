@@ -90,7 +90,7 @@ def _training(task: ModelTask) -> Program:
     def check() -> dict[str, np.ndarray]:
         nonlocal state, step
         plain = dataclasses.replace(config, mixup=0.0, cutmix=0.0)
-        programs = [programs_of(task, recipe) for recipe in dict.fromkeys([config, plain])]
+        programs = [programs_of(task, recipe) for recipe in ([config] if config == plain else [config, plain])]
         state, step, checked = begin(programs[-1], task), programs[0].train_step, programs[-1].train_step
         losses = []
         for _ in range(CHECKED_STEPS):

@@ -32,7 +32,6 @@ class Load:
         return len(self.waits) / self.seconds
 
     def as_json(self) -> dict[str, Any]:
-        """Its figures."""
         asked = sum(self.statuses.values())
         return {
             "statuses": {str(status): count for status, count in sorted(self.statuses.items())},

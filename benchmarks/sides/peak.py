@@ -13,10 +13,7 @@ _SECONDS = 1.0
 def peak_flops(device: str, multiply: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
     """FLOPs per second, two per multiply-add, of the fastest of the products that fill a second.
 
-    Args:
-        device: cpu or gpu.
-        multiply: begins to compute a product of two matrices of random numbers, `PRODUCT[device]` on each side.
-        wait: returns when that product is there.
+    `multiply` begins to compute a product of two random matrices, `PRODUCT[device]` on each side; `wait` waits for it.
     """
     wait(multiply())  # compiles
     fastest, end = math.inf, time.perf_counter() + _SECONDS

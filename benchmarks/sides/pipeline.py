@@ -91,7 +91,6 @@ def _device_augment(task: DataTask) -> Program:
     crops = np.stack([transform(sample, np.random.default_rng(0))["image"] for sample in samples])
     batch = jax.device_put(crops, batch_sharding(mesh))
     augment, steps = compile_augment(batch.shape, config, mesh), itertools.count()
-
     run = repeated(lambda: augment(batch, next(steps)), jax.block_until_ready)
     return Program(dict, run, jax_facts())  # the operations are compared with timm's in tests/train
 
