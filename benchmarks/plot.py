@@ -36,7 +36,8 @@ def draw_ratios(contents: Sequence[Content], path: Path) -> None:
         variants = list(dict.fromkeys(result["variant"] for result in results))
         _draw_panel(axes, sorted(results, key=lambda result: (variants.index(result["variant"]), result["batch_size"])))
     all_axes[0].set_ylabel("times as fast as the best of timm")
-    figure.supxlabel("hollow: not valid as a comparison, see the notes under the tables", fontsize=8)
+    if any(_is_invalid(result) for results in panels.values() for result in results):
+        figure.supxlabel("hollow: not valid as a comparison, see the notes under the tables", fontsize=8)
     save_figure(figure, path)
 
 
@@ -45,7 +46,7 @@ def _draw_panel(axes: "Axes", results: Sequence[Result]) -> None:
     box = {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.5}
     for x, result in enumerate(results):
         y, least, most = times_as_fast(rounds(result)["flax"], rounds(result)[best(result, "timm")])
-        filling = "white" if result["disturbed"] or failed(result, "timm") else _COLOUR
+        filling = "white" if _is_invalid(result) else _COLOUR
         dot = {"fmt": "o", "color": _COLOUR, "mfc": filling, "ms": 6, "capsize": 4, "lw": 1.2}
         axes.errorbar(x, y, [[y - least], [most - y]], **dot)
         axes.annotate(f"{y:.2f}", (x, y), (6, 0), textcoords="offset points", fontsize=8, va="center", bbox=box)
@@ -54,3 +55,7 @@ def _draw_panel(axes: "Axes", results: Sequence[Result]) -> None:
     axes.set_xlim(-0.6, len(names) - 0.3)
     axes.grid(axis="y", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _is_invalid(result: Result) -> bool:
+    return result["disturbed"] or bool(failed(result, "timm"))

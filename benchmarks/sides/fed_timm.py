@@ -1,8 +1,7 @@
 """timm's loader and step, as its train.py puts them together, each at its best.
 
-timm's transform in all workers, which live on and read ahead over the end of an epoch; pinned memory and timm's
-prefetcher, which normalises and erases on the device, on a GPU. Images are mixed on the device, after erasing, as the
-paper has it; with its prefetcher, train.py has the workers do it, which costs them time.
+Workers live on and read ahead over the end of an epoch; on a GPU with pinned memory and timm's prefetcher. Images are
+mixed on the device, after erasing, as the paper has it; train.py has the workers do it, which costs them time.
 """
 
 from collections.abc import Iterator
