@@ -33,8 +33,6 @@ Result = Mapping[str, Any]
 # another, and XLA between 0.1 and 0.2 s.
 ACCEPTED_OTHERS = 0.05 * os.cpu_count()
 
-_PACKAGES = ("jax", "jaxlib", "flax", "torch", "timm")
-
 
 def write_json(path: Path | None, content: Content) -> None:
     """Writes it whole, or not at all, if there is a path. Raises NotWritten if that is impossible."""
@@ -95,7 +93,7 @@ def about(benchmark: str, facts: Mapping[str, str] | None = None) -> dict[str, A
     machine = {"cpu": _cpu_model(), "cores": os.cpu_count(), "usable_cores": usable_cores()}
     machine["system"] = platform.platform(terse=True)
     installed = {str(found.name): found.version for found in importlib.metadata.distributions()}
-    versions = {name: installed[name] for name in _PACKAGES if name in installed}
+    versions = {name: installed[name] for name in ("jax", "jaxlib", "flax", "torch", "timm") if name in installed}
     return {
         "benchmark": benchmark,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

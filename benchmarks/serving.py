@@ -34,8 +34,8 @@ _ROUNDS = 3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
-    description = "Put a server of a classifier under load, and compare it with one that makes no batches."
-    parser = parser_of("serving", description, "exit status: 0 done; 1 a server failed; 2 wrong flags")
+    epilog = "exit status: 0 done; 1 a server failed; 2 wrong flags"
+    parser = parser_of("serving", "Put a server under load, and compare it with one that makes no batches.", epilog)
     parser.add_argument("--weights", type=weights_source, required=True, metavar="SOURCE", help="the weights to serve")
     parser.add_argument("--max-batch", type=at_least_one, default=8, metavar="N", help="as of train.serve; default: 8")
     parser.add_argument("--seconds", type=at_least_one, default=20, metavar="N", help="of each load; default: 20")

@@ -1,6 +1,6 @@
 """The command `python -m benchmarks.table`: tables from the JSON that benchmarks wrote, and a plot of the ratios.
 
-Results of one benchmark that were measured on one machine with the same versions share a table.
+Results of models that were measured on one machine with the same versions share a table.
 """
 
 import argparse
@@ -83,10 +83,11 @@ def _read(parser: Parser, file: Path) -> Content:
 def tables(contents: Iterable[Content]) -> list[str]:
     """Markdown for what each benchmark measured on each machine, in the order of the files."""
     groups: dict[Any, list[tuple[Content, Result]]] = {}
-    for content in contents:
+    for number, content in enumerate(contents):
+        benchmark, file = content["benchmark"], None if content["benchmark"] in MODELS else number
         for result in content["results"]:
-            title = LAYOUTS[content["benchmark"]].title(result)
-            groups.setdefault((content["benchmark"], described(content), title), []).append((content, result))
+            alike = (benchmark, described(content), LAYOUTS[benchmark].title(result), file)
+            groups.setdefault(alike, []).append((content, result))
     return ["\n".join(_table(LAYOUTS[benchmark], group)) for (benchmark, *_), group in groups.items()]
 
 
