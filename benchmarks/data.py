@@ -6,6 +6,7 @@ runs beside the workers and is no rival of theirs. Nothing is timed before pixel
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks.command import add_rounds, parser_of, run_sides
 from benchmarks.task import DataTask
@@ -18,11 +19,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of("data", "Time encoded photographs to training batches: ours against timm's transform.")
     parser.add_argument("--photographs", type=at_least_one, default=48, metavar="N", help="in a batch; default: 48")
     add_rounds(parser, DataTask.SIDES)
+    parser.set_defaults(device=None)  # the device's part runs on a GPU where there is one
     args = parser.parse_args(argv)
 
-    def tasks(*_) -> list[DataTask]:
+    def tasks(device: str, _: Path) -> list[DataTask]:
         require("the input pipelines", "numba", "simplejpeg", "sklearn", extra="train", verb="need")
-        return [DataTask(batch_size=args.photographs)]
+        return [DataTask(batch_size=args.photographs, device=device)]
 
     return run_sides(parser, args, tasks)
 
