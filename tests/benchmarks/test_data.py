@@ -6,12 +6,10 @@ import pytest
 
 from benchmarks import data
 from benchmarks.task import DataTask
-from tests.benchmarks.brief import BriefDataTask
 
 
 @pytest.mark.slow
-def test_a_small_run_in_which_pixels_are_equal(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(data, "DataTask", BriefDataTask)
+def test_a_small_run_in_which_pixels_are_equal(here, tmp_path, capsys):
     path = tmp_path / "result.json"
     assert data.main(["--photographs", "4", "--repeats", "1", "--json", str(path)]) == 0
     written = json.loads(path.read_text())

@@ -16,11 +16,10 @@ from benchmarks.deploy.runs import Run, open_run, pair, read_images
 from benchmarks.result import as_json
 from benchmarks.table import tables
 from benchmarks.task import DeployTask, Form
-from benchmarks.worker import Ready, SideFailed, load_program
+from benchmarks.worker import Ready, SideFailed
 from convert import load_weights, save
 from convert.errors import SettingsError
-from convert.export.stablehlo import stablehlo_program
-from tests.benchmarks.brief import BriefDeployTask
+from tests.benchmarks.conftest import HereWorker
 from tests.command_line import refusal
 from tests.train.small_weights import save_small
 from train.config import TrainConfig
@@ -57,33 +56,6 @@ def _run_folder(folder, weights, **settings):
     (folder / "weights.safetensors").write_bytes(weights.read_bytes())
     write_config(folder, {"train": dataclasses.asdict(TrainConfig(init="x", **settings))})
     return str(folder)
-
-
-class _HereWorker:
-    """A side in this process: loads and checks as a worker does, and times nothing."""
-
-    def __init__(self, side, task, environment):
-        self.side, self.task = side, task
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    @property
-    def ready(self):
-        program = load_program(self.task, self.side)
-        program.run(1)
-        return Ready(program.check(), program.facts, _TOLD)
-
-    def round(self):
-        return 0.5 if self.side == REFERENCE else 0.25, 0.0
-
-
-@pytest.fixture
-def here(monkeypatch):
-    monkeypatch.setattr(measure, "Worker", _HereWorker)
 
 
 def _refusal(capsys, *args):
@@ -187,7 +159,7 @@ def scripted(monkeypatch):
     labels[:4] = (labels[:4] + 1) % 3  # 16 of 20 are right
 
     def measured(**answers):
-        class Scripted(_HereWorker):
+        class Scripted(HereWorker):
             @property
             def ready(self):
                 answer = answers.get(self.side.replace(" ", "_"), 0.0)
@@ -303,21 +275,3 @@ def test_unreadable_images_are_named_and_not_counted(tmp_path, pictures, weights
 def _saved(weights, folder):
     file = save(weights.tensors, weights.config, folder / "float32.safetensors")
     return Form(runs_in="torch", file=str(file), bytes=1, dtype="float32")
-
-
-@pytest.mark.slow
-def test_sides_in_processes_of_their_own(tmp_path, pictures, weights, monkeypatch):
-    def forms(weights, folder, *_):
-        program = folder / "float32.stablehlo"
-        program.write_bytes(stablehlo_program(weights))
-        stablehlo = Form(runs_in="stablehlo", file=str(program), bytes=1, dtype="float32")
-        return {REFERENCE: _saved(weights, folder), "StableHLO float32": stablehlo}
-
-    monkeypatch.setattr("benchmarks.deploy.measure.float_forms", forms)
-    monkeypatch.setattr("benchmarks.deploy.measure.DeployTask", BriefDeployTask)
-    file = tmp_path / "deploy.json"
-    flags = ["--runs", str(weights), "--dataset", pictures, "--images", "5", "--repeats", "1", "--json", str(file)]
-    assert main(flags) == 0
-    results = json.loads(file.read_text())["results"]
-    assert [result["images"] for result in results] == [5, 5]
-    assert all(len(side["seconds"]) == 1 for result in results for side in result["sides"].values())

@@ -76,7 +76,7 @@ def test_the_photographs_are_a_data_set_of_the_trainer(tmp_path):
 def test_a_small_run(tmp_path):
     """Every process is a real one; nothing is left behind, neither processes nor shared memory."""
     path = tmp_path / "result.json"
-    flags = "--device cpu --batch-size 2 --images 16 --workers 1 --repeats 1 --sides flax flax-device timm timm-loader"
+    flags = "--device cpu --batch-size 2 --images 16 --workers 1 --repeats 1 --sides flax-device timm-loader"
     done = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.small_end_to_end", *flags.split(), "--json", str(path)],
         capture_output=True,
@@ -88,6 +88,6 @@ def test_a_small_run(tmp_path):
     (result,) = written["results"]
     assert (written["benchmark"], result["files"], result["workers"]) == ("end_to_end", 16, 1)
     assert min(side["calls_per_round"] for side in result["sides"].values()) >= 8
-    assert list(result["sides"]) == ["flax", "flax-device", "timm", "timm-loader"]
+    assert list(result["sides"]) == ["flax-device", "timm-loader"]
     assert all(side["failure"] is None and len(side["seconds"]) == 1 for side in result["sides"].values())
-    assert len([line for line in done.stdout.splitlines() if line.startswith("| ti |")]) == 4
+    assert len([line for line in done.stdout.splitlines() if line.startswith("| ti |")]) == 2
