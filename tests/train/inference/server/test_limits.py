@@ -4,7 +4,6 @@ import asyncio
 import base64
 import io
 import json
-import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
