@@ -10,13 +10,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks.command import require_packages, variant_name
+from benchmarks.command import parser_of
 from benchmarks.result import markdown_table
-from convert.command_line import Parser, leave, run
+from convert.command_line import leave, run
+from convert.errors import require
+from convert.export.compare import ONNX_PACKAGES
 from convert.files import write_bytes
 from convert.tree import flatten
 from convert.weights import Weights
 from crossvit_jax import CrossViT, create_model
+from crossvit_jax.config import VARIANTS
 
 # of ONNX Runtime, which calls them ORT_…
 LEVELS = {"disabled": "DISABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED", "all": "ENABLE_ALL"}
@@ -42,11 +45,9 @@ def onnx_nodes(path: Path, level: str) -> Counter[str]:
 def xla_kernels(model: CrossViT, batch: int) -> tuple[int, Counter[str]]:
     """How many operations are traced of a forward pass, and how many kernels of each kind XLA makes of them.
 
-    The kinds are XLA's: `fusion kLoop` is a loop over elements, `fusion kCustom` what a library computes on CPUs, and
-    others are instructions that stay as they are, such as `dot`.
+    Of XLA's kinds, `fusion kLoop` is a loop over elements, and `fusion kCustom` what a library computes on CPUs.
     """
-    graphdef, params = nnx.split(model)
-    config = model.config
+    (graphdef, params), config = nnx.split(model), model.config
     images = jax.ShapeDtypeStruct((batch, *config.image_size, config.in_chans), jnp.float32)
     lowered = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images)).lower(params, images)
     entry = re.search(r"^ENTRY .*?^}", lowered.compile().as_text(), re.MULTILINE | re.DOTALL)[0]
@@ -64,8 +65,7 @@ def table(model: CrossViT) -> str:
     from convert.export.onnx_graph import onnx_graph
     from convert.export.onnx_int8 import quantize_dynamic
 
-    weights = Weights(config=model.config, tensors=flatten(model))
-    rows = []
+    weights, nodes, kernels = Weights(config=model.config, tensors=flatten(model)), [], []
     with tempfile.TemporaryDirectory() as folder:
         exported, int8 = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
         write_bytes(exported, onnx_graph(weights).SerializeToString())
@@ -73,13 +73,13 @@ def table(model: CrossViT) -> str:
         for name, path in (("float32", exported), ("dynamic int8", int8)):
             counts = [onnx_nodes(path, level) for level in LEVELS]
             own = Counter({kind.split(".")[-1]: count for kind, count in counts[-1].items() if "." in kind})
-            rows.append([name, *(f"{count.total():,}" for count in counts), _listed(own)])
-    lines, rows = markdown_table(["ONNX Runtime", *LEVELS, "its own kinds, at all"], rows), []
+            nodes.append([name, *(f"{count.total():,}" for count in counts), _listed(own)])
     for batch in (1, 8):
         traced, kinds = xla_kernels(model, batch)
-        rows.append([f"batch {batch}", f"{traced:,}", f"{kinds.total():,}", _listed(kinds)])
+        kernels.append([f"batch {batch}", f"{traced:,}", f"{kinds.total():,}", _listed(kinds)])
     titles = [f"XLA, {jax.default_backend()}", "operations traced", "kernels", "of these"]
-    return "\n".join([*lines, "", *markdown_table(titles, rows)])
+    lines = markdown_table(["ONNX Runtime", *LEVELS, "its own kinds, at all"], nodes)
+    return "\n".join([*lines, "", *markdown_table(titles, kernels)])
 
 
 def _listed(kinds: Counter[str]) -> str:
@@ -88,18 +88,18 @@ def _listed(kinds: Counter[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables; returns the exit status: 0 done; 2 wrong flags, or packages are missing."""
-    parser = Parser(prog="python -m benchmarks.fusion", description="Count what ONNX Runtime and XLA run of a model.")
-    parser.add_argument("--variant", type=variant_name, default="ti", metavar="NAME", help="default: ti")
+    parser = parser_of("fusion", "Count what ONNX Runtime and XLA run of a model.", epilog="")
+    parser.add_argument("--variant", choices=VARIANTS, default="ti", help="default: ti")
     args = parser.parse_args(argv)
-    return run(parser.prog, lambda: _run(args.variant), failure=1)
 
+    def tell() -> int:
+        require("the ONNX forms", *ONNX_PACKAGES, verb="need")
+        model = create_model(args.variant, rngs=nnx.Rngs(0))
+        model.eval()
+        print(table(model))
+        return 0
 
-def _run(variant: str) -> int:
-    require_packages("the ONNX forms")
-    model = create_model(variant, rngs=nnx.Rngs(0))
-    model.eval()
-    print(table(model))
-    return 0
+    return run(parser.prog, tell, failure=1)
 
 
 if __name__ == "__main__":

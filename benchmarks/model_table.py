@@ -6,17 +6,16 @@ With `--dense`, the detectors and segmenters that are made of them.
 import math
 from collections.abc import Sequence
 
-import jax
 import torch
-from flax import nnx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import crossvit_torch
+from benchmarks.command import parser_of
 from benchmarks.result import markdown_table
-from convert.architecture import model_class
-from convert.command_line import Parser, leave, run
+from convert.architecture import expected_shapes
+from convert.command_line import leave, run
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig, DenseConfig, get_dense_config
 
 # parameters in millions, "FLOPs" (multiply-adds) in 10⁹, ImageNet top-1 in percent: arXiv 2103.14899, tables 2 and 4;
@@ -53,8 +52,7 @@ _HEADER = (
 
 def parameters(config: CrossViTConfig | DenseConfig) -> int:
     """The number of parameters of our Flax model."""
-    model = nnx.eval_shape(lambda: model_class(config)(config, rngs=nnx.Rngs(0)))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
+    return sum(map(math.prod, expected_shapes(config).values()))
 
 
 def multiply_adds(config: CrossViTConfig | DenseConfig) -> int:
@@ -77,20 +75,9 @@ def table() -> str:
     rows = []
     for name, config in VARIANTS.items():
         paper_parameters, paper_macs, paper_top1, timm_top1 = _PUBLISHED[name]
-        height, width = config.image_size
-        rows.append(
-            [
-                f"`{name}`",
-                f"`{TIMM_NAMES[name]}`",
-                f"{height} x {width}",
-                f"{parameters(config):,}",
-                f"{paper_parameters} M",
-                f"{multiply_adds(config) / 1e9:.2f}",
-                str(paper_macs),
-                f"{paper_top1:.1f} %",
-                f"{timm_top1:.2f} %",
-            ]
-        )
+        row = [f"`{name}`", f"`{TIMM_NAMES[name]}`", " x ".join(map(str, config.image_size))]
+        row += [f"{parameters(config):,}", f"{paper_parameters} M", f"{multiply_adds(config) / 1e9:.2f}"]
+        rows.append([*row, str(paper_macs), f"{paper_top1:.1f} %", f"{timm_top1:.2f} %"])
     return "\n".join(markdown_table(_HEADER, rows))
 
 
@@ -98,9 +85,8 @@ def dense_table() -> str:
     """The Markdown table of detectors and segmenters with their default settings."""
     rows = []
     for name, config in VARIANTS.items():
-        height, width = config.image_size
         built = [get_dense_config(task, name, **settings) for task, settings in _DENSE.values()]
-        row = [f"`{name}`", f"{height} x {width}", str(built[0].width)]
+        row = [f"`{name}`", " x ".join(map(str, config.image_size)), str(built[0].width)]
         for dense in built:
             row += [f"{parameters(dense) / 1e6:.2f} M", f"{multiply_adds(dense) / 1e9:.2f}"]
         rows.append(row)
@@ -110,7 +96,7 @@ def dense_table() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table."""
-    parser = Parser(prog="python -m benchmarks.model_table", description="Print the table of variants.")
+    parser = parser_of("model_table", "Print the table of variants.", epilog="")
     parser.add_argument("--dense", action="store_true", help="that of the detectors and segmenters made of them")
     args = parser.parse_args(argv)
     return run(parser.prog, lambda: print(dense_table() if args.dense else table()) or 0)

@@ -1,16 +1,14 @@
 """The command `python -m benchmarks.table`: tables from the JSON that benchmarks wrote, and a plot of the ratios.
 
-Files of one benchmark that were measured on one machine with the same versions share a table.
+Results of models that were measured on one machine with the same versions share a table.
 """
 
 import argparse
-import itertools
-import pkgutil
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report.goals import fed_verdicts, model_verdicts
 from benchmarks.result import (
     Content,
     Result,
@@ -18,33 +16,30 @@ from benchmarks.result import (
     described,
     failed,
     images_per_s,
-    in_words,
     markdown_table,
-    name_of,
-    peak_bytes,
     rounds,
-    share_of_peak,
     spread,
     times_as_fast,
     where,
 )
-from benchmarks.rounds import ACCEPTED_OTHERS
-from benchmarks.task import TIMM_FED
 from convert.command_line import Parser, leave, run
 from convert.files import check_replaceable, typed_path
 from crossvit_jax.files import read_json
 
-MODELS = ("inference", "training")  # the benchmarks whose files share tables
-_OTHERS = {  # what makes the table of a file
-    "data": "benchmarks.data:as_markdown",
-    "deploy": "benchmarks.table:deploy_markdown",
-    "detection": "benchmarks.detection:as_markdown",
-    "end_to_end": "benchmarks.table:fed_markdown",
-    "scaling": "benchmarks.scaling:as_markdown",
-    "serving": "benchmarks.serving:as_markdown",
-    "soak": "benchmarks.serving:soak_as_markdown",
-    "startup": "benchmarks.startup:as_markdown",
-}
+Cell = Callable[[Any, str], str]  # of a row: a result, and a side of it
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a benchmark's results are shown."""
+
+    title: Callable[[Result], str]
+    columns: Sequence[tuple[str, Cell]]  # those of which no row knows anything are left out
+    rivals: str = "timm"  # the sides whose names begin so: the fastest of them is compared with
+    rows: Callable[[Sequence[Result]], list[tuple[Any, str]]] = lambda results: [
+        (result, side) for result in results for side in result["sides"]
+    ]
+    more: Callable[[Sequence[Result]], list[str]] = lambda results: []  # lines under the table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,10 +55,10 @@ def _tell(parser: Parser, args: argparse.Namespace) -> int:
     contents = [_read(parser, file) for file in args.files]
     try:
         print("\n\n".join(tables(contents)))
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         parser.error(f"a file is not as a benchmark wrote it ({type(error).__name__}: {error})")
     if args.plot:
-        from benchmarks.report.plot import draw_ratios
+        from benchmarks.plot import draw_ratios
         from train.pictures.figure import is_own_picture
 
         try:
@@ -74,241 +69,261 @@ def _tell(parser: Parser, args: argparse.Namespace) -> int:
     return 0
 
 
-def tables(contents: Iterable[Content]) -> list[str]:
-    """Markdown for each benchmark and machine, in the order of the files."""
-    groups: dict[Any, list[Content]] = {}
-    for number, content in enumerate(contents):
-        alike = (content["benchmark"], described(content)) if content["benchmark"] in MODELS else number
-        groups.setdefault(alike, []).append(content)
-    return [_table(group) for group in groups.values()]
-
-
-def _table(contents: Sequence[Content]) -> str:
-    benchmark = contents[0]["benchmark"]
-    if benchmark in MODELS:
-        return "\n".join([*table_lines(contents), *notes(contents)])
-    return pkgutil.resolve_name(_OTHERS[benchmark])(*contents)
-
-
 def _read(parser: Parser, file: Path) -> Content:
     """Ends the program if it is no file that a benchmark wrote."""
     try:
         content = read_json(file)
     except (OSError, ValueError) as error:
         parser.error(f"{file}: {getattr(error, 'strerror', None) or 'not JSON'}")
-    if not isinstance(content, dict) or content.get("benchmark") not in (*MODELS, *_OTHERS):
-        parser.error(f"{file}: not written by --json of {', '.join((*MODELS, *_OTHERS))}")
+    if not isinstance(content, dict) or content.get("benchmark") not in LAYOUTS:
+        parser.error(f"{file}: not written by --json of {', '.join(LAYOUTS)}")
     return content
 
 
-# --- inference and training ---
+def tables(contents: Iterable[Content]) -> list[str]:
+    """Markdown for what each benchmark measured on each machine, in the order of the files."""
+    groups: dict[Any, list[tuple[Content, Result]]] = {}
+    for number, content in enumerate(contents):
+        benchmark, file = content["benchmark"], None if content["benchmark"] in MODELS else number
+        for result in content["results"]:
+            alike = (benchmark, described(content), LAYOUTS[benchmark].title(result), file)
+            groups.setdefault(alike, []).append((content, result))
+    return ["\n".join(_table(LAYOUTS[benchmark], group)) for (benchmark, *_), group in groups.items()]
 
 
-def table_lines(contents: Sequence[Content]) -> list[str]:
-    """A line on what was measured where, and a table with a row per side.
-
-    Results appended to the last content append lines to these, and change none: rows can be printed as they come.
-    """
-    lines = [f"CrossViT {contents[0]['benchmark']} on {where(*contents)}"]
-    for titles, results in itertools.groupby(_results(contents), key=_titles):
-        rows = [[_CELLS[title](result, side) for title in titles] for result in results for side in result["sides"]]
-        lines += ["", *markdown_table(titles, rows)]
-    return lines
-
-
-def notes(contents: Sequence[Content]) -> list[str]:
-    """What has to be said under a table: what does not count, and which goals are reached."""
-    results = _results(contents)
-    lines = _disturbed(contents, ", which slows the sides unequally. Measure again on an idle machine.")
-    incomplete = [result for result in results if failed(result, "timm")]
-    if incomplete:
-        which = "; ".join(f"{name_of(result)}: {', '.join(failed(result, 'timm'))} failed" for result in incomplete)
-        lines += ["", f"**Not beside timm at its best**: {which}. There the ratios are to what was left of timm."]
-    return lines + model_verdicts(contents[0]["benchmark"], results)
+def _table(layout: Layout, group: Sequence[tuple[Content, Result]]) -> list[str]:
+    """What was measured where, a row for each side, and what has to be said of it."""
+    contents, results = zip(*group, strict=True)
+    rows = layout.rows(results)
+    columns = [(title, [cell(*row) for row in rows]) for title, cell in layout.columns]
+    titles, cells = zip(*(column for column in columns if any(column[1])), strict=True)
+    lines = [f"{layout.title(results[0])}; {where(contents)}", "", *markdown_table(titles, zip(*cells, strict=True))]
+    busy = [result["others_cores"] for result in results if result["disturbed"]]
+    if busy:
+        cores = f"up to {max(busy):.1f} of {contents[0]['machine']['cores']} cores"
+        lines += ["", f"**Not valid as a comparison**: other programs kept {cores} busy meanwhile."]
+    if any(failed(result, layout.rivals) for result in results):
+        lines += ["", f"**Not beside {layout.rivals} at its best**: a side of it failed."]
+    return lines + layout.more(results)
 
 
-def _disturbed(contents: Sequence[Content], ending: str = ".") -> list[str]:
-    """A note if other programs computed meanwhile."""
-    busy = [result["others_cores"] for result in _results(contents) if result["disturbed"]]
-    if not busy:
-        return []
-    cores = f"up to {max(busy):.1f} of {contents[0]['machine']['cores']} cores"
-    return ["", f"**Not valid as a comparison**: other programs kept {cores} busy meanwhile{ending}"]
+# --- cells ---
 
 
-def _results(contents: Sequence[Content]) -> list[Result]:
-    return [result for content in contents for result in content["results"]]
+def _in_words(figures: Iterable[float], form: str = ".2f", scale: float = 1) -> str:
+    """The first figure, and in brackets the range."""
+    first, smallest, largest = (format(scale * value, form) for value in figures)
+    return f"{first} ({smallest}-{largest})"
 
 
-def _titles(result: Result) -> tuple[str, ...]:
-    """The columns of its table: some only where a side knows what belongs into them."""
-    return tuple(
-        title
-        for title, cell in _CELLS.items()
-        if title not in _WHERE_KNOWN or any(cell(result, side) for side in result["sides"])
+def _setting(name: str) -> Cell:
+    return lambda result, side: str(result[name])
+
+
+def _told(name: str, form: str, scale: float = 1) -> Cell:
+    """A figure that a side may have told of itself."""
+
+    def cell(result: Result, side: str) -> str:
+        value = result["sides"][side].get(name)
+        return "" if value is None else format(scale * value, form)
+
+    return cell
+
+
+def _figures(
+    of: Callable[[Result, str], Sequence[float]], form: str, *, median_only: bool = False, says_why: bool = True
+) -> Cell:
+    """Median and range of a side that was timed; another one `says_why` it was not, or nothing."""
+
+    def cell(result: Result, side: str) -> str:
+        if side in rounds(result):
+            return format(of(result, side)[0], form) if median_only else _in_words(of(result, side), form)
+        return f"failed: {result['sides'][side]['failure'].replace('|', '/')}" if says_why else ""
+
+    return cell
+
+
+def _seconds(form: str, scale: float, *, median_only: bool = False) -> Cell:
+    return _figures(
+        lambda result, side: [scale * one for one in spread(rounds(result)[side])], form, median_only=median_only
     )
 
 
-def _times(result: Result, side: str) -> str:
-    if side not in rounds(result):
-        return _failure(result, side)
-    return in_words(spread([1000 * seconds for seconds in rounds(result)[side]]))
+def _beside(other: str | Callable[[Result, str], str | None], form: str = ".2f", scale: float = 1) -> Cell:
+    """How many times as fast a side is as another, or as what that gives for a result and a side; None: as none."""
+
+    def cell(result: Result, side: str) -> str:
+        timed, name = rounds(result), other if isinstance(other, str) else other(result, side)
+        return _in_words(times_as_fast(timed[side], timed[name]), form, scale) if {side, name} <= timed.keys() else ""
+
+    return cell
 
 
-def _failure(result: Result, side: str) -> str:
-    return f"failed: {result['sides'][side]['failure'].replace('|', '/')}"
-
-
-def _images_per_s(result: Result, side: str) -> str:
-    times = rounds(result).get(side)
-    return f"{result['batch_size'] / spread(times)['median']:.1f}" if times else ""
-
-
-def _ratio(result: Result, side: str) -> str:
-    best_timm = best(result, "timm")
-    if best_timm is None or side not in rounds(result):
-        return ""
-    if side == best_timm:
-        return "**best of timm that ran**" if failed(result, "timm") else "**best of timm**"
-    return _beside(result, side, best_timm)
-
-
-def _beside(result: Result, side: str, other: str) -> str:
-    """How many times as fast a side is as another."""
-    return in_words(times_as_fast(rounds(result)[side], rounds(result)[other]))
-
-
-def _peak_memory(result: Result, side: str) -> str:
-    known = peak_bytes(result, side)
-    return "" if known is None else f"{known / 2**30:.2f}"
+def _beside_best(result: Result, side: str) -> str:
+    fastest = best(result, "timm")
+    if side == fastest:
+        return f"**best of timm{' that ran' if failed(result, 'timm') else ''}**"
+    return _beside(lambda *_: fastest)(result, side)
 
 
 def _difference(result: Result, side: str) -> str:
-    return "reference" if side == result["compared_with"] else _known(result["sides"][side].get("difference"), ".1e")
+    return "reference" if side == result["reference"] else _told("difference", ".1e")(result, side)
 
 
-def _known(value: float | None, as_text: str) -> str:
-    return "" if value is None else format(value, as_text)
+def _share_of_peak(result: Result, side: str) -> str:
+    flops, peak, seconds = result["flops_per_call"], result["peak_flops"], rounds(result).get(side)
+    return f"{flops / spread(seconds)[0] / peak:.0%}" if flops and peak and seconds else ""
 
 
-_CELLS: dict[str, Callable[[Result, str], str]] = {
-    "variant": lambda result, side: result["variant"],
-    "batch": lambda result, side: str(result["batch_size"]),
-    "dtype": lambda result, side: result["dtype"],
-    "side": lambda result, side: side,
-    "ms per call, median (min-max)": _times,
-    "images/s": _images_per_s,
-    "times as fast as timm's best (min-max)": _ratio,
-    "peak memory, GiB": _peak_memory,
-    "of the matmul peak": lambda result, side: _known(share_of_peak(result, side), ".0%"),
-    "difference": _difference,
-    "from float32": lambda result, side: _known(result["sides"][side].get("from_float32"), ".1e"),
-}
-_WHERE_KNOWN = ("peak memory, GiB", "of the matmul peak", "from float32")
-
-
-# --- end to end ---
-
-_FED_TITLES = (
-    *("variant", "batch", "dtype", "side", "images/s, median (min-max)"),
-    *("of its step alone (min-max)", "times as fast as timm (min-max)"),
+_SIDE = ("side", lambda result, side: side)
+_SETTINGS = (("variant", _setting("variant")), ("batch", _setting("batch_size")), ("dtype", _setting("dtype")), _SIDE)
+_TIME = ("ms per call, median (min-max)", _seconds(".2f", 1000))
+_PER_S = ("images/s", _figures(images_per_s, ".1f", median_only=True, says_why=False))
+_SPREAD_PER_S = "images/s, median (min-max)"
+_MODEL_COLUMNS = (
+    *(*_SETTINGS, _TIME, _PER_S, ("times as fast as timm's best (min-max)", _beside_best)),
+    ("peak memory, GiB", _told("peak_bytes", ".2f", 2**-30)),
+    ("of the matmul peak", _share_of_peak),
+    *(("difference", _difference), ("from float32", _told("from_float32", ".1e"))),
 )
 
 
-def fed_markdown(content: Content) -> str:
-    """What was measured where, a table with a row per side, and what has to be said of it."""
-    return "\n".join([*fed_lines(content), *_disturbed([content]), *fed_verdicts(content["results"])])
+# --- end to end: shares of the step alone, and ratios to timm of what is fed alike ---
 
 
-def fed_lines(content: Content) -> list[str]:
-    """The line above the table, and the table. More results append lines to these, and change none."""
-    rows = [_fed_cells(result, side) for result in content["results"] for side in result["sides"]]
-    return [
-        f"Training with the input pipeline, {content['images']:,} JPEG files of 500 x 375, {content['workers']} "
-        f"workers; {where(content)}",
-        "",
-        *markdown_table(_FED_TITLES, rows),
-    ]
+def _step_alone(result: Result, side: str) -> str | None:
+    alone = side.partition("-")[0]
+    return None if side == alone else alone
 
 
-def _fed_cells(result: Result, side: str) -> list[str]:
-    """The ratios are the share of the side's step alone; and how many times as fast as timm's it is, fed or alone."""
-    cells = [result["variant"], str(result["batch_size"]), result["dtype"], side]
-    timed, step_alone = rounds(result), result["step_alone"]
-    if side not in timed:
-        return [*cells, _failure(result, side), "", ""]
-    images = result["steps_per_call"] * result["batch_size"]
-    alone, share, ratio = step_alone[side], "", ""
-    if alone != side and alone in timed:
-        shares = {name: 100 * value for name, value in times_as_fast(timed[side], timed[alone]).items()}
-        share = "{ratio:.0f} % ({min:.0f}-{max:.0f})".format(**shares)
-    other = TIMM_FED if alone != side else step_alone[TIMM_FED]
-    if other != side and other in timed:
-        ratio = _beside(result, side, other)
-    return [*cells, in_words(images_per_s(timed[side], images), ".1f"), share, ratio]
+def _fed_alike(result: Result, side: str) -> str | None:
+    other = "timm-loader" if _step_alone(result, side) else "timm"
+    return None if side == other else other
 
 
-# --- deploy ---
+def _percent(result: Result, side: str) -> str:
+    return _beside(_step_alone, ".0f", 100)(result, side).replace(" ", " % ", 1)
 
 
-def deploy_markdown(content: Content) -> str:
-    """For each model, a line on what was measured and a table with a row per form; at the end a line on the machine."""
-    lines = []
-    for result in content["results"]:
-        held_out = f"{result['held_out_images']} held-out images ({result['held_out_split']})"
-        unreadable = f", {result['unreadable_images']} more could not be read" if result["unreadable_images"] else ""
-        faster = "times as fast as torch (min-max)"
-        speeds = [(f"batch {size}: {'ms' if size == 1 else 'images/s'}", faster) for size in _batch_sizes(result)]
-        titles = ["form", "MB", "% of ONNX float32", *itertools.chain(*speeds), "top-1, %", "points"]
-        lines += [
-            f"CrossViT {result['variant']} at {' x '.join(map(str, result['image_size']))} pixels, {result['run']}; "
-            f"top-1 on {result['images']} of {held_out}{unreadable}; static int8 calibrated on "
-            f"{result['calibration_images']} training images",
-            "",
-            *markdown_table([*titles, "logits differ by"], [_form_cells(result, name) for name in result["forms"]]),
-            "",
-            *(f"{failure}\n" for failure in failures(result)),
-        ]
-        if result["others_cores"] is not None and result["others_cores"] > ACCEPTED_OTHERS:
-            busy = f"{result['others_cores']:.1f}"
-            lines += [f"**Times not valid**: other programs kept {busy} cores busy meanwhile.", ""]
-    lines.append(
-        "Points: how far top-1 is above that of float32. Logits: the largest difference, for int8 the root mean square "
-        f"one. {where(content)}"
+# --- deployed forms: a row has the results at both batch sizes ---
+
+
+def _at(size: int, cell: Cell) -> Cell:
+    return lambda at, side: cell(at[size], side)
+
+
+def _megabytes(result: Result, side: str) -> str:
+    told = result["sides"][side]
+    return f"{told['bytes'] / 1e6:.1f}{' in memory' if told['runs_in'] == 'qwix' else ''}"
+
+
+def _logits(at: dict[int, Result], side: str) -> str:
+    told = [result["sides"][side] for result in at.values()]
+    far = [(one["difference"], one["difference_of"]) for one in told if "difference_of" in one]
+    return "{:.1e} of the {}".format(*max(far)) if far else ""
+
+
+_BESIDE_TORCH = _beside(lambda result, side: None if side == result["reference"] else result["reference"])
+_DEPLOYED = (
+    ("form", lambda at, side: side),
+    ("MB", _at(1, _megabytes)),
+    ("% of ONNX float32", _at(1, _told("percent_of_onnx_float32", ".1f"))),
+    ("batch 1: ms", _at(1, _seconds(".2f", 1000, median_only=True))),
+    ("times as fast as torch (min-max)", _at(1, _BESIDE_TORCH)),
+    ("batch 8: images/s", _at(8, _figures(images_per_s, ".1f", median_only=True))),
+    ("times as fast as torch (min-max)", _at(8, _BESIDE_TORCH)),
+    ("top-1, %", _at(1, _told("top1", ".2f"))),
+    ("points", _at(1, _told("points_from_float32", "+.2f"))),
+    ("logits differ by", _logits),
+)
+_POINTS = (
+    "Points: how far top-1 is above that of float32. Logits: the largest difference, for int8 the root mean square."
+)
+
+
+def _deployed_title(result: Result) -> str:
+    unreadable = f", {result['unreadable_images']} more could not be read" if result["unreadable_images"] else ""
+    return (
+        f"CrossViT {result['variant']} at {' x '.join(map(str, result['image_size']))} pixels, {result['run']}; top-1 "
+        f"on {result['images']} of {result['held_out_images']} held-out images ({result['held_out_split']})"
+        f"{unreadable}; static int8 calibrated on {result['calibration_images']} training images"
     )
-    return "\n".join(lines)
 
 
-def failures(result: Result) -> list[str]:
-    """What went wrong with a deployed model, with the form's name and batch size."""
+# --- servers ---
+
+
+def _served(results: Sequence[Result]) -> list[str]:
+    """Loads and memory of a server."""
+    rows, soak = [], results[0]["soak"]
+    for load in results[0]["loads"]:
+        waits = ["-" if load[name] is None else f"{1000 * load[name]:.0f}" for name in ("p50_s", "p99_s")]
+        figures = [f"{load['rejected']:.1%}", f"{load['batch_pictures']:.1f}", f"{1000 * load['batch_s']:.0f}"]
+        statuses = _listed(load["statuses"])
+        rows.append([f"{load['share']:.0%}", f"{load['answered_per_s']:.1f}", *waits, *figures, statuses])
+    titles = ["load", "answers/s", "p50 ms", "p99 ms", "rejected", "pictures a batch", "ms a batch", "statuses"]
+    sizes = ", ".join("-" if size is None else f"{size / 2**20:.0f}" for size in soak["memory_bytes"])
     return [
-        f"{name} at batch {size}: {form['batches'][str(size)]['failure']}"
-        for size in _batch_sizes(result)
-        for name, form in result["forms"].items()
-        if form["batches"][str(size)]["failure"] is not None
+        *("", "Loads are open: requests come at random times. Generator and server share the cores.", ""),
+        *markdown_table(titles, rows),
+        *("", f"Memory after each tenth of {_listed(soak['statuses'])} answers: {sizes} MiB"),
     ]
 
 
-def _batch_sizes(result: Result) -> list[int]:
-    return [int(size) for size in next(iter(result["forms"].values()))["batches"]]
+def _listed(statuses: dict[str, int]) -> str:
+    return ", ".join(f"{count} of {status}" for status, count in sorted(statuses.items()))
 
 
-def _form_cells(result: Result, name: str) -> list[str]:
-    form, forms, reference = result["forms"][name], result["forms"], result["compared_with"]
-    cells = [name, f"{form['bytes'] / 1e6:.1f}{' in memory' if form['runs_in'] == 'qwix' else ''}"]
-    cells.append(_known(form["percent_of_onnx_float32"], ".1f"))
-    for size in _batch_sizes(result):
-        batch = form["batches"][str(size)]
-        if batch["failure"] is not None:
-            cells += ["failed", ""]
-            continue
-        seconds = batch["median_s_per_call"]
-        cells.append(f"{1000 * seconds:.2f}" if size == 1 else f"{size / seconds:.1f}")
-        at_size = {"sides": {side: known["batches"][str(size)] for side, known in forms.items()}}
-        cells.append(_beside(at_size, name, reference) if name != reference and reference in rounds(at_size) else "")
-    cells += [_known(form["top1"], ".2f"), "" if name == reference else _known(form["points_from_float32"], "+.2f")]
-    far = [(b["difference"], b["difference_of"]) for b in form["batches"].values() if "difference_of" in b]
-    return [*cells, "{:.1e} of the {}".format(*max(far)) if far else ""]
+MODELS = ("inference", "training")
+LAYOUTS = {
+    "inference": Layout(lambda result: "CrossViT inference", _MODEL_COLUMNS),
+    "training": Layout(lambda result: "CrossViT training", _MODEL_COLUMNS),
+    "end_to_end": Layout(
+        lambda result: (
+            f"Training with the input pipeline, {result['files']:,} JPEG files of 500 x 375, "
+            f"{result['workers']} workers"
+        ),
+        (
+            *(*_SETTINGS, (_SPREAD_PER_S, _figures(images_per_s, ".1f")), ("of its step alone (min-max)", _percent)),
+            ("times as fast as timm (min-max)", _beside(_fed_alike)),
+        ),
+    ),
+    "data": Layout(
+        lambda result: f"{result['batch_size']} JPEG photographs of 500 x 375 to a training batch at 240 pixels",
+        (
+            *(_SIDE, (_SPREAD_PER_S, _figures(images_per_s, ".0f"))),
+            (
+                "times as fast as timm (min-max)",
+                lambda result, side: (
+                    "beside the workers" if side == "device-augment" else _beside("timm")(result, side)
+                ),
+            ),
+        ),
+    ),
+    "startup": Layout(
+        lambda result: f"`python -m train.main {result['flags']}`, to the end of the first step",
+        (
+            *(("start", _SIDE[1]), ("seconds, median (min-max)", _seconds(".1f", 1))),
+            # seconds of the second start for one of the first
+            ("share of the first (min-max)", lambda result, side: _beside(side)(result, "first")),
+        ),
+    ),
+    "deploy": Layout(
+        *(_deployed_title, _DEPLOYED, "torch"),
+        rows=lambda results: [
+            ({result["batch_size"]: result for result in results}, side) for side in results[0]["sides"]
+        ],
+        more=lambda results: ["", _POINTS],
+    ),
+    "serving": Layout(
+        lambda result: f"`train.serve --weights {result['weights']} --max-batch {result['batch_size']}`",
+        (
+            *(_SIDE, (_SPREAD_PER_S, _figures(images_per_s, ".1f"))),
+            ("times as fast as without batches", _beside("one at a time")),
+        ),
+        more=_served,
+    ),
+}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What every command owes its user: any standard streams will do, and an address is no path."""
 
-import functools
 import importlib
 import io
 import os
@@ -21,13 +20,12 @@ _COMMANDS = {
     "train.predict": ["--weights=w", "p.png"],
     "train.serve": ["--weights=w"],
     "train.compile": [],
-    "benchmarks.__main__": [],
-    "benchmarks.command": [],
     "benchmarks.data": [],
     "benchmarks.deploy.__main__": ["--runs=r"],
     "benchmarks.end_to_end": [],
     "benchmarks.fusion": [],
-    "benchmarks.scaling": [],
+    "benchmarks.inference": [],
+    "benchmarks.model_table": [],
     "benchmarks.serving": ["--weights=w"],
     "benchmarks.startup": [],
     "benchmarks.table": ["x.json"],
@@ -45,8 +43,7 @@ _PATHS = [
     ("train.serve", ["--weights", ""]),
     ("train.predict", ["--weights=w", "p.png", "--attention", ""]),
     ("train.predict", ["--weights=w", ""]),
-    ("benchmarks.__main__", ["--output", ""]),
-    *((f"benchmarks.{name}", ["--json", ""]) for name in ("command", "data", "end_to_end", "scaling", "startup")),
+    *((f"benchmarks.{name}", ["--json", ""]) for name in ("inference", "data", "end_to_end", "startup")),
     ("benchmarks.deploy.__main__", ["--runs", ""]),
     *(("benchmarks.deploy.__main__", ["--runs=r", flag, ""]) for flag in ("--dataset", "--data-dir", "--json")),
     ("benchmarks.table", ["x.json", "--plot", ""]),
@@ -56,8 +53,7 @@ _ROOT = Path(__file__).parents[1]
 
 
 def _main(command):
-    main = importlib.import_module(command).main
-    return functools.partial(main, "inference") if command == "benchmarks.command" else main
+    return importlib.import_module(command).main
 
 
 def _status(command, argv):

@@ -116,7 +116,8 @@ def _path(text: str) -> Path:
 
 
 def _report(cases: list[tuple[TrainConfig, str | None]], num_classes: int, inference: bool, file: Path | None) -> int:
-    shown = columns(on_gpus=any(topology and find_gpu(topology) for _, topology in cases))
+    places = {None if topology is None else find_gpu(topology) is not None for _, topology in cases}
+    shown = columns(on_gpus=True in places, on_tpus=False in places)
     refused, results = [], []
     for number, (config, topology) in enumerate(cases):
         figures = compile_step(config, num_classes, topology, inference=inference)

@@ -8,107 +8,55 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from benchmarks.command import add_rounds_flags, require_packages, writable_json
+from benchmarks.command import EPILOG, add_json, check_json, parser_of, tell
+from benchmarks.result import as_json, write_json
 from benchmarks.rounds import say
-from convert.command_line import Parser, at_least_one, data_set, leave, run, weights_source
+from convert.command_line import at_least_one, data_set, leave, run, weights_source
+from convert.errors import require
+from convert.export.compare import ONNX_PACKAGES
 from convert.files import home_path
 
-if TYPE_CHECKING:
-    from benchmarks.deploy.result import Deployed
-    from benchmarks.deploy.runs import Model
-
-_PROGRAM = "python -m benchmarks.deploy"
-
-_EPILOG = """\
+_EPILOG = f"""\
 RUN: the folder of a training run, whose settings tell the data set; or any SOURCE of python -m convert, with --dataset.
-A run with --qat int8 joins the run before it of the same variant, image size and data set.
+A run with --qat int8 joins the run before it, of the same variant, image size and data set. Static int8 is calibrated
+on training images.
 
-Each side runs in a process of its own, one at a time, round by round in turn: A B C A B C … Compilation and warm-up are
-not timed. Static int8 is calibrated on training images.
-
-exit status: 0 done; 1 a form failed or differs too much: its row says so; 2 wrong flags, or a run that cannot be used
-"""
+{EPILOG}"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark as the arguments say; returns the exit status."""
-    parser = Parser(
-        prog=_PROGRAM,
-        description="Compare the shipped forms of trained CrossViTs: size, speed, accuracy.",
-        epilog=_EPILOG,
-    )
+    parser = parser_of("deploy", "Compare the shipped forms of trained CrossViTs: size, speed, accuracy.", _EPILOG)
     parser.add_argument("--runs", type=weights_source, nargs="+", required=True, metavar="RUN", help="trained runs")
-    parser.add_argument(
-        "--dataset", type=data_set, metavar="DATA", help="as of python -m train.main (default: that of each run)"
-    )
-    parser.add_argument(
-        "--data-dir", type=home_path, metavar="DIR", help="where prepared data sets lie (default: as in each run)"
-    )
-    parser.add_argument(
-        "--images", type=at_least_one, default=2000, metavar="N", help="held-out ones to try at most; default: 2000"
-    )
-    parser.add_argument(
-        "--calibration-images", type=at_least_one, default=128, metavar="N", help="training images; default: 128"
-    )
-    add_rounds_flags(parser)
+    add = parser.add_argument
+    add("--dataset", type=data_set, metavar="DATA", help="as of python -m train.main (default: that of each run)")
+    add("--data-dir", type=home_path, metavar="DIR", help="where prepared data sets lie (default: as in each run)")
+    add("--images", type=at_least_one, default=2000, metavar="N", help="held-out ones to try at most; default: 2000")
+    add("--calibration-images", type=at_least_one, default=128, metavar="N", help="training images; default: 128")
+    add("--repeats", type=at_least_one, default=10, metavar="N", help="rounds; default: 10")
+    add_json(parser)
     args = parser.parse_args(argv)
-    writable_json(parser, args.json)
-    return run(_PROGRAM, lambda: _run(args), failure=1)
+    return run(parser.prog, lambda: _run(args), failure=1)
 
 
 def _run(args: argparse.Namespace) -> int:
-    require_packages("the ONNX forms")
+    check_json(args.json)
+    require("the ONNX forms", *ONNX_PACKAGES, verb="need")
     # late: wrong flags need not wait for the frameworks
-    from benchmarks.deploy.result import as_json
+    from benchmarks.deploy.measure import measure_model
     from benchmarks.deploy.runs import open_model, open_run, pair
-    from benchmarks.result import write_json
-    from benchmarks.table import deploy_markdown, failures
 
     runs = [open_run(source, dataset=args.dataset, data_dir=args.data_dir) for source in args.runs]
-    models = [open_model(run, qat) for run, qat in pair(runs)]
-    results = []
+    models, measured = [open_model(run, qat) for run, qat in pair(runs)], []
     for number, model in enumerate(models, 1):
-        say(f"CrossViT {model.config.name} of {model.run.source}, {number} of {len(models)}")
+        say(f"CrossViT {model.run.weights.config.name} of {model.run.source}, {number} of {len(models)}")
         with tempfile.TemporaryDirectory(prefix="crossvit-deploy-") as folder:
-            results.append(_deploy(model, Path(folder), args))
-        content = as_json(results)
+            how = {"images": args.images, "calibration_images": args.calibration_images, "rounds": args.repeats}
+            measured += measure_model(model, Path(folder), **how)
+        content = as_json("deploy", measured)
         write_json(args.json, content)  # after each model, so that an interruption costs one
-    print(deploy_markdown(content))
-    return 1 if any(failures(result) for result in content["results"]) else 0
-
-
-def _deploy(model: "Model", folder: Path, args: argparse.Namespace) -> "Deployed":
-    from benchmarks.deploy.forms import float_forms, qat_forms
-    from benchmarks.deploy.measure import measure_forms
-    from benchmarks.deploy.result import Deployed
-    from benchmarks.deploy.runs import evenly, read_images
-
-    sets = model.sets
-    say("reading images")
-    indices = evenly(sets.train, args.calibration_images)
-    calibration, _ = read_images(sets.train, indices, model.run.weights, folder / "calibration.npy")
-    indices = evenly(sets.held_out, args.images)
-    images, labels = read_images(sets.held_out, indices, model.run.weights, folder / "images.npy")
-
-    channels_first = calibration.transpose(0, 3, 1, 2)
-    forms = float_forms(model.run.weights, folder, channels_first)
-    weights = {False: model.run.weights}
-    if model.qat is not None:
-        forms |= qat_forms(model.qat.weights, folder, channels_first)
-        weights[True] = model.qat.weights
-    measured, logits = measure_forms(forms, weights, folder / "images.npy", len(images), rounds=args.repeats)
-    labels = model.classes[labels]
-    return Deployed(
-        model=model,
-        forms=forms,
-        measured=measured,
-        right={name: int((answers.argmax(axis=1) == labels).sum()) for name, answers in logits.items()},
-        images=len(images),
-        unreadable=len(indices) - len(images),
-        calibrated_on=len(calibration),
-    )
+    return tell(content)
 
 
 if __name__ == "__main__":

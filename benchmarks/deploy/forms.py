@@ -24,30 +24,23 @@ Calibration = Float32[np.ndarray, "images 3 height width"]
 
 
 def float_forms(weights: Weights, folder: Path, calibration: Calibration) -> dict[str, Form]:
-    """All forms of weights that were trained in floating point; the first, `REFERENCE`, is what they are measured by.
+    """All forms of weights in float32, as files in a folder; the first, `REFERENCE`, is what they are measured by.
 
-    Args:
-        weights: in float32.
-        folder: for their files.
-        calibration: normalised training images, for static quantisation.
-
-    Raises:
-        ConversionError: a file cannot be written.
+    Static quantisation is calibrated on normalised training images. Raises ConversionError if a file cannot be written.
     """
-    forms = {REFERENCE: _float32(weights, folder / "float32.safetensors")}
-    say("making ONNX float32 and float16")
-    exported, half = folder / "float32.onnx", folder / "float16.onnx"
+    say("making safetensors, ONNX and StableHLO")
+    torch, exported, half, program = (folder / name for name in ("w.safetensors", "32.onnx", "16.onnx", "stablehlo"))
+    write(weights, torch)
     write_bytes(exported, onnx_graph(weights).SerializeToString())
     write_bytes(half, onnx_graph(weights, "float16").SerializeToString())
-    forms[FLOAT_FILE] = _form(exported, "onnxruntime", "float32")
-    forms["ONNX float16"] = _form(half, "onnxruntime", "float16")
-    for name, file in _int8(exported, folder, calibration).items():
-        forms[f"ONNX {name}"] = _form(file, "onnxruntime", "int8")
-    say("making StableHLO float32")
-    program = folder / "float32.stablehlo"
     write_bytes(program, stablehlo_program(weights))
-    forms["StableHLO float32"] = _form(program, "stablehlo", "float32")
-    return forms
+    return {
+        REFERENCE: _form(torch, "torch", "float32"),
+        FLOAT_FILE: _form(exported, "onnxruntime", "float32"),
+        "ONNX float16": _form(half, "onnxruntime", "float16"),
+        **_int8("", exported, calibration),
+        "StableHLO float32": _form(program, "stablehlo", "float32"),
+    }
 
 
 def qat_forms(weights: Weights, folder: Path, calibration: Calibration) -> dict[str, Form]:
@@ -55,29 +48,23 @@ def qat_forms(weights: Weights, folder: Path, calibration: Calibration) -> dict[
     from train.optim.quantize import quantised
 
     say("making the integers of quantisation-aware training")
-    source = _float32(weights, folder / "qat.safetensors").file
-    integers = quantised(flax_model(weights), "int8")
-    size = sum(array.nbytes for array in jax.tree.leaves(nnx.state(integers)))
-    forms = {"QAT int8, qwix in JAX": Form(runs_in="qwix", file=source, size=size, dtype="int8", qat=True)}
-    exported = folder / "qat.onnx"
+    source, exported = folder / "qat.safetensors", folder / "qat.onnx"
+    write(weights, source)
     write_bytes(exported, onnx_graph(weights).SerializeToString())
-    for name, file in _int8(exported, folder, calibration).items():
-        forms[f"QAT weights, ONNX {name}"] = _form(file, "onnxruntime", "int8", qat=True)
-    return forms
+    size = sum(array.nbytes for array in jax.tree.leaves(nnx.state(quantised(flax_model(weights), "int8"))))
+    qwix = Form(runs_in="qwix", file=str(source), bytes=size, dtype="int8", qat=True)
+    return {"QAT int8, qwix in JAX": qwix} | _int8("QAT weights, ", exported, calibration, qat=True)
 
 
-def _float32(weights: Weights, file: Path) -> Form:
-    write(weights, file)
-    return _form(file, "torch", "float32")
-
-
-def _int8(exported: Path, folder: Path, calibration: Calibration) -> dict[str, Path]:
-    files = {f"int8 {kind}": folder / f"{exported.stem}-{kind}.onnx" for kind in ("dynamic", "static")}
-    say("making ONNX int8, dynamic and static")
-    quantize_dynamic(exported, files["int8 dynamic"])
-    quantize_static(exported, files["int8 static"], calibration)
-    return files
+def _int8(prefix: str, exported: Path, calibration: Calibration, *, qat: bool = False) -> dict[str, Form]:
+    dynamic, static = (exported.with_name(f"{exported.stem}-{kind}.onnx") for kind in ("dynamic", "static"))
+    quantize_dynamic(exported, dynamic)
+    quantize_static(exported, static, calibration)
+    return {
+        f"{prefix}ONNX int8 dynamic": _form(dynamic, "onnxruntime", "int8", qat=qat),
+        f"{prefix}ONNX int8 static": _form(static, "onnxruntime", "int8", qat=qat),
+    }
 
 
 def _form(file: Path, runs_in: str, dtype: str, *, qat: bool = False) -> Form:
-    return Form(runs_in=runs_in, file=str(file), size=file.stat().st_size, dtype=dtype, qat=qat)
+    return Form(runs_in=runs_in, file=str(file), bytes=file.stat().st_size, dtype=dtype, qat=qat)

@@ -11,7 +11,6 @@ from jaxtyping import Float32, Int
 from benchmarks.rounds import say
 from convert.errors import SettingsError
 from convert.weights import Weights
-from crossvit_jax.config import CrossViTConfig
 from crossvit_jax.preprocess import UnreadableImage
 from train.config import TrainConfig
 from train.data.datasets import open_image_sets
@@ -21,7 +20,6 @@ from train.inference.command import tell_notes
 from train.inference.model import load_classifier_weights
 from train.optim.quantize import require_qwix
 from train.run.folder import read_settings
-from train.run.progress import open_bar
 from train.tasks.classification import match_classes
 
 
@@ -42,28 +40,22 @@ class Run:
 
 @dataclass(frozen=True)
 class Model:
-    """A run in floating point, and the quantisation-aware one that goes with it."""
+    """A run in floating point, the quantisation-aware one that goes with it, and their images."""
 
     run: Run
     qat: Run | None
     sets: ImageSets
     classes: Int[np.ndarray, " classes"]  # for each label of the data set, the output that stands for it
 
-    @property
-    def config(self) -> CrossViTConfig:
-        return self.run.weights.config
-
 
 def open_run(source: str, *, dataset: str | None, data_dir: str | None) -> Run:
-    """The weights and settings of a run.
+    """The weights and settings of a run, or of another source that `convert.load_weights` reads.
 
     Args:
-        source: the folder of a training run, or another source that `convert.load_weights` reads.
         dataset, data_dir: instead of the run's; a source that is no run needs the former.
 
-    Raises:
-        ConversionError, SettingsError: see `load_classifier_weights`; the data set is not known; or a run was trained
-            for other integers than int8, or qwix is needed for it and not installed.
+    Raises ConversionError or SettingsError: see `load_classifier_weights`; the data set is not known; or a run was
+    trained for other integers than int8, or qwix is needed for it and not installed.
     """
     if Path(source, "config.json").is_file():
         settings = read_settings(source)
@@ -73,8 +65,9 @@ def open_run(source: str, *, dataset: str | None, data_dir: str | None) -> Run:
         raise SettingsError(f"{source}: no such run; --runs takes folders of training runs")
     else:
         raise SettingsError(f"{source} is no folder of a training run: name what it was trained on with --dataset")
-    changes = {"dataset": dataset, "data_dir": data_dir}
-    settings = dataclasses.replace(settings, **{name: value for name, value in changes.items() if value is not None})
+    settings = dataclasses.replace(
+        settings, dataset=dataset or settings.dataset, data_dir=data_dir or settings.data_dir
+    )
     if settings.qat is not None:
         require_qwix(f"{source} (trained with --qat)")
         if settings.qat != "int8":
@@ -83,26 +76,21 @@ def open_run(source: str, *, dataset: str | None, data_dir: str | None) -> Run:
 
 
 def pair(runs: Sequence[Run]) -> list[tuple[Run, Run | None]]:
-    """Each run in floating point, and the quantisation-aware one that goes with it: the next one of the same model,
-    image size and data set.
+    """Each run in floating point, and the quantisation-aware one that follows it.
 
-    Raises:
-        SettingsError: a quantisation-aware run goes with none, or is the second.
+    Raises SettingsError if a quantisation-aware run follows none of the same model, image size and data set.
     """
     pairs: list[tuple[Run, Run | None]] = []
     for run in runs:
         if run.settings.qat is None:
             pairs.append((run, None))
-            continue
-        place = next((i for i in reversed(range(len(pairs))) if pairs[i][0].task == run.task), None)
-        if place is None:
+        elif pairs and pairs[-1][1] is None and pairs[-1][0].task == run.task:
+            pairs[-1] = pairs[-1][0], run
+        else:
             raise SettingsError(
-                f"{run.source} was trained with --qat: name a run without it before, of the same variant, image size "
+                f"{run.source} was trained with --qat: name it after a run without, of the same variant, image size "
                 "and data set"
             )
-        if pairs[place][1] is not None:
-            raise SettingsError(f"{run.source} is a second run with --qat for {pairs[place][0].source}")
-        pairs[place] = pairs[place][0], run
     return pairs
 
 
@@ -118,39 +106,26 @@ def open_model(run: Run, qat: Run | None) -> Model:
     return Model(run, qat, sets, classes)
 
 
-def evenly(source: Source, count: int) -> list[int]:
-    """Indices of up to `count` images at even steps, so that each class has its share where they are sorted."""
-    return [index * len(source) // count for index in range(count)] if len(source) > count else [*range(len(source))]
-
-
 def read_images(
-    source: Source, indices: Sequence[int], weights: Weights, file: Path
-) -> tuple[Float32[np.ndarray, "images height width 3"], Int[np.ndarray, " images"]]:
-    """The images as evaluation sees them, and their labels.
+    source: Source, most: int, weights: Weights, file: Path
+) -> tuple[Float32[np.ndarray, "images height width 3"], Int[np.ndarray, " images"], int]:
+    """Images at even steps, so that each class has its share where they are sorted, as evaluation sees them.
 
-    Unreadable ones are named on stderr and left out; a progress bar is there on a terminal.
-
-    Args:
-        file: in which the images are kept; what is returned lies there.
-
-    Raises:
-        SettingsError: none of them could be read.
-        DataError: the data set cannot be read any further.
+    Returns them, in a file of that name; their labels; and how many of the `most` that were asked for could not be
+    read: these are named on stderr. Raises SettingsError if that is all, DataError if the data set cannot be read.
     """
-    config = weights.config
+    config, count = weights.config, min(most, len(source))
     transform, labels = eval_transform(config, weights.exif or "keep"), []
-    images = np.lib.format.open_memmap(file, "w+", np.float32, (len(indices), *config.image_size, 3))
-    with open_bar(total=len(indices), unit=" images") as bar:
-        for index in indices:
-            try:
-                sample = transform(source[index])
-            except UnreadableImage as error:
-                say(f"{error}: left out")
-            else:
-                images[len(labels)] = sample["image"]
-                labels.append(sample["label"])
-            bar.update()
+    images = np.lib.format.open_memmap(file, "w+", np.float32, (count, *config.image_size, 3))
+    for number in range(count):
+        try:
+            sample = transform(source[number * len(source) // count])
+        except UnreadableImage as error:
+            say(f"{error}: left out")
+        else:
+            images[len(labels)] = sample["image"]
+            labels.append(sample["label"])
     if not labels:
-        raise SettingsError(f"none of the {len(indices)} images could be read")
+        raise SettingsError(f"none of the {count} images could be read")
     images.flush()
-    return images[: len(labels)], np.array(labels)
+    return images[: len(labels)], np.array(labels), count - len(labels)

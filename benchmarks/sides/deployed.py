@@ -12,15 +12,22 @@ from jaxtyping import Float32
 from benchmarks.task import DeployTask, Images, Program, jax_facts, repeated, usable_cores
 
 Logits = Float32[np.ndarray, "batch classes"]
+Loaded = tuple[Callable[[Images], Any], Callable[[Any], Logits], dict[str, str]]  # for images, from these, facts
 
 
 def load(task: DeployTask, side: str) -> Program:
     """The program of a form. Imports what the form runs in."""
     form = task.forms[side]
-    return _LOADERS[form.runs_in](task, form.file)
+    prepare, call, facts = _LOADERS[form.runs_in](form.file)
+
+    def check() -> dict[str, Logits]:
+        return {"logits": np.concatenate([call(prepare(batch)) for batch in task.batches()])[: task.checked]}
+
+    images = prepare(next(task.batches()))
+    return Program(check, repeated(lambda: call(images)), facts)
 
 
-def _torch_eager(task: DeployTask, file: str) -> Program:
+def _torch_eager(file: str) -> Loaded:
     """The PyTorch twin in float32."""
     import torch
 
@@ -29,10 +36,10 @@ def _torch_eager(task: DeployTask, file: str) -> Program:
     model = load_torch(file)
     facts = {"torch": torch.__version__, "torch threads": str(torch.get_num_threads())}
     call = torch.inference_mode()(lambda images: model(images).numpy())
-    return _program(task, lambda batch: torch.from_numpy(_channels_first(batch)), call, facts)
+    return lambda batch: torch.from_numpy(_channels_first(batch)), call, facts
 
 
-def _onnx(task: DeployTask, file: str) -> Program:
+def _onnx(file: str) -> Loaded:
     """An ONNX file in ONNX Runtime."""
     import onnxruntime
 
@@ -40,20 +47,20 @@ def _onnx(task: DeployTask, file: str) -> Program:
     options.intra_op_num_threads = usable_cores()  # by itself it takes one for two hyperthreads, unlike torch and XLA
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     facts = {"onnxruntime": onnxruntime.__version__, "onnxruntime threads": str(options.intra_op_num_threads)}
-    return _program(task, _channels_first, lambda images: session.run(None, {"images": images})[0], facts)
+    return _channels_first, lambda images: session.run(None, {"images": images})[0], facts
 
 
-def _stablehlo(task: DeployTask, file: str) -> Program:
+def _stablehlo(file: str) -> Loaded:
     """A StableHLO program in jax."""
     import jax
     from jax import export
 
     with open(file, "rb") as opened:
         run = jax.jit(export.deserialize(bytearray(opened.read())).call)
-    return _program(task, jax.numpy.asarray, lambda images: np.asarray(run(images)), jax_facts())
+    return jax.numpy.asarray, lambda images: np.asarray(run(images)), jax_facts()
 
 
-def _qwix(task: DeployTask, file: str) -> Program:
+def _qwix(file: str) -> Loaded:
     """Weights rounded to int8 and multiplied as integers, as `python -m train.evaluate --quantize int8` has it."""
     import importlib.metadata
 
@@ -69,23 +76,11 @@ def _qwix(task: DeployTask, file: str) -> Program:
     params = nnx.to_pure_dict(state)
     run = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images))
     facts = jax_facts() | {"qwix": importlib.metadata.version("qwix")}
-    return _program(task, jax.numpy.asarray, lambda images: np.asarray(run(params, images)), facts)
-
-
-_LOADERS = {"torch": _torch_eager, "onnxruntime": _onnx, "stablehlo": _stablehlo, "qwix": _qwix}  # by `Form.runs_in`
-
-
-def _program(
-    task: DeployTask, prepare: Callable[[Images], Any], call: Callable[[Any], Logits], facts: dict[str, str]
-) -> Program:
-    """The program that gives `prepare`d images to `call`; its check are the logits of all checked images."""
-
-    def check() -> Logits:
-        return np.concatenate([call(prepare(batch)) for batch in task.batches()])[: task.checked]
-
-    images = prepare(next(task.batches()))
-    return Program(check, repeated(lambda: call(images)), facts)
+    return jax.numpy.asarray, lambda images: np.asarray(run(params, images)), facts
 
 
 def _channels_first(batch: Images) -> Float32[np.ndarray, "batch 3 height width"]:
     return np.ascontiguousarray(batch.transpose(0, 3, 1, 2))
+
+
+_LOADERS = {"torch": _torch_eager, "onnxruntime": _onnx, "stablehlo": _stablehlo, "qwix": _qwix}  # by `Form.runs_in`

@@ -1,17 +1,17 @@
 """timm's loader and step, as its train.py puts them together, each at its best.
 
-timm's transform in all workers, which live on and read ahead over the end of an epoch; pinned memory and timm's
-prefetcher, which normalises and erases on the device, on a GPU. Images are mixed on the device, after erasing, as the
-paper has it; with its prefetcher, train.py has the workers do it, which costs them time.
+Workers live on and read ahead over the end of an epoch; on a GPU with pinned memory and timm's prefetcher. Images are
+mixed on the device, after erasing, as the paper has it; train.py has the workers do it, which costs them time.
 """
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from timm.data import ImageDataset, create_loader
 from torch import Tensor
 
-from benchmarks.sides.fed import Delivered, steady_state, wait_for_rest
+from benchmarks.sides.fed import fed_program, wait_for_rest
 from benchmarks.sides.timm import Training, facts, set_up, wait
 from benchmarks.task import EndToEndTask, Program
 from train.images.transforms import timm_settings
@@ -23,8 +23,8 @@ _AHEAD_PER_WORKER, _AHEAD = 2, 2
 def load(task: EndToEndTask, side: str) -> Program:
     """The program; its workers start with the first batch."""
     set_up()
-    training = Training(task.step, compiled=task.timm == "timm-compile")
-    config, on_gpu = task.recipe("host"), training.device.type == "cuda"
+    training = Training(task)
+    config, on_gpu = task.fed_recipe("host"), training.device.type == "cuda"
     loader = create_loader(
         ImageDataset(f"{task.folder}/train"),
         input_size=(3, *task.image_size),
@@ -40,31 +40,22 @@ def load(task: EndToEndTask, side: str) -> Program:
     batches = _endless(loader)
     del loader  # so that `batches.close` ends the workers
 
-    def check() -> Delivered:
+    def look() -> tuple[np.ndarray, np.ndarray]:
         images, labels = next(batches)
-        return Delivered.of(images.permute(0, 2, 3, 1).cpu().numpy(), labels.cpu().numpy())
+        return images.permute(0, 2, 3, 1).cpu().numpy(), labels.cpu().numpy()
 
     def train(steps: int) -> None:
         for _ in range(steps):
             training.step(*next(batches))
         wait(training.device)
 
-    def around():
-        ahead = _AHEAD_PER_WORKER * task.workers + _AHEAD
-        return steady_state(lambda: next(batches), train, ahead=ahead, workers=task.workers)
-
     def rest() -> None:
         wait_for_rest()
         torch.cuda.empty_cache()  # does nothing on a CPU
 
-    return Program(
-        check,
-        run=lambda calls: train(calls * task.steps),
-        facts=facts(training.device),
-        around=around,
-        close=batches.close,
-        rest=rest,
-    )
+    ahead = _AHEAD_PER_WORKER * task.workers + _AHEAD
+    how = {"look": look, "train": train, "ahead": ahead, "facts": facts(training.device), "close": batches.close}
+    return fed_program(task, take=lambda: next(batches), rest=rest, **how)
 
 
 def _endless(loader) -> Iterator[tuple[Tensor, Tensor]]:

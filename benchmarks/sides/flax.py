@@ -8,36 +8,43 @@ import numpy as np
 import optax
 from flax import nnx
 
-from benchmarks.sides.model_flops import PRODUCT, flops_per_image, peak_flops
-from benchmarks.task import CHECKED_STEPS, Program, Task, jax_facts, on_gpu, repeated
+from benchmarks.sides.peak import PRODUCT, peak_flops
+from benchmarks.task import CHECKED_STEPS, GPU_WARM_UP_S, NEVER, ModelTask, Program, jax_facts, repeated
 from convert import load_flax, load_weights
 from convert.tree import flatten, nest
+from crossvit_jax.config import get_config
 from train.config import TrainConfig
+from train.cost.flops import flops_per_image
+from train.devices.attention import choose_attention
 from train.devices.mesh import make_mesh
 from train.devices.process import keep_freed_memory
 from train.optim.programs import Plan, Programs
 from train.optim.state import State
 from train.tasks.classification import Classification
 
-_NEVER = 1_000_000_000  # steps per epoch: the learning rate stays that of the first one
 
-
-def load(task: Task, side: str) -> Program:
-    """The task's program, not compiled yet: with XLA's attention, or on the side `flax-cudnn` with cuDNN's."""
+def load(task: ModelTask, side: str) -> Program:
+    """The task's program, not compiled yet."""
     set_up(task)
-    attention = "cudnn" if side == "flax-cudnn" else "xla"
-    program = {"inference": _inference, "training": _training}[task.benchmark](task, attention)
+    program = {"inference": _inference, "training": _training}[task.benchmark](task)
     program = dataclasses.replace(
         program,
-        flops=lambda: task.batch_size * flops_per_image(task.variant, training=task.benchmark == "training"),
-        peak_flops=(lambda: _peak_flops(task)) if side == "flax" else None,
+        flops=lambda: (
+            task.batch_size * flops_per_image(get_config(task.variant), gradient=task.benchmark == "training")
+        ),
+        peak_flops=lambda: _peak_flops(task),
     )
     if task.device == "cpu":
         return program
-    return on_gpu(program, peak_bytes=lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"])
+    return dataclasses.replace(
+        program,
+        before_round=lambda: program.run(1),
+        warm_up_s=GPU_WARM_UP_S,
+        peak_bytes=lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"],
+    )
 
 
-def set_up(task: Task) -> None:
+def set_up(task: ModelTask) -> None:
     """What jax has to know before it computes."""
     if task.device == "cpu":
         keep_freed_memory()  # as the commands of train do
@@ -45,10 +52,16 @@ def set_up(task: Task) -> None:
         jax.config.update("jax_default_matmul_precision", "highest")  # a GPU's default is TF32
 
 
-def _inference(task: Task, attention: str) -> Program:
+def _attention(task: ModelTask) -> str:
+    """The kernel of self-attention that the trainer takes here: on GPUs cuDNN's where it can be had."""
+    model, mesh = load_weights(task.weights).config, make_mesh(devices=jax.devices()[:1])
+    return choose_attention("auto", model, task.dtype, mesh, training=task.benchmark == "training")[0]
+
+
+def _inference(task: ModelTask) -> Program:
     dtype = jnp.dtype(task.dtype)
     model = load_flax(task.weights, dtype=dtype, param_dtype=dtype)
-    model.set_attention(attention)
+    model.set_attention(_attention(task))
     graphdef, params = nnx.split(model)
     params = nnx.to_pure_dict(params)
     images = jnp.asarray(task.images(), dtype)
@@ -67,23 +80,21 @@ def _inference(task: Task, attention: str) -> Program:
     return Program(check, repeated(call, jax.block_until_ready), jax_facts())
 
 
-def _training(task: Task, attention: str) -> Program:
+def _training(task: ModelTask) -> Program:
     config = task.recipe()
-    batch = {
-        "image": jnp.asarray(task.images()),
-        "label": jnp.asarray(task.labels()),
-        "bad": jnp.full(task.batch_size, -1, jnp.int32),  # as in every batch of the trainer: none is unreadable
-    }
+    # `bad` as in every batch of the trainer: no image is unreadable
+    batch = {"image": task.images(), "label": task.labels(), "bad": np.full(task.batch_size, -1, np.int32)}
+    batch = {name: jnp.asarray(array) for name, array in batch.items()}
     state, step = None, None
 
     def check() -> dict[str, np.ndarray]:
         nonlocal state, step
-        recipes = [config, dataclasses.replace(config, mixup=0.0, cutmix=0.0)]
-        mixing, plain = (programs_of(task, recipe, attention) for recipe in recipes)  # compile at the same time
-        state, step = begin(plain, task), mixing.train_step
+        plain = dataclasses.replace(config, mixup=0.0, cutmix=0.0)
+        programs = [programs_of(task, recipe) for recipe in ([config] if config == plain else [config, plain])]
+        state, step, checked = begin(programs[-1], task), programs[0].train_step, programs[-1].train_step
         losses = []
         for _ in range(CHECKED_STEPS):
-            state, metrics = plain.train_step(state, batch)
+            state, metrics = checked(state, batch)
             losses.append(float(metrics["loss"]))
         moments = flatten(optax.tree_utils.tree_get(state["opt"], "mu"))
         gradients = [np.linalg.norm(moments[name]) for name in sorted(moments)]
@@ -97,19 +108,19 @@ def _training(task: Task, attention: str) -> Program:
     return Program(check, repeated(call, jax.block_until_ready), jax_facts())
 
 
-def programs_of(task: Task, recipe: TrainConfig, attention: str) -> Programs:
-    """The trainer's programs for a recipe, on one device."""
-    config = dataclasses.replace(recipe, precision=task.dtype, attention_kernel=attention)
+def programs_of(task: ModelTask, recipe: TrainConfig) -> Programs:
+    """The trainer's programs for a recipe, on one device. They compile at the same time."""
+    config = dataclasses.replace(recipe, precision=task.dtype, attention_kernel=_attention(task))
     learned = Classification(config, load_weights(task.weights).config, ())
-    return Programs(Plan(learned, config, make_mesh(devices=jax.devices()[:1]), _NEVER))
+    return Programs(Plan(learned, config, make_mesh(devices=jax.devices()[:1]), NEVER))
 
 
-def begin(programs: Programs, task: Task) -> State:
+def begin(programs: Programs, task: ModelTask) -> State:
     """The trainer's state around the task's weights."""
     return programs.new_state(nest(load_weights(task.weights).tensors))
 
 
-def _peak_flops(task: Task) -> float:
+def _peak_flops(task: ModelTask) -> float:
     rows = PRODUCT[task.device]
     a, b = jax.random.normal(jax.random.key(0), (2, rows, rows), task.dtype)
     multiply = jax.jit(jnp.matmul)

@@ -5,7 +5,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,8 @@ _LONGEST_WAIT = 60.0  # seconds for an answer
 class Load:
     """What came of some load."""
 
-    seconds: float = 0.0  # from its begin to the last answer
+    start: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0  # from its start to the last answer
     statuses: Counter = field(default_factory=Counter)  # 0: there was no answer
     waits: list[float] = field(default_factory=list)  # seconds of those answered with 200, from when they were due
 
@@ -27,14 +28,12 @@ class Load:
 
     @property
     def rate(self) -> float:
-        """Answers with 200 in a second."""
+        """Of answers with 200."""
         return len(self.waits) / self.seconds
 
     def as_json(self) -> dict[str, Any]:
-        """Its figures."""
         asked = sum(self.statuses.values())
         return {
-            "asked": asked,
             "statuses": {str(status): count for status, count in sorted(self.statuses.items())},
             "answered_per_s": self.rate,
             "rejected": (asked - self.statuses[200]) / asked if asked else 0.0,
@@ -43,28 +42,30 @@ class Load:
         }
 
 
-class Connections:
+class _Connections:
     """Sends bodies to one path of a server; connections are opened as they are needed, and used again."""
 
-    def __init__(self, address: str, path: str = "/predict"):
-        self._host, port = address.rsplit(":", 1)
-        self._port, self._path = int(port), path
+    def __init__(self, address: str):
+        self._host, self._port = address.rsplit(":", 1)
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
-    async def ask(self, body: bytes, content_type: str = "application/octet-stream") -> int:
-        """The status of the answer; 0: there was none."""
+    async def ask(self, load: Load, body: bytes, due: float) -> None:
+        """Asks once, and counts the answer; its wait began when it was due."""
         try:
             async with asyncio.timeout(_LONGEST_WAIT):
-                reader, writer = (
-                    self._idle.pop() if self._idle else await asyncio.open_connection(self._host, self._port)
-                )
-                head = f"POST {self._path} HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: {content_type}\r\n"
-                writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-                answer = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-                length = int(answer.split("content-length:", 1)[1].split("\r\n", 1)[0])
-                await reader.readexactly(length)
-        except (OSError, EOFError, TimeoutError, asyncio.IncompleteReadError):
-            return 0
+                status = await self._status(body)
+        except (OSError, EOFError, TimeoutError):
+            status = 0
+        load.statuses[status] += 1
+        if status == 200:
+            load.waits.append(time.perf_counter() - due)
+
+    async def _status(self, body: bytes) -> int:
+        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, int(self._port))
+        head = f"POST /predict HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: application/octet-stream\r\n"
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        answer = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+        await reader.readexactly(int(answer.split("content-length:", 1)[1].split("\r\n", 1)[0]))
         if "connection: close" in answer:
             writer.close()
         else:
@@ -81,21 +82,17 @@ async def closed_loop(
 ) -> Load:
     """So many clients, each of which asks again as soon as it is answered: how much a server can do.
 
-    Args:
-        seconds, requests: the first of which that is reached ends it.
+    It ends after so many seconds or requests, whichever is first.
     """
-    connections, load, start, asked = Connections(address), Load(), time.perf_counter(), 0
+    load, connections, asked = Load(), _Connections(address), 0
 
     async def client(number: int) -> None:
         nonlocal asked
-        while (begin := time.perf_counter()) < start + seconds and asked < requests:
+        while (begin := time.perf_counter()) < load.start + seconds and asked < requests:
             asked += 1
-            _count(load, await connections.ask(bodies[number % len(bodies)]), begin)
+            await connections.ask(load, bodies[number % len(bodies)], begin)
 
-    await asyncio.gather(*map(client, range(clients)))
-    load.seconds = time.perf_counter() - start
-    connections.close()
-    return load
+    return await _ended(load, connections, map(client, range(clients)))
 
 
 async def open_loop(address: str, bodies: Sequence[bytes], *, rate: float, seconds: float, seed: int = 0) -> Load:
@@ -103,24 +100,16 @@ async def open_loop(address: str, bodies: Sequence[bytes], *, rate: float, secon
 
     A wait begins when the request was due: what makes the sender late is not left out.
     """
-    connections, load, draws = Connections(address), Load(), random.Random(seed)
-    asking, start = set(), time.perf_counter()
-    due = start
-    while (due := due + draws.expovariate(rate)) < start + seconds:
+    load, connections, draws, asking = Load(), _Connections(address), random.Random(seed), set()
+    due = load.start
+    while (due := due + draws.expovariate(rate)) < load.start + seconds:
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        asking.add(asyncio.create_task(connections.ask(load, bodies[len(asking) % len(bodies)], due)))
+    return await _ended(load, connections, asking)
 
-        async def ask(due: float, body: bytes) -> None:
-            _count(load, await connections.ask(body), due)
 
-        task = asyncio.create_task(ask(due, bodies[len(asking) % len(bodies)]))
-        asking.add(task)
+async def _ended(load: Load, connections: _Connections, asking: Iterable[Awaitable]) -> Load:
     await asyncio.gather(*asking)
-    load.seconds = time.perf_counter() - start
+    load.seconds = time.perf_counter() - load.start
     connections.close()
     return load
-
-
-def _count(load: Load, status: int, begin: float) -> None:
-    load.statuses[status] += 1
-    if status == 200:
-        load.waits.append(time.perf_counter() - begin)

@@ -1,4 +1,4 @@
-"""timm's model and the training step of timm's train.py: eager, compiled, and compiled with channels last."""
+"""timm's model and the training step of timm's train.py: eager, and compiled."""
 
 import dataclasses
 from pathlib import Path
@@ -13,45 +13,45 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from benchmarks.sides.model_flops import PRODUCT, peak_flops
-from benchmarks.task import CHECKED_STEPS, Program, Task, on_gpu, repeated
+from benchmarks.sides.peak import PRODUCT, peak_flops
+from benchmarks.task import CHECKED_STEPS, GPU_WARM_UP_S, ModelTask, Program, repeated
 from crossvit_jax.config import TIMM_NAMES
 
 
 def write_weights(variant: str, path: Path) -> None:
-    """Random weights for timm's model of a variant.
+    """Random weights for timm's model of a variant, as large as its initial ones in biases and norms too.
 
-    Noise as large as timm's initial weights goes into every parameter, biases and norms too: fresh ones are 0 and 1,
-    and would let mistakes pass the comparison.
+    Fresh ones are 0 and 1 there, and would let mistakes pass the comparison.
     """
-    generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         model = timm.create_model(TIMM_NAMES[variant])
-    tensors = {}
+    generator, tensors = torch.Generator().manual_seed(0), {}
     for name, parameter in model.state_dict().items():
         is_norm = parameter.ndim == 1 and name.endswith("weight")
         tensors[name] = 0.02 * torch.randn(parameter.shape, generator=generator) + is_norm
     save_file(tensors, path)
 
 
-def load(task: Task, side: str) -> Program:
-    """The task's program, not compiled yet: eager, or on the sides `timm-compile` and `timm-channels-last` compiled.
+def load(task: ModelTask, side: str) -> Program:
+    """The task's program, not compiled yet: eager, or on the side `timm-compile` compiled.
 
     CUDA graphs (`reduce-overhead`) are no side: where batches fill a GPU, it does not wait for launches. Nor is
     `max-autotune`: to compile takes longer than all the rest.
     """
     set_up()
-    layout = torch.channels_last if side == "timm-channels-last" else torch.contiguous_format
-    program = {"inference": _inference, "training": _training}[task.benchmark](task, side != "timm", layout)
+    program = {"inference": _inference, "training": _training}[task.benchmark](task, compiled=side == "timm-compile")
     if side == "timm":
-        program = dataclasses.replace(
-            program,
-            peak_flops=lambda: _peak_flops(task),
-            float32=(lambda: _float32_check(task)) if task.dtype == "bfloat16" else None,
-        )
+        float32 = (lambda: _float32_check(task)) if task.dtype == "bfloat16" else None
+        program = dataclasses.replace(program, peak_flops=lambda: _peak_flops(task), float32=float32)
     if task.device == "cpu":
         return program
-    return on_gpu(program, rest=torch.cuda.empty_cache, peak_bytes=torch.cuda.max_memory_allocated)
+    return dataclasses.replace(
+        program,
+        before_round=lambda: program.run(1),  # takes again what `rest` gave back
+        rest=torch.cuda.empty_cache,
+        warm_up_s=GPU_WARM_UP_S,
+        peak_bytes=torch.cuda.max_memory_allocated,
+    )
 
 
 def set_up() -> None:
@@ -61,23 +61,20 @@ def set_up() -> None:
     torch.backends.cudnn.benchmark = True
 
 
-def _inference(task: Task, compiled: bool, layout: torch.memory_format) -> Program:
+def _inference(task: ModelTask, *, compiled: bool) -> Program:
     dtype, device = getattr(torch, task.dtype), device_of(task)
-    model = _model(task).eval().to(device, dtype, memory_format=layout)
+    model = _model(task).eval().to(device, dtype)
     forward = torch.compile(model) if compiled else model
-    images = _images(task, layout).to(dtype)
-
-    @torch.inference_mode()
-    def check() -> dict[str, np.ndarray]:
-        return {"logits": forward(images).float().cpu().numpy()}
+    images = _images(task).to(dtype)
 
     call = torch.inference_mode()(lambda: forward(images))
+    check = torch.inference_mode()(lambda: {"logits": call().float().cpu().numpy()})
     return Program(check, repeated(call, lambda _: wait(device)), facts(device))
 
 
-def _training(task: Task, compiled: bool, layout: torch.memory_format) -> Program:
-    training = Training(task, compiled, layout)
-    images, labels = _images(task, layout), torch.from_numpy(task.labels()).to(training.device)
+def _training(task: ModelTask, *, compiled: bool) -> Program:
+    training = Training(task, compiled=compiled)
+    images, labels = _images(task), torch.from_numpy(task.labels()).to(training.device)
 
     def check() -> dict[str, np.ndarray]:
         losses = [training.unmixed_step(images, labels).item() for _ in range(CHECKED_STEPS)]
@@ -92,23 +89,18 @@ def _training(task: Task, compiled: bool, layout: torch.memory_format) -> Progra
 class Training:
     """timm's model, AdamW and mixing as its train.py has them; images are (batch, channels, height, width) float32."""
 
-    def __init__(self, task: Task, compiled: bool, layout: torch.memory_format = torch.contiguous_format):
+    def __init__(self, task: ModelTask, *, compiled: bool = False):
         config, self.device = task.recipe(), device_of(task)
-        model = _model(task).train().to(self.device, memory_format=layout)
+        model = _model(task).train().to(self.device)
         self._parameters = dict(model.named_parameters())
         self._classes, self._config, self._autocast = model.num_classes, config, task.dtype == "bfloat16"
         self._forward = torch.compile(model) if compiled else model
         groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=model.no_weight_decay())
         self._optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
         self._cross_entropy = SoftTargetCrossEntropy()
-        self._mix = Mixup(
-            mixup_alpha=config.mixup,
-            cutmix_alpha=config.cutmix,
-            prob=config.mix_prob,
-            switch_prob=config.cutmix_share,
-            label_smoothing=config.smoothing,
-            num_classes=model.num_classes,
-        )
+        alphas = {"mixup_alpha": config.mixup, "cutmix_alpha": config.cutmix, "switch_prob": config.cutmix_share}
+        targets = {"label_smoothing": config.smoothing, "num_classes": model.num_classes}
+        self._mix = Mixup(prob=config.mix_prob, **alphas, **targets)
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """The loss of one step, perhaps not computed yet. Mixes the images in place."""
@@ -133,7 +125,7 @@ class Training:
         return loss
 
 
-def _float32_check(task: Task) -> dict[str, np.ndarray] | None:
+def _float32_check(task: ModelTask) -> dict[str, np.ndarray] | None:
     """What `check` gives of the same task in float32; None where there is no memory left for that."""
     try:
         return load(dataclasses.replace(task, dtype="float32"), "timm").check()
@@ -141,25 +133,24 @@ def _float32_check(task: Task) -> dict[str, np.ndarray] | None:
         return None
 
 
-def _peak_flops(task: Task) -> float:
+def _peak_flops(task: ModelTask) -> float:
     rows, device = PRODUCT[task.device], device_of(task)
     a, b = torch.randn(2, rows, rows, dtype=getattr(torch, task.dtype), device=device)
     return peak_flops(task.device, lambda: torch.mm(a, b), lambda _: wait(device))
 
 
-def _model(task: Task) -> nn.Module:
+def _model(task: ModelTask) -> nn.Module:
     with torch.device("meta"):
         model = timm.create_model(TIMM_NAMES[task.variant])
     model.to_empty(device="cpu").load_state_dict(load_file(task.weights), strict=True)
     return model
 
 
-def _images(task: Task, layout: torch.memory_format) -> Tensor:
-    channels_first = torch.from_numpy(task.images()).permute(0, 3, 1, 2)
-    return channels_first.to(device_of(task)).contiguous(memory_format=layout)
+def _images(task: ModelTask) -> Tensor:
+    return torch.from_numpy(task.images()).permute(0, 3, 1, 2).to(device_of(task)).contiguous()
 
 
-def device_of(task: Task) -> torch.device:
+def device_of(task: ModelTask) -> torch.device:
     return torch.device("cuda" if task.device == "gpu" else "cpu")
 
 

@@ -10,17 +10,16 @@ from PIL import Image
 
 from benchmarks import rounds as measure
 from benchmarks.deploy.__main__ import main
-from benchmarks.deploy.forms import FLOAT_FILE, REFERENCE, quantize_static
+from benchmarks.deploy.forms import REFERENCE, quantize_static
 from benchmarks.deploy.measure import BATCHES, measure_forms
-from benchmarks.deploy.result import Deployed, as_json
-from benchmarks.deploy.runs import Run, evenly, open_model, open_run, pair
-from benchmarks.table import deploy_markdown, failures
+from benchmarks.deploy.runs import Run, open_run, pair, read_images
+from benchmarks.result import as_json
+from benchmarks.table import tables
 from benchmarks.task import DeployTask, Form
-from benchmarks.worker import Ready, Round, SideFailed, load_program
+from benchmarks.worker import Ready, SideFailed
 from convert import load_weights, save
 from convert.errors import SettingsError
-from convert.export.stablehlo import stablehlo_program
-from tests.benchmarks.brief import BriefDeployTask
+from tests.benchmarks.conftest import HereWorker
 from tests.command_line import refusal
 from tests.train.small_weights import save_small
 from train.config import TrainConfig
@@ -28,6 +27,7 @@ from train.evaluate import main as evaluate
 from train.run.folder import write_config
 
 _CLASSES = "abc"
+_TOLD = {"load_s": 0.0, "first_result_s": 0.0}
 
 
 @pytest.fixture
@@ -58,33 +58,6 @@ def _run_folder(folder, weights, **settings):
     return str(folder)
 
 
-class _HereWorker:
-    """A side in this process: loads and checks as a worker does, and times nothing."""
-
-    def __init__(self, side, task, environment, *, patience):
-        self.side, self.task = side, task
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    @property
-    def ready(self):
-        program = load_program(self.task, self.side)
-        program.run(1)
-        return Ready(program.check(), program.facts, 1, 0.0, 0.0, 0.0)
-
-    def round(self):
-        return Round(0.5 if self.side == REFERENCE else 0.25, 0.0)
-
-
-@pytest.fixture
-def here(monkeypatch):
-    monkeypatch.setattr(measure, "Worker", _HereWorker)
-
-
 def _refusal(capsys, *args):
     """The one line of a refusal."""
     return refusal(capsys, "python -m benchmarks.deploy", main, *args)
@@ -96,7 +69,7 @@ def _refusal(capsys, *args):
         ("", "--runs"),
         ("--runs x --repeats 0", "--repeats"),
         ("--runs x --device gpu", "--device"),
-        ("--runs x --json /no/such/folder/x.json", "existing folder"),
+        ("--runs x --json /no/such/folder/x.json", "does not exist"),
         ("--runs /no/such/run", "no such run; --runs takes folders of training runs"),
         ("--runs .", "name what it was trained on with --dataset"),
         ("--runs /no/such/run --dataset digits", "does not exist"),
@@ -136,26 +109,30 @@ def _run(source, weights, **settings):
     return Run(source, TrainConfig(init="x", **settings), load_weights(weights))
 
 
-def test_a_qat_run_joins_the_last_run_of_its_model_and_data_set(weights):
+def test_a_qat_run_joins_the_run_before_it_of_its_model_and_data_set(weights):
     a, b = _run("a", weights), _run("b", weights)
     other = _run("other", weights, dataset="folder:x")
     a8, b8 = _run("a8", weights, qat="int8"), _run("b8", weights, qat="int8")
-    assert pair([a, a8, b, other, b8]) == [(a, a8), (b, b8), (other, None)]
-    with pytest.raises(SettingsError, match="a8 was trained with --qat: name a run without it before"):
-        pair([other, a8])
-    with pytest.raises(SettingsError, match="b8 is a second run with --qat for a"):
-        pair([a, a8, b8])
+    assert pair([a, a8, b, other, b]) == [(a, a8), (b, None), (other, None), (b, None)]
+    for runs in ([other, a8], [a, a8, b8], [a8]):
+        with pytest.raises(SettingsError, match=r"8 was trained with --qat: name it after a run without"):
+            pair(runs)
 
 
-def test_fewer_images_are_taken_at_even_steps():
-    assert evenly(range(12), 4) == [0, 3, 6, 9]
-    assert evenly(range(3), 4) == [0, 1, 2]
+@pytest.mark.parametrize(("count", "most", "taken"), [(12, 4, [0, 3, 6, 9]), (3, 4, [0, 1, 2])])
+def test_fewer_images_are_taken_at_even_steps(count, most, taken, tmp_path, monkeypatch):
+    weights = load_weights(save_small(tmp_path / "small.safetensors", _CLASSES))
+    monkeypatch.setattr(
+        "benchmarks.deploy.runs.eval_transform", lambda *_: lambda number: {"image": 0, "label": number}
+    )
+    images, labels, unreadable = read_images(range(count), most, weights, tmp_path / "images.npy")
+    assert (len(images), labels.tolist(), unreadable) == (len(taken), taken, 0)
 
 
 def test_a_batch_is_filled_up_and_only_checked_images_are_in_it(tmp_path):
     images = np.arange(5, dtype=np.float32).reshape(5, 1, 1, 1)
     np.save(tmp_path / "images.npy", images)
-    task = DeployTask(forms={}, images=str(tmp_path / "images.npy"), checked=3, batch_size=2)
+    task = DeployTask(about={}, forms={}, images=str(tmp_path / "images.npy"), checked=3, batch_size=2)
     assert [batch.ravel().tolist() for batch in task.batches()] == [[0, 1], [2, 2]]
 
 
@@ -163,108 +140,75 @@ def test_a_batch_is_filled_up_and_only_checked_images_are_in_it(tmp_path):
 
 
 _FORMS = {
-    REFERENCE: Form(runs_in="torch", file="", size=4_000_000, dtype="float32"),
-    "half": Form(runs_in="onnxruntime", file="", size=2_000_000, dtype="float16"),
-    "int8": Form(runs_in="onnxruntime", file="", size=1_000_000, dtype="int8"),
-    "int8 of qat": Form(runs_in="qwix", file="", size=1_000_000, dtype="int8", qat=True),
+    REFERENCE: Form(runs_in="torch", file="", bytes=4_000_000, dtype="float32"),
+    "half": Form(runs_in="onnxruntime", file="", bytes=2_000_000, dtype="float16"),
+    "int8": Form(runs_in="onnxruntime", file="", bytes=1_000_000, dtype="int8"),
+    "int8 of qat": Form(runs_in="qwix", file="", bytes=1_000_000, dtype="int8", qat=True),
 }
+_ABOUT = {"run": "runs/x", "variant": "ti", "image_size": [48, 48], "held_out_split": "val", "held_out_images": 21}
+_ABOUT |= {"images": 20, "unreadable_images": 1, "calibration_images": 12}
 
 
 @pytest.fixture
-def scripted(monkeypatch, tmp_path):
+def scripted(monkeypatch):
     """Measures `_FORMS` with sides that answer as told: added to the logits that are expected, or a failure."""
     rng = np.random.default_rng(0)
-    expected = {False: rng.normal(size=(20, 3)).astype(np.float32), True: rng.normal(size=(20, 3)).astype(np.float32)}
+    expected = {qat: rng.normal(size=(20, 3)).astype(np.float32) for qat in (False, True)}
     monkeypatch.setattr("benchmarks.deploy.measure._logits", lambda weights, task: expected[weights])
+    labels = expected[False].argmax(axis=1)
+    labels[:4] = (labels[:4] + 1) % 3  # 16 of 20 are right
 
     def measured(**answers):
-        class Scripted(_HereWorker):
+        class Scripted(HereWorker):
             @property
             def ready(self):
                 answer = answers.get(self.side.replace(" ", "_"), 0.0)
                 if isinstance(answer, SideFailed):
                     raise answer
                 logits = expected[self.task.forms[self.side].qat][: self.task.checked]
-                return Ready(logits + np.float32(answer), {"torch": "2"}, 1, 0.0, 0.0, 0.0)
+                return Ready({"logits": logits + np.float32(answer)}, {"torch": "2"}, _TOLD)
 
         monkeypatch.setattr(measure, "Worker", Scripted)
-        weights = {False: False, True: True}
-        return measure_forms(_FORMS, weights, tmp_path / "x.npy", 20, rounds=2)
+        task = DeployTask(about=_ABOUT, forms=_FORMS, images="x.npy", checked=20, batch_size=max(BATCHES))
+        return measure_forms(task, {False: False, True: True}, labels, rounds=2)
 
     return measured
 
 
-def test_each_form_is_compared_with_its_own_weights_and_timed_at_both_batch_sizes(scripted):
-    measured, logits = scripted()
-    assert [at.batch_size for at in measured] == list(BATCHES)
-    assert all(len(at.sides[name].rounds) == 2 for at in measured for name in _FORMS)
-    assert {name: len(answers) for name, answers in logits.items()} == dict.fromkeys(_FORMS, 20)
-
-
 @pytest.mark.parametrize(
     ("answers", "off"),
-    [({"half": 0.2}, "half"), ({"int8": 0.2}, "int8"), ({"int8_of_qat": np.nan}, "int8 of qat")],
+    [({}, None), ({"half": 0.2}, "half"), ({"int8": 0.2}, "int8"), ({"int8_of_qat": np.nan}, "int8 of qat")],
 )
-def test_a_form_beyond_its_bound_is_not_timed_and_the_others_are(scripted, answers, off):
-    measured, _ = scripted(**answers)
+def test_a_form_beyond_its_bound_is_not_timed_and_the_others_are_at_both_batch_sizes(scripted, answers, off):
+    measured = scripted(**answers)
+    assert [at.task.batch_size for at in measured] == list(BATCHES)
     for at in measured:
-        assert "not timed" in at.sides[off].failure
+        assert off is None or "not timed" in at.sides[off].failure
         assert {name: len(times.rounds) for name, times in at.sides.items()} == {
             name: 0 if name == off else 2 for name in _FORMS
         }
 
 
-def _deployed(scripted, weights, pictures, right, **answers):
-    measured, _ = scripted(**answers)
-    run = _run("runs/x", weights, dataset=pictures)
-    return Deployed(
-        model=open_model(run, None),
-        forms=_FORMS,
-        measured=measured,
-        right=right,
-        images=20,
-        unreadable=1,
-        calibrated_on=12,
-    )
+def _rows(measured):
+    (table,) = tables([json.loads(json.dumps(as_json("deploy", measured)))])
+    return table, {cells[1]: cells[2:-1] for cells in _cells(table)}
 
 
-def test_the_table_has_size_ratios_and_points(scripted, weights, pictures):
-    result = _deployed(scripted, weights, pictures, {REFERENCE: 16, "half": 17, "int8": 14}, int8=0.05)
-    content = json.loads(json.dumps(as_json([result])))
-    rows = {cells[1]: cells[2:-1] for cells in _cells(deploy_markdown(content))}
-    assert rows[REFERENCE] == ["4.0", "", "500.00", "", "16.0", "", "80.00", "", "0.0e+00 of the largest logit"]
-    assert rows["half"][:8] == ["2.0", "", "250.00", "2.00 (2.00-2.00)", "32.0", "2.00 (2.00-2.00)", "85.00", "+5.00"]
-    assert rows["int8"][7] == "-10.00" and rows["int8"][8].endswith("of the logits' spread")
-    assert rows["int8 of qat"][0] == "1.0 in memory"
-    (told,) = content["results"]
-    assert told["forms"]["half"]["batches"]["8"]["times_as_fast_as_torch"] == {"ratio": 2, "min": 2, "max": 2}
-    assert (told["held_out_images"], told["images"], told["unreadable_images"]) == (9, 20, 1)
+def test_the_table_has_size_ratios_and_points(scripted):
+    table, rows = _rows(scripted(int8=0.05))
+    assert "runs/x; top-1 on 20 of 21 held-out images (val), 1 more could not be read; static int8" in table
+    assert rows[REFERENCE] == ["4.0", "500.00", "", "16.0", "", "80.00", "", "0.0e+00 of the largest logit"]
+    assert rows["half"][:7] == ["2.0", "250.00", "2.00 (2.00-2.00)", "32.0", "2.00 (2.00-2.00)", "80.00", "+0.00"]
+    assert rows["int8"][7].endswith("of the logits' spread")
+    assert rows["int8 of qat"][0] == "1.0 in memory" and float(rows["int8 of qat"][6]) < 0
 
 
-def test_the_ratio_is_that_of_the_printed_medians_whatever_a_file_says_of_it(scripted, weights, pictures):
-    content = as_json([_deployed(scripted, weights, pictures, {})])
-    torch, half = (content["results"][0]["forms"][name]["batches"]["1"] for name in (REFERENCE, "half"))
-    torch |= {"rounds_s_per_call": [9.0, 9.0]}
-    half |= {"rounds_s_per_call": [1.0, 5.0], "times_as_fast_as_torch": {"median": 7.0, "min": 7.0, "max": 7.0}}
-    rows = {cells[1]: cells[2:-1] for cells in _cells(deploy_markdown(content))}
-    assert rows["half"][3] == "3.00 (1.80-9.00)"
-
-
-def test_sizes_are_shares_of_the_float_onnx_file(scripted, weights, pictures):
-    result = _deployed(scripted, weights, pictures, {})
-    sizes = {FLOAT_FILE: 3_000_000, "half": 1_500_000}
-    forms = {name: dataclasses.replace(_FORMS["half"], size=size) for name, size in sizes.items()}
-    (told,) = as_json([dataclasses.replace(result, forms=forms, measured=[])])["results"]
-    assert [told["forms"][name]["percent_of_onnx_float32"] for name in sizes] == [100, 50]
-
-
-def test_a_failure_is_a_row_and_told_below(scripted, weights, pictures):
-    result = _deployed(scripted, weights, pictures, {REFERENCE: 16}, half=SideFailed("no such | operator"))
-    content = as_json([result])
-    rows = {cells[1]: cells[2:-1] for cells in _cells(deploy_markdown(content))}
-    assert rows["half"] == ["2.0", "", "failed", "", "failed", "", "", "", ""]
-    assert "half at batch 8: no such | operator" in deploy_markdown(content)
-    assert len(failures(content["results"][0])) == 2
+def test_a_failure_is_a_row_that_says_why(scripted):
+    _, rows = _rows(scripted(half=SideFailed("no such | operator")))
+    assert rows["half"] == ["2.0", *["failed: no such / operator", ""] * 2, "", "", ""]
+    _, rows = _rows(scripted(**{REFERENCE.replace(" ", "_"): SideFailed("no torch")}))
+    assert rows[REFERENCE][1:3] == ["failed: no torch"] * 2
+    assert rows["half"][1:3] == ["250.00", "32.0"]  # there are no columns of ratios
 
 
 def _cells(table):
@@ -288,7 +232,8 @@ def test_a_small_run_of_a_model_and_its_qat_run(tmp_path, pictures, weights, her
         capsys.readouterr().out
     )
     written = json.loads((tmp_path / "deploy.json").read_text())
-    (result,) = written["results"]
+    single, result = written["results"]
+    assert (single["batch_size"], result["batch_size"]) == BATCHES
     assert written["machine"]["cpu"] and {"torch", "onnxruntime", "jax", "qwix"} <= written["software"].keys()
     assert (result["run"], result["qat_run"]) == (run, qat)
     assert (result["images"], result["calibration_images"]) == (9, 12)
@@ -301,50 +246,32 @@ def test_a_small_run_of_a_model_and_its_qat_run(tmp_path, pictures, weights, her
 
     assert evaluate([f"--weights={run}", f"--dataset={pictures}", f"--output={tmp_path / 'evaluation'}"]) == 0
     expected = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["top1"]
-    forms = result["forms"]
+    forms = result["sides"]
     assert len(forms) == 9 and forms[REFERENCE]["top1"] == pytest.approx(expected)
     assert forms["ONNX float32"]["top1"] == forms["StableHLO float32"]["top1"] == forms[REFERENCE]["top1"]
     sizes = {name: form["bytes"] for name, form in forms.items()}
     assert sizes["ONNX float16"] < sizes["ONNX float32"]
     assert sizes["QAT int8, qwix in JAX"] < sizes[REFERENCE]
-    for form in forms.values():
-        for batch in form["batches"].values():
-            assert batch["failure"] is None and 0 <= batch["difference"] <= batch["bound"]
+    assert forms["ONNX float32"]["percent_of_onnx_float32"] == 100
+    for form in (*forms.values(), *single["sides"].values()):
+        assert form["failure"] is None and 0 <= form["difference"] <= form["bound"]
     out = capsys.readouterr().out
     assert f"{run}; top-1 on 9 of 9 held-out images (val)" in out and len(_cells(out)) == 2 + 9
 
 
 def test_unreadable_images_are_named_and_not_counted(tmp_path, pictures, weights, here, capsys, monkeypatch):
     monkeypatch.setattr(
-        "benchmarks.deploy.forms.float_forms", lambda weights, folder, *_: {REFERENCE: _saved(weights, folder)}
+        "benchmarks.deploy.measure.float_forms", lambda weights, folder, *_: {REFERENCE: _saved(weights, folder)}
     )
     broken = tmp_path / "pictures" / "val" / "b" / "1.png"
     broken.write_bytes(b"broken")
     file = tmp_path / "deploy.json"
     assert main(["--runs", str(weights), "--dataset", pictures, "--repeats", "1", "--json", str(file)]) == 0
     assert str(broken) in capsys.readouterr().err
-    (result,) = json.loads(file.read_text())["results"]
+    _, result = json.loads(file.read_text())["results"]
     assert (result["images"], result["unreadable_images"]) == (8, 1)
 
 
 def _saved(weights, folder):
     file = save(weights.tensors, weights.config, folder / "float32.safetensors")
-    return Form(runs_in="torch", file=str(file), size=1, dtype="float32")
-
-
-@pytest.mark.slow
-def test_sides_in_processes_of_their_own(tmp_path, pictures, weights, monkeypatch):
-    def forms(weights, folder, *_):
-        program = folder / "float32.stablehlo"
-        program.write_bytes(stablehlo_program(weights))
-        stablehlo = Form(runs_in="stablehlo", file=str(program), size=1, dtype="float32")
-        return {REFERENCE: _saved(weights, folder), "StableHLO float32": stablehlo}
-
-    monkeypatch.setattr("benchmarks.deploy.forms.float_forms", forms)
-    monkeypatch.setattr("benchmarks.deploy.measure.DeployTask", BriefDeployTask)
-    file = tmp_path / "deploy.json"
-    flags = ["--runs", str(weights), "--dataset", pictures, "--images", "5", "--repeats", "1", "--json", str(file)]
-    assert main(flags) == 0
-    (result,) = json.loads(file.read_text())["results"]
-    assert result["images"] == 5
-    assert all(b["images_per_s"] > 0 for form in result["forms"].values() for b in form["batches"].values())
+    return Form(runs_in="torch", file=str(file), bytes=1, dtype="float32")

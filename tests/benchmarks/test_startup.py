@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 import train.flags
 from benchmarks import startup
 from benchmarks.startup import main
@@ -28,17 +26,16 @@ def test_every_pair_begins_with_a_cache_of_its_own(monkeypatch, tmp_path, capsys
     assert main([*flags, "--repeats", "2", "--json", str(file)]) == 0
     assert caches[0] is None  # the warm-up
     assert caches[1] == caches[2] != caches[3] == caches[4]
-    told = json.loads(file.read_text())
-    assert (told["first_start_s"], told["second_start_s"]) == ([2.0, 4.0], [3.0, 5.0])
-    assert told["software"]["jax"] and told["machine"]["cpu"]
-    out = capsys.readouterr().out
-    assert "| second | 4.0 (3.0-5.0) | 1.33 (1.25-1.50) |" in out
-    assert out.endswith("The goal, at most 0.33 of the first start, is missed.\n")
+    (told,) = json.loads(file.read_text())["results"]
+    assert {start: side["seconds"] for start, side in told["sides"].items()} == {
+        "first": [2.0, 4.0],
+        "second": [3.0, 5.0],
+    }
+    assert "| second | 4.0 (3.0-5.0) | 1.33 (1.25-1.50) |" in capsys.readouterr().out
 
 
 def test_an_image_size_that_makes_no_model_is_one_line_and_status_2(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["--image-size", "50"])
+    assert main(["--image-size", "50"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

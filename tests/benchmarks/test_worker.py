@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import worker
 from benchmarks.task import Program
-from benchmarks.worker import Round, SideFailed
+from benchmarks.worker import SideFailed
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class _SmallTask:
     """Whose program writes down what is done with it."""
 
     log: list = field(default_factory=list)
+    least_calls = 3
 
     def loader(self, side):
         return f"{__name__}:_load_small"
@@ -29,9 +30,10 @@ def _load_small(task, side):
         return lambda *_: task.log.append(name) or answer
 
     return Program(
-        check=lambda: None,
-        run=told("run"),
+        check=dict,
+        run=lambda times: task.log.append(f"run {times}"),
         facts={},
+        before_round=told("before"),
         rest=told("rest"),
         warm_up_s=0.0,
         peak_bytes=told("peak_bytes", 5),
@@ -54,21 +56,22 @@ class _Pipe:
         self.answers.append(answer)
 
 
-def test_a_side_gives_back_memory_whenever_others_have_their_turn_and_tells_its_peak_before_it_takes_more():
-    task, pipe = _SmallTask(), _Pipe("warm up", "round", None)
+def test_a_side_gives_back_memory_whenever_others_have_their_turn_and_tells_its_peak_before_it_takes_more(monkeypatch):
+    monkeypatch.setattr(worker, "_time", lambda program, times: program.run(times) or 0.4)
+    task, pipe = _SmallTask(), _Pipe("round", None)
     worker._take_turns("timm", task, pipe)
-    loaded, ready, turn = pipe.answers
-    assert loaded == "loaded" and isinstance(turn, Round)
-    assert (ready.peak_bytes, ready.flops_per_call, ready.peak_flops, ready.float32) == (5, 6, 7.0, 8)
+    ready, turn = pipe.answers
+    assert (ready.told["peak_bytes"], ready.flops, ready.peak_flops, ready.float32) == (5, 6, 7.0, 8)
     assert task.log == [
-        *("load", "run", "flops", "rest"),
-        *("run", "peak_bytes", "peak_flops", "float32", "rest"),
-        *("run", "rest"),
+        *("load", "run 1", "run 1", "peak_bytes", "flops", "peak_flops", "float32", "rest"),
+        *("before", "run 3", "rest"),  # calls of 0.4 seconds: two fill a second, but it asks for three
     ]
+    assert turn[0] == pytest.approx(0.4 / 3)
 
 
-def test_a_side_that_hangs_has_failed():
-    with worker.Worker("timm", _HangingTask(), {}, patience=0.1) as hanging:
+def test_a_side_that_hangs_has_failed(monkeypatch):
+    monkeypatch.setattr(worker, "PATIENCE", 0.1)
+    with worker.Worker("timm", _HangingTask(), {}) as hanging:
         with pytest.raises(SideFailed, match=r"^no answer within 0\.1 s$"):
             _ = hanging.ready
         hanging._process.join(5)

@@ -88,7 +88,7 @@ def test_a_flags_user_error_is_shown_as_it_is(capsys):
         *(kind("why") for kind in (TrainingFailed, CheckpointError, SidesDisagree)),
         Interrupted("saved", 130),
         DoesNotFit("too much", 7.5),
-        SideFailed("killed", out_of_memory=True),
+        SideFailed("killed"),
         UnreadableImage("a.png", "it is empty"),
         NotWritten(Path("out.pth"), "no space left on device"),
     ],

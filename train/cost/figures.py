@@ -46,6 +46,7 @@ class Figures:
     inference: bool = False  # the forward pass, not the training step
     roofline: "Roofline | None" = None  # of one device; None for all but GPUs that are not there
     early_reductions: tuple[int, int] | None = None  # of a GPU's, see `train.cost.hlo.early_reductions`
+    estimate: slices.Estimate | None = None  # of the time on a slice of TPUs
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def compile_step(
             memory, hlo = program.memory(compiled), compiled.as_text()
             needed = memory.total
             read |= {"memory": memory, "traffic": communication(hlo), "cycles": estimated_cycles(hlo)}
+            read["estimate"] = slices.estimate(mesh.devices.flat[0].device_kind, read["cycles"], read["traffic"])
             cost = compiled.cost_analysis()
             if cost is not None and (inference or config.grad_accum == 1):
                 read["compiler_flops"] = cost["flops"] * mesh.size  # XLA's are one device's, loops once

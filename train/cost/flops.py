@@ -19,15 +19,31 @@ def macs_per_image(config: CrossViTConfig) -> int:
 
     The resize between the branches, which is no product by nature, does not count.
     """
-    graphdef, params = abstract_model(dataclasses.replace(config, crop_scale=True))  # a crop in its place
+    return flops_per_image(config) // 2
+
+
+def flops_per_image(config: CrossViTConfig, *, gradient: bool = False) -> int:
+    """FLOPs of a classifier's matrix products and convolutions for one image, two per multiply-add.
+
+    Cross-attention counts in the order of computation that needs least. What a program computes again for its gradient
+    does not count, nor does the resize.
+
+    Args:
+        gradient: the forward pass and the gradient of the parameters.
+    """
+    # a crop takes the place of the resize; dropout asks for the plain attention, whose gradient computes nothing again
+    config = dataclasses.replace(config, crop_scale=True, attn_drop_rate=0.5 * gradient)
+    graphdef, params = abstract_model(config)
     images = jax.ShapeDtypeStruct((1, *config.image_size, config.in_chans), jnp.float32)
 
     def forward(params: Any, images: Any) -> Any:
         model = nnx.merge(graphdef, params)
+        if gradient:
+            return model(images, rngs=nnx.Rngs(dropout=jax.random.key(0))).sum()
         model.eval()
         return model(images)
 
-    return matrix_flops(jax.make_jaxpr(forward)(params, images)) // 2
+    return matrix_flops(jax.make_jaxpr(jax.grad(forward) if gradient else forward)(params, images))
 
 
 def matrix_flops(program: ClosedJaxpr | Jaxpr) -> int:

@@ -36,6 +36,12 @@ def describe(figures: Figures, num_classes: int) -> str:
     lines.append(f"FLOPs per {what}: {_count(figures.flops)} in matrix products and convolutions{by_xla}")
     if figures.cycles is not None:
         lines.append(f"clock cycles per {what} by the compiler's own estimate: {_count(figures.cycles)}")
+    if figures.estimate is not None:
+        times = [("computing", figures.estimate.compute), ("communication", figures.estimate.communication)]
+        parts = " and ".join(f"{1000 * seconds:.2f} ms of {part}" for part, seconds in times)
+        lines.append(
+            f"estimated time per {what}: {parts}, {_range(figures)} ms together: {_images_per_s(figures)} images/s"
+        )
     if figures.roofline is not None:
         lines += _describe_kernels(figures)
     if figures.traffic is not None:
@@ -78,11 +84,12 @@ def _describe_traffic(figures: Figures, what: str) -> str:
 # --- tables ---
 
 
-def columns(*, on_gpus: bool) -> Columns:
+def columns(*, on_gpus: bool = False, on_tpus: bool = False) -> Columns:
     """What the rows of a table of `Figures` say.
 
     Args:
         on_gpus: some are of GPUs that are not there.
+        on_tpus: some are of slices of TPUs that are not there.
     """
     first = {
         "variant": lambda figures: figures.config.variant,
@@ -102,7 +109,7 @@ def columns(*, on_gpus: bool) -> Columns:
     }
     if not on_gpus:
         del last["early reductions"]
-    return first | (_KERNEL_COLUMNS if on_gpus else {}) | last
+    return first | (_KERNEL_COLUMNS if on_gpus else {}) | (_TIME_COLUMNS if on_tpus else {}) | last
 
 
 def _of_roofline(told: Callable[[Any], str]) -> Callable[[Figures], str]:
@@ -129,6 +136,13 @@ _KERNEL_COLUMNS: Columns = {
     ),
 }
 
+_TIME_COLUMNS: Columns = {
+    "compute, ms": lambda figures: _of(figures.estimate, lambda estimate: f"{1000 * estimate.compute:.1f}"),
+    "communication, ms": lambda figures: _of(figures.estimate, lambda estimate: f"{1000 * estimate.communication:.2f}"),
+    "step, ms": lambda figures: _of(figures.estimate, lambda _: _range(figures)),
+    "images/s": lambda figures: _of(figures.estimate, lambda _: _images_per_s(figures)),
+}
+
 FIT_COLUMNS: Columns = {
     "variant": lambda fit: fit.variant,
     "pixels": lambda fit: " x ".join(map(str, dict.fromkeys(fit.image_size))),
@@ -151,6 +165,16 @@ def print_row(shown: Columns, of: Any, *, head: bool) -> None:
     if head:
         rows = [[*shown], ["---"] * len(shown), *rows]
     print(*(f"| {' | '.join(row)} |" for row in rows), sep="\n", flush=True)
+
+
+def _range(figures: Figures) -> str:
+    """Milliseconds between hiding all communication and hiding none."""
+    return f"{1000 * figures.estimate.shortest:.1f}-{1000 * figures.estimate.longest:.1f}"
+
+
+def _images_per_s(figures: Figures) -> str:
+    """At the least."""
+    return f"at least {figures.config.batch_size / figures.estimate.longest:,.0f}"
 
 
 def _of(value: Any, told: Callable[[Any], str]) -> str:

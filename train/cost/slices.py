@@ -1,11 +1,17 @@
-"""Slices of TPUs that are not there, as devices to compile for."""
+"""Slices of TPUs that are not there, as devices to compile for; and how long a program would take on them."""
 
 import importlib.util
 import os
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from convert.errors import MissingExtra, SettingsError
 from crossvit_jax.extras import needs
+
+if TYPE_CHECKING:
+    from train.cost.hlo import Traffic
 
 # Without a TPU, libtpu looks for one, complains at length and leaves log files in /tmp. Told all that, it is silent.
 # It would also refuse to be loaded by a second process, because two cannot share a TPU; but nothing is run on one here.
@@ -17,6 +23,60 @@ _ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_LOG_DIR": "disabled",
 }
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What Google publishes of a chip (Cloud TPU documentation, "TPU versions"), per second."""
+
+    peak: float  # FLOPs in bfloat16
+    flops_per_cycle: int  # of all matrix units: 128 x 128 multiply-adds each
+    links: float  # bytes, of all inter-chip links together
+    axes: int  # of the torus that the links make
+
+    @property
+    def clock(self) -> float:
+        """Cycles per second: those at which the matrix units reach the peak."""
+        return self.peak / self.flops_per_cycle
+
+    @property
+    def ring(self) -> float:
+        """Bytes per second that a chip sends on a ring along one axis, both ways together."""
+        return self.links / self.axes
+
+
+CHIPS = {
+    "TPU v4": Chip(275e12, 8 * 2 * 128**2, 300e9, 3),
+    "TPU v5 lite": Chip(197e12, 4 * 2 * 128**2, 200e9, 2),
+    "TPU v5": Chip(459e12, 8 * 2 * 128**2, 600e9, 3),
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of a program on a slice, for comparing slices: nothing is measured.
+
+    It takes between the longer of the two, if all communication is hidden behind computing, and their sum, if none is.
+    """
+
+    compute: float  # the compiler's estimate of cycles, summed as if nothing overlapped
+    communication: float  # what leaves a chip on rings along one axis of the slice; latency is left out
+
+    @property
+    def shortest(self) -> float:
+        return max(self.compute, self.communication)
+
+    @property
+    def longest(self) -> float:
+        return self.compute + self.communication
+
+
+def estimate(device_kind: str, cycles: int | None, traffic: "Mapping[str, Traffic]") -> Estimate | None:
+    """What a chip's cycles and traffic come to; None where no cycles are known, or no figures of the chip."""
+    chip = CHIPS.get(device_kind)
+    if chip is None or cycles is None:
+        return None
+    return Estimate(cycles / chip.clock, sum(kind.sent for kind in traffic.values()) / chip.ring)
 
 
 def prepare_environment() -> None:

@@ -11,7 +11,7 @@ from flax import nnx
 from crossvit_jax.config import VARIANTS
 from tests.train.steps import abstract_classifier
 from train.cost.figures import compile_step
-from train.cost.slices import slice_devices
+from train.cost.slices import CHIPS, slice_devices
 from train.devices.memory import DoesNotFit, available_memory, memory_errors_explained
 from train.devices.mesh import make_mesh, replicated
 from train.recipes import RECIPES
@@ -66,4 +66,6 @@ def test_gradients_are_summed_once_and_fsdp_divides_the_state_on_a_slice(without
     # every parameter that is cut up is put together at least once
     assert fsdp.traffic["all-gather"].volume > 1.5 * parameters
     assert data.flops == fsdp.flops
+    assert data.estimate.compute == pytest.approx(data.cycles / CHIPS["TPU v5 lite"].clock)
+    assert 0 < data.estimate.communication < fsdp.estimate.communication
     assert data.compiler_flops == pytest.approx(data.flops, rel=0.2)

@@ -1,1 +1,0 @@
-"""What results are compared with, and how they are drawn."""
