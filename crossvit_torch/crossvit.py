@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from crossvit_jax.config import CrossViTConfig, get_config
@@ -14,6 +14,8 @@ from crossvit_torch.layers import Identity, LayerNorm, Linear
 from crossvit_torch.patch_embed import PatchEmbed
 from crossvit_torch.reduce import Size, mean_patch
 from crossvit_torch.resize import resample_pos_embed, scale_image
+
+Masked = tuple[Bool[Tensor, "batch patches"], Float[Tensor, "1 1 dim"]]  # patches, and the token in their place
 
 
 class CrossViT(nn.Module):
@@ -130,16 +132,20 @@ class CrossViT(nn.Module):
             return self._normalise(xs)
 
     def forward_patches(
-        self, images: Float[Tensor, "batch channels height width"]
+        self, images: Float[Tensor, "batch channels height width"], masked: Sequence[Masked] | None = None
     ) -> list[Float[Tensor, "batch _ _ _"]]:
         """Each branch's normalised patches as a map (batch, dim, rows, columns), for dense prediction.
 
         Patches never see the last stage's fusion, which only makes class tokens: it is not run, see
         `unused_by_patches`.
+
+        Args:
+            masked: of each branch the patches (batch, patches), row by row, that a token (1, 1, dim) takes the place of
+                before positions are added; none: no patch.
         """
         self.config.require_all_tokens("forward_patches")
         with self._precision(images):
-            xs = self._embed(images)
+            xs = self._embed(images, masked=masked)
             *stages, last = self.blocks
             for stage in stages:
                 xs, _ = stage(xs)
@@ -286,7 +292,12 @@ class CrossViT(nn.Module):
             return 1 + below + (int(path[3]) if path[1] == "blocks" else depths[stage])
         return 1 + sum(depths) + len(depths) if part in ("norm", "head") else 0
 
-    def _embed(self, images: Tensor, patch_size: tuple[int, ...] | None = None) -> list[Float[Tensor, "batch _ _"]]:
+    def _embed(
+        self,
+        images: Tensor,
+        patch_size: tuple[int, ...] | None = None,
+        masked: Sequence[Masked] | None = None,
+    ) -> list[Float[Tensor, "batch _ _"]]:
         """Each branch's class and patch tokens with position embeddings."""
         if images.ndim != 4 or images.shape[1] != self.config.in_chans:
             raise ValueError(
@@ -298,6 +309,9 @@ class CrossViT(nn.Module):
         config, xs = self._at(patch_size), []
         for i, (patch_embed, size) in enumerate(zip(self.patch_embed, config.branch_image_size, strict=True)):
             x = patch_embed(scale_image(images, size, config.crop_scale), config.patch_size[i])
+            if masked is not None:
+                mask, token = masked[i]
+                x = torch.where(mask[..., None], token.to(x.dtype), x)
             cls_token = getattr(self, f"cls_token_{i}").to(x.dtype)
             x = torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1)
             pos_embed = getattr(self, f"pos_embed_{i}")

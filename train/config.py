@@ -30,10 +30,14 @@ _CLASSIFICATION |= {"distill": None, "distill_alpha": None, "distill_temperature
 _DENSE = {"width": None, "scale_jitter": (1.0, 1.0)}
 _DETECTION = {"num_convs": None, "distances": None}
 _SEGMENTATION = {"decoder": None, "dice": 0, "ignore_index": 255}
+_PRETRAINING = {"method": None, "mask_cell": 24, "mask_ratio": 0.6}
+_OF_PICTURES = ("crop_pct", "crop_scale", "crop_ratio")  # settings of classification that pre-training has as well
 _MEANS_NOTHING = {
-    "classification": _DENSE | _DETECTION | _SEGMENTATION,
-    "detection": _CLASSIFICATION | _SEGMENTATION,
-    "segmentation": _CLASSIFICATION | _DETECTION,
+    "classification": _DENSE | _DETECTION | _SEGMENTATION | _PRETRAINING,
+    "detection": _CLASSIFICATION | _SEGMENTATION | _PRETRAINING,
+    "segmentation": _CLASSIFICATION | _DETECTION | _PRETRAINING,
+    "pretraining": {name: value for name, value in _CLASSIFICATION.items() if name not in _OF_PICTURES}
+    | {**_DENSE, **_DETECTION, **_SEGMENTATION, "freeze_backbone": False},
 }
 _MOST, _LONGEST_TEXT = 10**15, 4096  # of what is asked for; a path can be no longer
 _REPEAT_ROUND = 256  # with repeated augmentation, DeiT's sampler leaves out what does not fill so many places
@@ -110,9 +114,9 @@ class TrainConfig:
     `None` means "follow something else", which the help text names. Raises SettingsError for values that make no run.
     """
 
-    task: Literal["classification", "detection", "segmentation"] = setting(
+    task: Literal["classification", "detection", "segmentation", "pretraining"] = setting(
         "classification",
-        "what is learned: classification, detection (boxes) or segmentation (masks)",
+        "what is learned: classification, detection (boxes), segmentation (masks) or pretraining (without labels)",
         section="data and run",
     )
     variant: str | None = setting(None, "CrossViT variant, by its short name, timm's or IBM's; none: --init's, or ti")
@@ -135,7 +139,8 @@ class TrainConfig:
         "digits",
         "digits, folder:PATH (folder: may be left out), csv:FILE with columns path and label, hf:NAME or hf:PATH of "
         "Hugging Face datasets, or a prepared tensorflow-datasets name; for detection digits "
-        "(scenes of them), coco:PATH, voc:PATH or yolo:FILE; for segmentation digits or masks:PATH",
+        "(scenes of them), coco:PATH, voc:PATH or yolo:FILE; for segmentation digits or masks:PATH; for pretraining "
+        "as for classification, or a folder of pictures without class folders",
         data_set,
     )
     data_dir: str | None = setting(
@@ -168,8 +173,10 @@ class TrainConfig:
         "digits",
         "detection",
         "segmentation",
+        "pretraining",
         "detection-digits",
         "segmentation-digits",
+        "pretraining-digits",
     ] = setting("imagenet", "the set of defaults that the settings start from")
     output: str | None = setting(
         None, "folder of the run: a run in it is continued; none: a new one in runs/", home_path
@@ -291,6 +298,14 @@ class TrainConfig:
         255, "segmentation: the number in masks that stands for no class", at_least=0, at_most=255
     )
 
+    method: Literal["simmim", None] = setting(
+        None,
+        "pretraining: simmim masks cells of an image, whose pixels the model predicts",
+        section="pre-training without labels",
+    )
+    mask_cell: int = setting(24, "side of a cell in pixels; it must divide that of the image", at_least=1)
+    mask_ratio: float = setting(0.6, "share of the cells of an image that are masked", **_SHARE)
+
     epochs: int = setting(300, "passes over the training images", at_least=1, section="optimiser and schedule")
     batch_size: int = setting(4096, "images in a step, over all devices", at_least=1)
     grad_accum: int = setting(1, "parts that a step works through one after the other, to save memory", at_least=1)
@@ -403,7 +418,9 @@ class TrainConfig:
         for name, nothing in _MEANS_NOTHING[self.task].items():
             if getattr(self, name) != nothing:
                 raise SettingsError(f"{name} is no setting of {self.task}; got {getattr(self, name)}")
-        if self.task != "classification" and self.augment_on == "device":
+        if self.task == "pretraining" and self.method is None:
+            raise SettingsError("pretraining needs a method; got none")
+        if self.task in ("detection", "segmentation") and self.augment_on == "device":
             raise SettingsError(f"augment_on device is no setting of {self.task}: images come with boxes or masks")
         distributed = (self.coordinator, self.num_processes, self.process_id)
         if any(value is None for value in distributed) != all(value is None for value in distributed):

@@ -74,7 +74,9 @@ _OWN = ("output", "resume", "coordinator", "num_processes", "process_id")
 _EXAMPLES = """\
 examples:
   python -m train.main --variant s --dataset folder:photos --init hf-hub:timm/crossvit_small_240.in1k
-  python -m train.main --config runs/X/config.json --lr 0.0005 --output runs/lower-lr"""
+  python -m train.main --config runs/X/config.json --lr 0.0005 --output runs/lower-lr
+  python -m train.main --task pretraining --variant s --dataset folder:pictures --output runs/pre
+  python -m train.main --init runs/pre --dataset folder:photos"""
 
 
 def parse_flags(argv: Sequence[str]) -> TrainConfig:

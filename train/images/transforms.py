@@ -10,6 +10,7 @@ these steps, never.
 import math
 import random
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Bool, Float32, UInt8
 from PIL import Image, ImageOps
 
 from convert.errors import require
@@ -93,7 +94,7 @@ def require_timm(config: TrainConfig, *, may_augment_elsewhere: bool) -> None:
         may_augment_elsewhere: whether the device could do it instead.
     """
     steps = _timms_steps(config)
-    if steps and config.augment_on == "host" and config.task == "classification":
+    if steps and config.augment_on == "host" and config.task in ("classification", "pretraining"):
         otherwise = "--augment-on device" * may_augment_elsewhere
         require(f"{', '.join(steps)} on the host", "timm", "torch", otherwise=otherwise, verb="need")
 
@@ -203,6 +204,33 @@ class CropTransform:
         top, left, height, width = draw_crop(rng, pixels.shape[:2], self.scale, self.ratio)
         crop = resize(pixels[top : top + height, left : left + width], self.image_size)
         return {"image": crop, "label": np.int32(sample["label"])}
+
+
+@dataclass(frozen=True)
+class Masking:
+    """A transform that also draws which cells of the image are masked: `cells` (rows, columns) bool, `count` of them.
+
+    In training by the sample's generator, after all that `transform` draws. In evaluation by `seed` and the bytes of
+    the image, so that it is the same in every pass. Training needs no label.
+    """
+
+    transform: "TrainTransform | CropTransform | EvalTransform"
+    grid: tuple[int, int]
+    count: int
+    seed: int = 0
+
+    def __call__(self, sample: dict[str, Any], rng: np.random.Generator | None = None) -> dict[str, Any]:
+        if rng is not None:
+            return {"image": self.transform(sample, rng)["image"], "cells": self._drawn(rng)}
+        rng = np.random.default_rng((self.seed, zlib.crc32(sample["image"])))
+        return {**self.transform(sample), "cells": self._drawn(rng)}
+
+    def _drawn(self, rng: np.random.Generator) -> Bool[np.ndarray, "rows columns"]:
+        return (rng.permutation(math.prod(self.grid)) < self.count).reshape(self.grid)
+
+    def blank(self) -> dict[str, Any]:
+        """What stands in for an image that cannot be read."""
+        return {**self.transform.blank(), "cells": np.zeros(self.grid, bool)}
 
 
 def draw_crop(

@@ -18,10 +18,12 @@ from train.data.dense.samples import DenseSets, DenseSource, Reclassed
 from train.data.sources import ImageSets
 from train.devices.attention import choose_attention
 from train.recipes import RECIPES
-from train.tasks import classification
+from train.run.folder import begun_settings
+from train.tasks import classification, pretraining
 from train.tasks.classification import Classification
 from train.tasks.detection import Detection
 from train.tasks.distillation import Teacher
+from train.tasks.pretraining import Pretraining
 from train.tasks.segmentation import Segmentation
 from train.tasks.task import Task
 
@@ -30,6 +32,7 @@ TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "detection": Detection,
     "segmentation": Segmentation,
+    "pretraining": Pretraining,
 }
 
 
@@ -57,6 +60,8 @@ def starting_model(
             f"--resume {config.resume} is of a classifier, whose training cannot go on as {config.task}: --init begins "
             "anew with its weights"
         )
+    if config.task == "pretraining":
+        return pretraining.starting_model(config, begun, starts_anew=starts_anew)
     settings = {"num_classes": len(class_names), **config.model_overrides(), **config.dense_overrides()}
     try:
         if starts_anew and config.init is not None:
@@ -77,10 +82,11 @@ def task_of(model_config: ModelConfig) -> str:
     return model_config.task if isinstance(model_config, DenseConfig) else "classification"
 
 
-def check_task(config: TrainConfig, begun: ModelConfig | None) -> None:
-    """Raises SettingsError if the run that is continued learns something else."""
-    if begun is not None and task_of(begun) != config.task:
-        raise SettingsError(f"the run in {config.output} learns {task_of(begun)}, not {config.task}: name a new folder")
+def check_task(config: TrainConfig, saved: dict[str, Any] | None) -> None:
+    """Raises SettingsError if the run that is continued, whose `config.json` it is, learns something else."""
+    learned = config.task if saved is None else begun_settings(saved)["task"]
+    if learned != config.task:
+        raise SettingsError(f"the run in {config.output} learns {learned}, not {config.task}: name a new folder")
 
 
 def settings_of(task: str) -> TrainConfig:
@@ -157,8 +163,8 @@ def make_task(config: TrainConfig, model_config: ModelConfig, sets: ImageSets, t
     """
     if config.task == "detection":
         return Detection(config, model_config, sets.class_names, sets.most_boxes, sets.category_ids)
-    if config.task == "segmentation":
-        return Segmentation(config, model_config, sets.class_names)
+    if config.task in ("segmentation", "pretraining"):
+        return TASKS[config.task](config, model_config, sets.class_names)
     balanced = config.class_weights == "balanced"
     weights = classification.balanced_weights(sets.train, sets.class_names) if balanced else None
     return Classification(config, model_config, sets.class_names, weights, teacher=teacher)
