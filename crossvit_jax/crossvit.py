@@ -18,7 +18,7 @@ from crossvit_jax.patch_embed import PatchEmbed
 from crossvit_jax.reduce import Size, mean_patch
 from crossvit_jax.resize import resample_pos_embed, scale_image
 
-Masked = tuple[Bool[Array, "batch patches"], Float[Array, "1 1 dim"]]  # patches, and the token in their place
+Masked = tuple[Bool[Array, "batch _"], Float[Array, "1 1 _"]]  # patches, and the token in their place
 
 
 class CrossViT(nnx.Module):

@@ -50,8 +50,9 @@ class MaskedCrossViT(nnx.Module):
         cells: Bool[Array, "batch rows columns"],
         *,
         rngs: nnx.Rngs | None = None,
-    ) -> list[Float[Array, "batch patches pixels"]]:
-        """The values of the pixels of each branch's patches, as `image_patches` has them, in float32 or wider.
+    ) -> list[Float[Array, "batch _ _"]]:
+        """Of each branch the values of its patches' pixels (batch, patches, pixels), as `image_patches` has them, in
+        float32 or wider.
 
         Args:
             images: channels last, ImageNet-normalised, of the model's size.
@@ -127,10 +128,9 @@ def masked_images(
     return jnp.where(pixels[..., None], 0, images)
 
 
-def patch_masks(
-    cells: Bool[Array, "batch rows columns"], config: CrossViTConfig
-) -> list[Bool[Array, "batch patches"]]:
-    """The masked patches of each branch, row by row: those of which masked cells cover half or more."""
+def patch_masks(cells: Bool[Array, "batch rows columns"], config: CrossViTConfig) -> list[Bool[Array, "batch _"]]:
+    """The masked patches (batch, patches) of each branch, row by row: those of which masked cells cover half or
+    more."""
     masks = []
     for branch in range(len(config.branches)):
         rows, columns = cell_overlaps(config, branch, cells.shape[1:])
@@ -143,8 +143,9 @@ def patch_masks(
 
 def image_patches(
     images: Float[Array, "batch height width channels"], config: CrossViTConfig
-) -> list[Float[Array, "batch patches pixels"]]:
-    """What each branch is to predict: its image cut into patches, each one's pixels row by row, channels last."""
+) -> list[Float[Array, "batch _ _"]]:
+    """What each branch is to predict (batch, patches, pixels): its image cut into patches, each one's pixels row by
+    row, channels last."""
     patches = []
     for size, side in zip(config.branch_image_size, config.patch_size, strict=True):
         x = scale_image(images, size, config.crop_scale)
@@ -155,7 +156,7 @@ def image_patches(
 
 
 def mean_masked_pixels(
-    masks: Sequence[Bool[Array, "batch patches"]], config: CrossViTConfig
+    masks: Sequence[Bool[Array, "batch _"]], config: CrossViTConfig
 ) -> Float[Array, "batch branches"]:
     """What `masked_loss` divides by: each branch's number of masked pixels, as the mean over all images, repeated for
     each.
@@ -168,9 +169,9 @@ def mean_masked_pixels(
 
 
 def masked_loss(
-    predictions: Sequence[Float[Array, "batch patches pixels"]],
-    patches: Sequence[Float[Array, "batch patches pixels"]],
-    masks: Sequence[Bool[Array, "batch patches"]],
+    predictions: Sequence[Float[Array, "batch _ _"]],
+    patches: Sequence[Float[Array, "batch _ _"]],
+    masks: Sequence[Bool[Array, "batch _"]],
     config: CrossViTConfig,
     masked_pixels: Float[Array, "batch branches"] | None = None,
 ) -> Float[Array, ""]:

@@ -15,7 +15,7 @@ from crossvit_torch.patch_embed import PatchEmbed
 from crossvit_torch.reduce import Size, mean_patch
 from crossvit_torch.resize import resample_pos_embed, scale_image
 
-Masked = tuple[Bool[Tensor, "batch patches"], Float[Tensor, "1 1 dim"]]  # patches, and the token in their place
+Masked = tuple[Bool[Tensor, "batch _"], Float[Tensor, "1 1 _"]]  # patches, and the token in their place
 
 
 class CrossViT(nn.Module):

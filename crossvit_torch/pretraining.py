@@ -52,8 +52,9 @@ class MaskedCrossViT(nn.Module):
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], cells: Bool[Tensor, "batch rows columns"]
-    ) -> list[Float[Tensor, "batch patches pixels"]]:
-        """The values of the pixels of each branch's patches, as `image_patches` has them, in float32 or wider.
+    ) -> list[Float[Tensor, "batch _ _"]]:
+        """Of each branch the values of its patches' pixels (batch, patches, pixels), as `image_patches` has them, in
+        float32 or wider.
 
         Args:
             images: channels first, ImageNet-normalised, of the model's size.
@@ -121,10 +122,9 @@ def masked_images(
     return torch.where(pixels[:, None], 0, images)
 
 
-def patch_masks(
-    cells: Bool[Tensor, "batch rows columns"], config: CrossViTConfig
-) -> list[Bool[Tensor, "batch patches"]]:
-    """The masked patches of each branch, row by row: those of which masked cells cover half or more."""
+def patch_masks(cells: Bool[Tensor, "batch rows columns"], config: CrossViTConfig) -> list[Bool[Tensor, "batch _"]]:
+    """The masked patches (batch, patches) of each branch, row by row: those of which masked cells cover half or
+    more."""
     masks = []
     for branch in range(len(config.branches)):
         overlaps = cell_overlaps(config, branch, tuple(cells.shape[1:]))
@@ -137,8 +137,9 @@ def patch_masks(
 
 def image_patches(
     images: Float[Tensor, "batch channels height width"], config: CrossViTConfig
-) -> list[Float[Tensor, "batch patches pixels"]]:
-    """What each branch is to predict: its image cut into patches, each one's pixels row by row, channels last."""
+) -> list[Float[Tensor, "batch _ _"]]:
+    """What each branch is to predict (batch, patches, pixels): its image cut into patches, each one's pixels row by
+    row, channels last."""
     patches = []
     for size, side in zip(config.branch_image_size, config.patch_size, strict=True):
         x = scale_image(images, size, config.crop_scale)
@@ -149,7 +150,7 @@ def image_patches(
 
 
 def mean_masked_pixels(
-    masks: Sequence[Bool[Tensor, "batch patches"]], config: CrossViTConfig
+    masks: Sequence[Bool[Tensor, "batch _"]], config: CrossViTConfig
 ) -> Float[Tensor, "batch branches"]:
     """What `masked_loss` divides by: each branch's number of masked pixels, as the mean over all images, repeated for
     each.
@@ -162,9 +163,9 @@ def mean_masked_pixels(
 
 
 def masked_loss(
-    predictions: Sequence[Float[Tensor, "batch patches pixels"]],
-    patches: Sequence[Float[Tensor, "batch patches pixels"]],
-    masks: Sequence[Bool[Tensor, "batch patches"]],
+    predictions: Sequence[Float[Tensor, "batch _ _"]],
+    patches: Sequence[Float[Tensor, "batch _ _"]],
+    masks: Sequence[Bool[Tensor, "batch _"]],
     config: CrossViTConfig,
     masked_pixels: Float[Tensor, "batch branches"] | None = None,
 ) -> Float[Tensor, ""]:

@@ -21,7 +21,7 @@ def cell_grid(config: CrossViTConfig, cell: int) -> tuple[int, int]:
         stride = max(height / rows, width / columns)
         if cell < stride and not config.crop_scale:
             raise ValueError(
-                f"cells of {cell} pixels are smaller than the patches of branch {branch}, {stride:g} pixels of the image"
+                f"cells of {cell} pixels are smaller than the patches of branch {branch}, which have {stride:g} pixels"
             )
     return height // cell, width // cell
 

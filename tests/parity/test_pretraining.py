@@ -32,6 +32,7 @@ from tests.small_model import small_config
 LOSS_BOUND = {"float32": 1e-6, "float64": 1e-12}
 CONFIG = small_config(0)  # branches of 4 x 4 and 2 x 2 patches
 UNLIKE = CONFIG.replace(image_size=120, image_scale=(1, 14 / 15))  # 10 x 10 and 7 x 7, which share no border inside
+FUSED = UNLIKE.replace(stages=2)  # so that each branch is told of the other
 
 
 def twins(config, precision):
@@ -49,7 +50,7 @@ def test_no_masked_pixel_has_any_part_in_the_tokens_of_any_branch():
     cells = draw_cells(0, 2, (5, 5), 15)
     pixels = cells.repeat(24, 1).repeat(24, 2)
     x = random_array(1, 2, 3, 120, 120).astype(np.float32)
-    twin, build = twins(UNLIKE, "float32")
+    twin, build = twins(FUSED, "float32")
     inputs = torch.tensor(x, requires_grad=True)
     maps = twin.forward_masked(inputs, torch.tensor(cells))
     of_torch = [torch.autograd.grad(out.sin().sum(), inputs, retain_graph=True)[0].numpy() for out in maps]
@@ -65,10 +66,11 @@ def test_no_masked_pixel_has_any_part_in_the_tokens_of_any_branch():
 
     params = nnx.state(flax_module(build, twin.state_dict()), nnx.Param)
     of_flax = [np.asarray(grad) for grad in gradients(params, jnp.asarray(channels_last(x)))]
-    for one, other in zip(of_torch, of_flax, strict=True):
+    # a patch of branch 1 that is masked for the most part has visible pixels too, which it does not see
+    for one, other, share in zip(of_torch, of_flax, (1, 0.8), strict=True):
         assert error(other, channels_last(one)) <= GRADIENT_BOUND["float32"]
         assert not one.transpose(0, 2, 3, 1)[pixels].any() and not other[pixels].any()
-        assert (np.abs(other[~pixels]).max(-1) > 0).mean() > 0.9
+        assert (np.abs(other[~pixels]).max(-1) > 0).mean() >= share
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -84,8 +86,10 @@ def test_the_loss_is_that_of_transformers_for_each_branch(precision):
         settings |= {"image_size": size, "patch_size": patch, "encoder_stride": patch}
         reference = perturb(ViTForMaskedImageModeling(ViTConfig(**settings)), seed=i).to(dtype)
         seen = torch_pretraining.scale_image(images, (size, size))
+        torch.set_default_dtype(dtype)  # in which it adds 1e-5 to the number of masked pixels
         with torch.no_grad():
             result = reference(seen, bool_masked_pos=masks[i])
+        torch.set_default_dtype(torch.float32)
         expected += result.loss.item()
         same_size = CONFIG.replace(image_size=size, image_scale=(1, 1), patch_size=(patch, patch))
         predictions.append(torch_pretraining.image_patches(result.reconstruction, same_size)[0])
@@ -176,9 +180,7 @@ def test_half_precision_predicts_in_float32():
     half = torch_pretraining.MaskedCrossViT(CONFIG, dtype=torch.bfloat16).eval()
     half.load_state_dict(twin.state_dict())
     model = flax_module(partial(_half, CONFIG), twin.state_dict())
-    of_flax = nnx.jit(lambda model, x, cells: model(x, cells))(
-        model, jnp.asarray(channels_last(x)), jnp.asarray(cells)
-    )
+    of_flax = nnx.jit(lambda model, x, cells: model(x, cells))(model, jnp.asarray(channels_last(x)), jnp.asarray(cells))
     with torch.no_grad():
         want, of_torch = twin(torch.tensor(x), torch.tensor(cells)), half(torch.tensor(x), torch.tensor(cells))
     for results in (of_torch, of_flax):
@@ -218,7 +220,7 @@ def test_cells_that_mask_nothing_or_everything_or_do_not_fit_are_refused():
     assert [masked_cells((4, 4), ratio) for ratio in (0.01, 0.5, 0.6, 0.9)] == [1, 8, 10, 15]
     with pytest.raises(ValueError, match="cells of 20 pixels do not fill an image of 48 x 48"):
         cell_grid(CONFIG, 20)
-    with pytest.raises(ValueError, match="cells of 12 pixels are smaller than the patches of branch 1, 24 pixels"):
+    with pytest.raises(ValueError, match="cells of 12 pixels are smaller than the patches of branch 1, which have 24"):
         cell_grid(CONFIG, 12)
     with pytest.raises(ValueError, match=r"a share of 0\.9 masks all of the 4 cells"):
         masked_cells((2, 2), 0.9)
@@ -229,7 +231,7 @@ def test_cells_that_mask_nothing_or_everything_or_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="5 x 5 cells do not fill images of 48 x 48 pixels"):
         torch_pretraining.masked_images(torch.zeros(1, 3, 48, 48), torch.zeros(1, 5, 5, dtype=bool))
     with pytest.raises(ValueError, match="needs a token for each patch"):
-        torch_pretraining.MaskedCrossViT(CONFIG.replace(reduce_tokens="fusion:0.5"))
+        torch_pretraining.MaskedCrossViT(CONFIG.replace(reduce_tokens="merge:1"))
 
 
 def test_the_tokens_of_masked_patches_are_embeddings_that_do_not_decay():
