@@ -118,15 +118,25 @@ class CrossViT(nn.Module):
         return self._pool(xs, sizes)
 
     def forward_features(
-        self, images: Float[Tensor, "batch channels height width"], patch_size: tuple[int, ...] | None = None
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        patch_size: tuple[int, ...] | None = None,
+        *,
+        own_size: bool = False,
     ) -> list[Float[Tensor, "batch _ _"]]:
         """Each branch's normalised tokens (batch, 1 + patches, dim), class token first.
 
-        Raises ValueError as the call, or where `reduce_tokens` leaves no token for each patch.
+        Args:
+            patch_size: see the call.
+            own_size: images of another size than the configured one are not brought to it: they have more patches or
+                fewer, and position embeddings are resampled.
+
+        Raises ValueError as the call, where `reduce_tokens` leaves no token for each patch, or where images at their
+        own size do not divide into whole patches.
         """
         self.config.require_all_tokens("forward_features")
         with self._precision(images):
-            xs = self._embed(images, patch_size)
+            xs = self._embed(images, patch_size, own_size=own_size)
             for stage in self.blocks:
                 xs, _ = stage(xs)
             return self._normalise(xs)
@@ -297,6 +307,7 @@ class CrossViT(nn.Module):
         images: Tensor,
         patch_size: tuple[int, ...] | None = None,
         masked: Sequence[Masked] | None = None,
+        own_size: bool = False,
     ) -> list[Float[Tensor, "batch _ _"]]:
         """Each branch's class and patch tokens with position embeddings."""
         if images.ndim != 4 or images.shape[1] != self.config.in_chans:
@@ -307,6 +318,8 @@ class CrossViT(nn.Module):
             raise ValueError(f"images must be normalised floats; got dtype {images.dtype}")
         images = images.to(self.param_dtype)
         config, xs = self._at(patch_size), []
+        if own_size:
+            config = config.replace(image_size=tuple(images.shape[2:]))
         for i, (patch_embed, size) in enumerate(zip(self.patch_embed, config.branch_image_size, strict=True)):
             x = patch_embed(scale_image(images, size, config.crop_scale), config.patch_size[i])
             if masked is not None:

@@ -133,7 +133,7 @@ RECIPES: dict[str, TrainConfig] = {
         min_lr=0.0,
         weight_decay=0.01,
     ),
-    # SimMIM's for ViT-B on ImageNet (configs/vit_base__800ep, arXiv 2111.09886), with a cosine in place of its one step
+    # SimMIM's for ViT-B on ImageNet (arXiv 2111.09886), with a cosine in place of its one step
     "pretraining": TrainConfig(
         recipe="pretraining",
         task="pretraining",
@@ -149,6 +149,8 @@ RECIPES: dict[str, TrainConfig] = {
         min_lr=1e-6,
         clip_grad=5.0,
     ),
+    "detection-digits": TrainConfig(recipe="detection-digits", task="detection", **_SCENES, distances=(24.0, 48.0)),
+    "segmentation-digits": TrainConfig(recipe="segmentation-digits", task="segmentation", **_SCENES, dice=1.0),
     # At 96 pixels, where 16 cells fill an image and a cell is 2 x 2 patches of the one branch and one of the other
     "pretraining-digits": TrainConfig(
         recipe="pretraining-digits",
@@ -172,6 +174,4 @@ RECIPES: dict[str, TrainConfig] = {
         clip_grad=5.0,
         workers=0,
     ),
-    "detection-digits": TrainConfig(recipe="detection-digits", task="detection", **_SCENES, distances=(24.0, 48.0)),
-    "segmentation-digits": TrainConfig(recipe="segmentation-digits", task="segmentation", **_SCENES, dice=1.0),
 }

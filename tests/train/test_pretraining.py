@@ -7,6 +7,7 @@ import json
 import shutil
 from collections import namedtuple
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,11 +23,15 @@ from tests.command_line import refusal
 from tests.small_model import shrink, small_config
 from tests.train.small_weights import save_small
 from train.evaluate import main as evaluate
+from train.flags import parse_flags
 from train.images.transforms import EvalTransform, Masking
+from train.job import prepare
 from train.main import main
+from train.optim.state import abstract_model
 from train.recipes import RECIPES
 from train.tasks.begin import starting_model
 from train.tasks.pretraining import Pretraining, nearest_classes
+from train.tasks.task import choosing_metric
 
 Run = namedtuple("Run", "folder flags out")
 _FLAGS = ["--task=pretraining", "--image-size=48", "--mask-ratio=0.5", "--epochs=3", "--warmup-epochs=0", "--seed=3"]
@@ -97,7 +102,7 @@ def test_every_form_of_the_result_is_a_source_without_what_only_pretraining_need
     last = load_weights(f"{run.folder}:last").tensors
     for name, array in load_weights(run.folder / "checkpoints" / "6").tensors.items():
         np.testing.assert_array_equal(array, last[name])
-    assert load_flax(run.folder, num_classes=7)(np.zeros((1, 48, 48, 3), np.float32)).shape == (1, 7)
+    assert load_flax(run.folder, num_classes=7).head[0].kernel.shape == (12, 7)
 
     config = dataclasses.replace(RECIPES["digits"], init=str(run.folder))
     model, weights = starting_model(config, tuple("0123456789"), None, starts_anew=True)
@@ -140,11 +145,20 @@ def test_the_last_fusion_which_no_prediction_depends_on_stays_as_it_was(run):
 def test_a_flat_folder_of_pictures_suffices_and_the_loss_chooses_the_best(tmp_path):
     for index, pixels in enumerate(load_digits().images[:150]):
         Image.fromarray((pixels * 15).astype(np.uint8)).save(_made(tmp_path / "pictures") / f"{index}.png")
-    out = _train(*_FLAGS, f"--dataset={tmp_path / 'pictures'}", "--epochs=1", f"--output={tmp_path / 'run'}")
-    assert "135 training images, 15 held out (10% of the pictures)" in out and "(best loss" in out
-    (evaluation,) = [line for line in _metrics(tmp_path / "run") if "eval/loss" in line]
-    assert "eval/knn" not in evaluation
-    assert load_weights(tmp_path / "run").class_names is None
+    flags = ["--recipe=pretraining-digits", f"--dataset=folder:{tmp_path / 'pictures'}"]
+    job = prepare(parse_flags([*_FLAGS, *flags]))
+    assert (len(job.image_sets.train), len(job.image_sets.held_out)) == (135, 15)
+    assert job.image_sets.held_out_split == "10% of the pictures"
+    task = job.task
+    assert task.metrics == () and choosing_metric(task.metrics).name == "loss"
+    shapes = task.batch_shapes(5, training=False)
+    outputs = jax.eval_shape(task.evaluate, abstract_model(task, job.config), shapes)
+    assert "features" not in outputs
+    scores = task.scores(job.image_sets.held_out)
+    for distance in (6.0, 12.0):  # of two batches with an unreadable image each
+        sums = {"distance": np.array([distance, 0.0]), "pixels": np.array([1, 0])}
+        scores.add({"mask": np.array([1, 0]), "label": np.zeros(2, int), "sums": sums})
+    assert scores.values() == {"images": 2, "loss": pytest.approx(18 / 2 / 3, rel=1e-4)}
 
 
 def _made(folder):
@@ -211,7 +225,7 @@ def test_neighbours_vote_as_scikit_learn_has_them():
         (["--mask-cell=12"], "mask_cell: cells of 12 pixels are smaller than the patches of branch 1"),
         (["--mask-ratio=0.9"], "mask_ratio: a share of 0.9 masks all of the 4 cells"),
         (["--mask-ratio=0"], "mask_ratio: a share of 0 masks none of the 4 cells"),
-        (["--batch-size=200"], "batch_size 200 is more than the 136 training images"),
+        (["--batch-size=200"], "batch_size 200 is more than the 137 training images"),
         (["--mixup=0.8"], "mixup is no setting of pretraining; got 0.8"),
         (["--auto-augment=rand-m9-mstd0.5-inc1"], "auto_augment is no setting of pretraining"),
         (["--erase-prob=0.2"], "erase_prob is no setting of pretraining; got 0.2"),
@@ -224,7 +238,7 @@ def test_neighbours_vote_as_scikit_learn_has_them():
         (["--method=mae"], "method must be simmim; got mae"),
         (["--task=classification", "--method=simmim"], "method is no setting of classification; got simmim"),
         (["--task=detection", "--mask-ratio=0.5"], "mask_ratio is no setting of detection; got 0.5"),
-        (["--dataset=missing"], "there is no folder missing"),
+        (["--dataset=folder:missing", "--recipe=pretraining-digits"], "there is no folder missing"),
     ],
 )
 def test_settings_that_make_no_run_are_refused_in_a_line(flags, message, tmp_path, capsys):

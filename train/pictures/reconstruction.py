@@ -41,7 +41,7 @@ def draw_reconstructions(
     predicted pixels in its masked patches. Raises NotWritten if that cannot be written.
 
     Args:
-        patches: predicted by each branch, see `crossvit_jax.pretraining.image_patches`; of no more images.
+        patches: predicted by each branch, see `crossvit_jax.pretraining.masked.image_patches`; of no more images.
         masks: the masked patches of each branch.
     """
     count, size = len(patches[0]), _drawn_size(images)

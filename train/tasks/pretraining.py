@@ -25,7 +25,7 @@ from convert.tree import flatten
 from convert.weights import Weights
 from crossvit_jax.config import CrossViTConfig, get_config
 from crossvit_jax.config.masking import cell_grid, masked_cells
-from crossvit_jax.pretraining import (
+from crossvit_jax.pretraining.masked import (
     BODY,
     MaskedCrossViT,
     image_patches,
