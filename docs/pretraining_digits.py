@@ -95,7 +95,7 @@ def judge(name: str, features: np.ndarray, labels: np.ndarray, held_out: np.ndar
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    from train.tasks.pretraining import nearest_classes
+    from train.tasks.pretraining.scores import nearest_classes
 
     known, asked, right = features[~held_out], features[held_out], labels[held_out]
     nearest = np.mean(nearest_classes(known, labels[~held_out], 10, asked) == right)

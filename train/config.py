@@ -30,7 +30,12 @@ _CLASSIFICATION |= {"distill": None, "distill_alpha": None, "distill_temperature
 _DENSE = {"width": None, "scale_jitter": (1.0, 1.0)}
 _DETECTION = {"num_convs": None, "distances": None}
 _SEGMENTATION = {"decoder": None, "dice": 0, "ignore_index": 255}
-_PRETRAINING = {"method": None, "mask_cell": 24, "mask_ratio": 0.6}
+# of pre-training, by its method
+_OF_METHOD = {
+    "simmim": {"mask_cell": 24, "mask_ratio": 0.6},
+    "dino": {"local_crops": 8, "local_scale": (0.05, 0.4), "prototypes": 65536},
+}
+_PRETRAINING = {"method": None, **_OF_METHOD["simmim"], **_OF_METHOD["dino"]}
 _OF_PICTURES = ("crop_pct", "crop_scale", "crop_ratio")  # settings of classification that pre-training has as well
 _MEANS_NOTHING = {
     "classification": _DENSE | _DETECTION | _SEGMENTATION | _PRETRAINING,
@@ -174,9 +179,11 @@ class TrainConfig:
         "detection",
         "segmentation",
         "pretraining",
+        "dino",
         "detection-digits",
         "segmentation-digits",
         "pretraining-digits",
+        "dino-digits",
     ] = setting("imagenet", "the set of defaults that the settings start from")
     output: str | None = setting(
         None, "folder of the run: a run in it is continued; none: a new one in runs/", home_path
@@ -298,13 +305,21 @@ class TrainConfig:
         255, "segmentation: the number in masks that stands for no class", at_least=0, at_most=255
     )
 
-    method: Literal["simmim", None] = setting(
+    method: Literal["simmim", "dino", None] = setting(
         None,
-        "pretraining: simmim masks cells of an image, whose pixels the model predicts",
+        "pretraining: simmim (cells of an image are masked, and the model predicts their pixels) or dino (of each crop "
+        "of an image the model says what a teacher, its own average, says of another)",
         section="pre-training without labels",
     )
-    mask_cell: int = setting(24, "side of a cell in pixels; it must divide that of the image", at_least=1)
-    mask_ratio: float = setting(0.6, "share of the cells of an image that are masked", **_SHARE)
+    mask_cell: int = setting(24, "simmim: side of a cell in pixels; it must divide that of the image", at_least=1)
+    mask_ratio: float = setting(0.6, "simmim: share of the cells of an image that are masked", **_SHARE)
+    local_crops: int = setting(
+        8, "dino: crops of half the image's side, beside two of --crop-scale", at_least=0, at_most=64
+    )
+    local_scale: tuple[float, float] = setting(
+        (0.05, 0.4), "dino: area of such a crop, as share of the image", number_pair, **_PART
+    )
+    prototypes: int = setting(65536, "dino: outputs of the head; small data sets want fewer, such as 1024", at_least=2)
 
     epochs: int = setting(300, "passes over the training images", at_least=1, section="optimiser and schedule")
     batch_size: int = setting(4096, "images in a step, over all devices", at_least=1)
@@ -418,8 +433,8 @@ class TrainConfig:
         for name, nothing in _MEANS_NOTHING[self.task].items():
             if getattr(self, name) != nothing:
                 raise SettingsError(f"{name} is no setting of {self.task}; got {getattr(self, name)}")
-        if self.task == "pretraining" and self.method is None:
-            raise SettingsError("pretraining needs a method; got none")
+        if self.task == "pretraining":
+            self._check_pretraining()
         if self.task in ("detection", "segmentation") and self.augment_on == "device":
             raise SettingsError(f"augment_on device is no setting of {self.task}: images come with boxes or masks")
         distributed = (self.coordinator, self.num_processes, self.process_id)
@@ -437,6 +452,19 @@ class TrainConfig:
             raise SettingsError(f"coordinator must be address:port, such as 10.0.0.1:1234; got {self.coordinator}")
         if self.coordinator is not None and self.process_id >= self.num_processes:
             raise SettingsError(f"process_id must be below num_processes {self.num_processes}; got {self.process_id}")
+
+    def _check_pretraining(self) -> None:
+        """Raises SettingsError for settings of another method than the one that is asked for."""
+        if self.method is None:
+            raise SettingsError("pretraining needs a method; got none")
+        others = [settings for method, settings in _OF_METHOD.items() if method != self.method]
+        for name, nothing in (item for settings in others for item in settings.items()):
+            if getattr(self, name) != nothing:
+                raise SettingsError(f"{name} is no setting of {self.method}; got {getattr(self, name)}")
+        if self.method == "dino" and self.augment_on == "device":
+            raise SettingsError("augment_on device is no setting of dino: an image is cut into several crops")
+        if self.method == "dino" and self.ema_decay:
+            raise SettingsError("ema_decay is no setting of dino: its teacher is an average, and is what a run leaves")
 
     @property
     def peak_lr(self) -> float:

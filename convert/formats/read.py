@@ -81,6 +81,9 @@ def _read_of_run(choice: run_folder.Choice) -> Stored:
         return replace(stored, notes=[*stored.notes, note])
     params, notes = run_folder.read_state(choice.path, [choice.key])[choice.key], [choice.note]
     if "cls_token_0" in params.get(_BODY, ()):  # of pre-training
+        if "head" in params:  # DINO's, which leaves its teacher
+            params = run_folder.read_state(choice.path, ["extra"])["extra"]["teacher"]
+            notes.append("of student and teacher, the latter was taken")
         notes.append(f"left out of it: {', '.join(sorted(params.keys() - {_BODY}))}")
         params = params[_BODY]
     return Stored(tensors=flatten(params), description=run_folder.read_description(choice.path), notes=notes)

@@ -16,7 +16,7 @@ from crossvit_jax.crossvit import CrossViT
 from crossvit_jax.layers import Linear
 from crossvit_jax.resize import scale_image
 
-_LEAST = 1e-5  # added to the number of masked pixels, as SimMIM does
+LEAST = 1e-5  # added to the number of masked pixels, as SimMIM does
 
 
 class MaskedCrossViT(nnx.Module):
@@ -165,7 +165,7 @@ def mean_masked_pixels(
     """
     counts = [mask.sum().astype(float) * side**2 for mask, side in zip(masks, config.patch_size, strict=True)]
     images = len(masks[0])
-    return jnp.broadcast_to((jnp.stack(counts) + _LEAST) / images, (images, len(counts)))
+    return jnp.broadcast_to((jnp.stack(counts) + LEAST) / images, (images, len(counts)))
 
 
 def masked_loss(

@@ -109,9 +109,25 @@ class DinoCrossViT(nn.Module):
         tokens = self.body.forward_features(images, own_size=True)
         return torch.cat([x[:, 0].to(real) for x in tokens], dim=-1)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """See `CrossViT.set_grad_checkpointing`."""
+        self.body.set_grad_checkpointing(enable)
+
     def no_weight_decay(self) -> set[str]:
         """See `CrossViT.no_weight_decay`; also the last layer, of which only the direction counts."""
-        return {"head.last_layer.weight"} | {f"body.{name}" for name in self.body.no_weight_decay()}
+        return {LAST_LAYER} | {f"{BODY}{name}" for name in self.body.no_weight_decay()}
+
+    def is_head(self, name: str) -> bool:
+        """Whether a parameter, by its dotted name, is none of the CrossViT's."""
+        return not name.startswith(BODY)
+
+    def layer_of(self, name: str) -> int:
+        """See `CrossViT.layer_of`; the head is in the last layer."""
+        return self.body.layer_of(name.removeprefix(BODY) if name.startswith(BODY) else "head")
+
+
+BODY = "body."  # before the names of the CrossViT's parameters
+LAST_LAYER = "head.last_layer.weight"
 
 
 def dino_loss(

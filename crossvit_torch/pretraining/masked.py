@@ -16,7 +16,7 @@ from crossvit_torch.crossvit import CrossViT
 from crossvit_torch.layers import Linear
 from crossvit_torch.resize import scale_image
 
-_LEAST = 1e-5  # added to the number of masked pixels, as SimMIM does
+LEAST = 1e-5  # added to the number of masked pixels, as SimMIM does
 
 
 class MaskedCrossViT(nn.Module):
@@ -159,7 +159,7 @@ def mean_masked_pixels(
     """
     counts = [mask.sum().double() * side**2 for mask, side in zip(masks, config.patch_size, strict=True)]
     images = len(masks[0])
-    return ((torch.stack(counts) + _LEAST) / images).expand(images, len(counts))
+    return ((torch.stack(counts) + LEAST) / images).expand(images, len(counts))
 
 
 def masked_loss(

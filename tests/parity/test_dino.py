@@ -226,7 +226,7 @@ def test_twenty_steps_in_float64_end_at_the_twins_weights_teacher_and_centre():
 
 
 def test_schedules_and_what_does_not_decay():
-    assert [dino.cosine_between(0.996, 1, x) for x in (0, 0.5, 1)] == pytest.approx([0.996, 0.998, 1])
+    assert [dino.cosine_between(0.996, 1.0, x) for x in (0.0, 0.5, 1.0)] == pytest.approx([0.996, 0.998, 1])
     assert float(dino.cosine_between(2.0, 4.0, jnp.float32(0.25))) == pytest.approx(
         torch_dino.cosine_between(2.0, 4.0, 0.25)
     )

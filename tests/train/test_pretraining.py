@@ -7,9 +7,9 @@ import json
 import shutil
 from collections import namedtuple
 
-import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
@@ -30,7 +30,8 @@ from train.main import main
 from train.optim.state import abstract_model
 from train.recipes import RECIPES
 from train.tasks.begin import starting_model
-from train.tasks.pretraining import Pretraining, nearest_classes
+from train.tasks.pretraining.scores import nearest_classes
+from train.tasks.pretraining.simmim import Simmim
 from train.tasks.task import choosing_metric
 
 Run = namedtuple("Run", "folder flags out")
@@ -152,7 +153,7 @@ def test_a_flat_folder_of_pictures_suffices_and_the_loss_chooses_the_best(tmp_pa
     task = job.task
     assert task.metrics == () and choosing_metric(task.metrics).name == "loss"
     shapes = task.batch_shapes(5, training=False)
-    outputs = jax.eval_shape(task.evaluate, abstract_model(task, job.config), shapes)
+    outputs = nnx.eval_shape(task.evaluate, abstract_model(task, job.config), shapes)
     assert "features" not in outputs
     scores = task.scores(job.image_sets.held_out)
     for distance in (6.0, 12.0):  # of two batches with an unreadable image each
@@ -188,7 +189,7 @@ def test_masks_follow_from_seed_and_sample_alone(photo):
     others = [dataclasses.replace(masking, seed=seed)(sample)["cells"] for seed in range(5)]
     assert any((cells != first["cells"]).any() for cells in others)
     assert masking.blank()["cells"].shape == (4, 4) and not masking.blank()["cells"].any()
-    task = Pretraining(RECIPES["pretraining-digits"], VARIANTS["ti"].replace(image_size=96, image_scale=(1, 2 / 3)), ())
+    task = Simmim(RECIPES["pretraining-digits"], VARIANTS["ti"].replace(image_size=96, image_scale=(1, 2 / 3)), ())
     transform = task.transform(training=True)
     drawn = [transform(sample, np.random.default_rng(seed)) for seed in (1, 1, 2)]
     assert drawn[0].keys() == task.batch_shapes(1, training=True).keys()

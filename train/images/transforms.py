@@ -142,6 +142,12 @@ class TrainTransform:
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         pixels = decode_pixels(sample["image"], sample["name"], self.config.exif)
+        return {"image": self.augmented(pixels, rng), "label": np.int32(sample["label"])}
+
+    def augmented(
+        self, pixels: UInt8[np.ndarray, "height width 3"], rng: np.random.Generator
+    ) -> Float32[np.ndarray, "rows columns 3"]:
+        """A crop of decoded pixels, changed and normalised."""
         python_seed, *seeds = (int(seed) for seed in rng.integers(0, 2**32, size=3))
         draws = random.Random(python_seed)
         top, left, height, width = draw_crop(draws, pixels.shape[:2], self.config.crop_scale, self.config.crop_ratio)
@@ -159,7 +165,27 @@ class TrainTransform:
 
                 for step in on_values:
                     step(torch.from_numpy(values).permute(2, 0, 1))  # in place
-        return {"image": values, "label": np.int32(sample["label"])}
+        return values
+
+
+@dataclass(frozen=True)
+class MultiCrop:
+    """Several crops of an image, each drawn and changed by itself: `image` (2, height, width, 3), large ones, and, if
+    there are any, `small` (count, height, width, 3); float32, normalised.
+
+    Called as `TrainTransform`; labels are not needed.
+    """
+
+    large: TrainTransform
+    small: TrainTransform
+    count: int
+
+    def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        pixels = decode_pixels(sample["image"], sample["name"], self.large.config.exif)
+        crops = {"image": np.stack([self.large.augmented(pixels, rng) for _ in range(2)])}
+        if self.count:
+            crops["small"] = np.stack([self.small.augmented(pixels, rng) for _ in range(self.count)])
+        return crops
 
 
 @dataclass(frozen=True)

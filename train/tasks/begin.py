@@ -13,17 +13,19 @@ from convert.metadata import describe_weights, understand
 from convert.tree import nest
 from convert.weights import Weights
 from crossvit_jax.config import CUSTOM, CrossViTConfig, DenseConfig, build_dense_config, get_config
-from train.config import TrainConfig
+from train.config import TrainConfig, steps_per_epoch
 from train.data.dense.samples import DenseSets, DenseSource, Reclassed
 from train.data.sources import ImageSets
 from train.devices.attention import choose_attention
 from train.recipes import RECIPES
 from train.run.folder import begun_settings
-from train.tasks import classification, pretraining
+from train.tasks import classification
 from train.tasks.classification import Classification
 from train.tasks.detection import Detection
 from train.tasks.distillation import Teacher
-from train.tasks.pretraining import Pretraining
+from train.tasks.pretraining.dino import Dino
+from train.tasks.pretraining.simmim import Simmim
+from train.tasks.pretraining.weights import starting_model as starting_pretraining
 from train.tasks.segmentation import Segmentation
 from train.tasks.task import Task
 
@@ -32,7 +34,6 @@ TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "detection": Detection,
     "segmentation": Segmentation,
-    "pretraining": Pretraining,
 }
 
 
@@ -61,7 +62,7 @@ def starting_model(
             "anew with its weights"
         )
     if config.task == "pretraining":
-        return pretraining.starting_model(config, begun, starts_anew=starts_anew)
+        return starting_pretraining(config, begun, starts_anew=starts_anew)
     settings = {"num_classes": len(class_names), **config.model_overrides(), **config.dense_overrides()}
     try:
         if starts_anew and config.init is not None:
@@ -163,8 +164,13 @@ def make_task(config: TrainConfig, model_config: ModelConfig, sets: ImageSets, t
     """
     if config.task == "detection":
         return Detection(config, model_config, sets.class_names, sets.most_boxes, sets.category_ids)
-    if config.task in ("segmentation", "pretraining"):
-        return TASKS[config.task](config, model_config, sets.class_names)
+    if config.task == "segmentation":
+        return Segmentation(config, model_config, sets.class_names)
+    if config.method == "simmim":
+        return Simmim(config, model_config, sets.class_names)
+    if config.method == "dino":
+        steps = steps_per_epoch(len(sets.train), config.batch_size)
+        return Dino(config, model_config, sets.class_names, steps)
     balanced = config.class_weights == "balanced"
     weights = classification.balanced_weights(sets.train, sets.class_names) if balanced else None
     return Classification(config, model_config, sets.class_names, weights, teacher=teacher)

@@ -91,6 +91,9 @@ class Task(Protocol):
     def augment(self, batch_size: int, mesh: Mesh) -> Callable[[Batch, int], Batch]:
         """The function (batch, step) -> batch that augments on the devices what `transform` left to them, compiled."""
 
+    # A task that has `published(state)`, of the whole training state, has its evaluations and the weights that a run
+    # leaves made of these parameters, like those trained, in the place of these.
+
     def prepare(self, batch: Batch, key: Array) -> Batch:
         """On the devices, with the whole batch before gradient accumulation cuts it: mixing, targets, normalisers.
 
