@@ -149,8 +149,8 @@ RECIPES: dict[str, TrainConfig] = {
         min_lr=1e-6,
         clip_grad=5.0,
     ),
-    # DINO's for small vision transformers (arXiv 2104.14294). There the weight decay rises to 0.4, and crops may also be
-    # made grey, blurred or solarised: that is not done here.
+    # DINO's for small vision transformers (arXiv 2104.14294). There the weight decay rises to 0.4, and crops are made
+    # grey, blurred or solarised at random: that is not done here.
     "dino": TrainConfig(
         recipe="dino",
         task="pretraining",

@@ -236,7 +236,7 @@ def test_neighbours_vote_as_scikit_learn_has_them():
         (["--class-order=natural"], "class_order is no setting of pretraining; got natural"),
         (["--decoder=mask"], "decoder is no setting of pretraining; got mask"),
         (["--method=none"], "pretraining needs a method; got none"),
-        (["--method=mae"], "method must be simmim; got mae"),
+        (["--method=mae"], "method must be simmim or dino; got mae"),
         (["--task=classification", "--method=simmim"], "method is no setting of classification; got simmim"),
         (["--task=detection", "--mask-ratio=0.5"], "mask_ratio is no setting of detection; got 0.5"),
         (["--dataset=folder:missing", "--recipe=pretraining-digits"], "there is no folder missing"),
