@@ -1,6 +1,6 @@
 """Does pre-training without labels help where labels are few? scikit-learn's digits at 96 pixels: see pretraining.md.
 
-    python docs/pretraining_digits.py FOLDER
+    python docs/pretraining_digits.py FOLDER [--method simmim|dino]
 
 1,438 digits without labels are pre-trained on. Then 10 labels of each class are learned, three times with other labels
 and seeds, from the pre-trained weights and from fresh ones, and the 359 held-out digits are told apart.
@@ -16,8 +16,14 @@ import numpy as np
 from PIL import Image
 
 SEEDS, LABELS_A_CLASS = 3, 10
+COPIES = (
+    5  # of each of these pictures: after every epoch a checkpoint is written, which would else take most of the time
+)
 SIZE = ["--image-size=96", "--image-scale=1,2/3", "--crop-pct=1", "--hflip=0", "--drop-path=0"]
-PRETRAINING = ["--task=pretraining", "--recipe=pretraining-digits", "--mask-cell=24", "--val-fraction=0.05"]
+PRETRAINING = {
+    "simmim": ["--recipe=pretraining-digits", "--mask-cell=24"],
+    "dino": ["--recipe=dino-digits", "--local-crops=2"],
+}
 FINE_TUNING = ["--recipe=digits", "--batch-size=50", "--lr-batch-size=50", "--workers=0"]
 
 
@@ -36,9 +42,10 @@ def read_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def write_pictures(folder: Path, pixels: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> None:
     """`pictures/` without labels, and `few-SEED/` with `train/CLASS/` and `val/CLASS/`."""
 
-    def save(index: int, place: Path) -> None:
+    def save(index: int, place: Path, copies: int = 1) -> None:
         place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels[index]).save(place / f"{index}.png")
+        for copy in range(copies):
+            Image.fromarray(pixels[index]).save(place / f"{index}-{copy}.png")
 
     for index in np.flatnonzero(~held_out):
         save(index, folder / "pictures")
@@ -46,7 +53,7 @@ def write_pictures(folder: Path, pixels: np.ndarray, labels: np.ndarray, held_ou
         rng = np.random.default_rng(seed)
         for label in range(10):
             for index in rng.permutation(np.flatnonzero(~held_out & (labels == label)))[:LABELS_A_CLASS]:
-                save(index, folder / f"few-{seed}" / "train" / str(label))
+                save(index, folder / f"few-{seed}" / "train" / str(label), COPIES)
         for index in np.flatnonzero(held_out):
             save(index, folder / f"few-{seed}" / "val" / str(labels[index]))
 
@@ -67,8 +74,8 @@ def last_top1(folder: Path) -> float:
     return [line["eval/top1"] for line in lines if "eval/top1" in line][-1]
 
 
-def features_of(model, pixels: np.ndarray) -> np.ndarray:
-    """The means of each branch's patch tokens (digits, features)."""
+def features_of(model, pixels: np.ndarray, method: str) -> np.ndarray:
+    """The means of each branch's patch tokens, or for dino its class tokens (digits, features)."""
     import jax.numpy as jnp
     from flax import nnx
 
@@ -76,6 +83,8 @@ def features_of(model, pixels: np.ndarray) -> np.ndarray:
 
     @nnx.jit
     def means(model, images):
+        if method == "dino":
+            return model(images)  # without a head: the class tokens
         return jnp.concatenate([x.mean((1, 2)) for x in model.forward_patches(images)], axis=-1)
 
     model.eval()
@@ -103,7 +112,7 @@ def judge(name: str, features: np.ndarray, labels: np.ndarray, held_out: np.ndar
     return f"{name:24} k-NN {100 * nearest:6.2f} %   linear probe {100 * probe.score(asked, right):6.2f} %"
 
 
-def compare(folder: Path, *, epochs: int, fine_tuning_epochs: int) -> list[str]:
+def compare(folder: Path, *, method: str, epochs: int, fine_tuning_epochs: int) -> list[str]:
     """Trains all that is to be compared; the lines of the result."""
     from flax import nnx
 
@@ -114,14 +123,15 @@ def compare(folder: Path, *, epochs: int, fine_tuning_epochs: int) -> list[str]:
     if not folder.exists():
         write_pictures(folder, pixels, labels, held_out)
     data = f"--dataset=folder:{folder / 'pictures'}"
-    pretrained = run(*PRETRAINING, *SIZE, data, f"--epochs={epochs}", f"--output={folder / 'pre'}")
+    flags = [*PRETRAINING[method], *SIZE, data, "--val-fraction=0.05", f"--epochs={epochs}"]
+    pretrained = run("--task=pretraining", *flags, f"--output={folder / method}")
     model = load_flax(pretrained)
     fresh = CrossViT(model.config, rngs=nnx.Rngs(0))
     lines = [judge("raw pixels", pixels.reshape(len(pixels), -1).astype(np.float64), labels, held_out)]
     for name, one in (("fresh weights", fresh), ("pre-trained weights", model)):
-        lines.append(judge(name, features_of(one, pixels), labels, held_out))
+        lines.append(judge(name, features_of(one, pixels, method), labels, held_out))
     schedule = [f"--epochs={fine_tuning_epochs}", f"--eval-every={fine_tuning_epochs}"]
-    for name, init in (("fresh", []), ("pre-trained", [f"--init={pretrained}:last"])):
+    for name, init in (("fresh", []), (f"{method}-tuned", [f"--init={pretrained}:last"])):
         found = []
         for seed in range(SEEDS):
             data = [f"--dataset=folder:{folder / f'few-{seed}'}", f"--seed={seed}"]
@@ -135,10 +145,11 @@ def compare(folder: Path, *, epochs: int, fine_tuning_epochs: int) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for pictures and runs; runs that are there are not done again")
+    parser.add_argument("--method", choices=PRETRAINING, default="simmim")
     parser.add_argument("--epochs", type=int, default=20, help="of pre-training (default: 20)")
-    parser.add_argument("--fine-tuning-epochs", type=int, default=40, help="of each fine-tuning (default: 40)")
+    parser.add_argument("--fine-tuning-epochs", type=int, default=8, help="of 5 passes each (default: 8)")
     args = parser.parse_args(argv)
-    lines = compare(args.folder, epochs=args.epochs, fine_tuning_epochs=args.fine_tuning_epochs)
+    lines = compare(args.folder, method=args.method, epochs=args.epochs, fine_tuning_epochs=args.fine_tuning_epochs)
     print("", *lines, sep="\n")
     return 0
 

@@ -64,7 +64,9 @@ class Scores(Protocol):
 class Task(Protocol):
     """What is learned: made once for a run, from its settings, its data and the weights that it starts from.
 
-    Tasks are hashable, and equal where they would trace the same programs.
+    Tasks are hashable, and equal where they would trace the same programs. One that trains other parameters than it is
+    after also has `published(state)`: what is evaluated and left by a run, in the form of those trained, by the whole
+    training state.
     """
 
     metrics: tuple[Metric, ...]  # the first with `better` chooses the best checkpoint
@@ -90,9 +92,6 @@ class Task(Protocol):
 
     def augment(self, batch_size: int, mesh: Mesh) -> Callable[[Batch, int], Batch]:
         """The function (batch, step) -> batch that augments on the devices what `transform` left to them, compiled."""
-
-    # A task that has `published(state)`, of the whole training state, has its evaluations and the weights that a run
-    # leaves made of these parameters, like those trained, in the place of these.
 
     def prepare(self, batch: Batch, key: Array) -> Batch:
         """On the devices, with the whole batch before gradient accumulation cuts it: mixing, targets, normalisers.
