@@ -206,8 +206,8 @@ def test_twenty_steps_in_float64_end_at_the_twins_weights_teacher_and_centre():
     for i, (x, momentum, (value, grads)) in enumerate(zip(crops, momenta, of_flax, strict=True)):
         x = torch.tensor(x)
         with torch.no_grad():
-            said = torch.stack([guide(crop) for crop in x])
-        loss = torch_dino.dino_loss(torch.stack([twin(crop) for crop in x]), said, middle)
+            said = guide(x.flatten(0, 1)).reshape(2, batch, -1)
+        loss = torch_dino.dino_loss(twin(x.flatten(0, 1)).reshape(2, batch, -1), said, middle)
         of_torch.zero_grad()
         loss.backward()
         if i == 0:
