@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from crossvit_jax.attention import Attention
 from crossvit_jax.blocks import MultiScaleBlock
@@ -17,6 +17,8 @@ from crossvit_jax.layers import GELU, Conv, Identity, LayerNorm, Linear
 from crossvit_jax.patch_embed import PatchEmbed
 from crossvit_jax.reduce import Size, mean_patch
 from crossvit_jax.resize import resample_pos_embed, scale_image
+
+Masked = tuple[Bool[Array, "batch _"], Float[Array, "1 1 _"]]  # patches, and the token in their place
 
 
 class CrossViT(nnx.Module):
@@ -114,28 +116,43 @@ class CrossViT(nnx.Module):
         images: Float[Array, "batch height width channels"],
         patch_size: tuple[int, ...] | None = None,
         *,
+        own_size: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> list[Float[Array, "batch _ _"]]:
         """Each branch's normalised tokens (batch, 1 + patches, dim), class token first.
 
-        Raises ValueError as the call, or where `reduce_tokens` leaves no token for each patch.
+        Args:
+            patch_size: see the call.
+            own_size: images of another size than the configured one are not brought to it: they have more patches or
+                fewer, and position embeddings are resampled.
+
+        Raises ValueError as the call, where `reduce_tokens` leaves no token for each patch, or where images at their
+        own size do not divide into whole patches.
         """
         self.config.require_all_tokens("forward_features")
-        xs = self._embed(images, rngs, patch_size)
+        xs = self._embed(images, rngs, patch_size, own_size=own_size)
         for stage in self.blocks:
             xs, _ = stage(xs, rngs=rngs)
         return self._normalise(xs)
 
     def forward_patches(
-        self, images: Float[Array, "batch height width channels"], *, rngs: nnx.Rngs | None = None
+        self,
+        images: Float[Array, "batch height width channels"],
+        masked: Sequence[Masked] | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
     ) -> list[Float[Array, "batch _ _ _"]]:
         """Each branch's normalised patches as a map (batch, rows, columns, dim), for dense prediction.
 
         Patches never see the last stage's fusion, which only makes class tokens: it is not run, see
         `unused_by_patches`.
+
+        Args:
+            masked: of each branch the patches (batch, patches), row by row, that a token (1, 1, dim) takes the place of
+                before positions are added; none: no patch.
         """
         self.config.require_all_tokens("forward_patches")
-        xs = self._embed(images, rngs)
+        xs = self._embed(images, rngs, masked=masked)
         *stages, last = self.blocks
         for stage in stages:
             xs, _ = stage(xs, rngs=rngs)
@@ -313,7 +330,12 @@ class CrossViT(nnx.Module):
         return 1 + sum(depths) + len(depths) if part in ("norm", "head") else 0
 
     def _embed(
-        self, images: Array, rngs: nnx.Rngs | None, patch_size: tuple[int, ...] | None = None
+        self,
+        images: Array,
+        rngs: nnx.Rngs | None,
+        patch_size: tuple[int, ...] | None = None,
+        masked: Sequence[Masked] | None = None,
+        own_size: bool = False,
     ) -> list[Float[Array, "batch _ _"]]:
         """Each branch's class and patch tokens with position embeddings."""
         if images.ndim != 4 or images.shape[-1] != self.config.in_chans:
@@ -328,8 +350,13 @@ class CrossViT(nnx.Module):
             )
         images = images.astype(jnp.promote_types(images.dtype, self.param_dtype))
         config, xs = self._at(patch_size), []
+        if own_size:
+            config = config.replace(image_size=images.shape[1:3])
         for i, (patch_embed, size) in enumerate(zip(self.patch_embed, config.branch_image_size, strict=True)):
             x = patch_embed(scale_image(images, size, config.crop_scale), config.patch_size[i])
+            if masked is not None:
+                mask, token = masked[i]
+                x = jnp.where(mask[..., None], token.astype(x.dtype), x)
             cls_token = getattr(self, f"cls_token_{i}")[...].astype(x.dtype)
             cls_token = jnp.broadcast_to(cls_token, (x.shape[0], 1, x.shape[2]), out_sharding=jax.typeof(x).sharding)
             x = jnp.concatenate([cls_token, x], axis=1)

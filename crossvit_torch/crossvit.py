@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from crossvit_jax.config import CrossViTConfig, get_config
@@ -14,6 +14,8 @@ from crossvit_torch.layers import Identity, LayerNorm, Linear
 from crossvit_torch.patch_embed import PatchEmbed
 from crossvit_torch.reduce import Size, mean_patch
 from crossvit_torch.resize import resample_pos_embed, scale_image
+
+Masked = tuple[Bool[Tensor, "batch _"], Float[Tensor, "1 1 _"]]  # patches, and the token in their place
 
 
 class CrossViT(nn.Module):
@@ -116,30 +118,44 @@ class CrossViT(nn.Module):
         return self._pool(xs, sizes)
 
     def forward_features(
-        self, images: Float[Tensor, "batch channels height width"], patch_size: tuple[int, ...] | None = None
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        patch_size: tuple[int, ...] | None = None,
+        *,
+        own_size: bool = False,
     ) -> list[Float[Tensor, "batch _ _"]]:
         """Each branch's normalised tokens (batch, 1 + patches, dim), class token first.
 
-        Raises ValueError as the call, or where `reduce_tokens` leaves no token for each patch.
+        Args:
+            patch_size: see the call.
+            own_size: images of another size than the configured one are not brought to it: they have more patches or
+                fewer, and position embeddings are resampled.
+
+        Raises ValueError as the call, where `reduce_tokens` leaves no token for each patch, or where images at their
+        own size do not divide into whole patches.
         """
         self.config.require_all_tokens("forward_features")
         with self._precision(images):
-            xs = self._embed(images, patch_size)
+            xs = self._embed(images, patch_size, own_size=own_size)
             for stage in self.blocks:
                 xs, _ = stage(xs)
             return self._normalise(xs)
 
     def forward_patches(
-        self, images: Float[Tensor, "batch channels height width"]
+        self, images: Float[Tensor, "batch channels height width"], masked: Sequence[Masked] | None = None
     ) -> list[Float[Tensor, "batch _ _ _"]]:
         """Each branch's normalised patches as a map (batch, dim, rows, columns), for dense prediction.
 
         Patches never see the last stage's fusion, which only makes class tokens: it is not run, see
         `unused_by_patches`.
+
+        Args:
+            masked: of each branch the patches (batch, patches), row by row, that a token (1, 1, dim) takes the place of
+                before positions are added; none: no patch.
         """
         self.config.require_all_tokens("forward_patches")
         with self._precision(images):
-            xs = self._embed(images)
+            xs = self._embed(images, masked=masked)
             *stages, last = self.blocks
             for stage in stages:
                 xs, _ = stage(xs)
@@ -286,7 +302,13 @@ class CrossViT(nn.Module):
             return 1 + below + (int(path[3]) if path[1] == "blocks" else depths[stage])
         return 1 + sum(depths) + len(depths) if part in ("norm", "head") else 0
 
-    def _embed(self, images: Tensor, patch_size: tuple[int, ...] | None = None) -> list[Float[Tensor, "batch _ _"]]:
+    def _embed(
+        self,
+        images: Tensor,
+        patch_size: tuple[int, ...] | None = None,
+        masked: Sequence[Masked] | None = None,
+        own_size: bool = False,
+    ) -> list[Float[Tensor, "batch _ _"]]:
         """Each branch's class and patch tokens with position embeddings."""
         if images.ndim != 4 or images.shape[1] != self.config.in_chans:
             raise ValueError(
@@ -296,8 +318,13 @@ class CrossViT(nn.Module):
             raise ValueError(f"images must be normalised floats; got dtype {images.dtype}")
         images = images.to(self.param_dtype)
         config, xs = self._at(patch_size), []
+        if own_size:
+            config = config.replace(image_size=tuple(images.shape[2:]))
         for i, (patch_embed, size) in enumerate(zip(self.patch_embed, config.branch_image_size, strict=True)):
             x = patch_embed(scale_image(images, size, config.crop_scale), config.patch_size[i])
+            if masked is not None:
+                mask, token = masked[i]
+                x = torch.where(mask[..., None], token.to(x.dtype), x)
             cls_token = getattr(self, f"cls_token_{i}").to(x.dtype)
             x = torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1)
             pos_embed = getattr(self, f"pos_embed_{i}")

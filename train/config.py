@@ -30,10 +30,19 @@ _CLASSIFICATION |= {"distill": None, "distill_alpha": None, "distill_temperature
 _DENSE = {"width": None, "scale_jitter": (1.0, 1.0)}
 _DETECTION = {"num_convs": None, "distances": None}
 _SEGMENTATION = {"decoder": None, "dice": 0, "ignore_index": 255}
+# of pre-training, by its method
+_OF_METHOD = {
+    "simmim": {"mask_cell": 24, "mask_ratio": 0.6},
+    "dino": {"local_crops": 8, "local_scale": (0.05, 0.4), "prototypes": 65536},
+}
+_PRETRAINING = {"method": None, **_OF_METHOD["simmim"], **_OF_METHOD["dino"]}
+_OF_PICTURES = ("crop_pct", "crop_scale", "crop_ratio")  # settings of classification that pre-training has as well
 _MEANS_NOTHING = {
-    "classification": _DENSE | _DETECTION | _SEGMENTATION,
-    "detection": _CLASSIFICATION | _SEGMENTATION,
-    "segmentation": _CLASSIFICATION | _DETECTION,
+    "classification": _DENSE | _DETECTION | _SEGMENTATION | _PRETRAINING,
+    "detection": _CLASSIFICATION | _SEGMENTATION | _PRETRAINING,
+    "segmentation": _CLASSIFICATION | _DETECTION | _PRETRAINING,
+    "pretraining": {name: value for name, value in _CLASSIFICATION.items() if name not in _OF_PICTURES}
+    | {**_DENSE, **_DETECTION, **_SEGMENTATION, "freeze_backbone": False},
 }
 _MOST, _LONGEST_TEXT = 10**15, 4096  # of what is asked for; a path can be no longer
 _REPEAT_ROUND = 256  # with repeated augmentation, DeiT's sampler leaves out what does not fill so many places
@@ -110,9 +119,9 @@ class TrainConfig:
     `None` means "follow something else", which the help text names. Raises SettingsError for values that make no run.
     """
 
-    task: Literal["classification", "detection", "segmentation"] = setting(
+    task: Literal["classification", "detection", "segmentation", "pretraining"] = setting(
         "classification",
-        "what is learned: classification, detection (boxes) or segmentation (masks)",
+        "what is learned: classification, detection (boxes), segmentation (masks) or pretraining (without labels)",
         section="data and run",
     )
     variant: str | None = setting(None, "CrossViT variant, by its short name, timm's or IBM's; none: --init's, or ti")
@@ -135,7 +144,8 @@ class TrainConfig:
         "digits",
         "digits, folder:PATH (folder: may be left out), csv:FILE with columns path and label, hf:NAME or hf:PATH of "
         "Hugging Face datasets, or a prepared tensorflow-datasets name; for detection digits "
-        "(scenes of them), coco:PATH, voc:PATH or yolo:FILE; for segmentation digits or masks:PATH",
+        "(scenes of them), coco:PATH, voc:PATH or yolo:FILE; for segmentation digits or masks:PATH; for pretraining "
+        "as for classification, or a folder of pictures without class folders",
         data_set,
     )
     data_dir: str | None = setting(
@@ -168,8 +178,12 @@ class TrainConfig:
         "digits",
         "detection",
         "segmentation",
+        "pretraining",
+        "dino",
         "detection-digits",
         "segmentation-digits",
+        "pretraining-digits",
+        "dino-digits",
     ] = setting("imagenet", "the set of defaults that the settings start from")
     output: str | None = setting(
         None, "folder of the run: a run in it is continued; none: a new one in runs/", home_path
@@ -291,6 +305,22 @@ class TrainConfig:
         255, "segmentation: the number in masks that stands for no class", at_least=0, at_most=255
     )
 
+    method: Literal["simmim", "dino", None] = setting(
+        None,
+        "pretraining: simmim (cells of an image are masked, and the model predicts their pixels) or dino (of each crop "
+        "of an image the model says what a teacher, its own average, says of another)",
+        section="pre-training without labels",
+    )
+    mask_cell: int = setting(24, "simmim: side of a cell in pixels; it must divide that of the image", at_least=1)
+    mask_ratio: float = setting(0.6, "simmim: share of the cells of an image that are masked", **_SHARE)
+    local_crops: int = setting(
+        8, "dino: crops of half the image's side, beside two of --crop-scale", at_least=0, at_most=64
+    )
+    local_scale: tuple[float, float] = setting(
+        (0.05, 0.4), "dino: area of such a crop, as share of the image", number_pair, **_PART
+    )
+    prototypes: int = setting(65536, "dino: outputs of the head; small data sets want fewer, such as 1024", at_least=2)
+
     epochs: int = setting(300, "passes over the training images", at_least=1, section="optimiser and schedule")
     batch_size: int = setting(4096, "images in a step, over all devices", at_least=1)
     grad_accum: int = setting(1, "parts that a step works through one after the other, to save memory", at_least=1)
@@ -404,7 +434,9 @@ class TrainConfig:
         for name, nothing in _MEANS_NOTHING[self.task].items():
             if getattr(self, name) != nothing:
                 raise SettingsError(f"{name} is no setting of {self.task}; got {getattr(self, name)}")
-        if self.task != "classification" and self.augment_on == "device":
+        if self.task == "pretraining":
+            self._check_pretraining()
+        if self.task in ("detection", "segmentation") and self.augment_on == "device":
             raise SettingsError(f"augment_on device is no setting of {self.task}: images come with boxes or masks")
         distributed = (self.coordinator, self.num_processes, self.process_id)
         if any(value is None for value in distributed) != all(value is None for value in distributed):
@@ -421,6 +453,19 @@ class TrainConfig:
             raise SettingsError(f"coordinator must be address:port, such as 10.0.0.1:1234; got {self.coordinator}")
         if self.coordinator is not None and self.process_id >= self.num_processes:
             raise SettingsError(f"process_id must be below num_processes {self.num_processes}; got {self.process_id}")
+
+    def _check_pretraining(self) -> None:
+        """Raises SettingsError for settings of another method than the one that is asked for."""
+        if self.method is None:
+            raise SettingsError("pretraining needs a method; got none")
+        others = [settings for method, settings in _OF_METHOD.items() if method != self.method]
+        for name, nothing in (item for settings in others for item in settings.items()):
+            if getattr(self, name) != nothing:
+                raise SettingsError(f"{name} is no setting of {self.method}; got {getattr(self, name)}")
+        if self.method == "dino" and self.augment_on == "device":
+            raise SettingsError("augment_on device is no setting of dino: an image is cut into several crops")
+        if self.method == "dino" and self.ema_decay:
+            raise SettingsError("ema_decay is no setting of dino: its teacher is an average, and is what a run leaves")
 
     @property
     def peak_lr(self) -> float:

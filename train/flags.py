@@ -74,7 +74,9 @@ _OWN = ("output", "resume", "coordinator", "num_processes", "process_id")
 _EXAMPLES = """\
 examples:
   python -m train.main --variant s --dataset folder:photos --init hf-hub:timm/crossvit_small_240.in1k
-  python -m train.main --config runs/X/config.json --lr 0.0005 --output runs/lower-lr"""
+  python -m train.main --config runs/X/config.json --lr 0.0005 --output runs/lower-lr
+  python -m train.main --task pretraining --variant s --dataset folder:pictures --output runs/pre
+  python -m train.main --init runs/pre --dataset folder:photos"""
 
 
 def parse_flags(argv: Sequence[str]) -> TrainConfig:
@@ -83,6 +85,7 @@ def parse_flags(argv: Sequence[str]) -> TrainConfig:
     early.add_argument("--recipe", choices=RECIPES)
     early.add_argument("--config", type=home_path)
     early.add_argument("--task", choices=_TASKS)
+    early.add_argument("--method")
     early.add_argument("--dataset")
     early.add_argument("--init")
     known, _ = early.parse_known_args(argv)
@@ -120,7 +123,8 @@ def parse_flags(argv: Sequence[str]) -> TrainConfig:
 def _base(known: argparse.Namespace) -> TrainConfig:
     """The settings that those given stand in: a recipe, or what a run was begun with."""
     if known.config is None:
-        return RECIPES[known.recipe or _usual_recipe(known.task or _TASKS[0], known.dataset, known.init)]
+        kind = "dino" if (known.task, known.method) == ("pretraining", "dino") else known.task or _TASKS[0]
+        return RECIPES[known.recipe or _usual_recipe(kind, known.dataset, known.init)]
     if known.recipe is not None:
         raise SettingsError("--config and --recipe are both sets of defaults: leave one out")
     return dataclasses.replace(read_settings_file(known.config), **dict.fromkeys(_OWN))
@@ -130,8 +134,8 @@ def _epilog(base: TrainConfig, file: str | None) -> str:
     whose = f"the recipe {base.recipe!r}" if file is None else file
     notes = (
         f"The defaults shown are those of {whose}. Recipes: digits is the default for the digits; for other data "
-        "finetune with --init, imagenet without; for another --task the recipe of its name. 'none' is a value where it "
-        "is shown.",
+        "finetune with --init, imagenet without; for another --task the recipe of its name, for --method dino that of "
+        "the method. 'none' is a value where it is shown.",
         "Ctrl-C and SIGTERM save, a second one ends at once; SIGHUP (a closed terminal) and SIGUSR1 (a scheduler's "
         "warning) save.",
         "exit status: 0 done; 1 training failed; 2 a mistake in what was asked for; 128 and the number of the signal "

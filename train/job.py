@@ -92,7 +92,7 @@ def prepare(config: TrainConfig) -> Job:
         begun, begun_names = (None, None) if saved is None else understand(saved["model"])
     except (KeyError, TypeError, ConversionError) as error:
         raise SettingsError(f"the run in {config.output} was begun by another version: {error}") from error
-    check_task(config, begun)
+    check_task(config, saved)
     image_sets = _open_image_sets(config, begun_names, begun=saved is not None)
     if config.task == "classification":
         check_trainable(config, image_sets)
@@ -122,9 +122,10 @@ def prepare(config: TrainConfig) -> Job:
             _ = train_transform(config, model_config).timm_transform
         except (AssertionError, ValueError, KeyError, IndexError) as error:
             raise SettingsError(f"timm does not understand auto_augment {config.auto_augment!r}") from error
+    class_names = None if config.task == "pretraining" else image_sets.class_names  # which its model does not have
     described = describe_run(
         config,
-        model=describe(model_config, image_sets.class_names, config.exif, config.drawn_patch_sizes),
+        model=describe(model_config, class_names, config.exif, config.drawn_patch_sizes),
         data=_describe_data(config, image_sets),
     )
     described["id"] = uuid.uuid4().hex[:8] if saved is None else saved.get("id")

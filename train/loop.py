@@ -140,7 +140,7 @@ def train(job: Job) -> Result:
         checkpoints.wait()
         for name, file in (("params", WEIGHTS), ("ema", AVERAGE)):
             if name in run.state:
-                params = fetch(run.state[name], mesh)
+                params = fetch(_weights(job, run.state, name), mesh)
                 if is_main():
                     job.task.save(params, folder / file)
         run.save_best()
@@ -309,7 +309,7 @@ class _Run:
         job, self.final = self._job, {}
         for name, weights in (("", "params"), ("ema_", "ema")):
             if weights in self.state:
-                values = self._scores(self.state[weights]).values()  # the last ones are drawn, too
+                values = self._scores(_weights(job, self.state, weights)).values()  # the last ones are drawn, too
                 images = int(values.pop("images"))
                 if not images:
                     raise TrainingFailed("none of the held-out images can be read")
@@ -388,10 +388,12 @@ class _Run:
             return
         kind = best.kind or ("ema" if "ema" in self.state else "params")
         if best.step == self._step:
-            params = fetch(self.state[kind], self._job.mesh)
+            params = fetch(_weights(self._job, self.state, kind), self._job.mesh)
         elif is_main():
             try:
-                params = read_state(self._folder / CHECKPOINTS / str(best.step), [kind])[kind]
+                keys = ["extra"] if kind == "params" and hasattr(self._job.task, "published") else [kind]
+                kept = read_state(self._folder / CHECKPOINTS / str(best.step), keys)
+                params = _weights(self._job, kept, kind)
             except ConversionError as error:
                 _say(f"note: {BEST} is left out: {error}")
                 return
@@ -434,6 +436,12 @@ class _Run:
 
     def close(self) -> None:
         self._open.close()
+
+
+def _weights(job: Job, state: State, kind: str) -> Any:
+    """The weights of a kind, `params` or `ema`, that are evaluated and left: see `Task.published`."""
+    published = getattr(job.task, "published", None)
+    return state[kind] if published is None or kind != "params" else published(state)
 
 
 def _some(batch: Any) -> Any:

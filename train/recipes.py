@@ -2,9 +2,10 @@
 
 from train.config import TrainConfig
 
-# What detection and segmentation have in common: images come with boxes or masks, on which mixing makes no sense
-_DENSE = {"crop_pct": None, "auto_augment": "", "erase_prob": 0.0, "augment_on": "host"}
-_DENSE |= {"mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0}
+# What all tasks but classification have in common
+_PLAIN = {"auto_augment": "", "erase_prob": 0.0, "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0}
+# and detection and segmentation: images come with boxes or masks
+_DENSE = _PLAIN | {"crop_pct": None, "augment_on": "host"}
 # Digits of 24 to 48 pixels on 96, chosen by short trials on two CPU cores. No digit is mirrored.
 _SCENES = _DENSE | {
     "image_size": 96,
@@ -132,6 +133,92 @@ RECIPES: dict[str, TrainConfig] = {
         min_lr=0.0,
         weight_decay=0.01,
     ),
+    # SimMIM's for ViT-B on ImageNet (arXiv 2111.09886), with a cosine in place of its one step
+    "pretraining": TrainConfig(
+        recipe="pretraining",
+        task="pretraining",
+        method="simmim",
+        **_PLAIN,
+        crop_scale=(0.67, 1.0),
+        epochs=800,
+        batch_size=2048,
+        lr=1e-4,
+        lr_stepping="step",
+        warmup_epochs=10,
+        warmup_lr=5e-7,
+        min_lr=1e-6,
+        clip_grad=5.0,
+    ),
+    # DINO's for small vision transformers (arXiv 2104.14294). There the weight decay rises to 0.4, and crops are made
+    # grey, blurred or solarised at random: that is not done here.
+    "dino": TrainConfig(
+        recipe="dino",
+        task="pretraining",
+        method="dino",
+        **_PLAIN,
+        augment_on="host",
+        crop_scale=(0.4, 1.0),
+        color_jitter=0.4,
+        epochs=300,
+        batch_size=1024,
+        lr=5e-4,
+        lr_batch_size=256,
+        lr_stepping="step",
+        warmup_epochs=10,
+        min_lr=1e-6,
+        weight_decay=0.04,
+        clip_grad=3.0,
+    ),
     "detection-digits": TrainConfig(recipe="detection-digits", task="detection", **_SCENES, distances=(24.0, 48.0)),
     "segmentation-digits": TrainConfig(recipe="segmentation-digits", task="segmentation", **_SCENES, dice=1.0),
+    # At 96 pixels, where 16 cells fill an image and a cell is 2 x 2 patches of the one branch and one of the other
+    "pretraining-digits": TrainConfig(
+        recipe="pretraining-digits",
+        task="pretraining",
+        method="simmim",
+        **_PLAIN,
+        image_size=96,
+        image_scale=(1.0, 2 / 3),
+        crop_pct=1.0,
+        crop_scale=(0.8, 1.0),
+        crop_ratio=(0.8, 1.25),
+        hflip=0.0,
+        drop_path=0.0,
+        epochs=20,
+        batch_size=64,
+        lr=1e-3,
+        lr_batch_size=64,
+        lr_stepping="step",
+        warmup_epochs=2,
+        min_lr=1e-6,
+        clip_grad=5.0,
+        workers=0,
+    ),
+    "dino-digits": TrainConfig(
+        recipe="dino-digits",
+        task="pretraining",
+        method="dino",
+        **_PLAIN,
+        augment_on="host",
+        image_size=96,
+        image_scale=(1.0, 2 / 3),
+        crop_pct=1.0,
+        crop_scale=(0.5, 1.0),
+        crop_ratio=(0.8, 1.25),
+        local_crops=2,
+        local_scale=(0.2, 0.5),
+        prototypes=256,
+        hflip=0.0,
+        drop_path=0.0,
+        epochs=20,
+        batch_size=64,
+        lr=5e-4,
+        lr_batch_size=64,
+        lr_stepping="step",
+        warmup_epochs=2,
+        min_lr=1e-6,
+        weight_decay=0.04,
+        clip_grad=3.0,
+        workers=0,
+    ),
 }

@@ -24,6 +24,7 @@ from crossvit_jax.files import open_regular
 
 _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
+_BODY = "body"  # where a run that pre-trains has its CrossViT
 _LONGEST_HEADER = 100_000_000  # bytes; the safetensors format sets this limit
 
 
@@ -78,8 +79,14 @@ def _read_of_run(choice: run_folder.Choice) -> Stored:
         stored = _read_file(choice.path)
         note = f"{choice.note}: {stored.origin}" if stored.origin else choice.note
         return replace(stored, notes=[*stored.notes, note])
-    params = run_folder.read_state(choice.path, [choice.key])[choice.key]
-    return Stored(tensors=flatten(params), description=run_folder.read_description(choice.path), notes=[choice.note])
+    params, notes = run_folder.read_state(choice.path, [choice.key])[choice.key], [choice.note]
+    if "cls_token_0" in params.get(_BODY, ()):  # of pre-training
+        if "head" in params:  # DINO's, which leaves its teacher
+            params = run_folder.read_state(choice.path, ["extra"])["extra"]["teacher"]
+            notes.append("of student and teacher, the latter was taken")
+        notes.append(f"left out of it: {', '.join(sorted(params.keys() - {_BODY}))}")
+        params = params[_BODY]
+    return Stored(tensors=flatten(params), description=run_folder.read_description(choice.path), notes=notes)
 
 
 def _read_file(path: Path) -> Stored:

@@ -65,6 +65,8 @@ def read_run_checkpoint(folder: Path) -> TrainingState:
 
 def _refuse(settings: Mapping[str, Any], folder: Path) -> None:
     """Raises ConversionError for settings that no optimiser of timm's goes on with."""
+    if settings.get("task") == "pretraining":
+        raise ConversionError(f"the run in {folder} pre-trains, which timm does not: convert its weights alone")
     if settings.get("layer_decay", 1) < 1:
         raise ConversionError(
             f"the run in {folder} has a layer_decay of {settings['layer_decay']}: timm's layers are others than here"

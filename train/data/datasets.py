@@ -9,6 +9,7 @@ from train.config import TrainConfig
 from train.data.dense.open import open_dense_sets
 from train.data.folders.classes import one_class_error, open_folder
 from train.data.folders.listing import open_listing
+from train.data.folders.pictures import has_classes, open_pictures
 from train.data.prepared.digits import NAME, digits_in_memory
 from train.data.prepared.huggingface import open_huggingface
 from train.data.prepared.tfds import open_tfds
@@ -25,7 +26,7 @@ def open_image_sets(config: TrainConfig, *, class_names: tuple[str, ...] | None 
     random, has no images, a class without images in a folder, labels that are missing or stand for no class, or other
     classes than the file that tells their order.
     """
-    if config.task != "classification":
+    if config.task in ("detection", "segmentation"):
         names = ("seed", "val_fraction", "exif", "ignore_index", "data_dir")
         return open_dense_sets(config.dataset, config.task, **{name: getattr(config, name) for name in names})
     sets = _open(config)
@@ -53,6 +54,8 @@ def check_trainable(config: TrainConfig, sets: ImageSets) -> None:
 def _open(config: TrainConfig) -> ImageSets:
     if config.dataset.startswith(FOLDER_PREFIX):
         root = Path(config.dataset.removeprefix(FOLDER_PREFIX))
+        if config.task == "pretraining" and not has_classes(root):
+            return open_pictures(root, val_fraction=config.val_fraction, seed=config.seed)
         return open_folder(root, val_fraction=config.val_fraction, seed=config.seed)
     split = {"val_fraction": config.val_fraction, "seed": config.seed}
     if config.dataset.startswith(CSV_PREFIX):

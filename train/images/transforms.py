@@ -10,6 +10,7 @@ these steps, never.
 import math
 import random
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Bool, Float32, UInt8
 from PIL import Image, ImageOps
 
 from convert.errors import require
@@ -93,7 +94,7 @@ def require_timm(config: TrainConfig, *, may_augment_elsewhere: bool) -> None:
         may_augment_elsewhere: whether the device could do it instead.
     """
     steps = _timms_steps(config)
-    if steps and config.augment_on == "host" and config.task == "classification":
+    if steps and config.augment_on == "host" and config.task in ("classification", "pretraining"):
         otherwise = "--augment-on device" * may_augment_elsewhere
         require(f"{', '.join(steps)} on the host", "timm", "torch", otherwise=otherwise, verb="need")
 
@@ -141,6 +142,12 @@ class TrainTransform:
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         pixels = decode_pixels(sample["image"], sample["name"], self.config.exif)
+        return {"image": self.augmented(pixels, rng), "label": np.int32(sample["label"])}
+
+    def augmented(
+        self, pixels: UInt8[np.ndarray, "height width 3"], rng: np.random.Generator
+    ) -> Float32[np.ndarray, "rows columns 3"]:
+        """A crop of decoded pixels, changed and normalised."""
         python_seed, *seeds = (int(seed) for seed in rng.integers(0, 2**32, size=3))
         draws = random.Random(python_seed)
         top, left, height, width = draw_crop(draws, pixels.shape[:2], self.config.crop_scale, self.config.crop_ratio)
@@ -158,7 +165,27 @@ class TrainTransform:
 
                 for step in on_values:
                     step(torch.from_numpy(values).permute(2, 0, 1))  # in place
-        return {"image": values, "label": np.int32(sample["label"])}
+        return values
+
+
+@dataclass(frozen=True)
+class MultiCrop:
+    """Several crops of an image, each drawn and changed by itself: `image` (2, height, width, 3), large ones, and, if
+    there are any, `small` (count, height, width, 3); float32, normalised.
+
+    Called as `TrainTransform`; labels are not needed.
+    """
+
+    large: TrainTransform
+    small: TrainTransform
+    count: int
+
+    def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        pixels = decode_pixels(sample["image"], sample["name"], self.large.config.exif)
+        crops = {"image": np.stack([self.large.augmented(pixels, rng) for _ in range(2)])}
+        if self.count:
+            crops["small"] = np.stack([self.small.augmented(pixels, rng) for _ in range(self.count)])
+        return crops
 
 
 @dataclass(frozen=True)
@@ -203,6 +230,33 @@ class CropTransform:
         top, left, height, width = draw_crop(rng, pixels.shape[:2], self.scale, self.ratio)
         crop = resize(pixels[top : top + height, left : left + width], self.image_size)
         return {"image": crop, "label": np.int32(sample["label"])}
+
+
+@dataclass(frozen=True)
+class Masking:
+    """A transform that also draws which cells of the image are masked: `cells` (rows, columns) bool, `count` of them.
+
+    In training by the sample's generator, after all that `transform` draws. In evaluation by `seed` and the bytes of
+    the image, so that it is the same in every pass. Training needs no label.
+    """
+
+    transform: "TrainTransform | CropTransform | EvalTransform"
+    grid: tuple[int, int]
+    count: int
+    seed: int = 0
+
+    def __call__(self, sample: dict[str, Any], rng: np.random.Generator | None = None) -> dict[str, Any]:
+        if rng is not None:
+            return {"image": self.transform(sample, rng)["image"], "cells": self._drawn(rng)}
+        rng = np.random.default_rng((self.seed, zlib.crc32(sample["image"])))
+        return {**self.transform(sample), "cells": self._drawn(rng)}
+
+    def _drawn(self, rng: np.random.Generator) -> Bool[np.ndarray, "rows columns"]:
+        return (rng.permutation(math.prod(self.grid)) < self.count).reshape(self.grid)
+
+    def blank(self) -> dict[str, Any]:
+        """What stands in for an image that cannot be read."""
+        return {**self.transform.blank(), "cells": np.zeros(self.grid, bool)}
 
 
 def draw_crop(

@@ -13,15 +13,19 @@ from convert.metadata import describe_weights, understand
 from convert.tree import nest
 from convert.weights import Weights
 from crossvit_jax.config import CUSTOM, CrossViTConfig, DenseConfig, build_dense_config, get_config
-from train.config import TrainConfig
+from train.config import TrainConfig, steps_per_epoch
 from train.data.dense.samples import DenseSets, DenseSource, Reclassed
 from train.data.sources import ImageSets
 from train.devices.attention import choose_attention
 from train.recipes import RECIPES
+from train.run.folder import begun_settings
 from train.tasks import classification
 from train.tasks.classification import Classification
 from train.tasks.detection import Detection
 from train.tasks.distillation import Teacher
+from train.tasks.pretraining.dino import Dino
+from train.tasks.pretraining.simmim import Simmim
+from train.tasks.pretraining.weights import starting_model as starting_pretraining
 from train.tasks.segmentation import Segmentation
 from train.tasks.task import Task
 
@@ -57,6 +61,8 @@ def starting_model(
             f"--resume {config.resume} is of a classifier, whose training cannot go on as {config.task}: --init begins "
             "anew with its weights"
         )
+    if config.task == "pretraining":
+        return starting_pretraining(config, begun, starts_anew=starts_anew)
     settings = {"num_classes": len(class_names), **config.model_overrides(), **config.dense_overrides()}
     try:
         if starts_anew and config.init is not None:
@@ -77,10 +83,11 @@ def task_of(model_config: ModelConfig) -> str:
     return model_config.task if isinstance(model_config, DenseConfig) else "classification"
 
 
-def check_task(config: TrainConfig, begun: ModelConfig | None) -> None:
-    """Raises SettingsError if the run that is continued learns something else."""
-    if begun is not None and task_of(begun) != config.task:
-        raise SettingsError(f"the run in {config.output} learns {task_of(begun)}, not {config.task}: name a new folder")
+def check_task(config: TrainConfig, saved: dict[str, Any] | None) -> None:
+    """Raises SettingsError if the run that is continued, whose `config.json` it is, learns something else."""
+    learned = config.task if saved is None else begun_settings(saved)["task"]
+    if learned != config.task:
+        raise SettingsError(f"the run in {config.output} learns {learned}, not {config.task}: name a new folder")
 
 
 def settings_of(task: str) -> TrainConfig:
@@ -159,6 +166,11 @@ def make_task(config: TrainConfig, model_config: ModelConfig, sets: ImageSets, t
         return Detection(config, model_config, sets.class_names, sets.most_boxes, sets.category_ids)
     if config.task == "segmentation":
         return Segmentation(config, model_config, sets.class_names)
+    if config.method == "simmim":
+        return Simmim(config, model_config, sets.class_names)
+    if config.method == "dino":
+        steps = steps_per_epoch(len(sets.train), config.batch_size)
+        return Dino(config, model_config, sets.class_names, steps)
     balanced = config.class_weights == "balanced"
     weights = classification.balanced_weights(sets.train, sets.class_names) if balanced else None
     return Classification(config, model_config, sets.class_names, weights, teacher=teacher)

@@ -64,7 +64,9 @@ class Scores(Protocol):
 class Task(Protocol):
     """What is learned: made once for a run, from its settings, its data and the weights that it starts from.
 
-    Tasks are hashable, and equal where they would trace the same programs.
+    Tasks are hashable, and equal where they would trace the same programs. One that trains other parameters than it is
+    after also has `published(state)`: what is evaluated and left by a run, in the form of those trained, by the whole
+    training state.
     """
 
     metrics: tuple[Metric, ...]  # the first with `better` chooses the best checkpoint

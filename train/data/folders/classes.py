@@ -172,18 +172,25 @@ def split_images(root: Path, images: Images, *, val_fraction: float, seed: int) 
 
 
 def image_sets(
-    train_root: Path, train: Images, held_out_root: Path, held_out: Images, split: str, notes: list[str]
+    train_root: Path,
+    train: Images,
+    held_out_root: Path,
+    held_out: Images,
+    split: str,
+    notes: list[str],
+    class_names: tuple[str, ...] | None = None,
 ) -> ImageSets:
     """The data set of image files by class.
 
     Args:
         split: what is held out, in words.
+        class_names: none of them, where the images have no classes; None: those of `train`.
     """
     sources = image_source(train_root, train), image_source(held_out_root, held_out)
     shared = shared_images(*(source.paths() for source in sources))
     return ImageSets(
         *sources,
-        tuple(train),
+        tuple(train) if class_names is None else class_names,
         split,
         _fingerprint(train, {name: files for name, files in held_out.items() if files}),
         notes=(*notes, *shared_note(shared, len(sources[1]))),

@@ -1,0 +1,41 @@
+"""The script that shows what pre-training on digits is worth: its pictures, and how it judges features."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+_SCRIPT = Path(__file__).parents[2] / "docs" / "pretraining_digits.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("pretraining_digits", _SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_labels_are_few_and_held_out_digits_are_nowhere_to_be_trained_on(script, tmp_path):
+    pixels, labels, held_out = script.read_digits()
+    assert (len(pixels), held_out.sum()) == (1797, 359)
+    script.write_pictures(tmp_path, pixels, labels, held_out)
+    assert len(list((tmp_path / "pictures").iterdir())) == 1438
+    for seed in range(script.SEEDS):
+        few = sorted((tmp_path / f"few-{seed}" / "train").rglob("*.png"))
+        indices = {int(path.stem.partition("-")[0]) for path in few}
+        assert len(indices) == 100 and len(few) == 100 * script.COPIES and not held_out[list(indices)].any()
+        assert all(labels[int(path.stem.partition("-")[0])] == int(path.parent.name) for path in few)
+        assert len(list((tmp_path / f"few-{seed}" / "val").rglob("*.png"))) == 359
+    first = next((tmp_path / "pictures").iterdir())
+    np.testing.assert_array_equal(np.asarray(Image.open(first)), pixels[int(first.stem.partition("-")[0])])
+
+
+def test_features_that_tell_digits_apart_are_judged_so(script):
+    labels, held_out = np.arange(400) % 10, np.arange(400) >= 300
+    noise = np.random.default_rng(0).normal(size=(400, 10))
+    told = np.eye(10)[labels] + 0.01 * noise
+    assert script.judge("told", told, labels, held_out).count("100.00 %") == 2
+    assert "100.00 %" not in script.judge("noise", noise, labels, held_out)
