@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from crossvit_jax.kernels.attention import dot_product_attention
+from crossvit_jax.kernels.layers import plain_wide_einsum, wide_einsum
 from crossvit_jax.layers import Linear, dropout_is_active
 from crossvit_jax.reduce import Size, log_size
 
@@ -121,12 +122,17 @@ class CrossAttention(nnx.Module):
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
+        self.set_forward_mode(False)
         self.wq = Linear(dim, dim, use_bias=qkv_bias, **kwargs)
         self.wk = Linear(dim, dim, use_bias=qkv_bias, **kwargs)
         self.wv = Linear(dim, dim, use_bias=qkv_bias, **kwargs)
         self.attn_drop = nnx.Dropout(attn_drop)
-        self.proj = Linear(dim, dim, **kwargs)
+        self.proj = Linear(dim, dim, wide=True, **kwargs)
         self.proj_drop = nnx.Dropout(proj_drop)
+
+    def set_forward_mode(self, enable: bool) -> None:
+        """See `CrossViT.set_forward_mode`."""
+        self.einsum = plain_wide_einsum if enable else wide_einsum
 
     def __call__(
         self, x: Float[Array, "batch tokens dim"], size: Size | None = None, *, rngs: nnx.Rngs | None = None
@@ -135,12 +141,13 @@ class CrossAttention(nnx.Module):
 
         With one query per head, the key and value projections fold into it: q·(W_k x) = (W_kᵀ q)·x and
         Σ aₙ W_v xₙ = W_v Σ aₙ xₙ, so no key or value is ever computed. The key bias adds the same number to every
-        score of a head and drops out of the softmax.
+        score of a head and drops out of the softmax. Sums of half precision, which are of the one query's size, stay in
+        float32 until they are multiplied.
         """
         batch, _, dim = x.shape
-        attn = self.attn_drop(self._softmax(x, size), rngs=rngs).astype(x.dtype)
-        x = jnp.einsum("bhn,bnc->bhc", attn, x)
-        x = jnp.einsum("bhc,chd->bhd", x, self._per_head(self.wv, x.dtype))
+        attn = self.attn_drop(self._softmax(x, size), rngs=rngs)
+        dtype, x = x.dtype, self.einsum("bhn,bnc->bhc", attn.astype(x.dtype), x)
+        x = self.einsum("bhc,chd->bhd", x.astype(dtype), self._per_head(self.wv, dtype))
         if self.wv.bias is not None:
             bias = self.wv.bias[...].astype(x.dtype).reshape(1, *x.shape[1:])
             # the weights sum to 1 unless dropout has thinned them
@@ -157,8 +164,8 @@ class CrossAttention(nnx.Module):
     def _softmax(self, x: Float[Array, "batch tokens dim"], size: Size | None) -> Float[Array, "batch heads tokens"]:
         batch, _, dim = x.shape
         q = self.wq(x[:, 0]).reshape(batch, self.num_heads, dim // self.num_heads)
-        q = jnp.einsum("chd,bhd->bhc", self._per_head(self.wk, x.dtype), q) * self.scale
-        return softmax(jnp.einsum("bhc,bnc->bhn", q, x), size)
+        q = self.einsum("chd,bhd->bhc", self._per_head(self.wk, x.dtype), q) * self.scale
+        return softmax(self.einsum("bhc,bnc->bhn", q.astype(x.dtype), x), size)
 
     def _per_head(self, linear: Linear, dtype) -> Float[Array, "dim heads width"]:
         """The kernel of a projection, cut into those of the heads."""

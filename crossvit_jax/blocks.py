@@ -181,10 +181,13 @@ class MultiScaleBlock(nnx.Module):
             )
             for branch, depth in zip(config.branches, config.stage_depths[stage], strict=True)
         )
-        self.projs = nnx.List(
-            Sequential([LayerNorm(own.embed_dim, **kwargs), GELU(), Linear(own.embed_dim, other.embed_dim, **kwargs)])
-            for own, other in ring
-        )
+        # class tokens alone: in float32 they cost nothing, and all that a class token says passes through here
+        real = {**kwargs, "dtype": jnp.promote_types(param_dtype, jnp.float32)}
+
+        def projection(dim: int, out_dim: int) -> Sequential:
+            return Sequential([LayerNorm(dim, **real), GELU(), Linear(dim, out_dim, wide=True, **kwargs)])
+
+        self.projs = nnx.List(projection(own.embed_dim, other.embed_dim) for own, other in ring)
 
         depth = config.fusion_depths[stage]
 
@@ -197,10 +200,7 @@ class MultiScaleBlock(nnx.Module):
             return nnx.List(blocks) if depth else blocks[0]
 
         self.fusion = nnx.List(fusion(other) for _, other in ring)
-        self.revert_projs = nnx.List(
-            Sequential([LayerNorm(other.embed_dim, **kwargs), GELU(), Linear(other.embed_dim, own.embed_dim, **kwargs)])
-            for own, other in ring
-        )
+        self.revert_projs = nnx.List(projection(other.embed_dim, own.embed_dim) for own, other in ring)
 
     def __call__(
         self,
@@ -212,7 +212,7 @@ class MultiScaleBlock(nnx.Module):
         """Each branch's tokens (batch, 1 + patches, dim) after the stage, and their sizes."""
         xs, sizes = self.run_branches(xs, sizes, rngs=rngs)
         class_tokens = self.fuse(xs, sizes, rngs=rngs)
-        fused = [jnp.concatenate([token, x[:, 1:]], axis=1) for token, x in zip(class_tokens, xs, strict=True)]
+        fused = [_with_class_token(token, x) for token, x in zip(class_tokens, xs, strict=True)]
         if self.reduction is None or self.reduction.kind != "fusion" or self.is_last:
             return fused, sizes
         return self._keep_attended(fused, xs, sizes)
@@ -293,8 +293,7 @@ class MultiScaleBlock(nnx.Module):
 
     def _cross(self, xs: list[Float[Array, "batch _ _"]], i: int) -> Float[Array, "batch _ _"]:
         """Branch i's class token, projected, with the patch tokens that it attends over: those of the next branch."""
-        other = xs[self._next(i)]
-        return jnp.concatenate([self.projs[i](xs[i][:, :1]), other[:, 1:]], axis=1)
+        return _with_class_token(self.projs[i](xs[i][:, :1]), xs[self._next(i)])
 
     def _next(self, i: int) -> int:
         """The next branch in the ring."""
@@ -317,6 +316,11 @@ class MultiScaleBlock(nnx.Module):
             return block.reduce(x, size, self.reduction, branch, rngs=rngs)
 
         return (nnx.remat(run) if self.grad_checkpointing else run)(block, x, size, rngs)
+
+
+def _with_class_token(token: Float[Array, "batch 1 dim"], x: Float[Array, "batch tokens dim"]) -> Array:
+    """The tokens with another class token."""
+    return jnp.concatenate([token.astype(x.dtype), x[:, 1:]], axis=1)
 
 
 def _in_stage(config: CrossViTConfig, stage: int, branch: int) -> tuple[bool, ...]:

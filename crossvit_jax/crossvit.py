@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from crossvit_jax.attention import Attention
-from crossvit_jax.blocks import MultiScaleBlock
+from crossvit_jax.attention import Attention, CrossAttention
+from crossvit_jax.blocks import Block, MultiScaleBlock
 from crossvit_jax.config import CrossViTConfig, get_config
 from crossvit_jax.kernels.attention import fastest_implementation
 from crossvit_jax.layers import GELU, Conv, Identity, LayerNorm, Linear
@@ -38,6 +38,7 @@ class CrossViT(nnx.Module):
     def __init__(self, config: CrossViTConfig, *, dtype=None, param_dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
+        self.residual_dtype = self.dtype
         self.param_dtype = jnp.dtype(param_dtype)
         kwargs = {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": rngs}
 
@@ -52,9 +53,14 @@ class CrossViT(nnx.Module):
         self.blocks = nnx.List(
             MultiScaleBlock(config, rates, stage=stage, **kwargs) for stage, rates in enumerate(config.drop_path_rates)
         )
-        self.norm = nnx.List(LayerNorm(dim, **kwargs) for dim in config.embed_dim)
+        self.norm = nnx.List(LayerNorm(dim, **{**kwargs, "dtype": self._real}) for dim in config.embed_dim)
         self.head_drop = nnx.Dropout(config.drop_rate)
         self.reset_classifier(config.num_classes, rngs=rngs)
+
+    @property
+    def _real(self):
+        """The precision of what is pooled and of the logits: float32 or wider."""
+        return jnp.promote_types(self.param_dtype, jnp.float32)
 
     @property
     def num_classes(self) -> int:
@@ -133,7 +139,7 @@ class CrossViT(nnx.Module):
         xs = self._embed(images, rngs, patch_size, own_size=own_size)
         for stage in self.blocks:
             xs, _ = stage(xs, rngs=rngs)
-        return self._normalise(xs)
+        return self._features(xs)
 
     def forward_patches(
         self,
@@ -157,7 +163,7 @@ class CrossViT(nnx.Module):
         for stage in stages:
             xs, _ = stage(xs, rngs=rngs)
         xs, _ = last.run_branches(xs, rngs=rngs)
-        xs = self._normalise(xs)
+        xs = self._features(xs)
         return [self._as_map(x[:, 1:], grid, "NHWC") for grid, x in zip(self.config.grid_size, xs, strict=True)]
 
     def forward_head(
@@ -175,9 +181,8 @@ class CrossViT(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch out"]:
         """See `forward_head`; sizes are those of `MultiScaleBlock`."""
-        real = jnp.promote_types(self.param_dtype, jnp.float32)
         pooled = [
-            mean_patch(x.astype(real), size) if self.global_pool == "avg" else x[:, 0].astype(real)
+            mean_patch(x.astype(self._real), size) if self.global_pool == "avg" else x[:, 0].astype(self._real)
             for x, size in zip(xs, sizes or [None] * len(xs), strict=True)
         ]
         pooled = [self.head_drop(x, rngs=rngs) for x in pooled]
@@ -227,10 +232,10 @@ class CrossViT(nnx.Module):
             if stop_early and i > last:
                 break
             xs, _ = stage(xs, rngs=rngs)
-            for branch, y in enumerate(self._normalise(xs) if norm else xs):
+            for branch, y in enumerate(self._features(xs) if norm else xs):
                 taken[branch * stages + i] = self._as_map(y[:, 1:], grids[branch], output_fmt)
         intermediates = [taken[index] for index in wanted]
-        return intermediates if intermediates_only else (self._normalise(xs), intermediates)
+        return intermediates if intermediates_only else (self._features(xs), intermediates)
 
     def attention_maps(
         self, images: Float[Array, "batch height width channels"], patch_size: tuple[int, ...] | None = None
@@ -261,9 +266,8 @@ class CrossViT(nnx.Module):
         self.config = dataclasses.replace(
             self.config, num_classes=num_classes, global_pool=global_pool or self.global_pool
         )
-        real = jnp.promote_types(self.param_dtype, jnp.float32)  # the logits stay in float32 or wider
         self.head = nnx.List(
-            Linear(dim, num_classes, dtype=real, param_dtype=self.param_dtype, rngs=rngs)
+            Linear(dim, num_classes, dtype=self._real, param_dtype=self.param_dtype, rngs=rngs)
             if num_classes > 0
             else Identity()
             for dim in self.config.embed_dim
@@ -288,6 +292,19 @@ class CrossViT(nnx.Module):
             if isinstance(module, Attention):
                 module.implementation = implementation
 
+    def set_fp32_residual(self, enable: bool = True) -> None:
+        """Keeps what flows from block to block in float32 in a model of half precision, as `torch.autocast` does.
+
+        Attention and MLP return their float32 sums, which are added unrounded. Logits then lie about as near to the
+        exact ones as torch's under autocast, at the cost of more memory traffic. Other models it leaves as they are.
+        """
+        for _, module in nnx.iter_modules(self):
+            if isinstance(module, CrossViT):
+                module.residual_dtype = module._real if enable else module.dtype
+            elif isinstance(module, Block):
+                for layer in (module.attn.proj, module.mlp.fc2):
+                    layer.set_wide(enable)
+
     def set_forward_mode(self, enable: bool = True) -> None:
         """Lets `jax.jvp`, `jax.linearize` and `jax.jacfwd` through, which gradients written by hand keep out.
 
@@ -296,7 +313,7 @@ class CrossViT(nnx.Module):
         need no such thing, unless `set_attention("cudnn")` was called, whose kernel has no forward mode.
         """
         for _, module in nnx.iter_modules(self):
-            if isinstance(module, (Attention, Conv, GELU, LayerNorm)):
+            if isinstance(module, (Attention, Conv, CrossAttention, GELU, LayerNorm, Linear)):
                 module.set_forward_mode(enable)
 
     def no_weight_decay(self) -> set[str]:
@@ -354,6 +371,7 @@ class CrossViT(nnx.Module):
             config = config.replace(image_size=images.shape[1:3])
         for i, (patch_embed, size) in enumerate(zip(self.patch_embed, config.branch_image_size, strict=True)):
             x = patch_embed(scale_image(images, size, config.crop_scale), config.patch_size[i])
+            x = x.astype(self.residual_dtype)
             if masked is not None:
                 mask, token = masked[i]
                 x = jnp.where(mask[..., None], token.astype(x.dtype), x)
@@ -368,8 +386,12 @@ class CrossViT(nnx.Module):
         return xs
 
     def _normalise(self, xs: list[Float[Array, "batch _ _"]]) -> list[Float[Array, "batch _ _"]]:
-        """Each branch's final norm."""
+        """Each branch's final norm, in float32 or wider."""
         return [norm(x) for norm, x in zip(self.norm, xs, strict=True)]
+
+    def _features(self, xs: list[Float[Array, "batch _ _"]]) -> list[Float[Array, "batch _ _"]]:
+        """The same in the precision that flows from block to block."""
+        return [x.astype(self.residual_dtype) for x in self._normalise(xs)]
 
     def _at(self, patch_size: tuple[int, ...] | None) -> CrossViTConfig:
         """The settings at a patch size."""

@@ -5,7 +5,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from crossvit_jax.kernels.layers import convolve_patches, gelu, layer_norm, plain_gelu, plain_layer_norm
+from crossvit_jax.kernels.layers import (
+    convolve_patches,
+    gelu,
+    layer_norm,
+    plain_gelu,
+    plain_layer_norm,
+    plain_wide_einsum,
+    wide_einsum,
+)
 
 
 def dropout_is_active(dropout: nnx.Dropout) -> bool:
@@ -17,9 +25,21 @@ class Linear(nnx.Linear):
     """Linear layer with timm's initialisation: weights N(0, 0.02), biases 0.
 
     timm truncates at ±2, a hundred standard deviations away: no float32 draw ever gets there.
+
+    With `wide`, half precision is multiplied as such, and the sums, to which the bias is added, stay in float32.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True, dtype, param_dtype, rngs):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        wide: bool = False,
+        dtype,
+        param_dtype,
+        rngs,
+    ):
         super().__init__(
             in_features,
             out_features,
@@ -29,10 +49,26 @@ class Linear(nnx.Linear):
             param_dtype=param_dtype,
             rngs=rngs,
         )
+        self.set_wide(wide)
+        self.set_forward_mode(False)
+
+    def set_wide(self, enable: bool) -> None:
+        """Whether a layer of half precision returns float32."""
+        self.wide = enable and self.dtype is not None and jnp.dtype(self.dtype).itemsize == 2
+
+    def set_forward_mode(self, enable: bool) -> None:
+        """See `CrossViT.set_forward_mode`."""
+        self.wide_einsum = plain_wide_einsum if enable else wide_einsum
 
     def __call__(self, x: Float[Array, "*batch in_features"]) -> Float[Array, "*batch out_features"]:
         # as one plain matrix product: for the weights' gradient of a batched one, XLA copies the input first on a CPU
-        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.out_features)
+        rows = x.reshape(-1, x.shape[-1])
+        y = self._in_float32(rows) if self.wide else super().__call__(rows)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _in_float32(self, x: Float[Array, "rows in_features"]) -> Float[Array, "rows out_features"]:
+        y = self.wide_einsum("ri,io->ro", *self.promote_dtype((x, self.kernel[...]), dtype=self.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None]
 
 
 class Conv(nnx.Conv):

@@ -115,6 +115,7 @@ class DenseModel(nnx.Module):
 
     # these reach every module below
     set_attention = CrossViT.set_attention
+    set_fp32_residual = CrossViT.set_fp32_residual
     set_forward_mode = CrossViT.set_forward_mode
 
     def no_weight_decay(self) -> set[str]:

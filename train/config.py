@@ -356,6 +356,11 @@ class TrainConfig:
         "on GPUs that have no bfloat16 (before compute capability 8.0), float32 on CPUs",
         section="arithmetic and devices",
     )
+    fp32_residual: bool = setting(
+        False,
+        "in half precision, keep what flows from block to block in float32, as torch.autocast does: nearer to exact, "
+        "and more memory traffic",
+    )
     attention_kernel: Literal["auto", "xla", "cudnn"] = setting(
         "auto",
         "what computes self-attention: xla, or cudnn (NVIDIA GPUs from compute capability 8.0 on, in half "

@@ -74,6 +74,30 @@ def _default_only(*args: Array, cpu: Callable[..., Array], default: Callable[...
     return default(*args)
 
 
+def wide_einsum(subscripts: str, a: Array, b: Array) -> Array:
+    """`jnp.einsum` of two arrays of half precision in float32, as tensor cores sum it; others in their own precision.
+
+    The gradient is rounded to half precision first, for a product of both would be computed in float32.
+    """
+    return _wide_einsum(subscripts, *vary_alike(a, b))
+
+
+def plain_wide_einsum(subscripts: str, a: Array, b: Array) -> Array:
+    """The same with the gradient that jax derives, in forward mode too."""
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.promote_types(jnp.result_type(a, b), jnp.float32))
+
+
+_wide_einsum = jax.custom_vjp(plain_wide_einsum, nondiff_argnums=(0,))
+
+
+def _wide_einsum_backward(subscripts: str, inputs: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
+    _, backward = jax.vjp(lambda a, b: jnp.einsum(subscripts, a, b), *inputs)
+    return backward(d_y.astype(jnp.result_type(*inputs)))
+
+
+_wide_einsum.defvjp(lambda subscripts, a, b: (plain_wide_einsum(subscripts, a, b), (a, b)), _wide_einsum_backward)
+
+
 def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
     """Layer norm over the last axis with the two-pass variance, in float32 or wider; keeps two numbers per row."""
     return _layer_norm(*vary_alike(x, scale, bias), epsilon)

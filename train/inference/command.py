@@ -35,8 +35,8 @@ _IMAGES_PER_PROCESS = 1000  # a process takes seconds to start, which fewer imag
 
 
 def add_model_flags(parser: Parser, *, batches: bool = True, max_pixels: int = MAX_PIXELS) -> None:
-    """--weights, --image-size, --crop-pct, --exif, --precision, --attention-kernel, --reduce-tokens, --quantize and
-    --max-pixels.
+    """--weights, --image-size, --crop-pct, --exif, --precision, --fp32-residual, --attention-kernel, --reduce-tokens,
+    --quantize and --max-pixels.
 
     Args:
         batches: --batch-size too.
@@ -62,6 +62,11 @@ def add_model_flags(parser: Parser, *, batches: bool = True, max_pixels: int = M
         choices=("float32", "bfloat16", "float16"),
         help="arithmetic; parameters are float32 (default: bfloat16 on accelerators, float16 on GPUs that have none, "
         "float32 on CPUs)",
+    )
+    parser.add_argument(
+        "--fp32-residual",
+        action="store_true",
+        help="in half precision, keep what flows from block to block in float32, as torch.autocast does",
     )
     parser.add_argument(
         "--attention-kernel",
@@ -168,7 +173,8 @@ def load_model(args: argparse.Namespace) -> "Predictor":
     keep_freed_memory()
     keep_compiled_programs()
     limit_pixels(args.max_pixels)
-    settings = ("image_size", "crop_pct", "precision", "attention_kernel", "reduce_tokens", "quantize", "exif")
+    settings = ("image_size", "crop_pct", "precision", "fp32_residual", "attention_kernel", "reduce_tokens")
+    settings += ("quantize", "exif")
     of_some = ("patch_size", "score_threshold", "iou_threshold", "max_detections")
     settings += tuple(name for name in of_some if name in args)
     return load_predictor(args.weights, **{name: getattr(args, name) for name in settings})

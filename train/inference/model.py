@@ -105,6 +105,7 @@ def load_predictor(
     patch_size: tuple[int, ...] | None = None,
     crop_pct: float | None = None,
     precision: str | None = None,
+    fp32_residual: bool = False,
     attention_kernel: str = "auto",
     reduce_tokens: str | None = None,
     quantize: str | None = None,
@@ -118,6 +119,7 @@ def load_predictor(
         patch_size: pixels of each branch's patches, to which kernels and positions are resized; none: as stored.
         crop_pct: share of the resized image that a classifier's evaluation crop keeps; none: as stored.
         precision: float32, bfloat16 or float16; none: see `train.devices.mesh.default_precision`.
+        fp32_residual: see `CrossViT.set_fp32_residual`.
         attention_kernel: auto, xla or cudnn, see `train.devices.attention.choose_attention`.
         reduce_tokens: how a classifier computes with fewer tokens, see `crossvit_jax.config.Reduction`, or "none" for
             all of them; none: as stored.
@@ -144,6 +146,7 @@ def load_predictor(
     kernel, notes = choose_attention(attention_kernel, weights.config, precision, mesh, training=False)
     model = flax_model(weights, dtype=precision)
     model.set_attention(kernel)
+    model.set_fp32_residual(fp32_residual)
     graphdef, state = nnx.split(model)
     params = jax.device_put(nnx.to_pure_dict(state), replicated(mesh))
     if quantize is not None:

@@ -13,6 +13,7 @@ from flax import nnx
 
 from convert.errors import require
 from crossvit_jax import CrossViT
+from crossvit_jax.layers import Linear
 
 if TYPE_CHECKING:
     import qwix
@@ -52,7 +53,7 @@ def fake_quantised(model: CrossViT, weights: str) -> CrossViT:
     import qwix
 
     # qwix would call the model to find the scales of activations, but here these belong to a batch
-    return qwix.quantize_model(model, qwix.QtProvider(rules(weights)), skip_nnx_init=True)
+    return qwix.quantize_model(_narrow(model), qwix.QtProvider(rules(weights)), skip_nnx_init=True)
 
 
 def quantised(model: CrossViT, weights: str) -> CrossViT:
@@ -69,4 +70,13 @@ def quantised(model: CrossViT, weights: str) -> CrossViT:
 
     image = jnp.zeros((1, *model.config.image_size, model.config.in_chans))
     # qwix finds the weights to quantise by calling the model; of the call itself, the compiler leaves nothing
-    return nnx.jit(lambda model: qwix.quantize_model(model, qwix.PtqProvider(rules(weights)), image))(model)
+    return nnx.jit(lambda model: qwix.quantize_model(model, qwix.PtqProvider(rules(weights)), image))(_narrow(model))
+
+
+def _narrow(model: CrossViT) -> CrossViT:
+    """A copy whose linear layers return the model's own precision: qwix knows no others."""
+    model = nnx.merge(*nnx.split(model))
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Linear):
+            module.set_wide(False)
+    return model

@@ -64,6 +64,8 @@ def abstract_model(task: Task, config: TrainConfig) -> nnx.Module:
         model.set_grad_checkpointing()
     if config.attention_kernel == "cudnn":
         model.set_attention("cudnn")
+    if config.fp32_residual:
+        model.set_fp32_residual()
     if config.qat is not None:
         model = fake_quantised(model, config.qat)
     return model
