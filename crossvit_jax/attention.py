@@ -127,7 +127,7 @@ class CrossAttention(nnx.Module):
         self.wk = Linear(dim, dim, use_bias=qkv_bias, **kwargs)
         self.wv = Linear(dim, dim, use_bias=qkv_bias, **kwargs)
         self.attn_drop = nnx.Dropout(attn_drop)
-        self.proj = Linear(dim, dim, wide=True, **kwargs)
+        self.proj = Linear(dim, dim, **kwargs)
         self.proj_drop = nnx.Dropout(proj_drop)
 
     def set_forward_mode(self, enable: bool) -> None:
@@ -146,8 +146,8 @@ class CrossAttention(nnx.Module):
         """
         batch, _, dim = x.shape
         attn = self.attn_drop(self._softmax(x, size), rngs=rngs)
-        dtype, x = x.dtype, self.einsum("bhn,bnc->bhc", attn.astype(x.dtype), x)
-        x = self.einsum("bhc,chd->bhd", x.astype(dtype), self._per_head(self.wv, dtype))
+        x = jnp.einsum("bhn,bnc->bhc", attn.astype(x.dtype), x)
+        x = self.einsum("bhc,chd->bhd", x, self._per_head(self.wv, x.dtype))
         if self.wv.bias is not None:
             bias = self.wv.bias[...].astype(x.dtype).reshape(1, *x.shape[1:])
             # the weights sum to 1 unless dropout has thinned them

@@ -81,6 +81,11 @@ class Block(nnx.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **kwargs)
         self.drop_path2 = DropPath(drop_path)
 
+    def set_wide(self, enable: bool) -> None:
+        """See `CrossViT.set_fp32_residual`."""
+        for layer in (self.attn.proj, self.mlp.fc2):
+            layer.set_wide(enable)
+
     def __call__(
         self, x: Float[Array, "batch tokens dim"], size: Size | None = None, *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch tokens dim"]:
@@ -181,11 +186,11 @@ class MultiScaleBlock(nnx.Module):
             )
             for branch, depth in zip(config.branches, config.stage_depths[stage], strict=True)
         )
-        # class tokens alone: in float32 they cost nothing, and all that a class token says passes through here
+        # of class tokens alone, whose norm costs nothing in float32
         real = {**kwargs, "dtype": jnp.promote_types(param_dtype, jnp.float32)}
 
         def projection(dim: int, out_dim: int) -> Sequential:
-            return Sequential([LayerNorm(dim, **real), GELU(), Linear(dim, out_dim, wide=True, **kwargs)])
+            return Sequential([LayerNorm(dim, **real), GELU(), Linear(dim, out_dim, **kwargs)])
 
         self.projs = nnx.List(projection(own.embed_dim, other.embed_dim) for own, other in ring)
 
@@ -201,6 +206,14 @@ class MultiScaleBlock(nnx.Module):
 
         self.fusion = nnx.List(fusion(other) for _, other in ring)
         self.revert_projs = nnx.List(projection(other.embed_dim, own.embed_dim) for own, other in ring)
+
+    def set_wide(self, enable: bool) -> None:
+        """See `CrossViT.set_fp32_residual`: of what makes class tokens between the branches."""
+        for *_, layer in (*self.projs, *self.revert_projs):
+            layer.set_wide(enable)
+        for i in range(len(self.fusion)):
+            for _, block in self._fusion_blocks(i):
+                block.attn.proj.set_wide(enable)
 
     def __call__(
         self,

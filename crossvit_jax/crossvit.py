@@ -301,9 +301,8 @@ class CrossViT(nnx.Module):
         for _, module in nnx.iter_modules(self):
             if isinstance(module, CrossViT):
                 module.residual_dtype = module._real if enable else module.dtype
-            elif isinstance(module, Block):
-                for layer in (module.attn.proj, module.mlp.fc2):
-                    layer.set_wide(enable)
+            elif isinstance(module, (Block, MultiScaleBlock)):
+                module.set_wide(enable)
 
     def set_forward_mode(self, enable: bool = True) -> None:
         """Lets `jax.jvp`, `jax.linearize` and `jax.jacfwd` through, which gradients written by hand keep out.

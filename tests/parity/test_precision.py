@@ -45,8 +45,8 @@ def distances():
 
 
 def test_bfloat16_is_nearer_to_the_exact_logits_than_timms_model_of_bfloat16(distances):
-    assert distances["ours"] < 0.95 * distances["timm"]  # measured: 0.85
-    assert distances["ours"] < 1.32 * distances["timm, autocast"]  # 1.26
+    assert distances["ours"] < 0.95 * distances["timm"]  # measured: 0.88
+    assert distances["ours"] < 1.4 * distances["timm, autocast"]  # 1.30
 
 
 def test_with_a_float32_residual_it_is_as_near_as_timm_under_autocast(distances):
