@@ -41,11 +41,10 @@ def add_rounds(parser: Parser, sides: Iterable[str], repeats: int = 10) -> None:
     add_json(parser)
 
 
-def add_variants(parser: Parser, batch_size: int = 8) -> None:
+def add_variants(parser: Parser, batch: int = 8) -> None:
     """Models and their batches."""
     parser.add_argument("--variants", "--variant", nargs="+", choices=VARIANTS, default=["ti"], help="default: ti")
-    told = f"default: {batch_size}"
-    parser.add_argument("--batch-size", type=at_least_one, default=batch_size, metavar="N", help=told)
+    parser.add_argument("--batch-size", type=at_least_one, default=batch, metavar="N", help=f"default: {batch}")
 
 
 def add_models(parser: Parser) -> None:

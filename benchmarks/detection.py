@@ -17,7 +17,7 @@ _OFTEN = -6.5  # the bias of classes with which about a thousand scores of an im
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
     parser = parser_of("detection", "Time CrossViT detectors: Flax against torchvision's FCOS on the same backbone.")
-    add_variants(parser, batch_size=2)
+    add_variants(parser, batch=2)
     add_rounds(parser, DetectionTask.SIDES, repeats=5)
     args = parser.parse_args(argv)
 
@@ -42,7 +42,7 @@ def write_weights(task: DetectionTask) -> None:
     with torch.device("meta"):
         tensors = random_weights(CrossViTDetector(task.config()))
     tensors["head.classification_head.cls_logits.bias"] += _OFTEN
-    save(tensors, task.config(), task.weights)
+    save(tensors, task.config(), task.weights, overwrite=True)
 
 
 if __name__ == "__main__":

@@ -324,6 +324,7 @@ LAYOUTS = {
         lambda result: f"`train.serve --weights {result['weights']} --max-batch {result['batch_size']}`",
         (
             *(_SIDE, (_SPREAD_PER_S, _figures(images_per_s, ".1f"))),
+            ("times as fast as train.predict", _beside("train.predict")),
             ("times as fast as without batches", _beside("one at a time")),
         ),
         more=_served,

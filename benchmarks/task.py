@@ -23,7 +23,6 @@ CHECKED_STEPS = 2  # the loss of the second one also tells whether gradient and 
 NEVER = 1_000_000_000  # steps per epoch, for which the learning rate stays that of the first one
 SIZE = 240  # of the images that the data benchmark makes
 PHOTOGRAPH_CLASSES = 10  # of the files that training is fed from; the model has its thousand
-_DETECTIONS = 100  # of an image, at most
 GPU_WARM_UP_S = 1.0  # see `Program.warm_up_s`
 _DIFFERENT_IMAGES = 256  # in larger batches they come again: drawing thousands takes long
 _BOXES = 8  # of an image that a detector is trained with
@@ -162,12 +161,11 @@ class EndToEndTask(ModelTask):
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionTask(ModelTask):
-    """A detector: images to boxes, or training steps."""
+    """A detector, in a file of ours: images to boxes, or training steps."""
 
     SIDES: ClassVar = dict.fromkeys(("torchvision", "torchvision-compile"), "torchvision_detection") | {
         "flax": "flax_detection"
     }
-    weights: str  # a safetensors file of our detector
 
     def config(self) -> DetectorConfig:
         """For COCO's classes."""
@@ -197,10 +195,9 @@ class DetectionTask(ModelTask):
 
         Each coordinate is sorted by itself: boxes whose scores are equal but for rounding have no order.
         """
-        told = np.zeros((len(images), _DETECTIONS, 6), np.float32)
+        told = np.zeros((len(images), 100, 6), np.float32)  # there are no more of an image
         for rows, found in zip(told, images, strict=True):
-            columns = (found["boxes"], found["labels"][:, None], found["scores"][:, None])
-            rows[: len(found["boxes"])] = np.concatenate(columns, axis=1)
+            rows[: len(found["boxes"])] = np.column_stack([found["boxes"], found["labels"], found["scores"]])
         told = np.sort(told, axis=1)
         return {"boxes": told[..., :5], "scores": told[..., 5]}
 

@@ -14,7 +14,7 @@ from benchmarks.sides.peak import PRODUCT, peak_flops
 from benchmarks.task import CHECKED_STEPS, GPU_WARM_UP_S, NEVER, ModelTask, Program, jax_facts, repeated
 from convert import load_flax, load_weights
 from convert.tree import flatten, nest
-from crossvit_jax.config import CrossViTConfig, get_config
+from crossvit_jax.config import get_config
 from train.config import TrainConfig
 from train.cost.flops import flops_per_image
 from train.devices.attention import choose_attention
@@ -25,7 +25,7 @@ from train.optim.state import State
 from train.tasks.classification import Classification
 from train.tasks.task import Task
 
-Learned = Callable[[TrainConfig, Any], Task]  # the trainer's task, of its settings and the model's
+Learned = Callable[[TrainConfig, Any, tuple[str, ...]], Task]  # of settings, the model's, and the names of classes
 
 
 def load(task: ModelTask, side: str) -> Program:
@@ -85,11 +85,7 @@ def _inference(task: ModelTask) -> Program:
     return Program(check, repeated(call, jax.block_until_ready), jax_facts())
 
 
-def _classification(config: TrainConfig, model: CrossViTConfig) -> Classification:
-    return Classification(config, model, ())
-
-
-def training(task: ModelTask, targets: dict[str, np.ndarray], learned: Learned = _classification) -> Program:
+def training(task: ModelTask, targets: dict[str, np.ndarray], learned: Learned = Classification) -> Program:
     """The trainer's steps on images and targets."""
     config = task.recipe()
     # `bad` as in every batch of the trainer: no image is unreadable
@@ -100,8 +96,7 @@ def training(task: ModelTask, targets: dict[str, np.ndarray], learned: Learned =
     def check() -> dict[str, np.ndarray]:
         nonlocal state, step
         plain = dataclasses.replace(config, mixup=0.0, cutmix=0.0)
-        recipes = [config] if config == plain else [config, plain]
-        programs = [programs_of(task, recipe, learned) for recipe in recipes]
+        programs = [programs_of(task, recipe, learned) for recipe in ([config] if config == plain else [config, plain])]
         state, step, checked = begin(programs[-1], task), programs[0].train_step, programs[-1].train_step
         losses = []
         for _ in range(CHECKED_STEPS):
@@ -119,11 +114,12 @@ def training(task: ModelTask, targets: dict[str, np.ndarray], learned: Learned =
     return Program(check, repeated(call, jax.block_until_ready), jax_facts())
 
 
-def programs_of(task: ModelTask, recipe: TrainConfig, learned: Learned = _classification) -> Programs:
+def programs_of(task: ModelTask, recipe: TrainConfig, learned: Learned = Classification) -> Programs:
     """The trainer's programs for a recipe, on one device. They compile at the same time."""
     config = dataclasses.replace(recipe, precision=task.dtype, attention_kernel=_attention(task))
     model = load_weights(task.weights).config
-    return Programs(Plan(learned(config, model), config, make_mesh(devices=jax.devices()[:1]), NEVER))
+    task_of_trainer = learned(config, model, tuple(map(str, range(model.num_classes))))
+    return Programs(Plan(task_of_trainer, config, make_mesh(devices=jax.devices()[:1]), NEVER))
 
 
 def begin(programs: Programs, task: ModelTask) -> State:

@@ -1,5 +1,7 @@
 """Our detector from images to boxes, and the trainer's own step."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +17,8 @@ def load(task: DetectionTask, side: str) -> Program:
     """The task's program, not compiled yet."""
     flax.set_up(task)
     if task.benchmark == "training":
-        targets, names = task.targets(), tuple(map(str, range(task.config().num_classes)))
-        most = targets["boxes"].shape[1]
-        return flax.training(task, targets, lambda *configs: Detection(*configs, names, most_boxes=most))
+        targets = task.targets()
+        return flax.training(task, targets, partial(Detection, most_boxes=targets["boxes"].shape[1]))
     graphdef, params = nnx.split(load_flax(task.weights))
     params, images = nnx.to_pure_dict(params), jnp.asarray(task.images())
     detect = jax.jit(lambda params, images: nnx.merge(graphdef, params).detect(images))
