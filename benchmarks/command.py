@@ -41,10 +41,15 @@ def add_rounds(parser: Parser, sides: Iterable[str], repeats: int = 10) -> None:
     add_json(parser)
 
 
+def add_variants(parser: Parser, batch: int = 8) -> None:
+    """Models and their batches."""
+    parser.add_argument("--variants", "--variant", nargs="+", choices=VARIANTS, default=["ti"], help="default: ti")
+    parser.add_argument("--batch-size", type=at_least_one, default=batch, metavar="N", help=f"default: {batch}")
+
+
 def add_models(parser: Parser) -> None:
     """Models and where they run."""
-    parser.add_argument("--variants", "--variant", nargs="+", choices=VARIANTS, default=["ti"], help="default: ti")
-    parser.add_argument("--batch-size", type=at_least_one, default=8, metavar="N", help="default: 8")
+    add_variants(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu where torch and jax can use one")
 

@@ -13,13 +13,15 @@ from benchmarks.worker import Ready, Round, SideFailed, Worker
 from convert.errors import UserError
 from convert.streams import tell_error as say  # progress is told on stderr: tables are on stdout
 
-# Largest differences of sides that agree: of logits and losses as a share of the largest one, of each
+# Largest differences of sides that agree: of logits, losses, boxes and scores as a share of the largest one, of each
 # gradient's norm as a share of itself. Those of Ti on a CPU: 2e-6, 7e-8 and 2e-5 in float32; 0.02, 2e-3 and 0.04 in
 # bfloat16. Pixels are equal to the bit.
 BOUNDS = {
     "logits": {"float32": 1e-4, "bfloat16": 0.1},
     "losses": {"float32": 1e-5, "bfloat16": 5e-3},
     "gradients": {"float32": 1e-3, "bfloat16": 0.1},
+    "boxes": {"float32": 1e-4},
+    "scores": {"float32": 1e-4},
     "images": {"float32": 0.0},
     "crops": {"float32": 0.0},
 }

@@ -25,17 +25,23 @@ from benchmarks.sides.load import closed_loop, open_loop
 from benchmarks.task import DataTask
 from benchmarks.worker import SideFailed
 from convert.command_line import at_least_one, leave, run, weights_source
+from train.data.bad_images import BadImages
+from train.devices.process import keep_freed_memory
+from train.inference.classify import classify
+from train.inference.image_paths import FileSource
+from train.inference.model import Classifier, load_classifier
 
 _SHARES = (0.5, 0.8, 1.2, 2.0)  # of capacity
 _START = 600.0  # seconds that a server has to become ready
 _PHOTOGRAPHS = 8
 _ROUNDS = 3
+_Rates = dict[str, list[float]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
     epilog = "exit status: 0 done; 1 a server failed; 2 wrong flags"
-    parser = parser_of("serving", "Put a server under load, and compare it with one that makes no batches.", epilog)
+    parser = parser_of("serving", "Put a server of a classifier under load, beside train.predict's loop.", epilog)
     parser.add_argument("--weights", type=weights_source, required=True, metavar="SOURCE", help="the weights to serve")
     parser.add_argument("--max-batch", type=at_least_one, default=8, metavar="N", help="as of train.serve; default: 8")
     parser.add_argument("--seconds", type=at_least_one, default=20, metavar="N", help="of each load; default: 20")
@@ -48,9 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     check_json(args.json)
+    keep_freed_memory()  # as the commands of train do
     bodies = [sample["image"] for sample in DataTask(batch_size=_PHOTOGRAPHS).samples()]
+    predicted = _predicted(load_classifier(args.weights), bodies, args.seconds / 2)
     with _serving(args.weights, args.max_batch) as server:
-        rates = _compared(server, bodies, args)
+        rates = _compared(server, predicted, bodies, args)
         capacity = median(rates["server"])
         say(f"capacity {capacity:.1f} pictures/s")
         loads = [_loaded(server, bodies, share, capacity, args.seconds) for share in _SHARES]
@@ -89,20 +97,39 @@ def _metrics(address: str) -> dict[str, float]:
     return {name: float(value) for name, value in lines}
 
 
-def _compared(server: str, bodies: Sequence[bytes], args: argparse.Namespace) -> dict[str, list[float]]:
-    """Pictures in a second of the server, and without batches; in turns, so that others slow both."""
+def _compared(server: str, predicted: Iterator[float], bodies: Sequence[bytes], args: argparse.Namespace) -> _Rates:
+    """Pictures in a second of the server, of train.predict, and without batches; in turns, so that others slow all."""
 
-    def rate(of: str, seconds: float) -> float:
+    def rate(of: str, seconds: float = args.seconds / 2) -> float:
         return asyncio.run(closed_loop(of, bodies, clients=2 * args.max_batch, seconds=seconds)).rate
 
-    rates: dict[str, list[float]] = {"server": [], "one at a time": []}
-    with _serving(args.weights, 1) as single:
+    rates: _Rates = {"server": [], "train.predict": [], "one at a time": []}
+    with _serving(args.weights, 1) as single, contextlib.closing(predicted):
+        turns = (lambda: rate(server), lambda: next(predicted), lambda: rate(single))
         rate(server, 2)  # warm
         for number in range(_ROUNDS):
-            for side, found in rates.items():
-                found.append(rate(server if side == "server" else single, args.seconds / 2))
+            for found, turn in zip(rates.values(), turns, strict=True):
+                found.append(turn())
             say(f"round {number + 1} of {_ROUNDS} done")
     return rates
+
+
+def _predicted(classifier: Classifier, bodies: Sequence[bytes], seconds: float) -> Iterator[float]:
+    """Pictures in a second of train.predict's loop at its own batch size, anew each time that it is asked."""
+    with tempfile.TemporaryDirectory(prefix="crossvit-serving-") as folder:
+        for number, body in enumerate(bodies):
+            Path(folder, f"{number}.jpg").write_bytes(body)
+        source = FileSource(tuple(map(str, Path(folder).iterdir())) * 10**5)  # more than there is time for
+        settings = {"batch_size": classifier.batch_size(None, None), "workers": 0, "top_k": 5}
+        batches = classify(classifier, source, BadImages(source, say), **settings)
+        with contextlib.closing(batches):
+            next(batches)  # compiled
+            while True:
+                next(batches), next(batches)  # which had been read ahead
+                start, done = time.perf_counter(), 0
+                while time.perf_counter() < start + seconds:
+                    done += len(next(batches))
+                yield done / (time.perf_counter() - start)
 
 
 def _loaded(server: str, bodies: Sequence[bytes], share: float, capacity: float, seconds: float) -> dict[str, Any]:

@@ -159,11 +159,14 @@ def _beside(other: str | Callable[[Result, str], str | None], form: str = ".2f",
     return cell
 
 
-def _beside_best(result: Result, side: str) -> str:
-    fastest = best(result, "timm")
-    if side == fastest:
-        return f"**best of timm{' that ran' if failed(result, 'timm') else ''}**"
-    return _beside(lambda *_: fastest)(result, side)
+def _beside_best(whose: str) -> tuple[str, Cell]:
+    def cell(result: Result, side: str) -> str:
+        fastest = best(result, whose)
+        if side == fastest:
+            return f"**best of {whose}{' that ran' if failed(result, whose) else ''}**"
+        return _beside(lambda *_: fastest)(result, side)
+
+    return f"times as fast as {whose}'s best (min-max)", cell
 
 
 def _difference(result: Result, side: str) -> str:
@@ -180,12 +183,13 @@ _SETTINGS = (("variant", _setting("variant")), ("batch", _setting("batch_size"))
 _TIME = ("ms per call, median (min-max)", _seconds(".2f", 1000))
 _PER_S = ("images/s", _figures(images_per_s, ".1f", median_only=True, says_why=False))
 _SPREAD_PER_S = "images/s, median (min-max)"
-_MODEL_COLUMNS = (
-    *(*_SETTINGS, _TIME, _PER_S, ("times as fast as timm's best (min-max)", _beside_best)),
+_KNOWN = (
     ("peak memory, GiB", _told("peak_bytes", ".2f", 2**-30)),
     ("of the matmul peak", _share_of_peak),
     *(("difference", _difference), ("from float32", _told("from_float32", ".1e"))),
 )
+_MODEL_COLUMNS = (*_SETTINGS, _TIME, _PER_S, _beside_best("timm"), *_KNOWN)
+_DETECTOR_COLUMNS = (("benchmark", _setting("benchmark")), *_SETTINGS, _TIME, _PER_S, _beside_best("torchvision"))
 
 
 # --- end to end: shares of the step alone, and ratios to timm of what is fed alike ---
@@ -278,6 +282,7 @@ MODELS = ("inference", "training")
 LAYOUTS = {
     "inference": Layout(lambda result: "CrossViT inference", _MODEL_COLUMNS),
     "training": Layout(lambda result: "CrossViT training", _MODEL_COLUMNS),
+    "detection": Layout(lambda result: "CrossViT detector", (*_DETECTOR_COLUMNS, *_KNOWN), "torchvision"),
     "end_to_end": Layout(
         lambda result: (
             f"Training with the input pipeline, {result['files']:,} JPEG files of 500 x 375, "
@@ -319,6 +324,7 @@ LAYOUTS = {
         lambda result: f"`train.serve --weights {result['weights']} --max-batch {result['batch_size']}`",
         (
             *(_SIDE, (_SPREAD_PER_S, _figures(images_per_s, ".1f"))),
+            ("times as fast as train.predict", _beside("train.predict")),
             ("times as fast as without batches", _beside("one at a time")),
         ),
         more=_served,

@@ -7,7 +7,7 @@ module imports no framework and no side.
 import dataclasses
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from convert.files import FOLDER_PREFIX
-from crossvit_jax.config import get_config
+from crossvit_jax.config import DetectorConfig, get_config, get_dense_config
 from train.config import TrainConfig
 from train.recipes import RECIPES
 
@@ -25,6 +25,7 @@ SIZE = 240  # of the images that the data benchmark makes
 PHOTOGRAPH_CLASSES = 10  # of the files that training is fed from; the model has its thousand
 GPU_WARM_UP_S = 1.0  # see `Program.warm_up_s`
 _DIFFERENT_IMAGES = 256  # in larger batches they come again: drawing thousands takes long
+_BOXES = 8  # of an image that a detector is trained with
 _STEPS, _STEPS_PER_WORKER = 8, 4  # in a round of steps that are fed, at least
 
 Images = Float32[np.ndarray, "batch height width 3"]
@@ -105,7 +106,7 @@ class ModelTask(Task):
     weights: str  # a safetensors file with timm's names
 
     def told(self) -> dict[str, Any]:
-        return {"variant": self.variant} | super().told()
+        return {"benchmark": self.benchmark, "variant": self.variant} | super().told()
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -156,6 +157,49 @@ class EndToEndTask(ModelTask):
         """The settings of the trainer."""
         data = {"dataset": FOLDER_PREFIX + self.folder, "workers": self.workers, "augment_on": augment_on}
         return dataclasses.replace(self.recipe(), variant=self.variant, **data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionTask(ModelTask):
+    """A detector, in a file of ours: images to boxes, or training steps."""
+
+    SIDES: ClassVar = dict.fromkeys(("torchvision", "torchvision-compile"), "torchvision_detection") | {
+        "flax": "flax_detection"
+    }
+
+    def config(self) -> DetectorConfig:
+        """For COCO's classes."""
+        return get_dense_config("detection", self.variant, num_classes=80)
+
+    def targets(self) -> dict[str, np.ndarray]:
+        """Boxes of each image from large to small, whose areas torchvision tells apart in float32."""
+        height, width = self.image_size
+        rng, shape = np.random.default_rng(1), (self.batch_size, _BOXES)
+        shares = np.geomspace(0.9, 0.1, _BOXES)[:, None] * rng.uniform(0.9, 1, (*shape, 2))
+        sides = shares * [width, height]
+        first = rng.uniform(size=sides.shape) * ([width, height] - sides)
+        return {
+            "boxes": np.concatenate([first, first + sides], axis=-1).astype(np.float32),
+            "classes": rng.integers(self.config().num_classes, size=shape, dtype=np.int32),
+            "present": np.ones(shape, bool),
+        }
+
+    def recipe(self) -> TrainConfig:
+        """The trainer's for data of one's own, at a small constant learning rate, the same in all layers."""
+        changes = {"lr": 1e-4, "warmup_epochs": 0, "layer_decay": 1.0, "clip_grad": None, "drop_path": 0.0}
+        changes |= {"batch_size": self.batch_size, "lr_batch_size": self.batch_size, "precision": self.dtype}
+        return dataclasses.replace(RECIPES["detection"], **changes)
+
+    def found(self, images: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """What sides must agree in, of each image's boxes, labels and scores.
+
+        Each coordinate is sorted by itself: boxes whose scores are equal but for rounding have no order.
+        """
+        told = np.zeros((len(images), 100, 6), np.float32)  # there are no more of an image
+        for rows, found in zip(told, images, strict=True):
+            rows[: len(found["boxes"])] = np.column_stack([found["boxes"], found["labels"], found["scores"]])
+        told = np.sort(told, axis=1)
+        return {"boxes": told[..., :5], "scores": told[..., 5]}
 
 
 @dataclass(frozen=True, kw_only=True)

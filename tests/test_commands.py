@@ -22,6 +22,7 @@ _COMMANDS = {
     "train.compile": [],
     "benchmarks.data": [],
     "benchmarks.deploy.__main__": ["--runs=r"],
+    "benchmarks.detection": [],
     "benchmarks.end_to_end": [],
     "benchmarks.fusion": [],
     "benchmarks.inference": [],

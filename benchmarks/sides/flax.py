@@ -1,6 +1,8 @@
 """Our model and training step, jitted."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +23,15 @@ from train.devices.process import keep_freed_memory
 from train.optim.programs import Plan, Programs
 from train.optim.state import State
 from train.tasks.classification import Classification
+from train.tasks.task import Task
+
+Learned = Callable[[TrainConfig, Any, tuple[str, ...]], Task]  # of settings, the model's, and the names of classes
 
 
 def load(task: ModelTask, side: str) -> Program:
     """The task's program, not compiled yet."""
     set_up(task)
-    program = {"inference": _inference, "training": _training}[task.benchmark](task)
+    program = training(task, {"label": task.labels()}) if task.benchmark == "training" else _inference(task)
     program = dataclasses.replace(
         program,
         flops=lambda: (
@@ -80,17 +85,18 @@ def _inference(task: ModelTask) -> Program:
     return Program(check, repeated(call, jax.block_until_ready), jax_facts())
 
 
-def _training(task: ModelTask) -> Program:
+def training(task: ModelTask, targets: dict[str, np.ndarray], learned: Learned = Classification) -> Program:
+    """The trainer's steps on images and targets."""
     config = task.recipe()
     # `bad` as in every batch of the trainer: no image is unreadable
-    batch = {"image": task.images(), "label": task.labels(), "bad": np.full(task.batch_size, -1, np.int32)}
+    batch = {"image": task.images(), "bad": np.full(task.batch_size, -1, np.int32)} | targets
     batch = {name: jnp.asarray(array) for name, array in batch.items()}
     state, step = None, None
 
     def check() -> dict[str, np.ndarray]:
         nonlocal state, step
         plain = dataclasses.replace(config, mixup=0.0, cutmix=0.0)
-        programs = [programs_of(task, recipe) for recipe in ([config] if config == plain else [config, plain])]
+        programs = [programs_of(task, recipe, learned) for recipe in ([config] if config == plain else [config, plain])]
         state, step, checked = begin(programs[-1], task), programs[0].train_step, programs[-1].train_step
         losses = []
         for _ in range(CHECKED_STEPS):
@@ -108,11 +114,12 @@ def _training(task: ModelTask) -> Program:
     return Program(check, repeated(call, jax.block_until_ready), jax_facts())
 
 
-def programs_of(task: ModelTask, recipe: TrainConfig) -> Programs:
+def programs_of(task: ModelTask, recipe: TrainConfig, learned: Learned = Classification) -> Programs:
     """The trainer's programs for a recipe, on one device. They compile at the same time."""
     config = dataclasses.replace(recipe, precision=task.dtype, attention_kernel=_attention(task))
-    learned = Classification(config, load_weights(task.weights).config, ())
-    return Programs(Plan(learned, config, make_mesh(devices=jax.devices()[:1]), NEVER))
+    model = load_weights(task.weights).config
+    task_of_trainer = learned(config, model, tuple(map(str, range(model.num_classes))))
+    return Programs(Plan(task_of_trainer, config, make_mesh(devices=jax.devices()[:1]), NEVER))
 
 
 def begin(programs: Programs, task: ModelTask) -> State:

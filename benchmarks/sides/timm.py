@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from benchmarks.sides.peak import PRODUCT, peak_flops
 from benchmarks.task import CHECKED_STEPS, GPU_WARM_UP_S, ModelTask, Program, repeated
 from crossvit_jax.config import TIMM_NAMES
+from train.config import TrainConfig
 
 
 def write_weights(variant: str, path: Path) -> None:
@@ -24,12 +25,16 @@ def write_weights(variant: str, path: Path) -> None:
     Fresh ones are 0 and 1 there, and would let mistakes pass the comparison.
     """
     with torch.device("meta"):
-        model = timm.create_model(TIMM_NAMES[variant])
+        save_file(random_weights(timm.create_model(TIMM_NAMES[variant])), path)
+
+
+def random_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Numbers as `write_weights` has them, for a model of any device."""
     generator, tensors = torch.Generator().manual_seed(0), {}
     for name, parameter in model.state_dict().items():
         is_norm = parameter.ndim == 1 and name.endswith("weight")
-        tensors[name] = 0.02 * torch.randn(parameter.shape, generator=generator) + is_norm
-    save_file(tensors, path)
+        tensors[name] = 0.02 * torch.randn(parameter.shape, generator=generator, device="cpu") + is_norm
+    return tensors
 
 
 def load(task: ModelTask, side: str) -> Program:
@@ -95,8 +100,7 @@ class Training:
         self._parameters = dict(model.named_parameters())
         self._classes, self._config, self._autocast = model.num_classes, config, task.dtype == "bfloat16"
         self._forward = torch.compile(model) if compiled else model
-        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=model.no_weight_decay())
-        self._optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        self._optimizer = adamw(model, config, model.no_weight_decay())
         self._cross_entropy = SoftTargetCrossEntropy()
         alphas = {"mixup_alpha": config.mixup, "cutmix_alpha": config.cutmix, "switch_prob": config.cutmix_share}
         targets = {"label_smoothing": config.smoothing, "num_classes": model.num_classes}
@@ -123,6 +127,12 @@ class Training:
         self._optimizer.step()
         self._optimizer.zero_grad()
         return loss
+
+
+def adamw(model: nn.Module, config: TrainConfig, no_weight_decay: set[str]) -> torch.optim.Optimizer:
+    """AdamW with decay as timm has it, at the recipe's first rate."""
+    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=no_weight_decay)
+    return torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def _float32_check(task: ModelTask) -> dict[str, np.ndarray] | None:

@@ -77,12 +77,12 @@ def test_a_small_run_loses_nothing(tmp_path, capfd):
     weights, file = save_small(tmp_path / "w.safetensors", "abcdefgh"), tmp_path / "x.json"
     flags = [f"--weights={weights}", "--max-batch=2", "--seconds=1", "--soak=1005", f"--json={file}"]
     assert main(flags) == 0, capfd.readouterr()
-    assert "each tenth of 1005 of 200 answers: " in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "each tenth of 1005 of 200 answers: " in out
+    assert " | times as fast as train.predict | " in out
     (told,) = json.loads(file.read_text())["results"]
-    assert {side: len(known["seconds"]) for side, known in told["sides"].items()} == {
-        "server": 3,
-        "one at a time": 3,
-    }
+    sides = ("server", "train.predict", "one at a time")
+    assert {side: len(known["seconds"]) for side, known in told["sides"].items()} == dict.fromkeys(sides, 3)
     assert [load["share"] for load in told["loads"]] == [0.5, 0.8, 1.2, 2.0]
     for load in told["loads"]:
         assert set(load["statuses"]) <= {"200", "503"}

@@ -4,7 +4,7 @@ import pkgutil
 
 import pytest
 
-from benchmarks.task import DataTask, DeployTask, EndToEndTask, ModelTask
+from benchmarks.task import DataTask, DeployTask, DetectionTask, EndToEndTask, ModelTask
 
 _MODEL = {"variant": "ti", "batch_size": 4, "weights": "none"}
 
@@ -13,6 +13,7 @@ _MODEL = {"variant": "ti", "batch_size": 4, "weights": "none"}
     ("task", "sides"),
     [
         (ModelTask(benchmark="training", **_MODEL), ModelTask.SIDES),
+        (DetectionTask(benchmark="training", **_MODEL), DetectionTask.SIDES),
         (EndToEndTask(folder="none", files=1, workers=1, **_MODEL), EndToEndTask.SIDES),
         (DataTask(batch_size=1), DataTask.SIDES),
         (DeployTask(about={}, forms={}, images="none", checked=1, batch_size=1), ("any form",)),
