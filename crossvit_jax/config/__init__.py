@@ -10,6 +10,7 @@ from crossvit_jax.config.dense import (
     build_dense_config,
     get_dense_config,
 )
+from crossvit_jax.config.masking import cell_overlaps
 from crossvit_jax.config.reduction import REDUCTIONS, Reduction
 from crossvit_jax.config.variants import CUSTOM, IBM_NAMES, TIMM_NAMES, VARIANTS, get_config, list_variants
 
@@ -29,6 +30,7 @@ __all__ = [
     "Reduction",
     "SegmenterConfig",
     "build_dense_config",
+    "cell_overlaps",
     "get_config",
     "get_dense_config",
     "list_variants",

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from crossvit_jax.config import CrossViTConfig
-from crossvit_jax.config.masking import cell_overlaps
+from crossvit_jax.config import CrossViTConfig, cell_overlaps
 from crossvit_jax.crossvit import CrossViT
 from crossvit_jax.layers import Linear
 from crossvit_jax.resize import scale_image

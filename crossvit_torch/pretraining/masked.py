@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from crossvit_jax.config import CrossViTConfig
-from crossvit_jax.config.masking import cell_overlaps
+from crossvit_jax.config import CrossViTConfig, cell_overlaps
 from crossvit_torch.crossvit import CrossViT
 from crossvit_torch.layers import Linear
 from crossvit_torch.resize import scale_image
