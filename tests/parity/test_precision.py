@@ -4,44 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
-from crossvit_jax import CrossViT
-from crossvit_jax.config import get_config
 from crossvit_jax.kernels.layers import plain_wide_einsum, wide_einsum
-from tests.parity.reference import channels_last, flax_module, images, timm_model
+from tests.parity.precision import bfloat16_distances
 from tests.train.steps import classification
 from train.config import TrainConfig
 from train.optim.state import abstract_model
 
-_SETTINGS = {"image_size": 120}  # few tokens; the depth is that of the paper
-
-
-def _distance(logits, exact: np.ndarray) -> float:
-    return float(np.sqrt(np.mean((np.asarray(logits, np.float64) - exact) ** 2)))
-
 
 @pytest.fixture(scope="module")
 def distances():
-    """Of timm's logits and ours from those of float64, as root mean squares, with perturbed weights."""
-    pixels = images(120, batch=16)
-    x, told = torch.tensor(pixels, dtype=torch.float32), {}
-    model = timm_model("ti", "float32", **_SETTINGS)
-    weights = model.state_dict()
-    with torch.no_grad():
-        with torch.autocast("cpu", torch.bfloat16):
-            autocast = model(x).float().numpy()
-        exact = model.double()(x.double()).numpy()
-        told["timm"] = _distance(model.bfloat16()(x.bfloat16()).float().numpy(), exact)
-    told["timm, autocast"] = _distance(autocast, exact)
-    config = get_config("ti", **_SETTINGS)
-    model = flax_module(lambda rngs: CrossViT(config, dtype=jnp.bfloat16, rngs=rngs), weights)
-    for name, enable in (("ours", False), ("ours, float32 residual", True)):
-        model.set_fp32_residual(enable)
-        told[name] = _distance(
-            jax.jit(lambda model, x: model(x))(model, channels_last(pixels).astype(np.float32)), exact
-        )
-    return told
+    return bfloat16_distances("ti", batch=16, image_size=120)  # few tokens; the depth is that of the paper
 
 
 def test_bfloat16_is_nearer_to_the_exact_logits_than_timms_model_of_bfloat16(distances):
