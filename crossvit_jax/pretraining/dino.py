@@ -117,6 +117,7 @@ class DinoCrossViT(nnx.Module):
     # these reach every module below
     set_attention = CrossViT.set_attention
     set_forward_mode = CrossViT.set_forward_mode
+    set_fp32_residual = CrossViT.set_fp32_residual
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """See `CrossViT.set_grad_checkpointing`."""

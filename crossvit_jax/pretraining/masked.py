@@ -89,6 +89,7 @@ class MaskedCrossViT(nnx.Module):
     # these reach every module below
     set_attention = CrossViT.set_attention
     set_forward_mode = CrossViT.set_forward_mode
+    set_fp32_residual = CrossViT.set_fp32_residual
 
     def no_weight_decay(self) -> set[str]:
         """See `CrossViT.no_weight_decay`; also the tokens of masked patches."""

@@ -4,9 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from crossvit_jax import CrossViT, CrossViTDetector, CrossViTSegmenter
 from crossvit_jax.kernels.layers import plain_wide_einsum, wide_einsum
+from crossvit_jax.pretraining.dino import DinoCrossViT
+from crossvit_jax.pretraining.masked import MaskedCrossViT
 from tests.parity.precision import bfloat16_distances
+from tests.small_model import small_config, small_detector, small_segmenter
 from tests.train.steps import classification
 from train.config import TrainConfig
 from train.optim.state import abstract_model
@@ -48,3 +53,21 @@ def test_a_runs_setting_reaches_the_model(precision):
     half = precision == "bfloat16"
     layers = model.blocks[0].blocks[0][0]
     assert [layer.wide for layer in (layers.attn.proj, layers.mlp.fc2, layers.mlp.fc1)] == [half, half, False]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda **kwargs: CrossViTDetector(small_detector(), **kwargs),
+        lambda **kwargs: CrossViTSegmenter(small_segmenter(), **kwargs),
+        lambda **kwargs: MaskedCrossViT(small_config(0), **kwargs),
+        lambda **kwargs: DinoCrossViT(small_config(0), 12, **kwargs),
+    ],
+    ids=["detection", "segmentation", "simmim", "dino"],
+)
+def test_what_other_tasks_train_takes_it_too(build):
+    model = nnx.eval_shape(lambda: build(dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    model.set_fp32_residual()
+    (body,) = [module for _, module in nnx.iter_modules(model) if isinstance(module, CrossViT)]
+    assert (body.dtype, body.residual_dtype) == (jnp.bfloat16, jnp.float32)
+    assert body.blocks[0].blocks[0][0].mlp.fc2.wide
