@@ -2,9 +2,6 @@
 
 import math
 
-import numpy as np
-from jaxtyping import Int
-
 from crossvit_jax.config.crossvit import CrossViTConfig
 
 
@@ -39,10 +36,9 @@ def masked_cells(grid: tuple[int, int], ratio: float) -> int:
     return masked
 
 
-def cell_overlaps(
-    config: CrossViTConfig, branch: int, grid: tuple[int, int]
-) -> tuple[Int[np.ndarray, "patch_rows cell_rows"], Int[np.ndarray, "patch_columns cell_columns"]]:
-    """How long each patch of a branch and each cell share the same pixels, along the rows and along the columns.
+def cell_overlaps(config: CrossViTConfig, branch: int, grid: tuple[int, int]) -> tuple[list[list[int]], ...]:
+    """How long each patch of a branch and each cell share the same pixels: [patch][cell], along the rows and along the
+    columns.
 
     The unit is such that all of them are whole numbers. The sum over the cells is the side of a patch.
     """
@@ -54,7 +50,8 @@ def cell_overlaps(
             first, patch, cell = round((side - seen) / 2), seen // patches, side // cells
         else:
             first, patch, cell = 0, cells, patches
-        starts, cell_starts = first + patch * np.arange(patches)[:, None], cell * np.arange(cells)
-        shared = np.minimum(starts + patch, cell_starts + cell) - np.maximum(starts, cell_starts)
-        overlaps.append(np.maximum(shared, 0))
-    return overlaps[0], overlaps[1]
+        starts, cell_starts = range(first, first + patch * patches, patch), range(0, cell * cells, cell)
+        overlaps.append(
+            [[max(0, min(start + patch, at + cell) - max(start, at)) for at in cell_starts] for start in starts]
+        )
+    return tuple(overlaps)

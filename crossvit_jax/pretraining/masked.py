@@ -7,6 +7,7 @@ Masked pixels are zero before any branch resizes the image: whatever the patch g
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -133,7 +134,7 @@ def patch_masks(cells: Bool[Array, "batch rows columns"], config: CrossViTConfig
     more."""
     masks = []
     for branch in range(len(config.branches)):
-        rows, columns = cell_overlaps(config, branch, cells.shape[1:])
+        rows, columns = map(np.array, cell_overlaps(config, branch, cells.shape[1:]))
         area = rows.sum(1).max() * columns.sum(1).max()
         # whole numbers, which accelerators would round unless told otherwise
         covered = jnp.einsum("pr,brc,qc->bpq", rows * 1.0, cells * 1.0, columns * 1.0, precision="highest")

@@ -217,7 +217,7 @@ def test_patches_are_masked_where_masked_cells_cover_half_of_them_or_more():
             shares = fine.reshape(len(cells), patches, length, patches, length).mean((2, 4))
             np.testing.assert_array_equal(mask, shares.reshape(mask.shape) >= 0.5)
             rows, columns = cell_overlaps(config, branch, grid)
-            assert len(set(rows.sum(1))) == len(set(columns.sum(1))) == 1
+            assert len(set(map(sum, rows))) == len(set(map(sum, columns))) == 1
 
 
 def test_cells_that_mask_nothing_or_everything_or_do_not_fit_are_refused():
