@@ -222,6 +222,7 @@ def test_a_frozen_backbone_stays_while_the_heads_learn(small_variant):
             assert np.array_equal(old, now) == (name != "head")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"grad_checkpointing": True}, {"precision": "bfloat16"}])
 def test_what_saves_memory_or_time_changes_the_loss_by_rounding_only(small_variant, changes):
     def loss(config):
