@@ -26,20 +26,10 @@ class Linear(nnx.Linear):
 
     timm truncates at ±2, a hundred standard deviations away: no float32 draw ever gets there.
 
-    With `wide`, half precision is multiplied as such, and the sums, to which the bias is added, stay in float32.
+    After `set_wide`, half precision is multiplied as such, and the sums, to which the bias is added, stay in float32.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        use_bias: bool = True,
-        wide: bool = False,
-        dtype,
-        param_dtype,
-        rngs,
-    ):
+    def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True, dtype, param_dtype, rngs):
         super().__init__(
             in_features,
             out_features,
@@ -49,7 +39,7 @@ class Linear(nnx.Linear):
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.set_wide(wide)
+        self.set_wide(False)
         self.set_forward_mode(False)
 
     def set_wide(self, enable: bool) -> None:

@@ -30,14 +30,7 @@ from train.tasks.pretraining.weights import HEAD
 from train.tasks.task import choosing_metric
 
 Run = namedtuple("Run", "folder flags out")
-_FLAGS = [
-    "--task=pretraining",
-    "--method=dino",
-    "--image-size=48",
-    "--prototypes=12",
-    "--epochs=3",
-    "--warmup-epochs=0",
-]
+_FLAGS = ["--task=pretraining", "--method=dino", "--image-size=48", "--prototypes=12", "--epochs=3"]
 _FLAGS += ["--warmup-epochs=0", "--batch-size=24", "--workers=0", "--log-every=1", "--seed=3"]
 _CONFIG = dataclasses.replace(RECIPES["dino-digits"], prototypes=12, batch_size=4)
 
