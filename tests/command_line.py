@@ -1,5 +1,7 @@
 """What every command line owes its user."""
 
+import contextlib
+import io
 from collections.abc import Callable, Sequence
 
 
@@ -15,3 +17,11 @@ def refusal(capsys, program: str, main: Callable[[Sequence[str]], int], *args: o
     assert err.startswith(f"{program}: error: ")
     assert err.count("\n") == 1
     return err
+
+
+def printed_by(main: Callable[[Sequence[str]], int], *args: object) -> str:
+    """Runs a command that must succeed. Returns what it printed, also where a fixture of a module calls it."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main([str(arg) for arg in args]) == 0
+    return out.getvalue()

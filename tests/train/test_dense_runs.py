@@ -1,6 +1,5 @@
 """Whole runs of detection and segmentation, and what the commands make of their weights."""
 
-import contextlib
 import csv
 import io
 import json
@@ -17,12 +16,13 @@ import train.evaluate
 import train.predict
 from convert import load_weights
 from convert.errors import SettingsError
-from tests.command_line import refusal
+from tests.command_line import printed_by, refusal
 from tests.small_model import shrink
 from tests.train.small_weights import save_small
 from train.data.dense import scenes
 from train.inference.model import load_classifier_weights
 from train.main import main
+from train.run.metrics_log import read_metrics
 
 Run = namedtuple("Run", "kind folder flags out")
 _KINDS = {"detection": ("ap", ["--num-convs=1"]), "segmentation": ("miou", [])}
@@ -39,13 +39,6 @@ def small():
         yield
 
 
-def _train(*flags):
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        assert main(list(map(str, flags))) == 0
-    return out.getvalue()
-
-
 @pytest.fixture(scope="module", params=_KINDS)
 def run(request, tmp_path_factory):
     """A run of three epochs of two steps on scenes of 48 pixels."""
@@ -53,7 +46,7 @@ def run(request, tmp_path_factory):
     flags = [f"--task={request.param}", "--image-size=48", "--width=32", "--epochs=3", "--warmup-epochs=0", "--seed=3"]
     flags += ["--batch-size=16", "--workers=0", "--log-every=1", "--ema-decay=0.5", f"--output={folder}"]
     flags += _KINDS[request.param][1]
-    return Run(request.param, folder, flags, _train(*flags))
+    return Run(request.param, folder, flags, printed_by(main, *flags))
 
 
 def _size(path):
@@ -61,15 +54,11 @@ def _size(path):
         return picture.size
 
 
-def _metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_a_run_leaves_metrics_weights_and_pictures_and_keeps_the_best(run):
     name = _KINDS[run.kind][0]
     for picture in ("train_batch.png", "predictions.png"):
         assert min(_size(run.folder / picture)) > 200
-    evaluations = [line for line in _metrics(run.folder) if "eval/loss" in line]
+    evaluations = [line for line in read_metrics(run.folder) if "eval/loss" in line]
     assert [line["epoch"] for line in evaluations] == [1, 2, 3]
     names = {"detection": ("ap", "ap50", "ap75", "ar100"), "segmentation": ("miou", "macc", "aacc")}[run.kind]
     for line in evaluations:
@@ -81,7 +70,7 @@ def test_a_run_leaves_metrics_weights_and_pictures_and_keeps_the_best(run):
     weights = load_weights(run.folder)
     assert f"held-out {label} {best:.2f}" in weights.notes[0]
     assert weights.config.task == run.kind and weights.config.num_classes == len(weights.class_names)
-    losses = [line["train/loss"] for line in _metrics(run.folder) if "train/loss" in line]
+    losses = [line["train/loss"] for line in read_metrics(run.folder) if "train/loss" in line]
     assert len(losses) == 6 and np.isfinite(losses).all()
 
 
@@ -91,8 +80,8 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(run, tmp_path):
     shutil.rmtree(again / "checkpoints" / "6")
     for file in again.glob("weights*"):
         file.unlink()
-    assert "continued after step 4 of 6" in _train(*run.flags, f"--output={again}")
-    assert _metrics(again) == _metrics(run.folder)
+    assert "continued after step 4 of 6" in printed_by(main, *run.flags, f"--output={again}")
+    assert read_metrics(again) == read_metrics(run.folder)
     for name in ("weights.safetensors", "weights-ema.safetensors"):
         one, other = (load_file(folder / name) for folder in (run.folder, again))
         assert one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
@@ -117,7 +106,7 @@ def test_evaluation_repeats_the_figures_of_the_run_and_writes_them(run, tmp_path
     assert train.evaluate.main([f"--weights={run.folder}:last", f"--output={folder}", "--batch-size=4"]) == 0
     out = capsys.readouterr().out
     numbers = json.loads((folder / "evaluation.json").read_text())
-    last = _metrics(run.folder)[-1]
+    last = read_metrics(run.folder)[-1]
     for name, value in last.items():
         if name.startswith("eval/") and not name.startswith("eval/ema_"):
             assert numbers[name.removeprefix("eval/")] == pytest.approx(value, abs=2e-5), name

@@ -1,9 +1,6 @@
 """Whole runs of pre-training by self-distillation, and what can be made of their weights."""
 
-import contextlib
 import dataclasses
-import io
-import json
 import shutil
 from collections import namedtuple
 
@@ -19,11 +16,12 @@ from convert import load_weights
 from convert.formats.run_folder import read_state
 from convert.tree import flatten
 from crossvit_jax.pretraining.dino import DinoHead
-from tests.command_line import refusal
+from tests.command_line import printed_by, refusal
 from tests.small_model import shrink, small_config
 from train.main import main
 from train.optim.state import abstract_model
 from train.recipes import RECIPES
+from train.run.metrics_log import read_metrics
 from train.tasks.begin import starting_model
 from train.tasks.pretraining.dino import Dino
 from train.tasks.pretraining.weights import HEAD
@@ -50,28 +48,17 @@ def small():
         yield
 
 
-def _train(*flags):
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        assert main(list(map(str, flags))) == 0
-    return out.getvalue()
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of three epochs of three steps on digits of 48 pixels."""
     folder = tmp_path_factory.mktemp("dino") / "run"
     flags = [*_FLAGS, f"--output={folder}"]
-    return Run(folder, flags, _train(*flags))
-
-
-def _metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return Run(folder, flags, printed_by(main, *flags))
 
 
 def test_a_run_leaves_metrics_pictures_and_the_teacher(run):
     assert "recipe dino-digits" in run.out and "(dino, 2 large crops and 2 small ones)" in run.out
-    evaluations = [line for line in _metrics(run.folder) if "eval/loss" in line]
+    evaluations = [line for line in read_metrics(run.folder) if "eval/loss" in line]
     assert [line["epoch"] for line in evaluations] == [1, 2, 3]
     assert all(0 <= line["eval/knn"] <= 100 and line["eval/loss"] > 0 for line in evaluations)
     assert all((run.folder / name).is_file() for name in ("train_batch.png", "predictions.png"))
@@ -142,8 +129,8 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(run, tmp_path):
     shutil.rmtree(again / "checkpoints" / "9")
     for file in again.glob("weights*"):
         file.unlink()
-    assert "continued after step 6 of 9" in _train(*run.flags, f"--output={again}")
-    assert _metrics(again) == _metrics(run.folder)
+    assert "continued after step 6 of 9" in printed_by(main, *run.flags, f"--output={again}")
+    assert read_metrics(again) == read_metrics(run.folder)
     one, other = (load_file(folder / "weights.safetensors") for folder in (run.folder, again))
     assert one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
 

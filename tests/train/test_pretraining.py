@@ -1,9 +1,6 @@
 """Whole runs of pre-training without labels, and what can be made of their weights."""
 
-import contextlib
 import dataclasses
-import io
-import json
 import shutil
 from collections import namedtuple
 
@@ -19,7 +16,7 @@ from convert import load_flax, load_weights
 from convert.__main__ import main as convert
 from convert.errors import SettingsError
 from crossvit_jax.config import VARIANTS
-from tests.command_line import refusal
+from tests.command_line import printed_by, refusal
 from tests.small_model import shrink, small_config
 from tests.train.small_weights import save_small
 from train.evaluate import main as evaluate
@@ -29,6 +26,7 @@ from train.job import prepare
 from train.main import main
 from train.optim.state import abstract_model
 from train.recipes import RECIPES
+from train.run.metrics_log import read_metrics
 from train.tasks.begin import starting_model
 from train.tasks.pretraining.scores import nearest_classes
 from train.tasks.pretraining.simmim import Simmim
@@ -52,19 +50,12 @@ def small():
         yield
 
 
-def _train(*flags):
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        assert main(list(map(str, flags))) == 0
-    return out.getvalue()
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of three epochs of three steps on digits of 48 pixels."""
     folder = tmp_path_factory.mktemp("pretraining") / "run"
     flags = [*_FLAGS, "--ema-decay=0.5", f"--output={folder}"]
-    return Run(folder, flags, _train(*flags))
+    return Run(folder, flags, printed_by(main, *flags))
 
 
 def _size(path):
@@ -72,13 +63,9 @@ def _size(path):
         return picture.size
 
 
-def _metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_a_run_leaves_metrics_pictures_and_the_weights_of_a_crossvit_without_a_head(run):
     assert "without labels (simmim, 2 of 4 cells masked)" in run.out
-    evaluations = [line for line in _metrics(run.folder) if "eval/loss" in line]
+    evaluations = [line for line in read_metrics(run.folder) if "eval/loss" in line]
     assert [line["epoch"] for line in evaluations] == [1, 2, 3]
     for line in evaluations:
         assert 0 < line["eval/knn"] <= 100 and 0 < line["eval/ema_knn"] <= 100 and line["eval/loss"] > 0
@@ -127,8 +114,8 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(run, tmp_path):
     shutil.rmtree(again / "checkpoints" / "9")
     for file in again.glob("weights*"):
         file.unlink()
-    assert "continued after step 6 of 9" in _train(*run.flags, f"--output={again}")
-    assert _metrics(again) == _metrics(run.folder)
+    assert "continued after step 6 of 9" in printed_by(main, *run.flags, f"--output={again}")
+    assert read_metrics(again) == read_metrics(run.folder)
     for name in ("weights.safetensors", "weights-ema.safetensors"):
         one, other = (load_file(folder / name) for folder in (run.folder, again))
         assert one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
