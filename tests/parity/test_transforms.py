@@ -77,12 +77,25 @@ def test_hessian_vector_products_in_forward_mode_over_reverse_are_timms(model, r
     assert max(gradient_errors(flatten(product), expected).values()) <= BOUND
 
 
-def test_in_forward_mode_derivatives_along_a_direction_are_timms(model, timm_gradient, direction):
+def _by_jvp(loss, params, tangent):
+    return jax.jvp(loss, (params,), (tangent,))[1]
+
+
+def _by_linearize(loss, params, tangent):
+    return jax.linearize(loss, params)[1](tangent)
+
+
+def _by_jacfwd(loss, params, tangent):  # whose tangents are a batch
+    return jax.jacfwd(lambda step: loss(jax.tree.map(lambda x, d: x + step * d, params, tangent)))(0.0)
+
+
+@pytest.mark.parametrize("derivative", [_by_jvp, _by_linearize, _by_jacfwd], ids=lambda f: f.__name__)
+def test_in_forward_mode_derivatives_along_a_direction_are_timms(model, timm_gradient, direction, derivative):
     expected = sum(float((gradient * direction[name]).sum()) for name, gradient in timm_gradient.items())
     model.set_forward_mode()
     loss, params = _loss_of(model)
     tangent = nest({name: jnp.asarray(x) for name, x in from_state_dict(direction).items()})
-    _, along = jax.jit(lambda params, tangent: jax.jvp(loss, (params,), (tangent,)))(params, tangent)
+    along = jax.jit(partial(derivative, loss))(params, tangent)
     assert float(along) == pytest.approx(expected, rel=BOUND)
 
 

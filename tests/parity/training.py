@@ -1,6 +1,7 @@
 """The same training steps in timm + torch.optim and in Flax + optax."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -52,13 +53,25 @@ class Run:
     norms: list[float] = dataclasses.field(default_factory=list)  # of the gradients before they are clipped
 
 
+Batches = Callable[[int], tuple[np.ndarray, np.ndarray]]  # of a step: images, channels first, and labels
+
+
 def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(step)
     return rng.standard_normal((BATCH, 3, 48, 48)), rng.integers(CLASSES, size=BATCH)
 
 
-def timm_run(model: torch.nn.Module, precision: str, config: TrainConfig, steps: int = STEPS) -> Run:
-    """What timm and torch.optim make of a timm model, as timm's train.py does it."""
+def timm_run(
+    model: torch.nn.Module,
+    precision: str,
+    config: TrainConfig,
+    steps: int = STEPS,
+    *,
+    batches: Batches = batch,
+    steps_per_epoch: int = STEPS_PER_EPOCH,
+    autocast: bool = False,
+) -> Run:
+    """What timm and torch.optim make of a timm model, as timm's train.py does it; in bfloat16 with `autocast`."""
     dtype = getattr(torch, precision)
     groups = timm.optim.param_groups_weight_decay(
         model, config.weight_decay, no_weight_decay_list=model.no_weight_decay()
@@ -75,10 +88,12 @@ def timm_run(model: torch.nn.Module, precision: str, config: TrainConfig, steps:
     torch.set_default_dtype(dtype)  # timm makes the targets in it; undone below
     losses, norms = [], []
     for step in range(steps):
-        schedule.step(step // STEPS_PER_EPOCH)
-        x, labels = batch(step)
+        schedule.step(step // steps_per_epoch)
+        x, labels = batches(step)
         targets = mixup_target(torch.tensor(labels), CLASSES, smoothing=config.smoothing)
-        loss = SoftTargetCrossEntropy()(model(torch.tensor(x, dtype=dtype)), targets)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(torch.tensor(x, dtype=dtype))
+        loss = SoftTargetCrossEntropy()(logits.to(dtype), targets)
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.get_total_norm([x.grad for x in model.parameters()])))
@@ -92,14 +107,26 @@ def timm_run(model: torch.nn.Module, precision: str, config: TrainConfig, steps:
     return Run(np.array(losses), weights, means, norms)
 
 
-def flax_run(model: nnx.Module, precision: str, config: TrainConfig, steps: int = STEPS) -> Run:
-    """The same with our optimiser and training step. For float64, call it inside `jax.enable_x64(True)`."""
-    optimizer = make_optimizer(config, steps_per_epoch=STEPS_PER_EPOCH, no_weight_decay=model.no_weight_decay())
+def flax_run(
+    model: nnx.Module,
+    precision: str,
+    config: TrainConfig,
+    steps: int = STEPS,
+    *,
+    batches: Batches = batch,
+    steps_per_epoch: int = STEPS_PER_EPOCH,
+) -> Run:
+    """The same with our optimiser and training step. For float64, call it inside `jax.enable_x64(True)`.
+
+    Args:
+        precision: of images, parameters and optimiser; the model computes in its own.
+    """
+    optimizer = make_optimizer(config, steps_per_epoch=steps_per_epoch, no_weight_decay=model.no_weight_decay())
     state = make_state(nnx.to_pure_dict(nnx.state(model, nnx.Param)), optimizer, config)
     train_step = jax.jit(make_train_step(model, optimizer, config))
     losses = []
     for step in range(steps):
-        x, labels = batch(step)
+        x, labels = batches(step)
         inputs = {"image": jnp.asarray(channels_last(x), precision), "label": jnp.asarray(labels, jnp.int32)}
         state, metrics = train_step(state, inputs)
         losses.append(float(metrics["loss"]))
