@@ -254,6 +254,17 @@ def threshold(text: str) -> float:
     return value
 
 
+def above_zero(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0; got {text!r}")
+    return value
+
+
 def weights_source(text: str) -> str:
     """What `convert.load_weights` takes: a path, or a repository on the hub. Raises ConversionError for an address."""
     return text if text.startswith(hub.PREFIXES) else local_path(text)

@@ -27,7 +27,7 @@ from crossvit_jax.preprocess import MEAN, STD, Exif
 KEY = "crossvit"  # in the header of a safetensors file; the name of the item in an Orbax folder
 ORIGIN = "crossvit-origin"  # in a safetensors header: where the weights come from, in words for the user
 FORMAT = 2  # 1 knew two branches only, whose settings were pairs; it is read as well
-_EXIF, _TASK, _PATCH_SIZES = "exif", "task", "patch_sizes"
+_EXIF, _TASK, _PATCH_SIZES, _ENTROPIES = "exif", "task", "patch_sizes", "entropies"
 _FIXED = {"mean": list(MEAN), "std": list(STD)}  # what all models have so far
 _CONFIGS = {"classification": CrossViTConfig, **CONFIGS}
 
@@ -37,6 +37,7 @@ def describe(
     class_names: tuple[str, ...] | None,
     exif: Exif | None = None,
     patch_sizes: tuple[tuple[int, ...], ...] | None = None,
+    entropies: tuple[float, ...] | None = None,
 ) -> dict:
     """The settings as JSON values; fractions become strings such as "14/15".
 
@@ -45,6 +46,7 @@ def describe(
     Args:
         exif: what training did with EXIF orientations; None is not written.
         patch_sizes: those that training drew from, where there were several; None is not written.
+        entropies: that part the training pictures evenly among these, rising; None is not written.
     """
     settings = dataclasses.asdict(config)
     of_body = settings.get("backbone", settings)
@@ -56,13 +58,14 @@ def describe(
         branch["image_scale"] = str(branch["image_scale"])
     known = {"config": settings, "class_names": class_names and list(class_names)}
     told = {_EXIF: exif, _PATCH_SIZES: patch_sizes and [list(sizes) for sizes in patch_sizes]}
+    told[_ENTROPIES] = entropies and list(entropies)
     known |= {key: value for key, value in told.items() if value is not None}
     return {"format": FORMAT, _TASK: config.task, **_FIXED, **known}
 
 
 def describe_weights(weights: Weights) -> dict:
     """All that weights know of themselves, see `describe`."""
-    return describe(weights.config, weights.class_names, weights.exif, weights.patch_sizes)
+    return describe(weights.config, weights.class_names, weights.exif, weights.patch_sizes, weights.entropies)
 
 
 def summary(weights: Weights) -> dict[str, Any]:
@@ -114,9 +117,10 @@ def understand(description: dict | str) -> tuple[CrossViTConfig | DenseConfig, t
             raise ConversionError(f"it was written by a newer version (format {description['format']})")
         is_first = description["format"] == 1
         fixed = {} if is_first else _FIXED
-        later = () if is_first else (_TASK, _PATCH_SIZES)
+        later = () if is_first else (_TASK, _PATCH_SIZES, _ENTROPIES)
         _refuse_unknown(description, ("format", *fixed, *later, "config", "class_names", _EXIF))
         recorded_patch_sizes(description)
+        recorded_entropies(description)
         for key, value in fixed.items():
             if description[key] != value:
                 raise ConversionError(f"its {key} is {description[key]}; this version knows only {value}")
@@ -174,6 +178,20 @@ def recorded_patch_sizes(description: dict | str) -> tuple[tuple[int, ...], ...]
     if not all(isinstance(size, int) and size >= 1 for branches in sizes for size in branches):
         raise ConversionError(f"its {_PATCH_SIZES} are {sizes}, which are no sizes")
     return tuple(map(tuple, sizes))
+
+
+def recorded_entropies(description: dict | str) -> tuple[float, ...] | None:
+    """The entropies that part the training pictures among the patch sizes, likewise. Raises ConversionError if they do
+    not."""
+    told = json.loads(description) if isinstance(description, str) else description
+    bits = told.get(_ENTROPIES)
+    if bits is None:
+        return None
+    if not isinstance(bits, list) or not all(isinstance(x, int | float) and 0 <= x <= 8 for x in bits):
+        raise ConversionError(f"its {_ENTROPIES} are {shown_value(bits)}, which are no bits of 256 grey levels")
+    if bits != sorted(bits) or len(bits) + 1 != len(told.get(_PATCH_SIZES) or ()):
+        raise ConversionError(f"its {_ENTROPIES} {shown_value(bits)} do not part its {_PATCH_SIZES}")
+    return tuple(map(float, bits))
 
 
 def _config(build: type, settings: dict[str, Any]) -> CrossViTConfig | DenseConfig:

@@ -91,18 +91,20 @@ def load_weights(source: str | Path, *, task: str | None = None, seed: int = 0, 
             config, class_names = metadata.understand(stored.description)
             exif = metadata.recorded_exif(stored.description)
             patch_sizes = metadata.recorded_patch_sizes(stored.description)
+            entropies = metadata.recorded_entropies(stored.description)
         else:
             size = overrides.get("image_size")
             size = (size, size) if isinstance(size, int) else size
             config, class_names = architecture.infer_config(shapes, size, overrides.get("branches")), None
-            exif = patch_sizes = None
+            exif = patch_sizes = entropies = None
         said = ()
         if stored.said is not None:
             config, class_names, said = timm_config.honour(config, class_names, stored.said)
     except ConversionError as error:
         raise ConversionError(f"{source}: {error}") from None
     architecture.check(shapes, config, str(source))
-    known = {"config": config, "class_names": class_names, "exif": exif, "patch_sizes": patch_sizes}
+    known = {"config": config, "class_names": class_names, "exif": exif}
+    known |= {"patch_sizes": patch_sizes, "entropies": entropies}
     known |= {"origin": stored.origin, "trained": stored.trained, "curves": stored.curves}
     weights = Weights(tensors=stored.tensors, notes=(*stored.notes, *said), **known)
     return adapt_to_task(weights, task, overrides, seed=seed)
@@ -217,6 +219,7 @@ def save(
     class_names: Sequence[str] | None = None,
     exif: Exif | None = None,
     patch_sizes: tuple[tuple[int, ...], ...] | None = None,
+    entropies: tuple[float, ...] | None = None,
     origin: str | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -228,6 +231,7 @@ def save(
         class_names: in the order of the logits; they travel as metadata.
         exif: whether training turned images as EXIF says (`crossvit_jax.preprocess.decode_image`); metadata as well.
         patch_sizes: those that training drew from, where there were several; metadata as well.
+        entropies: of grey levels in bits, rising, that part the training pictures evenly among these; metadata as well.
         origin: where they come from, in words; a note for those who read a .safetensors file.
         overwrite: replace what is there.
 
@@ -243,9 +247,8 @@ def save(
     names = None if class_names is None else tuple(class_names)
     if names is not None and len(names) != config.num_classes:
         raise ConversionError(f"{len(names)} class names for {config.num_classes} classes")
-    weights = Weights(
-        config=config, tensors=tensors, class_names=names, exif=exif, patch_sizes=patch_sizes, origin=origin
-    )
+    known = {"class_names": names, "exif": exif, "patch_sizes": patch_sizes, "entropies": entropies}
+    weights = Weights(config=config, tensors=tensors, origin=origin, **known)
     return write(weights, destination, overwrite=overwrite)
 
 

@@ -21,6 +21,7 @@ class Weights:
     class_names: tuple[str, ...] | None = None
     exif: Exif | None = None  # whether training turned images as EXIF says, where the source tells
     patch_sizes: tuple[tuple[int, ...], ...] | None = None  # that training drew from, where there were several
+    entropies: tuple[float, ...] | None = None  # of grey levels in bits, that part the training pictures among these
     origin: str | None = None  # where they come from, in words; .safetensors files keep it
     trained: Mapping[str, Any] | None = None  # how, for people: settings and data of the run that they come from
     curves: Path | None = None  # the picture of that run's curves

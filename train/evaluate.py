@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convert.class_names import NATURAL, TEXT, in_order, read_names, unlike_timm
-from convert.command_line import Parser, Program, at_least_zero, data_set, leave, patch_size, run
+from convert.command_line import Parser, Program, at_least_zero, data_set, leave, run
 from convert.errors import SettingsError
 from convert.files import home_path
 from convert.streams import safe, tell_error
 from train.config import TrainConfig, class_order
 from train.inference.command import (
+    AUTO,
     SMALLER_BATCH,
     SOURCES,
     add_detection_flags,
     add_model_flags,
+    add_patch_size_flags,
     add_tiling_flags,
     exif_notes,
     load_model,
@@ -32,6 +34,7 @@ from train.inference.command import (
 if TYPE_CHECKING:
     from train.data.sources import Source
     from train.images.tiles import Tiling
+    from train.inference.allocation import Allocating
     from train.inference.dataset import Data
     from train.inference.model import Classifier, Predictor
 
@@ -67,12 +70,8 @@ def _parser() -> Parser:
     )
     add_model_flags(parser)
     add = parser.add_argument
-    add(
-        "--patch-size",
-        type=lambda text: _ALL if text == _ALL else patch_size(text),
-        metavar="N,N|all",
-        help="of classifiers: resize kernels and positions to patches of these pixels, a number for each branch; all: "
-        "a table of those trained with, or of usual ones, with their cost, speed and top-1 (default: the weights' own)",
+    add_patch_size_flags(
+        parser, f"{_ALL}: a table of those trained with, or of usual ones, with their cost, speed and top-1"
     )
     add(
         "--dataset",
@@ -142,7 +141,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from train.inference.model import Classifier
     from train.tasks.begin import task_of
 
-    if args.patch_size == _ALL:
+    if args.patch_size == _ALL and args.budget_ms is None:
         return _evaluate_patch_sizes(args)
     model = load_model(args)
     tiling = tiling_of(args, task_of(model.task.model_config))
@@ -155,6 +154,7 @@ def _evaluate_classifier(args: argparse.Namespace, classifier: "Classifier") -> 
     from train.data.bad_images import BadImages
     from train.data.sources import image_names
     from train.data.tagged_images import TaggedImages
+    from train.inference.allocation import Allocating
     from train.inference.evaluation import evaluate
     from train.run.progress import open_bar
 
@@ -182,6 +182,8 @@ def _evaluate_classifier(args: argparse.Namespace, classifier: "Classifier") -> 
         print(f"{label:11} {macro:.2f} % (mean of the classes), {weighted:.2f} % (weighted by their images)")
     print(f"calibration {details['calibration_error']:.2f} % expected error of the probabilities")
     print(f"images      {values['images']} (unreadable: {bad_images.count})")
+    if isinstance(classifier, Allocating):
+        print(f"allocated   {_allocated(classifier)}")
     print(f"speed       {images_per_s:.0f} images/s")
     if output:
         about = {
@@ -190,7 +192,7 @@ def _evaluate_classifier(args: argparse.Namespace, classifier: "Classifier") -> 
             "split": data.split,
             "model": config.name,
             "image_size": config.image_size,
-            "patch_size": config.patch_size,
+            "patch_size": config.patch_size if args.patch_size != AUTO or args.budget_ms else AUTO,
             "reduce_tokens": config.reduce_tokens,
             "crop_pct": config.crop_pct,
             "exif": classifier.task.config.exif,
@@ -203,6 +205,16 @@ def _evaluate_classifier(args: argparse.Namespace, classifier: "Classifier") -> 
         written = scores.write(output, about=about, **how)
         print(f"written     {', '.join(written)} in {output}")
     return 0
+
+
+def _allocated(classifier: "Allocating") -> str:
+    """How many images each patch size had, and what one took on average."""
+    from train.cost.flops import macs_per_image
+
+    members = [(classifier.taken[place], member.config) for place, member in enumerate(classifier.members)]
+    shares = [f"{','.join(map(str, config.patch_size))}: {count}" for count, config in members]
+    macs = sum(count * macs_per_image(config) for count, config in members) / max(1, classifier.taken.total())
+    return f"images by patch size {', '.join(shares)}; {macs / 1e9:.3f} GMAC each on average"
 
 
 def _matched_classes(args: argparse.Namespace, classifier: "Classifier") -> "tuple[Data, Source, Classifier]":
@@ -248,9 +260,9 @@ def _evaluate_patch_sizes(args: argparse.Namespace) -> int:
     from train.cost.flops import macs_per_image
     from train.data.bad_images import BadImages
     from train.data.tagged_images import TaggedImages
+    from train.inference.allocation import compared_patch_sizes
     from train.inference.evaluation import evaluate
     from train.inference.model import require_classifier
-    from train.inference.patch_sizes import compared_patch_sizes
     from train.run.progress import open_bar
 
     if args.output:

@@ -27,7 +27,7 @@ from train.devices.hosts import is_main
 from train.devices.lost_hosts import HostLost, lost_hosts_explained
 from train.devices.memory import available_memory, check_fits, memory_errors_explained
 from train.devices.mesh import fetch
-from train.inference.evaluation import at_once, forward
+from train.inference.model import at_once, forward
 from train.job import Job
 from train.optim.carried import carry
 from train.optim.programs import Plan, Programs

@@ -16,10 +16,12 @@ from convert.files import check_place, check_replaceable, home_path, local_path,
 from convert.image_files import LeftOut
 from convert.streams import reconfigure, tell_error
 from train.inference.command import (
+    AUTO,
     SMALLER_BATCH,
     SOURCES,
     add_detection_flags,
     add_model_flags,
+    add_patch_size_flags,
     add_tiling_flags,
     exif_notes,
     load_model,
@@ -54,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Predict as the arguments say; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
+    if args.attention and args.patch_size == AUTO and args.budget_ms is None:
+        parser.error(f"--attention draws maps of one size: give a --patch-size, or --budget-ms with {AUTO}")
     if args.attention and args.quantize:  # qwix quantises what a call of the model computes, and nothing else of it
         parser.error("--attention draws what weights as they are attend to: leave out --quantize")
     return run(_PROGRAM, lambda: _predict(args), remedy=SMALLER_BATCH)
@@ -68,6 +72,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("paths", type=local_path, metavar="PATH", nargs="+")
     add_model_flags(parser)
+    add_patch_size_flags(parser)
     parser.add_argument(
         "--top-k", type=at_least_one, metavar="K", help="of a classifier: classes per image (default: 5)"
     )

@@ -24,10 +24,11 @@ from crossvit_torch import create_model
 from tests.train.small_weights import save_small, small_config
 from train.cost.flops import macs_per_image
 from train.data.datasets import open_digits
+from train.data.entropies import entropy_of_normalised
 from train.devices.mesh import make_mesh
 from train.evaluate import main
 from train.images.transforms import eval_transform
-from train.inference.patch_sizes import compared_patch_sizes
+from train.inference.allocation import compared_patch_sizes
 from train.optim import programs
 from train.optim.programs import Plan, Programs
 from train.recipes import RECIPES
@@ -122,6 +123,13 @@ def flexible_run(small_variant, few_digits_dir, no_curves):
     return run
 
 
+def _median_entropy(data_dir):
+    """Of the training pictures, as the model sees them."""
+    config = RECIPES["digits"].model_config(10)
+    source, transform = open_digits(data_dir).train, eval_transform(config)
+    return np.median(entropy_of_normalised(np.stack([transform(source[i])["image"] for i in range(len(source))])))
+
+
 def test_a_run_draws_a_size_for_each_step_and_goes_on_bit_for_bit(flexible_run, few_digits_dir, tmp_path, capsys):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert flexible_run(f"--output={whole}") == 0
@@ -133,7 +141,9 @@ def test_a_run_draws_a_size_for_each_step_and_goes_on_bit_for_bit(flexible_run, 
     assert "continued after step 14 of 28" in capsys.readouterr().out
     assert (resumed / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
     assert load_weights(whole).patch_sizes == ((24, 32), (12, 16))
-    assert load_weights(f"{whole}:last").patch_sizes == ((24, 32), (12, 16))
+    last = load_weights(f"{whole}:last")
+    assert last.patch_sizes == ((24, 32), (12, 16))
+    assert last.entropies == (pytest.approx(_median_entropy(few_digits_dir), abs=1e-4),)
 
     fixed = load_weights(whole / "weights.safetensors", patch_size=(24, 32))
     assert fixed.notes[-1] == "kernels resized from patches of 12 and 16 pixels to 24 and 32"  # trained with them

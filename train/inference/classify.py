@@ -13,7 +13,7 @@ from convert.files import shown
 from crossvit_jax import CrossViT
 from train.data.bad_images import BadImages
 from train.data.tagged_images import TaggedImages
-from train.inference.evaluation import forward, without_bad
+from train.inference.evaluation import without_bad
 from train.inference.image_paths import FileSource
 from train.inference.model import Classifier
 from train.inference.predictions import Prediction
@@ -94,8 +94,8 @@ def classify(
     shapes = task.batch_shapes(batch_size, training=False)
 
     with closing(device_batches(batches, classifier.mesh)) as stream:
-        compiled = classifier.compile(program, shapes)  # while the first images are read
-        for number, outputs in enumerate(forward(compiled, without_bad(stream, bad_images, shapes, tagged))):
+        run = classifier.run(program, shapes)  # compiles while the first images are read
+        for number, outputs in enumerate(run(without_bad(stream, bad_images, shapes, tagged))):
             yield [
                 result(number * batch_size + i, jax.tree.map(lambda array, i=i: array[i], outputs))
                 for i in np.flatnonzero(outputs["mask"]).tolist()

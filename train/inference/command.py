@@ -1,6 +1,7 @@
 """What the commands `train.evaluate` and `train.predict` share: the model, notes."""
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -8,8 +9,10 @@ from typing import TYPE_CHECKING
 from convert.command_line import (
     Parser,
     Program,
+    above_zero,
     at_least_one,
     image_size,
+    patch_size,
     reduce_tokens,
     share,
     threshold,
@@ -22,7 +25,7 @@ from crossvit_jax.files import MAX_PIXELS
 if TYPE_CHECKING:
     from train.data.tagged_images import TaggedImages
     from train.images.tiles import Tiling
-    from train.inference.model import Predictor
+    from train.inference.model import Classifier, Predictor
 
 SOURCES = """\
 SOURCE: hf-hub:timm/crossvit_tiny_240.in1k (any repository on the hub), a .safetensors, .pth or .bin file with timm's,
@@ -30,6 +33,7 @@ IBM's or Flax's names, an Orbax folder, or the folder of a training run (runs/X 
 runs/X:last the last, runs/X:ema their average)"""
 SMALLER_BATCH = "choose a smaller --batch-size"  # what helps against too little memory
 
+AUTO = "auto"
 OVERLAP, MOST_OVERLAP = 0.25, 0.9
 _IMAGES_PER_PROCESS = 1000  # a process takes seconds to start, which fewer images do not take themselves
 
@@ -103,6 +107,30 @@ def add_model_flags(parser: Parser, *, batches: bool = True, max_pixels: int = M
         )
 
 
+def add_patch_size_flags(parser: Parser, *others: str) -> None:
+    """--patch-size and --budget-ms.
+
+    Args:
+        others: what --patch-size may say besides, as a text of its help begins: "all: a table of …".
+    """
+    words = [AUTO, *(text.partition(":")[0] for text in others)]
+    parser.add_argument(
+        "--patch-size",
+        type=lambda text: text if text in words else patch_size(text),
+        metavar="|".join(["N,N", *words]),
+        help="of classifiers: resize kernels and positions to patches of these pixels, a number for each branch; "
+        f"{AUTO}: those that --budget-ms allows, or without it larger ones for pictures with less in them, by the "
+        f"entropy of their grey levels{''.join(f'; {text}' for text in others)} (default: the weights' own)",
+    )
+    parser.add_argument(
+        "--budget-ms",
+        type=above_zero,
+        metavar="N",
+        help=f"with --patch-size {AUTO}: the milliseconds that the model may take for a picture, of a full batch on "
+        "these devices; each patch size is timed",
+    )
+
+
 def add_detection_flags(parser: Parser) -> None:
     """--score-threshold, --iou-threshold and --max-detections, which only detectors have; they are in `args` where
     they are given."""
@@ -168,7 +196,7 @@ def load_model(args: argparse.Namespace) -> "Predictor":
     command has that. Raises as `load_predictor` does."""
     from crossvit_jax.preprocess import limit_pixels
     from train.devices.process import keep_compiled_programs, keep_freed_memory
-    from train.inference.model import load_predictor
+    from train.inference.model import load_classifier, load_predictor
 
     keep_freed_memory()
     keep_compiled_programs()
@@ -177,7 +205,21 @@ def load_model(args: argparse.Namespace) -> "Predictor":
     settings += ("quantize", "exif")
     of_some = ("patch_size", "score_threshold", "iou_threshold", "max_detections")
     settings += tuple(name for name in of_some if name in args)
-    return load_predictor(args.weights, **{name: getattr(args, name) for name in settings})
+    settings = {name: getattr(args, name) for name in settings}
+    budget = getattr(args, "budget_ms", None)
+    if settings.get("patch_size") != AUTO:
+        if budget is not None:
+            raise SettingsError(f"--budget-ms is for --patch-size {AUTO}")
+        return load_predictor(args.weights, **settings)
+    from train.inference.allocation import affordable, allocating
+
+    def load(size: tuple[int, ...] | None) -> "Classifier":
+        return load_classifier(args.weights, **settings | {"patch_size": size})
+
+    if budget is None:
+        return allocating(load)
+    classifier, notes = affordable(load, lambda classifier: classifier.batch_size(args.batch_size, None), budget)
+    return dataclasses.replace(classifier, notes=(*classifier.notes, *notes))
 
 
 def exif_notes(args: argparse.Namespace, classifier: "Predictor", tagged: "TaggedImages") -> list[str]:

@@ -16,9 +16,9 @@ from train.data.tagged_images import TaggedImages
 from train.images.dense import WholeTransform, decoded
 from train.images.geometry import classes_in_picture, whole_placement
 from train.images.tiles import Tiling
-from train.inference.evaluation import forward, without_bad
+from train.inference.evaluation import without_bad
 from train.inference.image_paths import FileSource
-from train.inference.model import Predictor
+from train.inference.model import Predictor, forward
 from train.pictures.dense import mask_png, png_of, with_boxes, with_segments
 from train.run.best_effort import BestEffort
 from train.tasks.detection import SHOWN_SCORE, Detection, boxes_found

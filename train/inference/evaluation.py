@@ -2,48 +2,16 @@
 
 import itertools
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from typing import Any
-
-import jax
 
 from convert.errors import SettingsError
 from train.data.bad_images import BadImages
 from train.data.sources import Source
 from train.data.tagged_images import TaggedImages
 from train.inference.model import Predictor
-from train.tasks.task import LATER, Batch, Scores
-
-BATCHES_BEHIND = 2  # results are fetched so many batches late, so that the devices never wait for the host
-
-
-def forward(program: Callable[[Batch], Any], batches: Iterator[Batch]) -> Iterator[Any]:
-    """What a program makes of each batch, as numpy arrays, in their order; what it has under `LATER` stays on the
-    devices. Batches are not kept there.
-
-    Args:
-        program: a compiled function of a batch.
-    """
-    pending: deque[Any] = deque()
-    for outputs in map(program, batches):
-        pending.append(outputs)
-        if len(pending) > BATCHES_BEHIND:
-            yield _fetched(pending.popleft())
-    while pending:
-        yield _fetched(pending.popleft())
-
-
-def _fetched(outputs: Any) -> Any:
-    if not isinstance(outputs, dict) or LATER not in outputs:
-        return jax.device_get(outputs)
-    return jax.device_get(at_once(outputs)) | {LATER: outputs[LATER]}
-
-
-def at_once(outputs: dict[str, Any]) -> dict[str, Any]:
-    """The outputs but those under `LATER`."""
-    return {name: value for name, value in outputs.items() if name != LATER}
+from train.tasks.task import Batch, Scores
 
 
 def without_bad(
@@ -95,11 +63,11 @@ def evaluate(
     batches = eval_batches(source, transform, batch_size=batch_size, workers=workers, rounds=1)
 
     with closing(device_batches(batches, predictor.mesh)) as stream:
-        program = predictor.compile(task.evaluate, shapes)  # while the first images are read
+        run = predictor.run(task.evaluate, shapes)  # compiles while the first images are read
         batches = without_bad(stream, bad_images, shapes, tagged)
         first = iter([next(batches)])
         start = time.perf_counter()  # not before: the start of worker processes says nothing about speed
-        for place, outputs in enumerate(forward(program, itertools.chain(first, batches))):
+        for place, outputs in enumerate(run(itertools.chain(first, batches))):
             scores.add(outputs)
             advance(min(batch_size, len(source) - place * batch_size))
     images = scores.values()["images"]

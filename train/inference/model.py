@@ -1,7 +1,8 @@
 """Weights from any source, and a forward pass with them on all devices of this machine."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,39 @@ from train.devices.mesh import batch_sharding, default_precision, make_mesh, pre
 from train.optim.quantize import quantised, require_qwix
 from train.tasks.begin import TASKS, settings_of, task_of
 from train.tasks.classification import Classification
-from train.tasks.task import Batch, Task
+from train.tasks.task import LATER, Batch, Task
 
 # images at a time on one device, where the user names no number
 _BATCH_PER_CPU = 32
 _BATCH_PER_ACCELERATOR = 256
+BATCHES_BEHIND = 2  # results are fetched so many batches late, so that the devices never wait for the host
+
+
+def forward(program: Callable[[Batch], Any], batches: Iterator[Batch]) -> Iterator[Any]:
+    """What a program makes of each batch, as numpy arrays, in their order; what it has under `LATER` stays on the
+    devices. Batches are not kept there.
+
+    Args:
+        program: a compiled function of a batch.
+    """
+    pending: deque[Any] = deque()
+    for outputs in map(program, batches):
+        pending.append(outputs)
+        if len(pending) > BATCHES_BEHIND:
+            yield _fetched(pending.popleft())
+    while pending:
+        yield _fetched(pending.popleft())
+
+
+def _fetched(outputs: Any) -> Any:
+    if not isinstance(outputs, dict) or LATER not in outputs:
+        return jax.device_get(outputs)
+    return jax.device_get(at_once(outputs)) | {LATER: outputs[LATER]}
+
+
+def at_once(outputs: dict[str, Any]) -> dict[str, Any]:
+    """The outputs but those under `LATER`."""
+    return {name: value for name, value in outputs.items() if name != LATER}
 
 
 @dataclass(frozen=True)
@@ -41,6 +70,7 @@ class Predictor:
     params: Any
     mesh: Mesh
     patch_sizes: tuple[tuple[int, ...], ...] | None = None  # that training drew from, where the weights tell
+    entropies: tuple[float, ...] | None = None  # that part the training pictures evenly among these, likewise
 
     @property
     def platform(self) -> str:
@@ -86,6 +116,17 @@ class Predictor:
             return lambda batch: jitted(self.params, batch)
         compiled = jitted.lower(self.params, batch).compile()
         return lambda batch: compiled(self.params, batch)
+
+    def run(
+        self, function: Callable[[nnx.Module, Batch], Any], batch: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> Callable[[Iterator[Batch]], Iterator[Any]]:
+        """Compile a function as `compile` does.
+
+        Returns:
+            What runs it on batches: its outputs as numpy arrays, in their order, see `forward`.
+        """
+        program = self.compile(function, batch)
+        return lambda batches: forward(program, batches)
 
 
 class Classifier(Predictor):
@@ -158,7 +199,7 @@ def load_predictor(
     notes = (*weights.notes, *notes, *precision_note(precision, mesh))
     kind = Classifier if learned == "classification" else Predictor
     known = (weights.class_names, notes, weights.exif, precision, graphdef, params, mesh)
-    return kind(task, *known, patch_sizes=weights.patch_sizes)
+    return kind(task, *known, patch_sizes=weights.patch_sizes, entropies=weights.entropies)
 
 
 def _check_settings(source: str, learned: str, given: dict[str, Any]) -> None:

@@ -24,8 +24,8 @@ from train.devices.decoding import decoding_memory, largest_kept
 from train.images.dense import decoded
 from train.images.geometry import logits_in_picture, place_pixels, whole_placement
 from train.images.tiles import ClassesOfWindows, Tiling, Window, joined, windows
-from train.inference.evaluation import forward, without_bad
-from train.inference.model import Predictor
+from train.inference.evaluation import without_bad
+from train.inference.model import Predictor, forward
 from train.tasks.detection import Detection, DetectionScores, boxes_found
 from train.tasks.segmentation import SegmentationScores
 

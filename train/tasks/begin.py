@@ -15,6 +15,7 @@ from convert.weights import Weights
 from crossvit_jax.config import CUSTOM, CrossViTConfig, DenseConfig, build_dense_config, get_config
 from train.config import TrainConfig, steps_per_epoch
 from train.data.dense.samples import DenseSets, DenseSource, Reclassed
+from train.data.entropies import parting_entropies
 from train.data.sources import ImageSets
 from train.devices.attention import choose_attention
 from train.recipes import RECIPES
@@ -173,7 +174,11 @@ def make_task(config: TrainConfig, model_config: ModelConfig, sets: ImageSets, t
         return Dino(config, model_config, sets.class_names, steps)
     balanced = config.class_weights == "balanced"
     weights = classification.balanced_weights(sets.train, sets.class_names) if balanced else None
-    return Classification(config, model_config, sets.class_names, weights, teacher=teacher)
+    task = Classification(config, model_config, sets.class_names, weights, teacher=teacher)
+    if not config.patch_sizes:
+        return task
+    entropies = parting_entropies(sets.train, task.transform(training=False), len(config.patch_sizes))
+    return dataclasses.replace(task, entropies=entropies)
 
 
 def variants_of(task: Task) -> tuple[Task, ...]:

@@ -57,6 +57,7 @@ class Classification:
     class_weights: tuple[float, ...] | None = None  # in the loss, in the order of the labels; none: all 1
     patch_size: tuple[int, ...] | None = None  # of the patches that `loss` cuts; none: the model's own
     teacher: Teacher | None = None  # that the model follows beside the labels
+    entropies: tuple[float, ...] | None = None  # that part the training pictures among several patch sizes
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -74,7 +75,7 @@ class Classification:
 
     def save(self, params: Any, path: Path, *, origin: str | None = None) -> None:
         about = {"class_names": self.class_names, "exif": self.config.exif, "origin": origin}
-        about["patch_sizes"] = self.config.drawn_patch_sizes
+        about |= {"patch_sizes": self.config.drawn_patch_sizes, "entropies": self.entropies}
         convert.save(params, self.model_config, path, **about, overwrite=True)
 
     def transform(self, *, training: bool) -> Callable[..., dict[str, Any]]:

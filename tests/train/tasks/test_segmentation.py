@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.train.tasks.dense_models import SIDE, make_batch, make_model, make_task
 from train.data.dense.samples import DenseSets
-from train.inference.evaluation import forward
+from train.inference.model import forward
 from train.tasks.begin import matched
 from train.tasks.task import LATER
 

@@ -9,8 +9,7 @@ import numpy as np
 
 from train.images.dense import WholeTransform
 from train.inference.classify import probabilities
-from train.inference.evaluation import forward
-from train.inference.model import Classifier, Predictor
+from train.inference.model import Classifier, Predictor, forward
 from train.inference.server.engines.engine import Explained, Images, batch_sizes, rows_of
 from train.pictures.attention import class_token_attention
 
