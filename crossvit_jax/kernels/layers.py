@@ -91,8 +91,11 @@ _wide_einsum = jax.custom_vjp(plain_wide_einsum, nondiff_argnums=(0,))
 
 
 def _wide_einsum_backward(subscripts: str, inputs: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
-    _, backward = jax.vjp(lambda a, b: jnp.einsum(subscripts, a, b), *inputs)
-    return backward(d_y.astype(jnp.result_type(*inputs)))
+    a, b = inputs
+    d_y = d_y.astype(jnp.result_type(a, b))
+    (d_a,) = jax.linear_transpose(lambda a: jnp.einsum(subscripts, a, b), a)(d_y)
+    (d_b,) = jax.linear_transpose(lambda b: jnp.einsum(subscripts, a, b), b)(d_y)
+    return d_a, d_b
 
 
 _wide_einsum.defvjp(lambda subscripts, a, b: (plain_wide_einsum(subscripts, a, b), (a, b)), _wide_einsum_backward)
