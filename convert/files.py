@@ -155,21 +155,30 @@ def _identity(path: str | Path) -> tuple[int, int] | None:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Whatever is raised while a file or a folder is made and written is raised as NotWritten."""
+    try:
+        yield
+    except Exception as error:  # besides OSError, whatever drawing, Orbax, tensorstore and exporters raise
+        raise NotWritten(path, _reason(error)) from None
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to. What is there at the end is moved to `path`, if anything is.
 
     Raises:
         NotWritten: anything at all was raised while it was written; nothing new is left behind then.
     """
-    try:
-        prefix = f".{path.name[:_SHOWN]}."  # the whole name may be as long as names can be
-        with tempfile.TemporaryDirectory(prefix=prefix, suffix=".partial", dir=path.parent) as partial:
-            new = Path(partial, "new")
-            yield new
-            if new.exists():
-                _move(new, path, aside=Path(partial, "replaced"))
-    except Exception as error:  # besides OSError, whatever Orbax, tensorstore and exporters raise
-        raise NotWritten(path, _reason(error)) from None
+    prefix = f".{path.name[:_SHOWN]}."  # the whole name may be as long as names can be
+    with (
+        writing(path),
+        tempfile.TemporaryDirectory(prefix=prefix, suffix=".partial", dir=path.parent) as partial,
+    ):
+        new = Path(partial, "new")
+        yield new
+        if new.exists():
+            _move(new, path, aside=Path(partial, "replaced"))
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:

@@ -174,7 +174,7 @@ def _predict_classes(
         batch_size = classifier.batch_size(args.batch_size, len(paths))
         workers = reading_processes(len(paths))
         how = {"batch_size": batch_size, "workers": workers, "top_k": args.top_k or 5, "pictures": pictures}
-        batches = classify(classifier, source, bad_images, **how, say=say, tagged=tagged)
+        batches = classify(classifier, source, bad_images, **how, tagged=tagged)
         with closing(batches):
             for results in batches:
                 entries = (text.entry(*result) for result in results)
@@ -215,7 +215,7 @@ def _find(
         bad_images, tagged = BadImages(source, say), TaggedImages()
         bar.write(text.header, end="")
         batch_size = model.batch_size(args.batch_size, None if tiling else len(paths))
-        how = {"batch_size": batch_size, "workers": reading_processes(len(paths)), "say": say}
+        how = {"batch_size": batch_size, "workers": reading_processes(len(paths))}
         how |= {"pictures": places.get("overlay"), "masks": places.get("masks"), "tagged": tagged, "tiling": tiling}
         with closing(find(model, source, bad_images, **how, advance=bar.update)) as answers:
             for found in answers:
