@@ -141,6 +141,8 @@ def _predict(args: argparse.Namespace) -> int:
     if args.classes is not None:
         wanted = _class_numbers(args.classes, model.task.class_names)
         model = dataclasses.replace(model, task=dataclasses.replace(model.task, wanted=wanted))
+    if args.coco is not None and os.path.lexists(args.coco):
+        raise SettingsError(f"{args.coco} exists, and --coco does not replace it: name another file")
     coco = None if args.coco is None else check_place(Path(args.coco))
     for folder in folders.values():  # nothing can be wrong any more
         folder.mkdir(parents=True, exist_ok=True)
