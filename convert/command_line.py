@@ -26,6 +26,8 @@ UNGUARDED = (
     "`if __name__ == '__main__':`"
 )
 RUN_ANEW = 66  # exit status of a worker process in which the script that started it runs once more
+# how XLA says that the devices have too little; and its kernels for CPUs, which fail for nothing else
+_TOO_LITTLE_MEMORY = ("RESOURCE_EXHAUSTED", "YNNPACK operation failed")
 # a scheduler's end, a closed terminal, a scheduler's warning; Windows has the first only
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
@@ -145,7 +147,7 @@ def run(program: str | Program, command: Callable[[], int], *, failure: int = 2,
     except MemoryError:
         return _stopped(program, f"error: {out_of_memory}", failure)
     except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's way to say that the devices have too little memory
+        if not any(words in str(error) for words in _TOO_LITTLE_MEMORY):
             raise
         return _stopped(program, f"error: the devices are {out_of_memory}", failure)
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,12 @@ def typed_path(path: str | Path) -> Path:
 
 
 def home_path(text: str) -> str:
-    """A path as it was typed, but for the home folder in place of `~` or `~name`. Raises as `typed_path` does."""
+    """A path as it was typed, but for the home folder in place of `~` or `~name`.
+
+    Raises ConversionError as `typed_path` does, and for an empty text, as of a shell's variable that is not set.
+    """
+    if not text:
+        raise ConversionError("a path is needed, and the text is empty")
     path = typed_path(text)
     return str(path) if text.startswith("~") else text
 
@@ -96,11 +101,11 @@ class NotWritten(ConversionError):
         return f"{self.path} could not be written: {self.reason}"
 
 
-def check_place(path: Path, *, overwrite: bool = False, may_be_replaced: Callable[[Path], bool] | None = None) -> Path:
+def check_place(path: Path, *, overwrite: bool = False, own: Sequence[str] | None = None) -> Path:
     """The path, if a file or a folder can be written there.
 
     Args:
-        may_be_replaced: whether a folder with something in it may be, where a folder is to be written; None: a file is.
+        own: where a folder is to be written: all that is written into one, the first of it always; None: a file is.
 
     Raises:
         ConversionError: a missing folder, one that cannot be written to, or something is there that may not be
@@ -114,10 +119,13 @@ def check_place(path: Path, *, overwrite: bool = False, may_be_replaced: Callabl
         return path
     if not overwrite:
         raise ConversionError(f"{path} exists; --overwrite (overwrite=True) replaces it")
-    if path.is_dir() != (may_be_replaced is not None):
+    if path.is_dir() != (own is not None):
         raise ConversionError(f"{path} is a {'folder' if path.is_dir() else 'file'}, and is not replaced by the other")
-    if may_be_replaced is not None and any(path.iterdir()) and not may_be_replaced(path):
-        raise ConversionError(f"{path} is a folder of other things, and is not replaced")
+    there = set() if own is None else {entry.name for entry in path.iterdir()}
+    others = sorted(there - {Path(name).parts[0] for name in own or ()})
+    if there and (others or not (path / own[0]).is_file()):
+        such = f", such as {shown(others[0])}," if others else ""
+        raise ConversionError(f"{path} is a folder of other things{such} and is not replaced")
     return path
 
 
@@ -155,21 +163,30 @@ def _identity(path: str | Path) -> tuple[int, int] | None:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Whatever is raised while a file or a folder is made and written is raised as NotWritten."""
+    try:
+        yield
+    except Exception as error:  # besides OSError, whatever drawing, Orbax, tensorstore and exporters raise
+        raise NotWritten(path, _reason(error)) from None
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to. What is there at the end is moved to `path`, if anything is.
 
     Raises:
         NotWritten: anything at all was raised while it was written; nothing new is left behind then.
     """
-    try:
-        prefix = f".{path.name[:_SHOWN]}."  # the whole name may be as long as names can be
-        with tempfile.TemporaryDirectory(prefix=prefix, suffix=".partial", dir=path.parent) as partial:
-            new = Path(partial, "new")
-            yield new
-            if new.exists():
-                _move(new, path, aside=Path(partial, "replaced"))
-    except Exception as error:  # besides OSError, whatever Orbax, tensorstore and exporters raise
-        raise NotWritten(path, _reason(error)) from None
+    prefix = f".{path.name[:_SHOWN]}."  # the whole name may be as long as names can be
+    with (
+        writing(path),
+        tempfile.TemporaryDirectory(prefix=prefix, suffix=".partial", dir=path.parent) as partial,
+    ):
+        new = Path(partial, "new")
+        yield new
+        if new.exists():
+            _move(new, path, aside=Path(partial, "replaced"))
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:

@@ -65,7 +65,7 @@ def tell(line: str) -> None:
     in `| head`, is told once, and then nothing more is printed.
     """
     try:
-        print(safe(line, lines=True), flush=True)
+        _write(sys.stdout, safe(line, lines=True))
     except OSError as error:
         let_go_of_output()
         tell_error(f"note: nothing more is printed: {error.strerror}")
@@ -74,9 +74,15 @@ def tell(line: str) -> None:
 def tell_error(line: str) -> None:
     """Prints a line on stderr, as `safe` has it. Does nothing where that takes nothing more: the status has to do."""
     try:
-        print(safe(line), file=sys.stderr, flush=True)
+        _write(sys.stderr, safe(line))
     except OSError:
         let_go_of_output()
+
+
+def _write(stream: Any, line: str) -> None:
+    """In one piece: what other threads and processes print at the same time does not come into its middle."""
+    stream.write(f"{line}\n")
+    stream.flush()
 
 
 def let_go_of_output() -> None:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from convert.class_names import NATURAL, TEXT, in_order, read_names, unlike_timm
 from convert.command_line import Parser, Program, at_least_zero, data_set, leave, run
-from convert.errors import SettingsError
+from convert.errors import SettingsError, require
 from convert.files import home_path
-from convert.streams import safe, tell_error
+from convert.streams import safe
 from train.config import TrainConfig, class_order
 from train.inference.command import (
     AUTO,
@@ -138,6 +138,8 @@ def _parser() -> Parser:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    if args.output:
+        require("--output", "matplotlib")  # before the work whose figures it draws
     from train.inference.model import Classifier
     from train.tasks.begin import task_of
 
@@ -201,8 +203,7 @@ def _evaluate_classifier(args: argparse.Namespace, classifier: "Classifier") -> 
             "bad_images": bad_images.count,
             "images_per_s": images_per_s,
         }
-        how = {"images": image_names(source), "say": lambda line: tell_error(f"{_PROGRAM}: {line}")}
-        written = scores.write(output, about=about, **how)
+        written = scores.write(output, about=about, images=image_names(source))
         print(f"written     {', '.join(written)} in {output}")
     return 0
 
@@ -367,8 +368,8 @@ def _evaluate_dense(args: argparse.Namespace, model: "Predictor", tiling: "Tilin
             "bad_images": bad_images.count,
             "images_per_s": images_per_s,
         }
-        how = {"images": image_names(source), "say": lambda line: tell_error(f"{_PROGRAM}: {line}")}
-        print(f"written       {', '.join(scores.write(output, about=about, **how))} in {output}")
+        written = scores.write(output, about=about, images=image_names(source))
+        print(f"written       {', '.join(written)} in {output}")
     return 0
 
 

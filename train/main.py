@@ -4,6 +4,7 @@
 # processes, which import this module too, need none of it.
 import gc
 import mmap
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,19 +28,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_flags(sys.argv[1:] if argv is None else argv)
     if is_one_of_several(config.coordinator):
         joined = mmap.mmap(-1, 1)  # shared by both processes
-        return watched(lambda: _run(config, joined), aborted=lambda: _why_aborted(config, joined))
+        return watched(lambda: _run(config, joined), told=lambda number: _why_ended(number, config, joined))
     return _run(config)
 
 
-def _why_aborted(config, joined: mmap.mmap) -> str:
-    if not joined[0]:
+def _why_ended(number: int, config, joined: mmap.mmap) -> str:
+    """The line of a run of several processes whose process here was ended by a signal."""
+    aborted = number == signal.SIGABRT
+    if aborted and not joined[0]:
         return (
             f"{_PROGRAM}: error: the other processes of the run were not there within {config.join_timeout} s, or one "
             "of them has ended; --join-timeout waits longer"
         )
+    if aborted:
+        why = "jax has aborted this process, as it does when another process of the run is lost"
+    else:
+        full = " (too little memory is one reason)" * (number == signal.SIGKILL)
+        why = f"the process was ended by {signal.Signals(number).name}{full}"
     begun = config.output is not None and Path(config.output, "config.json").is_file()
-    why = f"as it does when another process of the run is lost{f'; --resume {config.output} goes on' * begun}"
-    return f"{_PROGRAM}: error: jax has aborted this process, {why}"
+    return f"{_PROGRAM}: error: {why}{f'; --resume {config.output} goes on' * begun}"
 
 
 def _run(config, joined: mmap.mmap | None = None) -> int:

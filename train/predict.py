@@ -146,6 +146,8 @@ def _predict(args: argparse.Namespace) -> int:
     if args.classes is not None:
         wanted = _class_numbers(args.classes, model.task.class_names)
         model = dataclasses.replace(model, task=dataclasses.replace(model.task, wanted=wanted))
+    if args.coco is not None and os.path.lexists(args.coco):
+        raise SettingsError(f"{args.coco} exists, and --coco does not replace it: name another file")
     coco = None if args.coco is None else check_place(Path(args.coco))
     for folder in folders.values():  # nothing can be wrong any more
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +181,7 @@ def _predict_classes(
         batch_size = classifier.batch_size(args.batch_size, len(paths))
         workers = reading_processes(len(paths))
         how = {"batch_size": batch_size, "workers": workers, "top_k": args.top_k or 5, "pictures": pictures}
-        batches = classify(classifier, source, bad_images, **how, say=say, tagged=tagged)
+        batches = classify(classifier, source, bad_images, **how, tagged=tagged)
         with closing(batches):
             for results in batches:
                 entries = (text.entry(*result) for result in results)
@@ -220,7 +222,7 @@ def _find(
         bad_images, tagged = BadImages(source, say), TaggedImages()
         bar.write(text.header, end="")
         batch_size = model.batch_size(args.batch_size, None if tiling else len(paths))
-        how = {"batch_size": batch_size, "workers": reading_processes(len(paths)), "say": say}
+        how = {"batch_size": batch_size, "workers": reading_processes(len(paths))}
         how |= {"pictures": places.get("overlay"), "masks": places.get("masks"), "tagged": tagged, "tiling": tiling}
         with closing(find(model, source, bad_images, **how, advance=bar.update)) as answers:
             for found in answers:

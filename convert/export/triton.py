@@ -26,6 +26,7 @@ _PREPROCESS, _CLASSIFY, _IMAGES = f"{MODEL}_preprocess", f"{MODEL}_classify", "i
 _PREFERRED = (8, 16, 32, 64)
 _DELAY, _TIMEOUT, _QUEUE = 5_000, 10_000_000, 1_024  # microseconds for others, until it is refused; requests
 _CONFIG = "config.pbtxt"
+_OWN = (f"{MODEL}/{_CONFIG}", _PREPROCESS, _CLASSIFY)  # what is written
 
 
 def check_repository(destination: str | Path, *, overwrite: bool = False) -> Path:
@@ -35,7 +36,7 @@ def check_repository(destination: str | Path, *, overwrite: bool = False) -> Pat
     that may not be replaced.
     """
     require("--triton", *ONNX_PACKAGES, extra="onnx")
-    return check_place(typed_path(destination), overwrite=overwrite, may_be_replaced=_is_repository)
+    return check_place(typed_path(destination), overwrite=overwrite, own=_OWN)
 
 
 def write_repository(
@@ -73,10 +74,6 @@ def write_repository(
 
             shutil.rmtree(new)
     return comparison
-
-
-def _is_repository(folder: Path) -> bool:
-    return {entry.name for entry in folder.iterdir()} <= {MODEL, _PREPROCESS, _CLASSIFY}
 
 
 def _write(folder: Path, name: str, config: str, model: "onnx.ModelProto | None") -> None:

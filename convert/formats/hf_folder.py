@@ -20,6 +20,7 @@ from crossvit_jax.files import read_json, read_regular
 from crossvit_jax.preprocess import MEAN, STD
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+HF_FILES = (WEIGHTS, CONFIG, CARD, CURVES)  # what is written, the weights always
 ANY = "OWNER/REPOSITORY"  # in the card, until it is known where it will be
 INDEX = "model.safetensors.index.json"  # of weights in several files
 _LARGEST_PICTURE = 2**26  # bytes
@@ -28,13 +29,9 @@ LOCAL = "local-dir:"  # timm's prefix for such a folder
 _FIXED = ("embed_dim", "depth", "num_heads", "mlp_ratio", "fusion_depth", "multi_conv", "stages")
 
 
-def is_hf_folder(folder: Path) -> bool:
-    """Whether a folder has weights under one of the names that the hub's libraries give them."""
-    return weights_in(folder) is not None
-
-
 def weights_in(folder: Path) -> Path | None:
-    """The file of the weights in such a folder, or the index of several; None where it has neither."""
+    """The file of the weights in a folder, under one of the names that the hub's libraries give them, or the index of
+    several; None where it has neither."""
     names = (WEIGHTS, INDEX, "pytorch_model.bin")
     return next((folder / name for name in names if (folder / name).is_file()), None)
 

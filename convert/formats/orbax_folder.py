@@ -16,11 +16,14 @@ from convert.formats.find import Place, choose, others_than
 from crossvit_jax.files import check_regular, read_json
 
 _ITEM = "params"
+_DONE = "_CHECKPOINT_METADATA"
+# what Orbax leaves of what is written here, the first always
+ORBAX_FILES = (_DONE, "commit_success.txt", "_METADATA", "_sharding", _ITEM, metadata.KEY, fingerprint.ITEM)
 
 
 def is_orbax(folder: Path) -> bool:
     """Whether a folder is a complete Orbax checkpoint, or one step of a checkpoint manager."""
-    return (folder / "_CHECKPOINT_METADATA").is_file()
+    return (folder / _DONE).is_file()
 
 
 def write_orbax(folder: Path, params: Mapping, description: dict) -> None:

@@ -4,7 +4,7 @@ import functools
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,8 @@ import numpy as np
 from convert import metadata
 from convert.errors import ConversionError, require
 from convert.files import NotWritten, check_place, replacing, typed_path, write_bytes
-from convert.formats.hf_folder import check_for_timm, is_hf_folder, write_hf
-from convert.formats.orbax_folder import is_orbax, write_orbax
+from convert.formats.hf_folder import HF_FILES, check_for_timm, write_hf
+from convert.formats.orbax_folder import ORBAX_FILES, write_orbax
 from convert.tensors import as_tensor
 from convert.tree import nest, to_flax_paths
 from convert.weights import Weights
@@ -32,7 +32,7 @@ def check_destination(destination: str | Path, *, overwrite: bool = False) -> Pa
     writer = _writer(path)
     if writer is _write_pth:
         require(str(path), "torch")
-    return check_place(path, overwrite=overwrite, may_be_replaced=_FOLDERS.get(writer))
+    return check_place(path, overwrite=overwrite, own=_FOLDERS.get(writer))
 
 
 def write(weights: Weights, destination: str | Path, *, overwrite: bool = False) -> Path:
@@ -126,11 +126,8 @@ _WRITERS: dict[str, Callable[[Weights, Path], None]] = {
     ".pth": _write_pth,
     ".hf": write_hf,
 }
-# those that write a folder, and whether one that is there may be replaced
-_FOLDERS: dict[Callable[[Weights, Path], None], Callable[[Path], bool]] = {
-    write_hf: is_hf_folder,
-    _write_orbax: is_orbax,
-}
+# those that write a folder, and what is in it
+_FOLDERS: dict[Callable[[Weights, Path], None], Sequence[str]] = {write_hf: HF_FILES, _write_orbax: ORBAX_FILES}
 
 
 def require_space(weights: Weights, path: Path) -> None:

@@ -34,6 +34,7 @@ from train.run.meter import TrainingFailed
         (OSError("unlike others"), (2, 1), "error: unlike others"),
         (MemoryError(), (2, 1), "error: out of memory: take less"),
         (RuntimeError("RESOURCE_EXHAUSTED: 9 bytes"), (2, 1), "error: the devices are out of memory: take less"),
+        (RuntimeError("INTERNAL: YNNPACK operation failed"), (2, 1), "error: the devices are out of memory: take less"),
         (KeyboardInterrupt(), (130, 130), "interrupted"),
     ],
 )

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from convert.errors import ConversionError
-from convert.files import NotWritten, csv_text, local_path, typed_path, write_whole
+from convert.files import NotWritten, csv_text, home_path, local_path, typed_path, write_whole
 
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
@@ -45,6 +45,11 @@ def test_an_address_is_told_from_a_path_with_what_to_do(text, what_to_do):
 @pytest.mark.parametrize("text", ["a:b", "C:/x", "a//b", "./gs://x", "hf-hub:timm/x", "é://x", ""])
 def test_other_texts_are_paths(text):
     assert local_path(text) == text
+
+
+def test_an_empty_text_names_no_path():
+    with pytest.raises(ConversionError, match="a path is needed, and the text is empty"):
+        home_path("")
 
 
 def test_cells_that_spreadsheets_would_compute_are_quoted():

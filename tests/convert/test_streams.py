@@ -22,6 +22,16 @@ def test_what_would_move_the_cursor_is_written_out(text, shown, capsys):
     assert capsys.readouterr().out.count("\n") == 1
 
 
+def test_a_line_is_written_in_one_piece(monkeypatch):
+    """With -u, or where a stream writes through, print would write its end apart: another process comes between."""
+    written = []
+    stream = type("Stream", (), {"write": lambda self, text: written.append(text), "flush": lambda self: None})()
+    for name, function in (("stdout", tell), ("stderr", tell_error)):
+        monkeypatch.setattr(f"sys.{name}", stream)
+        function("a line")
+    assert written == ["a line\n"] * 2
+
+
 def test_lines_of_ours_stay_lines(capsys):
     tell("one\ntwo\x1b")
     assert capsys.readouterr().out == "one\ntwo\\x1b\n"

@@ -69,10 +69,11 @@ def test_an_evaluation_replaces_an_earlier_one_and_no_other_file(evaluate, pictu
 
     monkeypatch.setattr("train.tasks.classification.draw_confusion", fail)
     status, out, error, folder = evaluate(*flags)
-    assert status == 0
     picture = folder / "confusion.png"
-    assert error.endswith(f"python -m train.evaluate: note: {picture}: no fonts; left out from now on\n")
-    assert f"written     evaluation.json, per_class.csv, predictions.csv, confusion.csv in {folder}\n" in out
+    assert status == 2
+    assert error.endswith(f"python -m train.evaluate: error: {picture} could not be written: no fonts\n")
+    assert "top-1 " in out  # what was computed is told
+    assert (folder / "evaluation.json").exists()
     assert not picture.exists()  # that of the earlier evaluation
 
 

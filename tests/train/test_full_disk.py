@@ -96,6 +96,20 @@ def test_an_evaluation_that_cannot_be_written_is_one_line_and_no_success(
     assert not (folder / name).exists()
 
 
+@pytest.mark.parametrize(("task", "drawing"), [("detection", "with_boxes"), ("segmentation", "with_segments")])
+def test_an_overlay_that_cannot_be_drawn_is_one_line_and_no_success(
+    task, drawing, weights, pictures, tmp_path, monkeypatch, capfd
+):
+    def fail(*_, **__):
+        raise RuntimeError("no fonts\nat all")
+
+    monkeypatch.setattr(f"train.inference.dense.{drawing}", fail)
+    out, given = tmp_path / "out", str(pictures / "a" / "0.png")
+    assert predict.main([f"--weights={weights[task]}", "--batch-size=1", f"--overlay={out}", given]) == 2
+    assert _last(capfd.readouterr().err).endswith(f"error: {out / '0.png'} could not be written: no fonts")
+    assert not list(out.iterdir())
+
+
 def test_what_nobody_asked_for_stays_a_note():
     def fail():
         raise convert.files.NotWritten(Path("curves.png"), "no space left on device")
@@ -103,5 +117,3 @@ def test_what_nobody_asked_for_stays_a_note():
     told = []
     assert BestEffort("curves.png", told.append)(fail) is None
     assert told == ["note: curves.png: curves.png could not be written: no space left on device; left out from now on"]
-    with pytest.raises(convert.files.NotWritten):
-        BestEffort("curves.png", told.append, file_asked_for=True)(fail)

@@ -359,18 +359,16 @@ def test_pictures_of_attention_replace_their_like_and_no_other_file(predict, pho
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_attention_that_cannot_be_drawn_is_one_note_and_all_images_are_answered(predict, photos, tmp_path, monkeypatch):
+def test_attention_that_cannot_be_drawn_is_one_line_and_no_success(predict, photos, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no fonts\nat all")
 
     monkeypatch.setattr("train.inference.classify.draw_attention", fail)
-    status, out, error = predict("--format=jsonl", f"--attention={tmp_path / 'out'}", photos)
-    assert status == 0
-    assert error.splitlines()[1:] == [
-        "python -m train.predict: note: pictures of attention: no fonts; left out from now on"
-    ]
-    assert len(_lines(out)) == len(_IN_ORDER)
-    assert not any("attention" in line for line in _lines(out))
+    out = tmp_path / "out"
+    status, told, error = predict("--format=jsonl", f"--attention={out}", photos / "a.png")
+    assert (status, told) == (2, "")
+    assert error == f"python -m train.predict: error: {out / 'a.png'} could not be written: no fonts\n"
+    assert not list(out.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 
 from convert.errors import UserError, one_line
 from convert.streams import let_go_of_output, tell_error
+from train.devices.held_errors import HeldErrors
 
 # how the libraries below jax begin their errors over a connection that has ended
 _LOST = ("Gloo", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "heartbeat", "NCCL")
@@ -56,38 +57,41 @@ def is_one_of_several(coordinator: str | None) -> bool:
     return coordinator is not None or known or "," in env.get("TPU_WORKER_HOSTNAMES", "")
 
 
-def watched(work: Callable[[], int], *, aborted: Callable[[], str]) -> int:
+def watched(work: Callable[[], int], *, told: Callable[[int], str]) -> int:
     """What `work` returns, in a process of its own that this one waits for; 1 where that was aborted.
 
     jax aborts its process when another one of the run is lost, and prints pages of what only its authors read: nothing
-    in that process can say a word then. Signals are handed on, and the process ends with this one. To be called before
-    jax is imported; where that has happened already, `work` is called as it is.
+    in that process can say a word then. They come after the line that is told here. Signals are handed on, and the
+    process ends with this one. To be called before jax is imported; where that has happened already, `work` is called
+    as it is.
 
     Args:
-        aborted: makes the line that is told then.
+        told: makes the line, by the number of the signal that has ended the process.
     """
     if "jax" in sys.modules or not hasattr(signal, "sigwaitinfo"):
         return work()
     heeded = (*_FORWARDED, signal.SIGCHLD)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, the end of the other process would not be told
     before = signal.pthread_sigmask(signal.SIG_BLOCK, heeded)  # from now on, so that none is missed
+    errors = HeldErrors()
     parent, child = os.getpid(), os.fork()
     if child == 0:
+        errors.begin()
         with suppress(AttributeError):  # of Linux alone
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if os.getppid() != parent:
             os._exit(HostLost.status)
         return work()
+    errors.start()
     ended = _ended(child, heeded)
-    if os.WIFEXITED(ended):
+    errors.finish()
+    number = os.WTERMSIG(ended) if os.WIFSIGNALED(ended) else 0
+    if number and number not in _FORWARDED:
+        tell_error(told(number))
+    errors.release()
+    if not number:
         os._exit(os.WEXITSTATUS(ended))  # what leaves a process in the usual way has been done in the other one
-    number = os.WTERMSIG(ended)
-    if number == signal.SIGABRT:
-        tell_error(aborted())
-    elif number not in _FORWARDED:
-        full = " (too little memory is one reason)" * (number == signal.SIGKILL)
-        tell_error(f"error: the process was ended by {signal.Signals(number).name}{full}")
     os._exit(HostLost.status if number == signal.SIGABRT else 128 + number)
 
 

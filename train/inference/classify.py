@@ -1,6 +1,6 @@
 """The most probable classes of image files."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from convert.files import shown
+from convert.files import shown, writing
 from crossvit_jax import CrossViT
 from train.data.bad_images import BadImages
 from train.data.tagged_images import TaggedImages
@@ -18,7 +18,6 @@ from train.inference.image_paths import FileSource
 from train.inference.model import Classifier
 from train.inference.predictions import Prediction
 from train.pictures.attention import attention_of_all_layers, draw_attention
-from train.run.best_effort import BestEffort
 
 
 def probabilities(model: CrossViT, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch classes"]:
@@ -51,7 +50,6 @@ def classify(
     workers: int,
     top_k: int,
     pictures: Sequence[Path] | None = None,
-    say: Callable[[str], None] = print,
     tagged: TaggedImages | None = None,
 ) -> Iterator[list[Result]]:
     """The results of image files, in their order, batch by batch as they are ready.
@@ -61,8 +59,7 @@ def classify(
         batch_size: a multiple of the number of devices.
         workers: processes that read images; 0: threads of this process.
         top_k: predictions per image; where there are fewer classes, all of them.
-        pictures: for each image, the PNG in which to draw what the class tokens attend to.
-        say: told one line if it cannot be drawn; there are no pictures from then on. Raises NotWritten for the file.
+        pictures: for each image, the PNG in which to draw what the class tokens attend to. Raises NotWritten.
         tagged: told which images have an EXIF orientation.
     """
     from train.data.batches import eval_batches  # late: Grain takes long to import
@@ -79,17 +76,16 @@ def classify(
     def result(place: int, outputs: Any) -> Result:
         path = source.paths[place]
         predictions = best_classes(outputs["probability"], task.class_names, top_k)
-        picture = draw(draw_picture, place, predictions, outputs) if pictures else None
-        return Result(path, predictions, picture)
+        return Result(path, predictions, drawn(place, predictions, outputs) if pictures else None)
 
-    def draw_picture(place: int, predictions: list[Prediction], outputs: Any) -> str:
+    def drawn(place: int, predictions: list[Prediction], outputs: Any) -> str:
         told = [(p.class_name, p.probability) for p in predictions]
         seen = {name: outputs[name] for name in ("image", "attention")}
         title = shown(source.paths[place])
-        draw_attention(pictures[place], classifier.config, title=title, predictions=told, **seen)
+        with writing(pictures[place]):
+            draw_attention(pictures[place], classifier.config, title=title, predictions=told, **seen)
         return str(pictures[place])
 
-    draw = BestEffort("pictures of attention", say, file_asked_for=True)
     batches = eval_batches(source, task.transform(training=False), batch_size=batch_size, workers=workers, rounds=1)
     shapes = task.batch_shapes(batch_size, training=False)
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from convert.files import write_whole
+from convert.files import write_whole, writing
 from train.data.bad_images import BadImages
 from train.data.tagged_images import TaggedImages
 from train.images.dense import WholeTransform, decoded
@@ -20,7 +20,6 @@ from train.inference.evaluation import without_bad
 from train.inference.image_paths import FileSource
 from train.inference.model import Predictor, forward
 from train.pictures.dense import mask_png, png_of, with_boxes, with_segments
-from train.run.best_effort import BestEffort
 from train.tasks.detection import SHOWN_SCORE, Detection, boxes_found
 
 
@@ -52,7 +51,6 @@ def find(
     workers: int,
     pictures: Sequence[Path] | None = None,
     masks: Sequence[Path] | None = None,
-    say: Callable[[str], None] = print,
     tagged: TaggedImages | None = None,
     tiling: Tiling | None = None,
     advance: Callable[[int], Any] = lambda count: None,
@@ -65,7 +63,6 @@ def find(
         workers: processes that read images; 0: threads of this process.
         pictures: for each image, the PNG in which to draw what is found. Raises NotWritten.
         masks: of a segmenter: for each image, the PNG to write with the class of each pixel. Raises NotWritten.
-        say: told one line if drawing fails; there are no pictures from then on.
         tagged: told which images have an EXIF orientation.
         tiling: cut images in windows; none: take them whole.
         advance: told how many more images are done.
@@ -81,14 +78,13 @@ def find(
             if masks is not None:
                 write_whole(masks[place], mask_png(result.segments))
                 result = result._replace(mask=str(masks[place]))
-        return result if pictures is None else result._replace(picture=draw(draw_picture, place, result))
+        if pictures is not None:
+            with writing(pictures[place]):
+                pixels = decoded(source[place], task.config.exif)
+                write_whole(pictures[place], png_of(drawn(result, pixels, task.class_names)))
+            result = result._replace(picture=str(pictures[place]))
+        return result
 
-    def draw_picture(place: int, found: Objects | Segments) -> str:
-        pixels = decoded(source[place], task.config.exif)
-        write_whole(pictures[place], png_of(drawn(found, pixels, task.class_names)))
-        return str(pictures[place])
-
-    draw = BestEffort("pictures of what is found", say, file_asked_for=True)
     how = {"batch_size": batch_size, "workers": workers, "tagged": tagged}
     if tiling is None:
         answers = _found_in_whole(predictor, source, bad_images, **how)

@@ -4,24 +4,23 @@ from collections.abc import Callable
 from typing import Any
 
 from convert.errors import one_line
-from convert.files import NotWritten
 
 
 class BestEffort:
     """One thing that can be done without, such as curves: its first failure is told, and it is not tried again.
 
-    Called with a function and its arguments, it returns what that returns, or None after a failure of any kind; where
-    its file was asked for, and cannot be written, NotWritten is raised.
+    Called with a function and its arguments, it returns what that returns, or None after a failure of any kind. What
+    somebody asked for is not for it: see `convert.files.writing`.
     """
 
-    def __init__(self, name: str, say: Callable[[str], None], *, file_asked_for: bool = False):
+    def __init__(self, name: str, say: Callable[[str], None]):
         """
         Args:
             name: of the thing, in words.
             say: told one line, without an end.
         """
         self._name, self._say = name, say
-        self._failed, self._file_asked_for = False, file_asked_for
+        self._failed = False
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any | None:
         if self._failed:
@@ -29,8 +28,6 @@ class BestEffort:
         try:
             return function(*args, **kwargs)
         except Exception as error:  # whatever drawing, logging and their packages raise
-            if self._file_asked_for and isinstance(error, NotWritten):
-                raise
             self._failed = True
             self._say(f"note: {self._name}: {one_line(error)}; left out from now on")
             return None

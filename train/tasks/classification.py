@@ -20,7 +20,7 @@ import convert
 from convert import load_weights
 from convert.adapt import adapt
 from convert.errors import ConversionError, SettingsError, listed
-from convert.files import check_replaceable, csv_text, shown, write_whole
+from convert.files import check_replaceable, csv_text, shown, write_whole, writing
 from convert.weights import Weights
 from crossvit_jax import CrossViT, CrossViTConfig, get_config
 from train.config import TrainConfig
@@ -29,7 +29,6 @@ from train.images.augment import compile_augment
 from train.images.mixup import draw_mix, mix_images, mix_in_groups, mix_targets
 from train.pictures.confusion import draw_confusion
 from train.pictures.sheet import draw_sheet
-from train.run.best_effort import BestEffort
 from train.tasks.distillation import Teacher, distillation_loss
 from train.tasks.evaluated import is_evaluation
 from train.tasks.rates import calibration_error, class_rates, mean_rates
@@ -203,9 +202,7 @@ class ClassificationScores:
         """See `train.tasks.task.Scores`: an earlier evaluation in the folder is replaced."""
         check_replaceable([folder / name for name in _FILES], lambda _: is_evaluation(folder / _NUMBERS, "top1"))
 
-    def write(
-        self, folder: Path, *, about: Mapping[str, Any], images: Sequence[str], say: Callable[[str], None]
-    ) -> list[str]:
+    def write(self, folder: Path, *, about: Mapping[str, Any], images: Sequence[str]) -> list[str]:
         """Numbers, rates per class, the prediction for each image, and the confusion matrix as CSV and PNG; its title
         has `weights`, `dataset` and `split` from `about`.
 
@@ -231,8 +228,8 @@ class ClassificationScores:
         title = f"{Path(about['weights']).name} on {about['dataset']} ({about['split']}): top-1 {values['top1']:.2f} %"
         picture = folder / _PICTURE
         picture.unlink(missing_ok=True)  # it would stay where this one cannot be drawn
-        draw = BestEffort(str(picture), say, file_asked_for=True)
-        draw(draw_confusion, self.confusion, names, picture, title=title)
+        with writing(picture):
+            draw_confusion(self.confusion, names, picture, title=title)
         return [name for name in _FILES if (folder / name).exists()]
 
     def _predictions(self, images: Sequence[str]) -> Iterator[tuple[str, ...]]:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 import convert
-from convert.files import check_replaceable, csv_text, shown, write_whole
+from convert.files import check_replaceable, csv_text, shown, write_whole, writing
 from crossvit_jax.boxes import Points, make_points
 from crossvit_jax.config import DetectorConfig
 from crossvit_jax.detection import CrossViTDetector, detections_of
@@ -26,7 +26,6 @@ from train.images.geometry import Placement, boxes_in_picture, whole_placement
 from train.pictures.dense import pixels_of, save_sheet, sheet_scale, with_boxes
 from train.pictures.precision_recall import draw_precision_recall
 from train.pictures.sheet import SHEET_COLUMNS
-from train.run.best_effort import BestEffort
 from train.tasks.average_precision import MOST_DETECTIONS, AveragePrecision
 from train.tasks.evaluated import is_evaluation
 from train.tasks.task import Batch, Metric
@@ -218,9 +217,7 @@ class DetectionScores:
         """See `train.tasks.task.Scores`: an earlier evaluation in the folder is replaced."""
         check_replaceable([folder / name for name in _FILES], lambda _: is_evaluation(folder / _NUMBERS, "ap"))
 
-    def write(
-        self, folder: Path, *, about: Mapping[str, Any], images: Sequence[str], say: Callable[[str], None]
-    ) -> list[str]:
+    def write(self, folder: Path, *, about: Mapping[str, Any], images: Sequence[str]) -> list[str]:
         """Numbers, those of each class, all detections as COCO's results, and the curves of precision over recall."""
         columns, values = ("objects", *self._precision.by_class_names), {"ap": None} | self.values()
         rows = [
@@ -239,8 +236,8 @@ class DetectionScores:
         picture = folder / _PICTURE
         picture.unlink(missing_ok=True)  # it would stay where this one cannot be drawn
         curves = [curve and (curve.recall, curve.precision) for curve in self._precision.curves()]
-        draw = BestEffort(str(picture), say, file_asked_for=True)
-        draw(draw_precision_recall, curves, self._task.class_names, picture, title=title)
+        with writing(picture):
+            draw_precision_recall(curves, self._task.class_names, picture, title=title)
         return [name for name in _FILES if (folder / name).exists()]
 
 

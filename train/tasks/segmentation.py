@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 import convert
-from convert.files import check_replaceable, csv_text, shown, write_whole
+from convert.files import check_replaceable, csv_text, shown, write_whole, writing
 from crossvit_jax.config import SegmenterConfig
 from crossvit_jax.segmentation import CrossViTSegmenter
 from crossvit_jax.segmentation_loss import cross_entropy, dice_loss, mean_valid_pixels
@@ -24,7 +24,6 @@ from train.images.geometry import IGNORED, classes_in_picture, whole_placement
 from train.pictures.confusion import draw_confusion
 from train.pictures.dense import legend, pixels_of, save_sheet, sheet_scale, sheet_width, with_segments
 from train.pictures.sheet import SHEET_COLUMNS
-from train.run.best_effort import BestEffort
 from train.tasks.evaluated import is_evaluation
 from train.tasks.segment_rates import mean_segment_rates, segment_confusion, segment_rates
 from train.tasks.task import LATER, Batch, Metric
@@ -195,9 +194,7 @@ class SegmentationScores:
         """See `train.tasks.task.Scores`: an earlier evaluation in the folder is replaced."""
         check_replaceable([folder / name for name in _FILES], lambda _: is_evaluation(folder / _NUMBERS, "miou"))
 
-    def write(
-        self, folder: Path, *, about: Mapping[str, Any], images: Sequence[str], say: Callable[[str], None]
-    ) -> list[str]:
+    def write(self, folder: Path, *, about: Mapping[str, Any], images: Sequence[str]) -> list[str]:
         """Numbers, rates of each class, and the confusion matrix of pixels as CSV and PNG."""
         names, rates = list(map(shown, self._task.class_names)), segment_rates(self.confusion)
         pixels = self.confusion.sum(1)
@@ -215,8 +212,8 @@ class SegmentationScores:
         title = f"{Path(about['weights']).name} on {about['dataset']} ({about['split']}): mIoU {mean}"
         picture = folder / _PICTURE
         picture.unlink(missing_ok=True)  # it would stay where this one cannot be drawn
-        draw = BestEffort(str(picture), say, file_asked_for=True)
-        draw(draw_confusion, self.confusion, names, picture, title=title)
+        with writing(picture):
+            draw_confusion(self.confusion, names, picture, title=title)
         return [name for name in _FILES if (folder / name).exists()]
 
 

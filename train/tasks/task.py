@@ -48,14 +48,11 @@ class Scores(Protocol):
     def check_place(self, folder: Path) -> None:
         """Raises ConversionError if `write` would replace a file there that it did not write."""
 
-    def write(
-        self, folder: Path, *, about: Mapping[str, Any], images: Sequence[str], say: Callable[[str], None]
-    ) -> list[str]:
+    def write(self, folder: Path, *, about: Mapping[str, Any], images: Sequence[str]) -> list[str]:
         """Writes all that is known into a folder, and what was evaluated (JSON values); returns the files' names.
 
         Args:
             images: the names of those that were evaluated, in their order.
-            say: told one line if something cannot be drawn, which is left out then.
 
         Raises NotWritten.
         """

@@ -90,7 +90,9 @@ def test_what_it_cannot_be_made_of_or_written_over_is_told(weights, repository, 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     told = refusal(capsys, program, main, weights, tmp_path / "mine", "--triton", "--overwrite")
-    assert "a folder of other things" in told
+    assert "a folder of other things, such as thesis.txt," in told
+    (tmp_path / "project" / "crossvit").mkdir(parents=True)  # a project's folder of the same name
+    assert "other things" in refusal(capsys, program, main, weights, tmp_path / "project", "--triton", "--overwrite")
     for flag, words in (("--quantize=dynamic", "leave out --quantize"), ("--dtype=bfloat16", "float32 or float16")):
         assert words in refusal(capsys, program, main, weights, tmp_path / "new", "--triton", flag)
     assert not (tmp_path / "new").exists()

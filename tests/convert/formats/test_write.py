@@ -140,10 +140,15 @@ def test_other_things_are_never_replaced(folder, weights):
     (folder / "photos" / "cat.jpg").touch()
     (folder / "folder.pth").mkdir()
     (folder / "file").touch()
-    for name in ("photos", "folder.pth", "file"):
+    for name, added in (("ours", "notes.txt"), ("opt", "opt_state")):
+        write(weights, folder / name)
+        (folder / name / added).touch()
+    (folder / "params" / "params").mkdir(parents=True)
+    for name in ("photos", "folder.pth", "file", "ours", "opt", "params"):
         with pytest.raises(ConversionError, match="not replaced"):
             write(weights, folder / name, overwrite=True)
     assert (folder / "photos" / "cat.jpg").exists()
+    assert (folder / "ours" / "notes.txt").exists()
 
 
 @pytest.mark.parametrize(

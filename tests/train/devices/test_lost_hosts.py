@@ -18,8 +18,14 @@ from train.devices.lost_hosts import watched
 def work():
     {work}
 
-sys.exit(watched(work, aborted=lambda: "x: another process is lost"))
+sys.exit(watched(work, told=lambda number: f"x: ended by {{number}}"))
 """
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
 
 
 def _watched(work, *, send=None):
@@ -34,11 +40,54 @@ def _watched(work, *, send=None):
 
 
 def test_an_aborted_process_is_told_in_a_line():
-    assert _watched("os.abort()") == (1, "", "x: another process is lost\n")
+    assert _watched("os.abort()") == (1, "", "x: ended by 6\n")
     assert _watched("print('fine'); return 0") == (0, "fine\n", "")
     assert _watched("return 3") == (3, "", "")
-    killed = "error: the process was ended by SIGKILL (too little memory is one reason)\n"
-    assert _watched("os.kill(os.getpid(), signal.SIGKILL)") == (137, "", killed)
+    assert _watched("os.kill(os.getpid(), signal.SIGKILL)") == (137, "", "x: ended by 9\n")
+
+
+def test_what_libraries_print_is_passed_on_and_their_page_on_a_lost_process_comes_after_our_line():
+    page = "F1130 09:58:31.000835    7262 client.h:80] Terminating process because the JAX distributed service died"
+    other = "E1130 09:58:31.000835    7262 slow_operation_alarm.cc:73] slow"
+    prints = "os.write(2, {!r}); time.sleep(0.1); ".format
+    ours = "print('ours', file=sys.stderr); "
+    work = prints(f"{other}\n".encode()) + prints(f"{page}\nmore\n".encode()) + ours
+    assert _watched(f"{work}os.abort()") == (1, "", f"{other}\nours\nx: ended by 6\n{page}\nmore\n")
+    assert _watched(f"{work}return 1") == (1, "", f"{other}\nours\n{page}\nmore\n")  # told by the process itself
+
+
+_JOINS = """
+import sys, time
+from train.devices.lost_hosts import watched
+
+def work():
+    import jax
+    jax.distributed.initialize("localhost:{port}", 2, int(sys.argv[1]), heartbeat_timeout_seconds=10)
+    print("joined", flush=True)
+    time.sleep(100)
+    return 0
+
+sys.exit(watched(work, told=lambda number: f"x: ended by {{number}}"))
+"""
+
+
+def test_where_the_first_process_is_lost_our_line_comes_before_the_page_of_jax():
+    script, env = _JOINS.format(port=_free_port()), os.environ | {"JAX_PLATFORMS": "cpu"}
+    both = [
+        subprocess.Popen([sys.executable, "-c", script, str(number)], stdout=-1, stderr=-1, text=True, env=env)
+        for number in range(2)
+    ]
+    try:
+        assert [process.stdout.readline() for process in both] == ["joined\n"] * 2
+        both[0].kill()  # and the process that it waits for with it
+        error = both[1].communicate(timeout=60)[1]
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+    assert both[1].returncode == 1
+    assert error.splitlines()[0] == "x: ended by 6"
+    assert "JAX distributed service" in error
 
 
 def test_the_end_is_noticed_where_nobody_is_told_of_ended_processes():
@@ -77,20 +126,18 @@ def test_errors_of_a_lost_connection_are_explained_in_runs_of_several_processes(
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_processes_that_are_not_there_are_waited_for_so_long_and_told_in_a_line(process):
-    with socket.socket() as listening:
-        listening.bind(("localhost", 0))  # and nobody listens
-        port = listening.getsockname()[1]
+    port = _free_port()  # and nobody listens
     command = [sys.executable, "-m", "train.main", f"--coordinator=localhost:{port}", "--num-processes=2"]
     command += [f"--process-id={process}", "--join-timeout=2"]
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
-    last = done.stderr.splitlines()[-1]
+    first = done.stderr.splitlines()[0]
     if process == 0:  # jax aborts, and prints before that
         told = "error: the other processes of the run were not there within 2 s"
-        assert (done.returncode, last.partition("train.main: ")[2].startswith(told)) == (1, True), done.stderr
+        assert (done.returncode, first.partition("train.main: ")[2].startswith(told)) == (1, True), done.stderr
     else:
         told = f"error: cannot join the other processes: nothing answers at localhost:{port} within 2 s (Connection"
-        assert (done.returncode, done.stderr.count("\n"), told in last) == (2, 1, True), done.stderr
+        assert (done.returncode, done.stderr.count("\n"), told in first) == (2, 1, True), done.stderr
 
 
 def test_what_tells_of_several_processes(monkeypatch):

@@ -104,7 +104,7 @@ def test_an_unreadable_picture_is_left_out_and_the_others_keep_their_places(tmp_
     values = scores.values()
     assert (values["ap"], values["images"]) == pytest.approx((1, 2))
     about = {"weights": "w", "dataset": "d", "split": "s"}
-    written = scores.write(tmp_path, about=about, images=["0", "1", "2"], say=pytest.fail)
+    written = scores.write(tmp_path, about=about, images=["0", "1", "2"])
     assert written == ["evaluation.json", "per_class.csv", "detections.json", "precision.png"]
     results = json.loads((tmp_path / "detections.json").read_text())
     assert [(entry["image_id"], entry["category_id"]) for entry in results[::3]] == [(100, 7), (102, 7)]
@@ -125,7 +125,7 @@ def test_an_evaluation_of_pictures_without_objects_has_no_ap_and_can_be_replaced
     scores = _scores([_RIGHT, [], []], source=Empty())
     assert "ap" not in scores.values() and scores.values()["images"] == 3
     about = {"weights": "w", "dataset": "d", "split": "s"}
-    scores.write(tmp_path, about=about, images=["0", "1", "2"], say=lambda line: None)
+    scores.write(tmp_path, about=about, images=["0", "1", "2"])
     assert json.loads((tmp_path / "evaluation.json").read_text())["ap"] is None
     scores.check_place(tmp_path)
 
@@ -156,7 +156,7 @@ def test_classes_that_the_data_set_lacks_have_no_id_and_are_no_result(tmp_path):
     assert task.category_ids == (None, 7, 3, 90)
     assert notes == ["the data set has 3 of the 4 classes of the weights: to predict one of the others is wrong"]
     scores = _scores([[(0, 0.9, _RIGHT[0][2]), (1, 0.8, _RIGHT[0][2])]] * 3, task=task, source=source)
-    scores.write(tmp_path, about={"weights": "w", "dataset": "d", "split": "s"}, images=["0"] * 3, say=pytest.fail)
+    scores.write(tmp_path, about={"weights": "w", "dataset": "d", "split": "s"}, images=["0"] * 3)
     found = json.loads((tmp_path / "detections.json").read_text())
     assert [entry["category_id"] for entry in found] == [7, 7, 7]
 

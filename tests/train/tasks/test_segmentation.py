@@ -106,7 +106,7 @@ def test_an_unreadable_picture_is_left_out_and_the_others_keep_their_places(tmp_
     scores = _scores([(3, 3), (0, 2)], mask=(0, 1))
     assert (scores.values()["miou"], scores.values()["images"]) == (1, 1)
     about = {"weights": "w", "dataset": "d", "split": "s"}
-    written = scores.write(tmp_path, about=about, images=["0", "1"], say=pytest.fail)
+    written = scores.write(tmp_path, about=about, images=["0", "1"])
     assert written == ["evaluation.json", "per_class.csv", "confusion.csv", "confusion.png"]
     rows = (tmp_path / "per_class.csv").read_text().splitlines()
     assert rows == ["class,pixels,iou,acc", "a,1104,1.0000,1.0000", "b,0,,", "c,1104,1.0000,1.0000", "d,0,,"]
@@ -123,7 +123,7 @@ def test_an_evaluation_in_which_no_pixel_counts_has_no_figures_and_can_be_replac
     scores = _scores([(0, 1), (0, 2)], source=Nothing())
     assert "miou" not in scores.values()
     about = {"weights": "w", "dataset": "d", "split": "s"}
-    scores.write(tmp_path, about=about, images=["0", "1"], say=lambda line: None)
+    scores.write(tmp_path, about=about, images=["0", "1"])
     assert json.loads((tmp_path / "evaluation.json").read_text())["miou"] is None
     scores.check_place(tmp_path)
 

@@ -65,9 +65,7 @@ class PretrainingScores:
         """See `train.tasks.task.Scores`: an earlier evaluation in the folder is replaced."""
         check_replaceable([folder / _NUMBERS], lambda _: is_evaluation(folder / _NUMBERS, "loss"))
 
-    def write(
-        self, folder: Path, *, about: Mapping[str, Any], images: Sequence[str], say: Callable[[str], None]
-    ) -> list[str]:
+    def write(self, folder: Path, *, about: Mapping[str, Any], images: Sequence[str]) -> list[str]:
         """The numbers."""
         write_whole(folder / _NUMBERS, (json.dumps({**about, **self.values()}, indent=2) + "\n").encode())
         return [_NUMBERS]
