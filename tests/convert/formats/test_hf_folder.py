@@ -106,6 +106,10 @@ def test_folders_of_the_hub_are_read_in_one_file_or_several(folder, timm_model, 
         tensors = load_weights(source).tensors
         assert tensors.keys() == weights.tensors.keys()
         assert all(np.array_equal(tensors[name], array) for name, array in weights.tensors.items())
+    (several / "config.json").write_text(json.dumps({"mean": [0.5, 0.5, 0.5]}))  # no word on the architecture
+    with pytest.raises(ConversionError, match=r"asks for mean \(0\.5, 0\.5, 0\.5\), not"):
+        load_weights(several)
+    (several / "config.json").unlink()
     (several / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ConversionError, match=r"^model-00002-of-00002\.safetensors of .* does not exist"):
         load_weights(several)
