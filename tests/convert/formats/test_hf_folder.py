@@ -74,6 +74,7 @@ def test_the_card_tells_what_the_model_is_and_how_it_was_trained(folder):
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm\nlicense: apache-2.0\npipeline_tag: image-classification\n")
     assert "# CrossViT ti, 10 classes" in card and "| epochs | 14 |" in card
+    assert "for images of 48 x 48 pixels: resized, bicubic, until they cover 54 x 54, the centre cut out" in card
     assert "![loss, accuracy and learning rate over the steps](curves.png)" in card
     assert (folder / "curves.png").read_bytes() == b"a picture"
     assert "These are the weights after epoch 3." in card and "`klasse 3 ä`" in card
@@ -131,7 +132,9 @@ def test_what_timm_cannot_run_is_refused_before_anything_is_written(small, capsy
 
 def test_a_folder_is_replaced_only_when_asked_for_and_if_it_is_one_of_the_hub(folder, capsys, weights_file):
     assert "exists; --overwrite" in refused(capsys, weights_file, f"{folder}/")
-    status, out, _ = run(capsys, weights_file, f"{folder}/", "--overwrite")
+    status, out, _ = run(capsys, weights_file, f"{folder}/", "--overwrite", "--license", "CC0-1.0")
     assert (status, f"written     {folder}" in out) == (0, True)
+    assert "\nlicense: cc0-1.0\n" in (folder / "README.md").read_text()
+    assert json.loads((folder / "config.json").read_text())["pretrained_cfg"]["license"] == "cc0-1.0"
     (folder / "model.safetensors").unlink()
     assert "is a folder of other things" in refused(capsys, weights_file, folder, "--overwrite")
