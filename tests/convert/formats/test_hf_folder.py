@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
-from timm.data import resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 
 from convert import ConversionError, load_weights, predict
@@ -46,16 +46,20 @@ def test_timm_makes_the_model_of_our_folder_with_equal_logits(folder, images, lo
     assert tuple(model.pretrained_cfg["label_names"]) == _NAMES
 
 
-def test_transformers_pipeline_finds_the_same_five_classes_on_photographs(folder):
+def test_timm_and_transformers_find_the_same_five_classes_on_photographs(folder):
     from transformers import pipeline  # late: it takes seconds
 
     photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
-    theirs = pipeline("image-classification", model=str(folder), device="cpu")(photographs, top_k=5)
-    for ours, answers in zip(predict(folder, photographs), theirs, strict=True):
-        assert [one.class_name for one in ours] == [answer["label"] for answer in answers]
-        np.testing.assert_allclose(
-            [one.probability for one in ours], [answer["score"] for answer in answers], rtol=1e-4
-        )
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    with torch.inference_mode():
+        found = model(torch.stack([transform(photograph) for photograph in photographs])).softmax(-1).topk(5)
+    names = [[model.pretrained_cfg["label_names"][index] for index in row] for row in found.indices]
+    answers = pipeline("image-classification", model=str(folder), device="cpu")(photographs, top_k=5)
+    for ours, *theirs in zip(predict(folder, photographs), names, found.values, answers, strict=True):
+        assert [one.class_name for one in ours] == theirs[0] == [answer["label"] for answer in theirs[2]]
+        for probabilities in (theirs[1].numpy(), [answer["score"] for answer in theirs[2]]):
+            np.testing.assert_allclose([one.probability for one in ours], probabilities, rtol=2e-5)
 
 
 def test_the_fields_are_those_that_timm_itself_writes(folder, timm_model, tmp_path):
