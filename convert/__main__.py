@@ -109,7 +109,7 @@ def _parser() -> Parser:
     add(
         "--license",
         metavar="TEXT",
-        help="what .onnx or .pt says of its weights; default: Apache-2.0, as the published ones are",
+        help="what .onnx, .pt or .hf says of its weights; default: Apache-2.0, as the published ones are",
     )
     add(
         "--training",
@@ -146,8 +146,8 @@ def _convert(args: argparse.Namespace) -> int:
         raise ConversionError("--push is for a folder .hf, not for an exported file")
     how = Export(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Export)})
     name = Path(args.destination).name  # without the slash that may be behind it
-    if args.license is not None and not name.endswith((".onnx", ".pt")):
-        raise ConversionError("--license is for .onnx files and .pt files; no other here has a place for it")
+    if args.license is not None and not name.endswith((".onnx", ".pt", ".hf")):
+        raise ConversionError("--license is for .onnx, .pt and .hf; no other here has a place for it")
     if name.endswith(EXPORTED) or how != Export(dtype=how.dtype):
         return _export(args, how)
     place = check_destination(args.destination, overwrite=args.overwrite)

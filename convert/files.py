@@ -16,6 +16,7 @@ from convert.errors import ConversionError, one_line
 # before the path of a folder of images, the path of a CSV file that lists some, and the name or folder of a data set of
 # Hugging Face; other data sets have a name alone
 FOLDER_PREFIX, CSV_PREFIX, HF_PREFIX = "folder:", "csv:", "hf:"
+LOCAL_PREFIX = "local-dir:"  # timm's, before the path of a folder with weights
 # with one slash too where pathlib may have made it of two, and nobody names a folder so
 _STORES = "abfss?|dbfs|file|gs|hdfs|https?|s3"
 _ADDRESS = re.compile(rf"((?i:{_STORES})(?=:/)|[A-Za-z][A-Za-z0-9+.-]+(?=://)):/+(.*)", re.DOTALL)

@@ -6,9 +6,9 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from convert.class_names import NATURAL, TEXT, in_order, read_names, unlike_timm
 from convert.command_line import Parser, Program, at_least_zero, data_set, leave, run
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from train.inference.allocation import Allocating
     from train.inference.dataset import Data
     from train.inference.model import Classifier, Predictor
+    from train.tasks.task import Scores
 
 _PROGRAM = Program("train.evaluate")
 _ALL = "all"
@@ -153,58 +154,81 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _evaluate_classifier(args: argparse.Namespace, classifier: "Classifier") -> int:
+    from train.inference.allocation import Allocating
+
+    data, source, classifier = _matched_classes(args, classifier)
+    config, scores = classifier.config, classifier.task.scores(source)
+
+    def lines() -> Iterator[str]:
+        values, details = scores.values(), scores.details()
+        for metric in classifier.task.metrics:
+            yield f"{metric.label:13} {values[metric.name]:.2f}{' %' if metric.unit == '%' else ''}"
+        yield f"loss          {values['loss']:.4f}"
+        for name, label in (("precision", "precision"), ("recall", "recall"), ("f1", "F1")):
+            macro, weighted = details[f"{name}_macro"], details[f"{name}_weighted"]
+            yield f"{label:13} {macro:.2f} % (mean of the classes), {weighted:.2f} % (weighted by their images)"
+        yield f"calibration   {details['calibration_error']:.2f} % expected error of the probabilities"
+        if isinstance(classifier, Allocating):
+            yield f"allocated     {_allocated(classifier)}"
+
+    about = {
+        "model": config.name,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size if args.patch_size != AUTO or args.budget_ms else AUTO,
+        "reduce_tokens": config.reduce_tokens,
+        "crop_pct": config.crop_pct,
+        "exif": classifier.task.config.exif,
+        "precision": classifier.precision,
+        "quantize": args.quantize,
+    }
+    return _measure(args, classifier, data, source, scores, _about(args, classifier, data), lines, about)
+
+
+def _measure(
+    args: argparse.Namespace,
+    model: "Predictor",
+    data: "Data",
+    source: "Source",
+    scores: "Scores",
+    headline: str,
+    lines: Callable[[], Iterable[str]],
+    about: Mapping[str, Any],
+    tiling: "Tiling | None" = None,
+) -> int:
+    """Runs a model on all images, prints what came of it, and writes that where it is asked for.
+
+    Args:
+        lines: asked for the result, when all images are done.
+        about: what is written of the model beside the figures.
+    """
     from train.data.bad_images import BadImages
     from train.data.sources import image_names
     from train.data.tagged_images import TaggedImages
-    from train.inference.allocation import Allocating
     from train.inference.evaluation import evaluate
+    from train.inference.tiles import evaluate_in_windows
     from train.run.progress import open_bar
 
-    data, source, classifier = _matched_classes(args, classifier)
-    config = classifier.config
     output = Path(args.output) if args.output else None
     if output:
-        classifier.task.scores(source).check_place(output)
+        scores.check_place(output)
         output.mkdir(parents=True, exist_ok=True)
-    print(safe(_about(args, classifier, data), lines=True), flush=True)
-    scores = classifier.task.scores(source)
+    print(safe(headline, lines=True), flush=True)
     with open_bar(total=len(source), unit=" images") as bar:
         bad_images = BadImages(source, lambda line: bar.write(f"{_PROGRAM}: {line}", file=sys.stderr))
         tagged = TaggedImages()
-        how = {**_batches(args, classifier, source), "advance": bar.update, "tagged": tagged}
-        images_per_s = evaluate(classifier, source, scores, bad_images, **how)
-    tell_notes(_PROGRAM, exif_notes(args, classifier, tagged))
-    values = scores.values()
-    for metric in classifier.task.metrics:
-        print(f"{metric.label:11} {values[metric.name]:.2f}{' %' if metric.unit == '%' else ''}")
-    print(f"loss        {values['loss']:.4f}")
-    details = scores.details()
-    for name, label in (("precision", "precision"), ("recall", "recall"), ("f1", "F1")):
-        macro, weighted = details[f"{name}_macro"], details[f"{name}_weighted"]
-        print(f"{label:11} {macro:.2f} % (mean of the classes), {weighted:.2f} % (weighted by their images)")
-    print(f"calibration {details['calibration_error']:.2f} % expected error of the probabilities")
-    print(f"images      {values['images']} (unreadable: {bad_images.count})")
-    if isinstance(classifier, Allocating):
-        print(f"allocated   {_allocated(classifier)}")
-    print(f"speed       {images_per_s:.0f} images/s")
+        how = {**_batches(args, model, source, tiling), "tagged": tagged, "advance": bar.update}
+        given = (model, source, scores, bad_images)
+        images_per_s = evaluate_in_windows(*given, tiling, **how) if tiling else evaluate(*given, **how)
+    tell_notes(_PROGRAM, exif_notes(args, model, tagged))
+    for line in lines():
+        print(line)
+    print(f"images        {scores.values()['images']} (unreadable: {bad_images.count})")
+    print(f"speed         {images_per_s:.3g} images/s")
     if output:
-        about = {
-            "weights": args.weights,
-            "dataset": data.dataset,
-            "split": data.split,
-            "model": config.name,
-            "image_size": config.image_size,
-            "patch_size": config.patch_size if args.patch_size != AUTO or args.budget_ms else AUTO,
-            "reduce_tokens": config.reduce_tokens,
-            "crop_pct": config.crop_pct,
-            "exif": classifier.task.config.exif,
-            "precision": classifier.precision,
-            "quantize": args.quantize,
-            "bad_images": bad_images.count,
-            "images_per_s": images_per_s,
-        }
+        about = {"weights": args.weights, "dataset": data.dataset, "split": data.split, **about}
+        about |= {"bad_images": bad_images.count, "images_per_s": images_per_s}
         written = scores.write(output, about=about, images=image_names(source))
-        print(f"written     {', '.join(written)} in {output}")
+        print(f"written       {', '.join(written)} in {output}")
     return 0
 
 
@@ -250,10 +274,13 @@ def _about(args: argparse.Namespace, classifier: "Classifier", data: "Data") -> 
     )
 
 
-def _batches(args: argparse.Namespace, model: "Predictor", source: "Source") -> dict[str, int]:
+def _batches(
+    args: argparse.Namespace, model: "Predictor", source: "Source", tiling: "Tiling | None" = None
+) -> dict[str, int]:
     """How the images are read."""
     workers = reading_processes(len(source)) if args.workers is None else args.workers
-    return {"batch_size": model.batch_size(args.batch_size, len(source)), "workers": workers}
+    images = None if tiling else len(source)  # which come in several windows each
+    return {"batch_size": model.batch_size(args.batch_size, images), "workers": workers}
 
 
 def _evaluate_patch_sizes(args: argparse.Namespace) -> int:
@@ -308,14 +335,8 @@ def _at(args: argparse.Namespace, size: tuple[int, ...] | None) -> argparse.Name
 
 
 def _evaluate_dense(args: argparse.Namespace, model: "Predictor", tiling: "Tiling | None") -> int:
-    from train.data.bad_images import BadImages
-    from train.data.sources import image_names
-    from train.data.tagged_images import TaggedImages
     from train.inference.dataset import open_data
-    from train.inference.evaluation import evaluate
-    from train.inference.tiles import evaluate_in_windows
     from train.run.folder import run_behind
-    from train.run.progress import open_bar
     from train.tasks.begin import matched, task_of
 
     if args.class_order is not None:
@@ -325,52 +346,30 @@ def _evaluate_dense(args: argparse.Namespace, model: "Predictor", tiling: "Tilin
     data = open_data(given | {"exif": model.task.config.exif}, args.split, run_behind(args.weights), kind)
     task, source, notes = matched(model.task, model.class_names, data.sets, data.images)
     tell_notes(_PROGRAM, [*data.notes, *model.notes, *notes])
-    scores, output = task.scores(source), Path(args.output) if args.output else None
-    if output:
-        scores.check_place(output)
-        output.mkdir(parents=True, exist_ok=True)
+    model, scores = dataclasses.replace(model, task=task), task.scores(source)
     cut = f", in windows of {tiling.side} pixels that overlap by {tiling.overlap:.0%}" if tiling else ""
-    print(
+    headline = (
         f"{task.headline()}{cut}, {model.precision}, {model.device_summary}\n"
-        f"{safe(data.dataset)}: {len(source)} images ({safe(data.split)})",
-        flush=True,
+        f"{data.dataset}: {len(source)} images ({data.split})"
     )
-    with open_bar(total=len(source), unit=" images") as bar:
-        bad_images = BadImages(source, lambda line: bar.write(f"{_PROGRAM}: {line}", file=sys.stderr))
-        tagged = TaggedImages()
-        workers = reading_processes(len(source)) if args.workers is None else args.workers
-        batch_size = model.batch_size(args.batch_size, None if tiling else len(source))
-        how = {"batch_size": batch_size, "workers": workers, "tagged": tagged, "advance": bar.update}
-        given = (dataclasses.replace(model, task=task), source, scores, bad_images)
-        images_per_s = evaluate_in_windows(*given, tiling, **how) if tiling else evaluate(*given, **how)
-    tell_notes(_PROGRAM, exif_notes(args, model, tagged))
-    values = scores.values()
-    for line in scores.lines():
-        print(line)
-    for metric in task.metrics:
-        if metric.name in values:
-            print(f"{metric.label:13} {values[metric.name]:.4f}")
-    if "loss" in values:
-        print(f"loss          {values['loss']:.4f}")
-    print(f"images        {values['images']} (unreadable: {bad_images.count})")
-    print(f"speed         {images_per_s:.3g} images/s")
-    if output:
-        about = {
-            "weights": args.weights,
-            "dataset": data.dataset,
-            "split": data.split,
-            "model": task.model_config.name,
-            "image_size": task.model_config.image_size,
-            "exif": task.config.exif,
-            "precision": model.precision,
-            "tile": tiling and tiling.side,
-            "overlap": tiling and tiling.overlap,
-            "bad_images": bad_images.count,
-            "images_per_s": images_per_s,
-        }
-        written = scores.write(output, about=about, images=image_names(source))
-        print(f"written       {', '.join(written)} in {output}")
-    return 0
+
+    def lines() -> Iterator[str]:
+        yield from scores.lines()
+        values = scores.values()
+        labels = [(metric.name, metric.label) for metric in task.metrics]
+        for name, label in (*labels, ("loss", "loss")):
+            if name in values:
+                yield f"{label:13} {values[name]:.4f}"
+
+    about = {
+        "model": task.model_config.name,
+        "image_size": task.model_config.image_size,
+        "exif": task.config.exif,
+        "precision": model.precision,
+        "tile": tiling and tiling.side,
+        "overlap": tiling and tiling.overlap,
+    }
+    return _measure(args, model, data, source, scores, headline, lines, about, tiling)
 
 
 # --- what the outputs are for ---

@@ -33,6 +33,8 @@ from train.run.folder import begun_settings, check_same_run, describe_run, newes
 from train.tasks.begin import check_task, make_task, make_teacher, starting_model, variants_of
 from train.tasks.task import Task
 
+_BEGINNINGS = ("init", "resume")  # settings that name weights to begin with
+
 
 @dataclass(frozen=True)
 class Job:
@@ -93,6 +95,7 @@ def prepare(config: TrainConfig) -> Job:
     except (KeyError, TypeError, ConversionError) as error:
         raise SettingsError(f"the run in {config.output} was begun by another version: {error}") from error
     check_task(config, saved)
+    _check_beginning(config, saved)
     image_sets = _open_image_sets(config, begun_names, begun=saved is not None)
     if config.task == "classification":
         check_trainable(config, image_sets)
@@ -105,7 +108,7 @@ def prepare(config: TrainConfig) -> Job:
 
     starts_anew = saved is None or newest_checkpoint(Path(config.output)) == 0  # if not, --init may be gone by now
     if saved is not None and starts_anew:
-        before = {name: getattr(config, name) or saved["train"].get(name) for name in ("init", "resume")}
+        before = {name: getattr(config, name) or saved["train"].get(name) for name in _BEGINNINGS}
         config = dataclasses.replace(config, **before)
     carried = read_carried(config) if starts_anew and config.resume is not None else None
     model_config, weights = starting_model(
@@ -154,6 +157,13 @@ def prepare(config: TrainConfig) -> Job:
     if carried is not None:
         notes += check_carried(carried, config, steps_per_epoch=described["data"]["steps_per_epoch"])
     return Job(config, task, image_sets, mesh, weights, described, saved is not None, tuple(notes), carried)
+
+
+def _check_beginning(config: TrainConfig, saved: dict[str, Any] | None) -> None:
+    """Raises SettingsError for a run that began with other weights than the command names: they would be ignored."""
+    for name in _BEGINNINGS if saved is not None else ():
+        if getattr(config, name) is not None and saved["train"].get(name) is None:
+            raise SettingsError(f"the run in {config.output} was begun without --{name}: name a new folder")
 
 
 def _open_image_sets(config: TrainConfig, class_names: tuple[str, ...] | None, *, begun: bool) -> ImageSets:

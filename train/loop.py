@@ -298,6 +298,7 @@ class _Run:
         jax.block_until_ready(metrics)
         _say(f"the first step was done after {time.perf_counter() - self._start:.1f} s")
         self._first_step_done = True
+        self._meter.start_clock()
         gc.enable()  # see train.main
         if self._step == 1 and jax.process_count() == 1:
             draw, picture = self._job.task.draw_batch, self._folder / BATCH_FILE

@@ -24,7 +24,6 @@ HF_FILES = (WEIGHTS, CONFIG, CARD, CURVES)  # what is written, the weights alway
 ANY = "OWNER/REPOSITORY"  # in the card, until it is known where it will be
 INDEX = "model.safetensors.index.json"  # of weights in several files
 _LARGEST_PICTURE = 2**26  # bytes
-LOCAL = "local-dir:"  # timm's prefix for such a folder
 # what timm's variants fix
 _FIXED = ("embed_dim", "depth", "num_heads", "mlp_ratio", "fusion_depth", "multi_conv", "stages")
 
@@ -152,6 +151,7 @@ def _card(weights: Weights, *, with_curves: bool) -> str:
         tags=["image-classification", "timm", "crossvit"],
     )
     size = " x ".join(map(str, config.image_size))
+    resized = " x ".join(str(int(side / config.crop_pct)) for side in config.image_size)
     lines = [
         "---",
         data.to_yaml(),
@@ -159,9 +159,8 @@ def _card(weights: Weights, *, with_curves: bool) -> str:
         "",
         f"# CrossViT {config.name}, {config.num_classes} classes",
         "",
-        f"A CrossViT (arXiv 2103.14899), `{TIMM_NAMES[config.name]}` of timm, for images of {size} pixels: the shorter "
-        f"side resized to {size} ÷ {config.crop_pct:g}, bicubic, the centre cut out, ImageNet's mean and standard "
-        "deviation.",
+        f"A CrossViT (arXiv 2103.14899), `{TIMM_NAMES[config.name]}` of timm, for images of {size} pixels: resized, "
+        f"bicubic, until they cover {resized}, the centre cut out, ImageNet's mean and standard deviation.",
         "",
         "```python",
         "import timm",

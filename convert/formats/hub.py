@@ -4,7 +4,7 @@ from pathlib import Path
 
 from convert.errors import ConversionError, one_line, quiet
 from convert.formats.timm_config import FILE as CONFIG
-from convert.formats.timm_config import WEIGHTS
+from convert.formats.timm_config import PROCESSOR, WEIGHTS
 
 PREFIXES = ("hf-hub:", "hf_hub:")
 
@@ -14,7 +14,8 @@ def download(name: str) -> tuple[Path, list[str]]:
 
     Of weights in several files it is the index, beside which the others lie.
 
-    timm's `config.json` is in the same folder then, where the repository has one.
+    timm's `config.json` and transformers' `preprocessor_config.json` are in the same folder then, where the repository
+    has them.
 
     Raises:
         ConversionError: no such repository, revision or file, no permission, or no network and nothing in the cache.
@@ -25,6 +26,7 @@ def download(name: str) -> tuple[Path, list[str]]:
     path = next(filter(None, map(repository.file, WEIGHTS)), None) or repository.shards()
     if path is not None:
         has_config = repository.file(CONFIG) is not None or not repository.is_unreachable
+        repository.file(PROCESSOR)
         unknown = f"the repository's {CONFIG} is not in the cache: mean, std and names of classes in it are not known"
         return path, [] if has_config else [unknown]
     if repository.is_unreachable:

@@ -54,7 +54,7 @@ def read(source: str | Path) -> Stored:
         path, notes = hub.download(str(source)[len(hub.PREFIXES[0]) :])
         stored = _read_path(path)
         return replace(stored, notes=[*stored.notes, *notes])
-    folder, kind = run_folder.split_kind(str(source).removeprefix(hf_folder.LOCAL))
+    folder, kind = run_folder.split_kind(str(source))
     return _read_path(typed_path(folder), kind)
 
 

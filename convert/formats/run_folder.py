@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from convert.errors import ConversionError, one_line, quiet_storage
+from convert.files import LOCAL_PREFIX
 from crossvit_jax.files import check_regular, read_json, read_regular
 
 # what a run leaves in its folder: at its end the last weights, those of the best evaluation, and the average
@@ -31,7 +32,11 @@ class Choice(NamedTuple):
 
 
 def split_kind(source: str) -> tuple[str, str | None]:
-    """`runs/X:ema` or `runs/X:last` as the folder and what is wanted of it; any other source as it is."""
+    """`runs/X:ema` or `runs/X:last` as the folder and what is wanted of it; any other path as it is.
+
+    timm's `local-dir:` before it is dropped.
+    """
+    source = source.removeprefix(LOCAL_PREFIX)
     folder, _, kind = source.rpartition(":")
     return (folder, kind) if folder and kind in _KINDS else (source, None)
 

@@ -1,7 +1,7 @@
 """The `config.json` that timm puts beside weights: what it says of them and of their images.
 
 Pooling, cropping and the names of the classes are taken over. Images are prepared in one way only so far: weights for
-another are refused.
+another are refused, also where transformers' `preprocessor_config.json` asks for it.
 """
 
 from collections.abc import Mapping
@@ -9,42 +9,73 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import ConversionError, one_line
+from convert.formats.hf_folder import INDEX
 from crossvit_jax.config import CrossViTConfig, get_config
 from crossvit_jax.files import read_json
 from crossvit_jax.preprocess import MEAN, STD
 
-FILE = "config.json"
+FILE, PROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the names of the weights that it belongs to
+_NAMED = (*WEIGHTS, INDEX)
 _PREPARED = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "crop_mode": "center"}
+_RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
 
 
 def read_beside(weights: Path) -> dict[str, Any] | None:
-    """What timm's file beside a file of weights says, by timm's names in one dict; None where there is none of it.
+    """What the files beside a file of weights say, by timm's names in one dict; None where they say nothing of it.
 
     Raises:
-        ConversionError: it is damaged.
+        ConversionError: one is damaged.
     """
-    file = weights.with_name(FILE)
-    try:
-        said = read_json(file)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        if weights.name not in WEIGHTS:  # somebody else's
-            return None
-        raise ConversionError(f"{file} cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from None
-    if not isinstance(said, dict):
-        return None
+    is_named = weights.name in _NAMED  # as a repository has it; what is beside another may be somebody else's
+    said = _read(weights.with_name(FILE), needed=is_named)
     # older files have all in one dict; arguments of the model are what it was made with
     parts = (said.get("pretrained_cfg"), said, said.get("model_args"))
     flat = {key: value for part in parts if isinstance(part, dict) for key, value in part.items() if value is not None}
+    labels = next((flat[key] for key in ("label_names", "labels", "id2label") if key in flat), None)
+    flat["label_names"] = None if _is_placeholder(labels) else labels
+    flat["images_by"] = FILE
+    if is_named and not flat.keys() & _PREPARED.keys():
+        flat |= _prepared_by(_read(weights.with_name(PROCESSOR), needed=True))
     if not isinstance(said.get("architecture"), str):
-        if weights.name not in WEIGHTS or not flat.keys() & _PREPARED.keys():
+        if not is_named or not (flat["label_names"] or flat.keys() & _PREPARED.keys()):
             return None
         flat["architecture"] = ""  # it does not tell whose images it is about, and can mean these alone
-    elif weights.name not in WEIGHTS and _variant(said["architecture"]) is None:
+    elif not is_named and _variant(said["architecture"]) is None:
         return None
-    return flat | {"label_names": flat.get("label_names", flat.get("labels"))}
+    return flat
+
+
+def _read(file: Path, *, needed: bool) -> dict[str, Any]:
+    """The dict in a file; an empty one where there is none. Raises ConversionError if it is needed and damaged."""
+    try:
+        said = read_json(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        if not needed:
+            return {}
+        raise ConversionError(f"{file} cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from None
+    return said if isinstance(said, dict) else {}
+
+
+def _is_placeholder(labels: Any) -> bool:
+    """Whether they are transformers' names of classes that nobody has named."""
+    return isinstance(labels, dict) and all(name == f"LABEL_{index}" for index, name in labels.items())
+
+
+def _prepared_by(processor: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers' image processor does to images, by timm's names."""
+    resample = processor.get("resample")
+    is_known = isinstance(resample, int) and 0 <= resample < len(_RESAMPLING)
+    said = {
+        "mean": processor.get("image_mean"),
+        "std": processor.get("image_std"),
+        "interpolation": _RESAMPLING[resample] if is_known else resample,
+    }
+    if processor.get("do_normalize") is False:
+        said |= {"mean": [0, 0, 0], "std": [1, 1, 1]}
+    return {key: value for key, value in said.items() if value is not None} | {"images_by": PROCESSOR}
 
 
 def honour(
@@ -61,9 +92,10 @@ def honour(
     """
     variant = _variant(said["architecture"])
     wrong = [] if variant in (None, config.name) else [f"architecture {said['architecture']}, not {config.name}"]
-    wrong += _prepared_otherwise(said) if config.in_chans == 3 else []
-    if wrong:
-        raise ConversionError(f"the {FILE} beside it asks for {'; '.join(wrong)}: such weights are not read here")
+    otherwise = _prepared_otherwise(said) if config.in_chans == 3 else []
+    if wrong or otherwise:
+        file, asked = FILE if wrong else said["images_by"], "; ".join([*wrong, *otherwise])
+        raise ConversionError(f"the {file} beside it asks for {asked}: such weights are not read here")
     changes = {
         key: said[key]
         for key in ("crop_pct", "global_pool", "crop_scale")

@@ -14,15 +14,18 @@ from crossvit_jax.files import open_regular
 
 
 def training_state_of(source: str) -> TrainingState | None:
-    """The training state of a run's folder or in a torch file; None where a source has weights alone.
+    """The training state of a run's folder, of one of its checkpoints or in a torch file; None where a source has
+    weights alone.
 
     Raises:
         ConversionError: there is one, which the other framework could not go on with.
     """
     path = typed_path(run_folder.split_kind(source)[0])
     if path.is_dir():
-        has_checkpoints = any((path / run_folder.CHECKPOINTS).glob("*"))
-        return read_run_checkpoint(path) if has_checkpoints and run_folder.how_trained(path) is not None else None
+        step = path if path.parent.name == run_folder.CHECKPOINTS else None
+        folder = path.parent.parent if step else path.parent if path.name == run_folder.CHECKPOINTS else path
+        is_run = run_folder.how_trained(folder) is not None and any((folder / run_folder.CHECKPOINTS).glob("*"))
+        return read_run_checkpoint(folder, step) if is_run else None
     return read_torch_checkpoint(path) if _has_optimizer(path) else None
 
 

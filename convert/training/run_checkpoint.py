@@ -17,8 +17,8 @@ from crossvit_jax.files import read_json
 _CONFIG = "config.json"
 
 
-def read_run_checkpoint(folder: Path) -> TrainingState:
-    """The training state of a run at its newest checkpoint.
+def read_run_checkpoint(folder: Path, step: Path | None = None) -> TrainingState:
+    """The training state of a run at a checkpoint: the newest, where none is named.
 
     Raises:
         ConversionError: there is no run or no checkpoint in the folder, it is damaged, or torch has no counterpart.
@@ -29,7 +29,7 @@ def read_run_checkpoint(folder: Path) -> TrainingState:
     except (OSError, ValueError, KeyError, TypeError):
         raise ConversionError(f"{folder} is not the folder of a training run: --training reads no other") from None
     _refuse(settings, folder)
-    step = newest_checkpoint(folder)
+    step = step or newest_checkpoint(folder)
     tree = read_state(step)
     config, class_names = metadata.understand(read_description(step))
     try:
@@ -65,8 +65,9 @@ def read_run_checkpoint(folder: Path) -> TrainingState:
 
 def _refuse(settings: Mapping[str, Any], folder: Path) -> None:
     """Raises ConversionError for settings that no optimiser of timm's goes on with."""
-    if settings.get("task") == "pretraining":
-        raise ConversionError(f"the run in {folder} pre-trains, which timm does not: convert its weights alone")
+    task = settings.get("task", "classification")
+    if task != "classification":
+        raise ConversionError(f"the run in {folder} learns {task}, which timm does not: convert its weights alone")
     if settings.get("layer_decay", 1) < 1:
         raise ConversionError(
             f"the run in {folder} has a layer_decay of {settings['layer_decay']}: timm's layers are others than here"
@@ -82,6 +83,8 @@ def _notes(settings: Mapping[str, Any], step: int, steps_per_epoch: int) -> tupl
         notes.append(f"step {step} is within epoch {epoch + 1}: timm begins that epoch anew")
     if settings.get("decay_tokens") and settings["weight_decay"]:
         notes.append("the run lets class tokens and position embeddings decay, timm does not")
+    if settings.get("distill"):
+        notes.append("timm goes on without the teacher of --distill")
     if settings.get("qat"):
         notes.append(f"timm goes on without rounding weights to {settings['qat']}")
     notes.append("not in it: the order of the images, the augmentation's random numbers, and timm's own settings")

@@ -56,7 +56,7 @@ def test_a_killed_run_goes_on_and_is_evaluated(written, logged_alike, small_vari
     assert evaluate(["--weights=digits-run", *flags]) == 0
     out = capsys.readouterr().out
     assert f"top-1       {last['eval/top1']:.2f} %" in out
-    assert f"loss        {last['eval/loss']:.4f}" in out
+    assert f"loss          {last['eval/loss']:.4f}" in out
 
 
 def test_a_stopped_run_on_a_folder_goes_on(written, logged_alike, small_variant, capsys):

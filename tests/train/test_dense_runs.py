@@ -15,6 +15,7 @@ import train.compile
 import train.evaluate
 import train.predict
 from convert import load_weights
+from convert.__main__ import main as convert
 from convert.errors import SettingsError
 from tests.command_line import printed_by, refusal
 from tests.small_model import shrink
@@ -140,6 +141,8 @@ def test_the_weights_of_another_task_are_refused_in_a_line(run, tmp_path, capsys
     for flag in ("--classes=1", "--coco=x.json", f"--masks={tmp_path / 'm'}", f"--overlay={tmp_path / 'o'}"):
         message = _refused(capsys, "predict", train.predict.main, f"--weights={classifier}", flag, picture)
         assert "is not for classification" in message
+    message = refusal(capsys, "python -m convert", convert, run.folder, tmp_path / "x.pth.tar", "--training")
+    assert f"the run in {run.folder} learns {run.kind}, which timm does not" in message
     assert set(tmp_path.iterdir()) == before
 
 

@@ -349,7 +349,8 @@ def test_another_split_than_that_of_the_run_is_refused(evaluate, run_folder, pic
     status, out, error, _ = evaluate(f"--weights={run}")
     assert (status, out) == (2, "")
     assert "images were added, removed or moved since then" in error and "--split all takes all images" in error
-    assert evaluate(f"--weights={run}", "--split=all")[0] == 0
+    status, _, error, _ = evaluate(f"--weights={run}", "--split=all")
+    assert (status, f"the images that the run in {run} was trained on are among them" in error) == (0, True)
 
 
 def test_weights_from_elsewhere_need_a_data_set(evaluate, tmp_path):

@@ -242,7 +242,7 @@ def test_a_run_is_not_continued_as_another_task_and_its_weights_classify_nothing
     message = refusal(capsys, "python -m train.main", main, *run.flags, "--mask-ratio=0.3")
     assert "mask_ratio was 0.5 and is 0.3" in message
     message = refusal(capsys, "python -m convert", convert, run.folder, tmp_path / "new.pth.tar", "--training")
-    assert "pre-trains, which timm does not: convert its weights alone" in message
+    assert "learns pretraining, which timm does not: convert its weights alone" in message
     message = refusal(capsys, "python -m train.evaluate", evaluate, f"--weights={run.folder}")
     assert "has no head: it gives features, not classes" in message
     state = tmp_path / "last.pth.tar"

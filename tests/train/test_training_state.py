@@ -74,7 +74,12 @@ def test_a_training_goes_on_and_one_without_a_step_left_is_given_back_bit_for_bi
         assert all(torch.equal(value, after["optimizer"]["state"][index][name]) for name, value in entry.items())
     assert after["optimizer"]["param_groups"][1]["initial_lr"] == 1e-3
 
-    # the same command again goes on with the folder, and so does its name alone
+    # the folder and its checkpoint tell the same
+    for source in (f"local-dir:{run}", run / "checkpoints" / "2"):
+        assert convert.__main__.main([str(source), "--info"]) == 0
+        assert "training    1 epochs, 2 updates, adamw, learning rate 0.001, with an" in capsys.readouterr().out, source
+
+    # the same command again goes on with the folder
     assert go_on(last, "--epochs=1", "--lr=1e-3", "--lr-batch-size=112", f"--output={run}")[0] == 0
     status, out, error = go_on(last, "--epochs=2", "--weight-decay=0.1", f"--output={tmp_path / 'other'}")
     assert status == 0, error
@@ -82,6 +87,14 @@ def test_a_training_goes_on_and_one_without_a_step_left_is_given_back_bit_for_bi
     assert "note: its learning rate was 0.001, that of this run's schedule is 0.00175 there" in out
     steps = [json.loads(line)["step"] for line in (tmp_path / "other" / "metrics.jsonl").read_text().splitlines()]
     assert steps[0] == 2 and steps[-1] == 4
+
+    # that of another run does not, which would leave the file unread
+    about = json.loads((run / "config.json").read_text())
+    about["train"]["resume"] = None
+    (run / "config.json").write_text(json.dumps(about))
+    status, out, error = go_on(last, "--epochs=1", "--lr=1e-3", "--lr-batch-size=112", f"--output={run}")
+    assert (status, out) == (2, "")
+    assert f"the run in {run} was begun without --resume: name a new folder" in error
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,8 @@ def open_data(given: dict[str, Any], split: str, run: str | None, task: str = "c
         if files is None:
             raise SettingsError(f"--split {split} is for folder:PATH and csv:FILE; choose held-out or train here")
         images, names, notes = files.open(split)
+        if split == "all" and trained is not None and config.dataset == trained.dataset:
+            notes = [*notes, f"the images that the run in {run} was trained on are among them"]
         return Data(config.dataset, images, names, splits.get(split, "all of them"), notes, True)
     if trained is None:
         sets, notes = open_image_sets(config), []

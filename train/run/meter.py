@@ -33,7 +33,6 @@ class Sums:
 
     def __init__(self, totals: Mapping[str, float] | None = None):
         self.totals: dict[str, float] = {"bad": 0, "steps": 0, **(totals or {})}
-        self._start, self._added = time.perf_counter(), 0
 
     def add(self, values: Mapping[str, float], bad: int, scaled: Mapping[str, float]) -> None:
         """A step. One whose loss is infinite or NaN was skipped: it has no part in the means.
@@ -47,12 +46,6 @@ class Sums:
         if scaled:
             self.totals["skipped"] = self.totals.get("skipped", 0) + scaled["skipped"]
             self.totals["loss_scale"] = scaled["loss_scale"]
-        self._added += 1
-
-    @property
-    def steps_per_s(self) -> float:
-        """Since these sums were begun, or gone on with."""
-        return self._added / (time.perf_counter() - self._start)
 
     def values(self, lr: float) -> dict[str, float]:
         """The means by their names in the log, and how many images could not be read."""
@@ -99,6 +92,11 @@ class Meter:
         self._epoch = epoch
         state, self._resumed = self._resumed or {"epoch": None, "window": None}, None
         self._whole, self._window = Sums(state["epoch"]), Sums(state["window"])  # all, and what is not logged yet
+        self._start, self._timed = time.perf_counter(), 0  # of the clock, and steps since then
+
+    def start_clock(self) -> None:
+        """Leaves out of the speed what was waited for until now, and the step that was done meanwhile."""
+        self._start, self._timed = time.perf_counter(), -1
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
         """The metrics of the next step, perhaps not computed yet. Raises TrainingFailed as `catch_up` does."""
@@ -120,7 +118,7 @@ class Meter:
         self.catch_up()
         if self._window.totals["steps"] or self._window.totals.get("skipped"):
             self._write()
-        return self._whole.values(self._lr), self._whole.steps_per_s * self._batch_size
+        return self._whole.values(self._lr), self._images_per_s
 
     def _take(self, metrics: dict[str, jax.Array]) -> None:
         told = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -132,7 +130,8 @@ class Meter:
         for sums in (self._whole, self._window):
             sums.add(values, bad, scaled)
         self._check_bad(int(self._whole.totals["bad"]))
-        speed = self._window.steps_per_s * self._batch_size
+        self._timed += 1
+        speed = self._images_per_s
         self._progress.step(epoch=self._epoch, values=values, lr=self._lr, images_per_s=speed)
         if self.step % self._log_every == 0:
             shown = {"epoch": self._epoch, "step": self.step, "values": self._window.values(self._lr)}
@@ -156,7 +155,12 @@ class Meter:
     def _lr(self) -> float:
         return self._learning_rate(max(0, self.step - 1))
 
+    @property
+    def _images_per_s(self) -> float:
+        """Since the epoch began: the metrics of several steps may come at once, so that shorter times tell nothing."""
+        return max(0, self._timed) * self._batch_size / (time.perf_counter() - self._start)
+
     def _write(self) -> None:
-        speed = self._window.steps_per_s * self._batch_size
-        self._log.write(step=self.step, epoch=self._epoch, values=self._window.values(self._lr), speed=speed)
+        values = self._window.values(self._lr)
+        self._log.write(step=self.step, epoch=self._epoch, values=values, speed=self._images_per_s)
         self._window = Sums()

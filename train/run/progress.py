@@ -91,8 +91,9 @@ class Progress:
             shown.append(f"held-out loss {values['eval/loss']:.3f}{metric}")
         if averaged in values:
             shown.append(f"average of the weights: {self._choosing.shown(values[averaged])}")
-        shown += [f"lr {values['train/lr']:.2e}", f"{images_per_s:.0f} images/s"]
-        shown.append(f"{self._left(step)} left")
+        shown.append(f"lr {values['train/lr']:.2e}")
+        if images_per_s:  # not of an epoch that was trained elsewhere, or before an interruption
+            shown += [f"{images_per_s:.0f} images/s", f"{self._left(step)} left"]
         if not self._silent:
             line = f"epoch {epoch:{len(str(self._epochs))}}/{self._epochs} | " + " | ".join(shown)
             if self._bar.disable:

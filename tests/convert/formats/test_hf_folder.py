@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
-from timm.data import resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 
 from convert import ConversionError, load_weights, predict
@@ -46,16 +46,20 @@ def test_timm_makes_the_model_of_our_folder_with_equal_logits(folder, images, lo
     assert tuple(model.pretrained_cfg["label_names"]) == _NAMES
 
 
-def test_transformers_pipeline_finds_the_same_five_classes_on_photographs(folder):
+def test_timm_and_transformers_find_the_same_five_classes_on_photographs(folder):
     from transformers import pipeline  # late: it takes seconds
 
     photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
-    theirs = pipeline("image-classification", model=str(folder), device="cpu")(photographs, top_k=5)
-    for ours, answers in zip(predict(folder, photographs), theirs, strict=True):
-        assert [one.class_name for one in ours] == [answer["label"] for answer in answers]
-        np.testing.assert_allclose(
-            [one.probability for one in ours], [answer["score"] for answer in answers], rtol=1e-4
-        )
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    with torch.inference_mode():
+        found = model(torch.stack([transform(photograph) for photograph in photographs])).softmax(-1).topk(5)
+    names = [[model.pretrained_cfg["label_names"][index] for index in row] for row in found.indices]
+    answers = pipeline("image-classification", model=str(folder), device="cpu")(photographs, top_k=5)
+    for ours, *theirs in zip(predict(folder, photographs), names, found.values, answers, strict=True):
+        assert [one.class_name for one in ours] == theirs[0] == [answer["label"] for answer in theirs[2]]
+        for probabilities in (theirs[1].numpy(), [answer["score"] for answer in theirs[2]]):
+            np.testing.assert_allclose([one.probability for one in ours], probabilities, rtol=2e-5)
 
 
 def test_the_fields_are_those_that_timm_itself_writes(folder, timm_model, tmp_path):
@@ -74,6 +78,7 @@ def test_the_card_tells_what_the_model_is_and_how_it_was_trained(folder):
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm\nlicense: apache-2.0\npipeline_tag: image-classification\n")
     assert "# CrossViT ti, 10 classes" in card and "| epochs | 14 |" in card
+    assert "for images of 48 x 48 pixels: resized, bicubic, until they cover 54 x 54, the centre cut out" in card
     assert "![loss, accuracy and learning rate over the steps](curves.png)" in card
     assert (folder / "curves.png").read_bytes() == b"a picture"
     assert "These are the weights after epoch 3." in card and "`klasse 3 ä`" in card
@@ -106,6 +111,10 @@ def test_folders_of_the_hub_are_read_in_one_file_or_several(folder, timm_model, 
         tensors = load_weights(source).tensors
         assert tensors.keys() == weights.tensors.keys()
         assert all(np.array_equal(tensors[name], array) for name, array in weights.tensors.items())
+    (several / "config.json").write_text(json.dumps({"mean": [0.5, 0.5, 0.5]}))  # no word on the architecture
+    with pytest.raises(ConversionError, match=r"asks for mean \(0\.5, 0\.5, 0\.5\), not"):
+        load_weights(several)
+    (several / "config.json").unlink()
     (several / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ConversionError, match=r"^model-00002-of-00002\.safetensors of .* does not exist"):
         load_weights(several)
@@ -127,11 +136,13 @@ def test_what_timm_cannot_run_is_refused_before_anything_is_written(small, capsy
 
 def test_a_folder_is_replaced_only_when_asked_for_and_if_it_is_one_of_the_hub(folder, capsys, weights_file):
     assert "exists; --overwrite" in refused(capsys, weights_file, f"{folder}/")
-    status, out, _ = run(capsys, weights_file, f"{folder}/", "--overwrite")
+    status, out, _ = run(capsys, weights_file, f"{folder}/", "--overwrite", "--license", "CC0-1.0")
     assert (status, f"written     {folder}" in out) == (0, True)
     (folder / "notes.txt").touch()
     assert "other things, such as notes.txt, and is not" in refused(capsys, weights_file, folder, "--overwrite")
     assert (folder / "notes.txt").exists()
     (folder / "notes.txt").unlink()
+    assert "\nlicense: cc0-1.0\n" in (folder / "README.md").read_text()
+    assert json.loads((folder / "config.json").read_text())["pretrained_cfg"]["license"] == "cc0-1.0"
     (folder / "model.safetensors").unlink()
     assert "is a folder of other things and" in refused(capsys, weights_file, folder, "--overwrite")

@@ -5,18 +5,38 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 
+from convert import ConversionError, load_weights
 from tests.convert.conftest import refused, run
 
-_REPO, _TOKEN = "somebody/crossvit", "hf_" + "a" * 20
+_REPO, _TOKEN, _COMMIT = "somebody/crossvit", "hf_" + "a" * 20, "1" * 40
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """Knows one user, takes files inside of commits, and remembers them."""
+    """Knows one user, takes files inside of commits, remembers them, and gives them back."""
+
+    def do_HEAD(self):
+        self.do_GET()
 
     def do_GET(self):
-        self._answer({"name": "somebody", "type": "user"} if self.path == "/api/whoami-v2" else None)
+        repo, is_file, rest = self.path.partition("/resolve/")
+        if not is_file:
+            self._answer({"name": "somebody", "type": "user"} if self.path == "/api/whoami-v2" else None)
+            return
+        revision, _, name = rest.partition("/")
+        is_known = repo == f"/{_REPO}" and revision in ("main", _COMMIT)
+        content = self.server.files.get(name) if is_known else None
+        self.send_response(404 if content is None else 200)
+        if content is None:
+            self.send_header("X-Error-Code", "EntryNotFound" if is_known else "RevisionNotFound")
+        self.send_header("X-Repo-Commit", _COMMIT)
+        self.send_header("ETag", f'"{name}"')
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content or b"")
 
     def do_POST(self):
         body = self._body()
@@ -30,7 +50,7 @@ class _Hub(BaseHTTPRequestHandler):
             entries = [json.loads(line) for line in body.splitlines()]
             files = (entry["value"] for entry in entries if entry["key"] == "file")
             self.server.files |= {file["path"]: base64.b64decode(file["content"]) for file in files}
-            commit = {"commitUrl": f"{self.server.address}/{_REPO}/commit/{'1' * 40}", "commitOid": "1" * 40}
+            commit = {"commitUrl": f"{self.server.address}/{_REPO}/commit/{_COMMIT}", "commitOid": _COMMIT}
             self._answer(commit | {"success": True})
         else:
             self._answer({} if self.path == "/api/validate-yaml" else None)
@@ -59,11 +79,14 @@ class _Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, tmp_path_factory):
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     server.made, server.files = [], {}
     server.address = f"http://127.0.0.1:{server.server_address[1]}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
+    template = f"{server.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", _TOKEN)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -82,6 +105,15 @@ def test_a_repository_is_made_and_gets_what_is_in_the_folder(hub, weights_file, 
     assert hub.files == {path.name: path.read_bytes() for path in folder.iterdir()}
     assert hub.files.keys() == {"config.json", "model.safetensors", "README.md"}
     assert b'timm.create_model("hf-hub:somebody/crossvit", pretrained=True)' in hub.files["README.md"]
+
+    # and comes back, at a revision too
+    written = load_weights(folder)
+    for source in (f"hf-hub:{_REPO}", f"hf-hub:{_REPO}@{_COMMIT}"):
+        weights = load_weights(source)
+        assert (weights.config, weights.notes) == (written.config, ())
+        assert all(np.array_equal(weights.tensors[name], array) for name, array in written.tensors.items())
+    with pytest.raises(ConversionError, match="the repository has no revision 'v2'"):
+        load_weights(f"hf-hub:{_REPO}@v2")
 
 
 def test_what_cannot_be_published_is_told_before_anything_is_written(hub, weights_file, tmp_path, capsys, monkeypatch):

@@ -71,6 +71,33 @@ def test_settings_for_images_without_an_architecture_count_too(repository):
         load_weights(path)
 
 
+def test_what_transformers_writes_beside_weights_counts_too(repository, tmp_path):
+    """Names by index in its config.json, and the settings of its image processor in a file of their own."""
+    path = repository()
+    about = {"model_type": "crossvit", "id2label": {str(index): name for index, name in enumerate(NAMES)}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    assert load_weights(path).class_names == tuple(NAMES)
+    about["id2label"] = {str(index): f"LABEL_{index}" for index in range(len(NAMES))}  # nobody has named them
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    assert load_weights(path).class_names is None
+    processor = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 3}
+    for change, message in (
+        ({}, None),
+        (
+            {"image_mean": [0.5, 0.5, 0.5]},
+            r"the preprocessor_config\.json beside it asks for mean \(0.5, 0.5, 0.5\), not",
+        ),
+        ({"resample": 2}, "interpolation bilinear, not bicubic"),
+        ({"do_normalize": False}, r"mean \(0, 0, 0\), not .*; std \(1, 1, 1\), not"),
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor | change))
+        if message is None:
+            assert load_weights(path).notes == ()
+        else:
+            with pytest.raises(ConversionError, match=message):
+                load_weights(path)
+
+
 def test_another_architecture_is_refused(repository):
     with pytest.raises(ConversionError, match="architecture crossvit_small_240, not ti"):
         load_weights(repository(architecture="crossvit_small_240"))

@@ -81,7 +81,7 @@ def test_an_evaluation_adds_up_what_each_size_gives(weights, pictures, tmp_path)
     told = printed_by(evaluate, *flags, "--patch-size=auto", "--output", tmp_path / "auto")
     config = small_config(3)
     gmacs = (6 * macs_per_image(config) + 5 * macs_per_image(config.at_patch_size((24, 32)))) / 11 / 1e9
-    assert f"allocated   images by patch size 24,32: 5, 12,16: 6; {gmacs:.3f} GMAC each on average" in told
+    assert f"allocated     images by patch size 24,32: 5, 12,16: 6; {gmacs:.3f} GMAC each on average" in told
     for size in SIZES:
         printed_by(evaluate, *flags, f"--patch-size={size[0]},{size[1]}", "--output", tmp_path / str(size[0]))
     rows = {name: (tmp_path / name / "predictions.csv").read_text().splitlines()[1:] for name in ("auto", "12", "24")}

@@ -119,7 +119,7 @@ def test_what_a_run_does_not_keep_is_told(tmp_path):
 
 def test_the_run_behind_weights_is_found(kept, tmp_path, monkeypatch):
     for source in ("", ":last", ":ema", "/weights.safetensors", "/checkpoints", "/checkpoints/20"):
-        assert run_behind(f"{kept}{source}") == str(kept)
+        assert run_behind(f"{kept}{source}") == run_behind(f"local-dir:{kept}{source}") == str(kept)
     assert run_behind(str(tmp_path / "w.safetensors")) is None
     assert run_behind(f"{kept}/other/x/w.safetensors") is None
     monkeypatch.chdir(kept)

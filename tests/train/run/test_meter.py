@@ -5,6 +5,7 @@ from contextlib import closing
 
 import pytest
 
+from train.run import meter
 from train.run.meter import Meter, TrainingFailed
 from train.run.progress import Progress
 from train.tasks.task import Metric
@@ -49,6 +50,27 @@ def test_steps_that_were_all_skipped_are_logged_without_a_loss():
     lines, _ = _logged([_GOOD | {"loss": math.nan, "skipped": 1}] * 3, log_every=2)
     assert [line["train/skipped"] for line in lines] == [2, 1]
     assert not any("train/loss" in line for line in lines)
+
+
+def test_the_speed_is_that_of_the_epoch_without_what_its_first_step_waited_for(monkeypatch):
+    """Metrics are fetched late, the last ones of an epoch all at once: the time between them is no measure."""
+    now, told = [0.0], []
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+    log = _Log()
+    log.write = lambda *, speed, **_: told.append(speed)
+    with closing(Progress((_METRIC,), _METRIC, epochs=1, steps_per_epoch=5, silent=True)) as shown:
+        how = {"metrics": (_METRIC,), "step": 0, "batch_size": 8, "log_every": 1}
+        taken = Meter(log, shown, learning_rate=lambda step: 0.1, **how)
+        taken.begin(1)
+        now[0] = 100.0  # compiled
+        taken.start_clock()
+        for _ in range(5):
+            taken.add(_GOOD)
+            now[0] += 0.5
+        now[0] -= 0.5
+        _, images_per_s = taken.finish()
+    assert images_per_s == told[-1] == 16
+    assert told == sorted(told) and len(told) == 5
 
 
 def test_a_step_without_a_scale_tells_none():

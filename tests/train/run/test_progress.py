@@ -42,6 +42,15 @@ def test_a_bar_on_a_closed_terminal_does_not_end_the_run(monkeypatch):
     assert terminal.left < 0
 
 
+def test_an_epoch_that_was_trained_elsewhere_has_no_speed(capsys):
+    metric = Metric("top1", "top-1", "%", "max")
+    values = {"eval/loss": 1.0, "eval/top1": 50.0, "train/lr": 0.1}
+    with closing(Progress((metric,), metric, epochs=2, steps_per_epoch=4, done=4)) as shown:
+        shown.epoch(epoch=1, step=4, values=values, images_per_s=0.0)
+    expected = "epoch 1/2 | held-out loss 1.000, top-1 50.00 % | lr 1.00e-01\n"
+    assert capsys.readouterr().out == expected
+
+
 @pytest.mark.parametrize("silent", [False, True])
 def test_without_a_terminal_there_is_a_line_with_the_time_every_few_steps(monkeypatch, capsys, silent):
     monkeypatch.setattr(progress.time, "perf_counter", iter(range(0, 10_000, 10)).__next__)
