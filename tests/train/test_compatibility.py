@@ -55,7 +55,7 @@ def test_a_killed_run_goes_on_and_is_evaluated(written, logged_alike, small_vari
     flags = ["--dataset=digits", f"--data-dir={digits_dir}", "--batch-size=64"]
     assert evaluate(["--weights=digits-run", *flags]) == 0
     out = capsys.readouterr().out
-    assert f"top-1       {last['eval/top1']:.2f} %" in out
+    assert f"top-1         {last['eval/top1']:.2f} %" in out
     assert f"loss          {last['eval/loss']:.4f}" in out
 
 

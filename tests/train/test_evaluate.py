@@ -112,7 +112,7 @@ def test_a_timm_checkpoint_gets_what_timm_itself_makes_of_the_digits(evaluate, s
     assert result["top1"] == pytest.approx(100 * np.trace(confusion) / 359)
     assert result["top5"] == pytest.approx(100 * top5)
     assert result["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-5)
-    assert f"top-1       {result['top1']:.2f} %" in out
+    assert f"top-1         {result['top1']:.2f} %" in out
 
     head, *rows = _rows(folder / "confusion.csv")
     assert head[1:] == [row[0] for row in rows] == list(_DIGITS)
@@ -395,7 +395,7 @@ def test_every_image_has_a_line_and_an_unreadable_one_no_prediction(evaluate, pi
     assert 100 * np.mean(right) == pytest.approx(result["top1"])
     assert all(1 / 3 < float(row[3]) <= 1 for row in rows if row[3])
     assert f"F1          {result['f1_macro']:.2f} % (mean of the classes)" in out
-    assert f"calibration {result['calibration_error']:.2f} %" in out
+    assert f"calibration   {result['calibration_error']:.2f} %" in out
 
 
 def test_unreadable_images_are_named_and_left_out(evaluate, pictures, tmp_path):
