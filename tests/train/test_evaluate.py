@@ -394,7 +394,7 @@ def test_every_image_has_a_line_and_an_unreadable_one_no_prediction(evaluate, pi
     result = _result(folder)
     assert 100 * np.mean(right) == pytest.approx(result["top1"])
     assert all(1 / 3 < float(row[3]) <= 1 for row in rows if row[3])
-    assert f"F1          {result['f1_macro']:.2f} % (mean of the classes)" in out
+    assert f"F1            {result['f1_macro']:.2f} % (mean of the classes)" in out
     assert f"calibration   {result['calibration_error']:.2f} %" in out
 
 
