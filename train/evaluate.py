@@ -95,7 +95,7 @@ def _parser() -> Parser:
         choices=("held-out", "train", "val", "test", "all"),
         default="held-out",
         help="images to evaluate: held-out or train, as training splits them (default: held-out); val or test: those "
-        "of a folder:PATH or csv:FILE; all: every image of one without splits",
+        "of a folder:PATH, csv:FILE or hf:NAME; all: every image of a folder or list without splits",
     )
     add(
         "--class-order",

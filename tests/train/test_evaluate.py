@@ -461,7 +461,7 @@ def test_without_output_nothing_is_written(pictures, tmp_path, monkeypatch, caps
         (["--data-dir=~nobody-of-this-name"], "argument --data-dir: ~nobody-of-this-name: "),
         (["--output=~nobody-of-this-name"], "argument --output: ~nobody-of-this-name: "),
         (["--dataset=cifar1O"], "did you mean 'cifar10'"),
-        (["--dataset=digits", "--split=all"], "--split all is for folder:PATH and csv:FILE"),
+        (["--dataset=digits", "--split=all"], "--split all is not for digits; choose held-out"),
         (["--image-size=50"], "does not divide into whole patches"),
         (["--image-size=0"], "argument --image-size: must be pixels"),
         (["--crop-pct=1.5"], "argument --crop-pct: must be above 0 and at most 1; got '1.5'"),

@@ -113,6 +113,16 @@ def test_settings_that_do_not_fit_the_state_are_refused(go_on, last, tmp_path, f
     assert not (tmp_path / "run").exists()
 
 
+def test_a_parameter_that_was_not_trained_is_named_before_anything_is_written(go_on, last, tmp_path):
+    held = torch.load(last, weights_only=False)
+    del held["optimizer"]["state"][3]
+    torch.save(held, tmp_path / "last.pth.tar")
+    status, out, error = go_on(tmp_path / "last.pth.tar", "--epochs=2", f"--output={tmp_path / 'run'}")
+    assert (status, out, len(error.splitlines())) == (2, "", 1)
+    assert "has no exp_avg of cls_token_1: they were not trained there" in error
+    assert not (tmp_path / "run").exists()
+
+
 def _group(**changes):
     return lambda held: [group.update(changes) for group in held["optimizer"]["param_groups"]]
 

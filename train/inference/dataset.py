@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from convert.errors import SettingsError
-from convert.files import CSV_PREFIX, FOLDER_PREFIX
+from convert.files import CSV_PREFIX, FOLDER_PREFIX, HF_PREFIX
 from convert.metadata import understand
 from train.config import TrainConfig
 from train.data.datasets import open_image_sets
 from train.data.folders.classes import FolderSource, open_split
 from train.data.folders.layout import find_splits
 from train.data.folders.listing import open_listed_split, read_listing
+from train.data.prepared.huggingface import open_huggingface_split
 from train.data.sources import ImageSets, Source
 from train.run.folder import read_run, read_settings
 from train.tasks.begin import settings_of
@@ -80,8 +81,11 @@ def open_data(given: dict[str, Any], split: str, run: str | None, task: str = "c
     files = _Files.of(config.dataset)
     splits = {} if files is None else files.splits()
     if split in ("val", "test", "all") or (split == "train" and splits.keys() == {"train"}):
+        if config.dataset.startswith(HF_PREFIX) and split != "all" and task == "classification":
+            images, names, is_sorted = open_huggingface_split(config.dataset.removeprefix(HF_PREFIX), split)
+            return Data(config.dataset, images, names, split, [], is_sorted)
         if files is None:
-            raise SettingsError(f"--split {split} is for folder:PATH and csv:FILE; choose held-out or train here")
+            raise SettingsError(f"--split {split} is not for {config.dataset}; choose held-out or train here")
         images, names, notes = files.open(split)
         if split == "all" and trained is not None and config.dataset == trained.dataset:
             notes = [*notes, f"the images that the run in {run} was trained on are among them"]

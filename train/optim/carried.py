@@ -1,5 +1,6 @@
 """The training state of a checkpoint of torch (`convert.training`) as one of a run here."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,16 @@ def read_carried(config: TrainConfig) -> TrainingState:
 def check_carried(carried: TrainingState, config: TrainConfig, *, steps_per_epoch: int) -> list[str]:
     """Notes on what goes on otherwise than in the program that the state comes from, and on what is not carried over.
 
-    Raises SettingsError if the settings are of another optimiser, or have no epoch left.
+    Raises SettingsError if the settings are of another optimiser or have no epoch left, or parameters have no moments.
     """
     rule, what = carried.rule, f"--resume {config.resume}"
     if rule.optimizer != config.optimizer:
         raise SettingsError(f"{what} has the state of {rule.optimizer}, not of {config.optimizer}: --optimizer")
     if carried.epochs > config.epochs:
         raise SettingsError(f"{what} has done {carried.epochs} epochs, and --epochs is {config.epochs}")
+    if not config.freeze_backbone:  # with it, `carry` looks at the heads
+        for moment in carried.moments if rule.momentum != 0 else ():
+            _check_moments(moment, carried.moments[moment], carried.weights.tensors)
     step = carried.epochs * steps_per_epoch
     pairs = {
         "a weight decay of": (rule.weight_decay, config.weight_decay),
@@ -97,10 +101,7 @@ def carry(state: State, carried: TrainingState, *, step: int) -> State:
 
     def _moment(tree: Any, moment: str) -> Any:
         wanted = flatten(tree)
-        missing = [name for name in wanted if name not in moments[moment]]
-        if missing:
-            names = listed(missing[:3], len(missing))
-            raise SettingsError(f"the checkpoint to go on from has no {moment} of {names}: they were not trained there")
+        _check_moments(moment, moments[moment], wanted)
         return _like(tree, nest({name: moments[moment][name] for name in wanted}))
 
     opt = jax.tree.map(filled, state["opt"], is_leaf=lambda part: isinstance(part, _KNOWN))
@@ -109,6 +110,13 @@ def carry(state: State, carried: TrainingState, *, step: int) -> State:
     scale = state.get("loss_scale")  # a new one, but no step is the first any more
     scaled = {} if scale is None else {"loss_scale": scale._replace(updates=_like(scale.updates, step))}
     return {**state, **average, **scaled, "opt": opt, "step": _like(state["step"], step)}
+
+
+def _check_moments(moment: str, held: Mapping[str, Any], wanted: Iterable[str]) -> None:
+    missing = [name for name in wanted if name not in held]
+    if missing:
+        names = listed(missing[:3], len(missing))
+        raise SettingsError(f"the checkpoint to go on from has no {moment} of {names}: they were not trained there")
 
 
 def _like(placed: Any, tree: Any) -> Any:

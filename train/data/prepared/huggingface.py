@@ -20,6 +20,7 @@ from train.data.sources import HELD_OUT_SPLITS, TRAIN_SPLIT, DataError, ImageSet
 
 # the names that are preferred where several columns would do
 _IMAGE_NAMES, _LABEL_NAMES = ("image", "img"), ("label", "labels", "fine_label")
+_SPLITS = {"val": ("validation", "val"), "test": ("test",)}
 _NAME = re.compile(r"(?P<name>[^@:]+)(:(?P<config>[^@:]+))?(@(?P<revision>[^@:]+))?")
 
 
@@ -35,6 +36,10 @@ class HuggingFaceSource:
         """
         self._table, self._image, self._split = table, image, split
         self.labels, self._indices = labels, indices
+
+    def part(self, places: Int[np.ndarray, " images"]) -> "HuggingFaceSource":
+        """The images at these places alone."""
+        return HuggingFaceSource(self._table, self._image, self.labels[places], self._split, self._indices[places])
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -67,42 +72,25 @@ def open_huggingface(name: str, *, val_fraction: float, seed: int) -> ImageSets:
     Raises MissingExtra if the package is missing, SettingsError if there is no such data set, it cannot be read or
     downloaded, or is none of images with one label each.
     """
-    require(f"--dataset {HF_PREFIX}{name}", "datasets")
-    import datasets  # late: it is an extra's
-
-    datasets.disable_progress_bars()
-    splits = _load(datasets, name)
+    splits = _load(name)
     if TRAIN_SPLIT not in splits:
-        there = listed(map(repr, splits))
-        raise SettingsError(f"data set {HF_PREFIX}{name} needs a split {TRAIN_SPLIT!r}; it has {there or 'none'}")
+        raise SettingsError(f"data set {HF_PREFIX}{name} needs a split {TRAIN_SPLIT!r}; it has {_told(splits)}")
     held_out_split = next((split for split in HELD_OUT_SPLITS if split in splits), None)
     chosen = [split for split in (TRAIN_SPLIT, held_out_split) if split is not None]
-    image, label = _columns(datasets, name, splits[TRAIN_SPLIT].features)
-    for split in chosen:
-        if {image, label} - set(splits[split].features):
-            raise SettingsError(f"split {split!r} of data set {HF_PREFIX}{name} has no columns {image!r} and {label!r}")
-    found = {split: _label_column(splits[split], label) for split in chosen}
-    class_names, labels, is_sorted = _classes(datasets, name, splits[TRAIN_SPLIT].features[label], found)
-    tables = {
-        split: splits[split].select_columns([image]).cast_column(image, datasets.Image(decode=False))
-        for split in chosen
-    }
-
-    def source(split: str, indices: np.ndarray) -> HuggingFaceSource:
-        return HuggingFaceSource(tables[split], image, labels[split][indices], split, indices)
-
+    opened, class_names, is_sorted = _open(name, splits, chosen)
+    train = opened[TRAIN_SPLIT]
     if held_out_split is not None:
-        train, held_out = (source(split, np.arange(len(labels[split]))) for split in chosen)
+        held_out = opened[held_out_split]
     else:
-        sizes = np.bincount(labels[TRAIN_SPLIT], minlength=len(class_names))
+        sizes = np.bincount(train.labels, minlength=len(class_names))
         if (sizes == 1).any():
             single = [class_names[place] for place in np.flatnonzero(sizes == 1)]
             raise SettingsError(
                 f"data set {HF_PREFIX}{name} cannot be split: a class needs two images or more, unlike "
                 f"{listed(map(shown, single[:5]), len(single))}"
             )
-        held = draw_of_each_class(labels[TRAIN_SPLIT], fraction=val_fraction, seed=seed)
-        train, held_out = (source(TRAIN_SPLIT, np.flatnonzero(side)) for side in (~held, held))
+        held = draw_of_each_class(train.labels, fraction=val_fraction, seed=seed)
+        train, held_out = (train.part(np.flatnonzero(side)) for side in (~held, held))
     return ImageSets(
         train,
         held_out,
@@ -113,8 +101,56 @@ def open_huggingface(name: str, *, val_fraction: float, seed: int) -> ImageSets:
     )
 
 
-def _load(datasets: Any, name: str) -> dict[str, Any]:
-    """The splits of a data set that have images, by name."""
+def open_huggingface_split(name: str, split: str) -> tuple[HuggingFaceSource, tuple[str, ...], bool]:
+    """The images of one split, `val` or `test`, of a data set as `open_huggingface` takes it.
+
+    Returns:
+        The images, the names of the classes in the order of the labels, and whether these are sorted.
+
+    Raises as `open_huggingface`, and SettingsError where there is no such split.
+    """
+    splits = _load(name)
+    wanted = next((known for known in _SPLITS[split] if known in splits), None)
+    if wanted is None:
+        raise SettingsError(f"data set {HF_PREFIX}{name} has no split {split}; it has {_told(splits)}")
+    chosen = [known for known in (TRAIN_SPLIT, wanted) if known in splits]  # the first tells the classes
+    opened, class_names, is_sorted = _open(name, splits, chosen)
+    return opened[wanted], class_names, is_sorted
+
+
+def _open(
+    name: str, splits: dict[str, Any], chosen: Sequence[str]
+) -> tuple[dict[str, HuggingFaceSource], tuple[str, ...], bool]:
+    """All images of some splits, the names of the classes, which the first of these tells, and whether they are sorted.
+
+    Raises SettingsError.
+    """
+    import datasets  # late: it is an extra's
+
+    features = splits[chosen[0]].features
+    image, label = _columns(datasets, name, features)
+    for split in chosen:
+        if {image, label} - set(splits[split].features):
+            raise SettingsError(f"split {split!r} of data set {HF_PREFIX}{name} has no columns {image!r} and {label!r}")
+    found = {split: _label_column(splits[split], label) for split in chosen}
+    class_names, labels, is_sorted = _classes(datasets, name, features[label], found)
+    opened = {}
+    for split in chosen:
+        table = splits[split].select_columns([image]).cast_column(image, datasets.Image(decode=False))
+        opened[split] = HuggingFaceSource(table, image, labels[split], split, np.arange(len(labels[split])))
+    return opened, class_names, is_sorted
+
+
+def _told(splits: dict[str, Any]) -> str:
+    return listed(map(repr, splits)) or "none"
+
+
+def _load(name: str) -> dict[str, Any]:
+    """The splits of a data set that have images, by name. Raises MissingExtra, SettingsError."""
+    require(f"--dataset {HF_PREFIX}{name}", "datasets")
+    import datasets  # late: it is an extra's
+
+    datasets.disable_progress_bars()
     try:
         with quiet("datasets"), quiet("huggingface_hub"):
             folder = Path(name)
@@ -185,7 +221,7 @@ def _classes(
         missing = [place for place, text in enumerate(labels) if not isinstance(text, str) or not text]
         if missing:
             raise SettingsError(f"image {missing[0]} of split {split!r} of data set {HF_PREFIX}{name} has no label")
-    names = tuple(sorted(set(found[TRAIN_SPLIT])))
+    names = tuple(sorted(set(next(iter(found.values())))))
     places = {text: place for place, text in enumerate(names)}
     unknown = sorted({text for labels in found.values() for text in labels} - set(names))
     if unknown:

@@ -13,8 +13,9 @@ from PIL import Image
 from convert.errors import MissingExtra, SettingsError
 from crossvit_jax.preprocess import UnreadableImage
 from train.data.datasets import open_image_sets
-from train.data.prepared.huggingface import open_huggingface
+from train.data.prepared.huggingface import open_huggingface, open_huggingface_split
 from train.data.sources import DataError
+from train.inference.dataset import open_data
 from train.recipes import RECIPES
 
 datasets = pytest.importorskip("datasets")
@@ -59,6 +60,10 @@ def test_a_saved_set_with_splits(tmp_path):
     assert (sets.class_names, sets.held_out_split, sets.sorted_by_name) == (tuple(_NAMES), "validation", False)
     assert _pixels(sets.train) == [(200 + place, place % 3) for place in range(6)]
     assert _pixels(sets.held_out) == [(100 + place, place) for place in range(3)]
+    for split, start, count in (("val", 100, 3), ("test", 0, 4)):
+        data = open_data({"dataset": f"hf:{tmp_path / 'saved'}"}, split, run=None)
+        assert (data.class_names, data.split, data.sorted_by_name) == (tuple(_NAMES), split, False)
+        assert _pixels(data.images) == [(start + place, place % 3) for place in range(count)]
     copy = pickle.loads(pickle.dumps(sets.train))
     assert (copy[4], len(pickle.dumps(sets.train)) < 10_000) == (sets.train[4], True)
     config = dataclasses.replace(RECIPES["finetune"], dataset=f"hf:{tmp_path / 'saved'}")
@@ -126,6 +131,8 @@ def test_a_set_that_will_not_do_is_told(tmp_path, splits, message):
     datasets.DatasetDict(splits()).save_to_disk(tmp_path / "saved")
     with pytest.raises(SettingsError, match=message):
         _open(tmp_path / "saved")
+    with pytest.raises(SettingsError, match=r"saved has no split val; it has 't"):
+        open_huggingface_split(str(tmp_path / "saved"), "val")
 
 
 def _unlabelled():
