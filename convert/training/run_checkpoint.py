@@ -12,9 +12,11 @@ from convert.formats.run_folder import newest_checkpoint, read_description, read
 from convert.training.state import Rule, TrainingState
 from convert.tree import flatten, shapes_of
 from convert.weights import Weights
+from crossvit_jax.config import shown_value
 from crossvit_jax.files import read_json
 
 _CONFIG = "config.json"
+_MOST = 10**15  # of any number among the settings
 
 
 def read_run_checkpoint(folder: Path, step: Path | None = None) -> TrainingState:
@@ -28,6 +30,7 @@ def read_run_checkpoint(folder: Path, step: Path | None = None) -> TrainingState
         settings, data = about["train"], about["data"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ConversionError(f"{folder} is not the folder of a training run: --training reads no other") from None
+    _check(settings, data, folder / _CONFIG)
     _refuse(settings, folder)
     step = step or newest_checkpoint(folder)
     tree = read_state(step)
@@ -59,8 +62,27 @@ def read_run_checkpoint(folder: Path, step: Path | None = None) -> TrainingState
         )
     except ConversionError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ConversionError(f"{step} is a damaged checkpoint: {one_line(error)}") from None
+
+
+def _check(settings: Any, data: Any, file: Path) -> None:
+    """Raises ConversionError for settings that are none: anybody may have written them."""
+    if not isinstance(settings, Mapping) or not isinstance(data, Mapping):
+        raise ConversionError(f"{file} is damaged: it has no settings of a run")
+    for held, name, least, kind in (
+        (data, "steps_per_epoch", 1, int),
+        (settings, "batch_size", 1, int),
+        (settings, "lr_batch_size", 1, int),
+        (settings, "lr", 0, int | float),
+        (settings, "weight_decay", 0, int | float),
+        (settings, "momentum", 0, int | float),
+        ({"layer_decay": 1} | settings, "layer_decay", 0, int | float),
+    ):
+        value = held.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool) or not least <= value < _MOST:
+            kind_told = "whole number" if kind is int else "number"
+            raise ConversionError(f"{file}: {name} must be a {kind_told}, {least} or more; got {shown_value(value)}")
 
 
 def _refuse(settings: Mapping[str, Any], folder: Path) -> None:

@@ -9,9 +9,12 @@ from typing import Literal
 
 import numpy as np
 
+from convert.errors import ConversionError
 from convert.weights import Weights
+from crossvit_jax.config import shown_value
 
 # torch's names of the moments, which optax calls mu and nu, or trace
+_MOST = 10**15  # of any number that is told
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 
@@ -26,6 +29,13 @@ class Rule:
     momentum: float | None = None  # of sgd
     decay_tokens: bool | None = None  # whether class tokens and position embeddings decay too; None: nothing does
 
+    def __post_init__(self):
+        """Raises ConversionError for numbers that no optimiser has, as a damaged file may tell."""
+        for name in ("lr", "peak_lr", "weight_decay", "momentum"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < _MOST:
+                raise ConversionError(f"its {name} must be a number, 0 or more; got {shown_value(value)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
@@ -38,6 +48,13 @@ class TrainingState:
     epochs: int  # that are done
     rule: Rule
     notes: tuple[str, ...] = ()  # what is not carried over, for the user to read
+
+    def __post_init__(self):
+        """Raises ConversionError for counts that are none."""
+        for name in ("epochs", "updates"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < _MOST:
+                raise ConversionError(f"its {name} must be a whole number, 0 or more; got {shown_value(value)}")
 
 
 def decay_groups(shapes: Mapping[str, tuple[int, ...]], *, decay_tokens: bool) -> tuple[list[str], list[str]]:

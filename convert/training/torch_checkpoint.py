@@ -50,7 +50,7 @@ def read_torch_checkpoint(path: Path, branches: Sequence[Branch] | None = None) 
         return _understand(held, model, branches)
     except ConversionError as error:
         raise ConversionError(f"{path}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ConversionError(f"{path}: its optimizer is damaged: {type(error).__name__}: {one_line(error)}") from None
 
 
@@ -177,6 +177,14 @@ def _moments(
     ]
     if wrong:
         raise ConversionError(f"the state of its optimizer does not fit the model: {listed(wrong[:3], len(wrong))}")
+    broken = [
+        f"{moment} of {name}"
+        for moment, arrays in moments.items()
+        for name, array in arrays.items()
+        if not np.isfinite(array.astype(np.float32)).all()
+    ]
+    if broken:
+        raise ConversionError(f"the state of its optimizer has NaN or infinity: {listed(broken[:3], len(broken))}")
     counted = Counter(steps.values()).most_common()
     if len(counted) > 1:
         usual = counted[0][0]

@@ -4,6 +4,7 @@ A kind has a template, which is made once, and a function that damages it, gives
 returns its exit status. What should not be is raised: a result that is wrong though nothing was said.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from convert.errors import UserError
 from convert.formats.run_folder import how_trained
 from convert.image_files import FORMATS, LeftOut, image_files
 from convert.metadata import describe, understand
+from convert.training.run_checkpoint import read_run_checkpoint
 from crossvit_jax.config import get_config
 from crossvit_jax.preprocess import UnreadableImage
 from tests.fuzz.damage import VALUES, damage_a_file, damaged_bytes, damaged_json
@@ -133,13 +135,19 @@ def description(chance: random.Random, templates: Path, work: Path) -> int:
 
 
 def settings(chance: random.Random, templates: Path, work: Path) -> int:
-    run_settings = {"train": {}, "model": describe(small_config(3), None), "data": {"fingerprint": "x"}}
+    run_settings = {
+        "train": {},
+        "model": describe(small_config(3), None),
+        "data": {"fingerprint": "x", "steps_per_epoch": 2},
+    }
     fields = TrainConfig.__dataclass_fields__.values()
     run_settings["train"] = {field.name: field.default for field in fields}
     write_config(work, run_settings)
     (work / "config.json").write_bytes(damaged_json(chance, run_settings))
     how_trained(work)
     run_behind(str(work))
+    with contextlib.suppress(UserError):
+        read_run_checkpoint(work)
 
     def resumed() -> int:
         parse_flags([f"--resume={work}"])

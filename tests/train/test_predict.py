@@ -371,6 +371,14 @@ def test_attention_that_cannot_be_drawn_is_one_line_and_no_success(predict, phot
     assert not list(out.iterdir())
 
 
+def test_a_list_without_an_end_is_refused(predict, monkeypatch):
+    monkeypatch.setattr("train.inference.image_paths._LONGEST_LIST", 1000)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.FileIO("/dev/zero"))))
+    status, out, error = predict("-")
+    assert (status, out, error.count("\n")) == (2, "", 1)
+    assert "the list on standard input is longer than 1,000 bytes: give it in parts" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

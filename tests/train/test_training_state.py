@@ -12,6 +12,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 import convert.__main__
 import train.main
 from convert.errors import ConversionError
+from convert.training.run_checkpoint import read_run_checkpoint
 from convert.training.torch_checkpoint import read_torch_checkpoint
 from tests.train.small_weights import small_timm_model
 
@@ -141,6 +142,10 @@ def _one_group(held):
     held["optimizer"]["param_groups"] = [second]
 
 
+def _not_finite(held):
+    held["optimizer"]["state"][0]["exp_avg"].view(-1)[0] = float("nan")
+
+
 def _l2(held):
     for group in held["optimizer"]["param_groups"]:
         del group["decoupled_weight_decay"]
@@ -161,6 +166,13 @@ def _l2(held):
         (lambda held: held["optimizer"].pop("state"), "its optimizer is damaged: KeyError: 'state'"),
         (lambda held: held.pop("optimizer"), "is no training checkpoint: --resume needs a model and its optimizer"),
         (lambda held: held.pop("epoch"), "it does not tell its epoch"),
+        (lambda held: held.update(epoch=-5), "its epochs must be a whole number, 0 or more; got -4"),
+        (lambda held: held.update(epoch=10**30), "its epochs must be a whole number, 0 or more; got 1000"),
+        (_group(lr=-1.0), "its lr must be a number, 0 or more; got -1.0"),
+        (_group(lr=10**400), "its optimizer is damaged: OverflowError"),
+        (_group(initial_lr=float("inf")), "its peak_lr must be a number, 0 or more; got inf"),
+        (_group(eps=torch.zeros(2)), "its optimizer is damaged: RuntimeError"),
+        (_not_finite, "the state of its optimizer has NaN or infinity: exp_avg of "),
     ],
 )
 def test_a_state_that_cannot_go_on_here_is_refused_with_the_reason(small_variant, last, tmp_path, change, message):
@@ -170,6 +182,28 @@ def test_a_state_that_cannot_go_on_here_is_refused_with_the_reason(small_variant
     with pytest.raises(ConversionError) as caught:
         read_torch_checkpoint(tmp_path / "changed.pth.tar")
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        ("data", "steps_per_epoch", 0, "steps_per_epoch must be a whole number, 1 or more; got 0"),
+        ("data", "steps_per_epoch", 1.5, "steps_per_epoch must be a whole number, 1 or more; got 1.5"),
+        ("train", "lr_batch_size", 0, "lr_batch_size must be a whole number, 1 or more; got 0"),
+        ("train", "lr", float("nan"), "lr must be a number, 0 or more; got nan"),
+        ("train", "batch_size", 10**400, "batch_size must be a whole number, 1 or more; got 1000"),
+        ("train", "layer_decay", "x", "layer_decay must be a number, 0 or more; got 'x'"),
+        ("train", None, "x", "is damaged: it has no settings of a run"),
+    ],
+)
+def test_settings_of_a_run_that_are_none_are_refused(tmp_path, part, name, value, message):
+    numbers = {"lr": 0.1, "batch_size": 8, "lr_batch_size": 8, "weight_decay": 0, "momentum": 0.9}
+    config = {"train": numbers, "data": {"steps_per_epoch": 2}}
+    config[part] = value if name is None else config[part] | {name: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConversionError) as caught:
+        read_run_checkpoint(tmp_path)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(

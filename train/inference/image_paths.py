@@ -14,6 +14,7 @@ from convert.image_files import IMAGE_SUFFIXES, LeftOut, image_files
 from crossvit_jax.preprocess import UnreadableImage, read_image_file
 
 STDIN = "-"
+_LONGEST_LIST = 2**28  # bytes: some million paths
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ def image_paths(given: Sequence[str], left_out: LeftOut) -> list[str]:
     Args:
         left_out: is told what is passed over in folders.
 
-    Raises SettingsError if a PATH does not exist or is no file or folder, or if there are no images at all; OSError if
-    a folder cannot be read.
+    Raises SettingsError if a PATH does not exist or is no file or folder, if there are no images at all, or if the list
+    is too long; OSError if a folder cannot be read.
     """
     paths: list[str] = []
     for path in given:
@@ -81,7 +82,9 @@ def _listed_on_stdin() -> list[str]:
     Text in UTF-16 or UTF-32 and byte order marks are known, as Windows writes them; otherwise any bytes are a file's
     name.
     """
-    content = sys.stdin.buffer.read()
+    content = sys.stdin.buffer.read(_LONGEST_LIST + 1)
+    if len(content) > _LONGEST_LIST:  # without an end, as of /dev/zero, it would fill the memory
+        raise SettingsError(f"the list on standard input is longer than {_LONGEST_LIST:,} bytes: give it in parts")
     text = _wide(content)
     if text is None:
         text = os.fsdecode(content.removeprefix(codecs.BOM_UTF8))

@@ -1,6 +1,7 @@
 """Boxes in COCO's JSON: its official folders, Roboflow's, or a single file."""
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -147,8 +148,12 @@ def _source(file: Path, content: dict[str, Any], category_ids: list[int], exif: 
         if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
             raise SettingsError(f"{what} has as bbox {shown_value(box)}: it needs four numbers, x, y, width, height")
         x, y, width, height = box
-        area = entry.get("area")
-        crowd, area = bool(entry.get("iscrowd", 0)), area if _is_number(area) else None
+        area, crowd = entry.get("area"), entry.get("iscrowd") or 0
+        if area is not None and not (_is_number(area) and 0 <= area < math.inf):
+            raise SettingsError(f"{what} has as area {shown_value(area)}: it needs a number, 0 or more, or none")
+        if crowd not in (0, 1):
+            raise SettingsError(f"{what} has as iscrowd {shown_value(crowd)}: it needs 0 or 1")
+        crowd = bool(crowd)
         annotations.add_box(places[image_id], (x, y, x + width, y + height), labels[category], crowd=crowd, area=area)
         twice += own_id in seen
         seen.add(own_id)

@@ -120,10 +120,12 @@ def _root(file: Path, content: dict[str, Any]) -> Path:
 def _pictures(file: Path, root: Path, split: str, named: Any) -> list[Path]:
     """The picture files of a split."""
     pictures: list[Path] = []
-    for text in named if isinstance(named, list) else [named]:
+    texts = named if isinstance(named, list) else [named]
+    odd = [text for text in texts if not isinstance(text, str)]
+    if odd:
+        raise SettingsError(f"{file}: {split} must be a path, or a list of some; got {shown_value(odd[0])}")
+    for text in dict.fromkeys(texts):  # a folder that is named a thousand times is looked through once
         # Roboflow writes ../train/images for what lies beside the file
-        if not isinstance(text, str):
-            raise SettingsError(f"{file}: {split} must be a path, or a list of some; got {shown_value(text)}")
         tried = [root / text, root / text.removeprefix("../")]
         found = next((path for path in tried if path.exists()), None)
         if found is None:

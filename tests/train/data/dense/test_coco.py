@@ -137,6 +137,15 @@ def _box(*values, of=0):
             "and all others lie between 0 and 1: they are shares, not pixels",
         ),
         (
+            lambda content: content["annotations"][0].update(iscrowd="0"),
+            "annotation 1 of {file} has as iscrowd '0': it needs 0 or 1",
+        ),
+        (
+            lambda content: content["annotations"][0].update(area="large"),
+            "annotation 1 of {file} has as area 'large': it needs a number, 0 or more, or none",
+        ),
+        (lambda content: content["annotations"][0].update(area=-1), "annotation 1 of {file} has as area -1: it needs"),
+        (
             lambda content: content["images"][1].update(width=80),
             "{file} tells 80 x 40 pixels of {folder}/b.png, which has 60 x 40",
         ),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from convert.errors import SettingsError
+from train.data.dense import yolo as yolo_module
 from train.data.dense.yolo import open_yolo
 
 _SETTINGS = {"val_fraction": 0.5, "seed": 0, "exif": "keep"}
@@ -92,6 +93,14 @@ def test_wrong_lines_are_told_with_their_number(tmp_path, yolo, lines, message):
 def test_a_data_yaml_that_cannot_be_used(yolo, content, message):
     with pytest.raises(SettingsError, match=re.escape(message)):
         open_yolo(yolo(_PICTURES, **content), **_SETTINGS)
+
+
+def test_a_folder_that_is_named_often_is_looked_through_once(yolo, monkeypatch):
+    searched, search = [], yolo_module.image_files
+    monkeypatch.setattr(yolo_module, "image_files", lambda folder: searched.append(folder) or search(folder))
+    sets = open_yolo(yolo(_PICTURES, train=f"[{'images/train, ' * 1000}]"), **_SETTINGS)
+    assert len(sets.train) == 2
+    assert len(searched) == 2  # that and the one of val
 
 
 def test_a_data_set_without_boxes(yolo):
