@@ -20,13 +20,18 @@ def softmax(
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (timm `Attention`)."""
+    """Multi-head self-attention (timm `Attention`).
+
+    Args:
+        head_dim: width of a head, where the heads do not fill `dim`.
+    """
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
         *,
+        head_dim: int | None = None,
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -36,10 +41,12 @@ class Attention(nn.Module):
         super().__init__()
         kwargs = {"dtype": param_dtype, "device": device}
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
-        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **kwargs)
+        self.head_dim = head_dim or dim // num_heads
+        self.scale = self.head_dim**-0.5
+        width = num_heads * self.head_dim
+        self.qkv = Linear(dim, 3 * width, bias=qkv_bias, **kwargs)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = Linear(dim, dim, **kwargs)
+        self.proj = Linear(width, dim, **kwargs)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(
@@ -81,8 +88,8 @@ class Attention(nn.Module):
 
     def per_head(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "3 batch heads tokens width"]:
         """Queries, keys and values."""
-        batch, tokens, dim = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         return qkv.permute(2, 0, 3, 1, 4)
 
     def _softmax(self, q: Tensor, k: Tensor, size: Size | None = None) -> Float[Tensor, "batch heads queries tokens"]:

@@ -25,7 +25,7 @@ INDEX = "model.safetensors.index.json"  # of weights in several files
 _LARGEST_PICTURE = 2**26  # bytes
 LOCAL = "local-dir:"  # timm's prefix for such a folder
 # what timm's variants fix
-_FIXED = ("embed_dim", "depth", "num_heads", "mlp_ratio", "fusion_depth", "multi_conv", "stages")
+_FIXED = ("embed_dim", "depth", "num_heads", "head_dim", "fusion_depth", "multi_conv", "stages")
 
 
 def is_hf_folder(folder: Path) -> bool:
@@ -78,6 +78,8 @@ def check_for_timm(config: CrossViTConfig | DenseConfig) -> None:
     """Raises ConversionError for a model that timm cannot make, or makes so that it fails when it runs."""
     if config.task != "classification":
         raise ConversionError(f"timm has no model for {config.task}: .safetensors keeps it")
+    if any(branch.head_dim for branch in config.branches):
+        raise ConversionError("timm has no attention without some of its heads: .safetensors keeps such a model")
     if config.name not in TIMM_NAMES:
         raise ConversionError(f"timm has no model with the branches of {config.name}: .safetensors keeps them")
     usual = VARIANTS[config.name]
@@ -101,6 +103,8 @@ def model_args(config: CrossViTConfig) -> dict[str, Any]:
         "img_size": height if height == width else [height, width],
         "img_scale": [float(scale) for scale in config.image_scale],
     }
+    if config.mlp_ratio != usual.mlp_ratio:
+        args["mlp_ratio"] = [*config.mlp_ratio, 1.0]  # the last number is of no block
     fields = ("patch_size", "qkv_bias", "global_pool", "crop_scale")
     return args | {name: getattr(config, name) for name in fields if getattr(config, name) != getattr(usual, name)}
 

@@ -71,6 +71,7 @@ class CrossViTConfig(Settings):
     mlp_ratio = _of_each_branch("mlp_ratio")
     patch_size = _of_each_branch("patch_size")
     image_scale = _of_each_branch("image_scale")
+    head_dim = _of_each_branch("head_dim")
 
     def __post_init__(self):
         size = self.image_size
@@ -215,6 +216,9 @@ class CrossViTConfig(Settings):
         if given:
             now = dataclasses.replace(self, branches=changes.get("branches", self.branches))
             values = {name: getattr(now, name) for name in BRANCH_SETTINGS} | given
+            if "head_dim" not in given and _is_list(values["embed_dim"]):
+                count = len(values["embed_dim"])  # of other branches, which have all their heads
+                values["head_dim"] = now.head_dim if len(now.branches) == count else (None,) * count
             for name, value in values.items():
                 if not isinstance(value, tuple | list) or len(value) != len(values["embed_dim"]):
                     raise ValueError(f"{name} must be {len(values['embed_dim'])} values, one per branch; got {value}")

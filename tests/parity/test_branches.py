@@ -207,6 +207,9 @@ def test_intermediate_features_of_every_branch():
         ({"image_scale": (1, 1, 1)}, "image_scale must be 2 values, one per branch"),
         ({"image_scale": (1, 0)}, "image_scale must be a number above 0"),
         ({"num_heads": (5, 3)}, "embed_dim 96 cannot be cut into num_heads 5"),
+        ({"head_dim": (None, 50)}, "embed_dim 192 cannot be cut into heads of head_dim 50, of which num_heads 3"),
+        ({"head_dim": (None, 96)}, "embed_dim 192 cannot be cut into heads of head_dim 96, of which num_heads 3"),
+        ({"head_dim": (0, None)}, "head_dim must be a whole number from 1"),
         ({"multi_conv": True, "patch_size": (8, 16), "image_scale": (1, 1)}, "needs patch_size 12 or 16"),
         ({"branches": ()}, "branches must be at least one"),
     ],
@@ -229,8 +232,9 @@ def test_six_names_take_one_value_per_branch():
 
 
 def test_a_branch_is_read_from_the_text_that_it_is_written_as():
-    for branch in (SMALL, at(LARGE, depth=(1, 2)), at(THIRD, mlp_ratio=8 / 3)):
+    for branch in (SMALL, at(LARGE, depth=(1, 2)), at(THIRD, mlp_ratio=8 / 3), at(SMALL, num_heads=1, head_dim=6)):
         assert Branch.parse(str(branch)) == branch
+    assert at(SMALL, head_dim=6) == SMALL  # all heads are there
     assert str(SMALL) == "embed_dim=12,depth=1,num_heads=2,mlp_ratio=2,patch_size=12,image_scale=1"
     for text, message in {
         "embed_dim=12,depth=1": "num_heads, patch_size must be given",
