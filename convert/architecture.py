@@ -234,7 +234,7 @@ def _likeness(config: CrossViTConfig, shapes: Shapes) -> int:
 
 
 def _pruned(config: CrossViTConfig, shapes: Shapes) -> CrossViTConfig:
-    """The variant with the neurons and heads that most blocks of each branch have, where these are others."""
+    """The variant with the neurons, heads and attention that the blocks of each branch have, where these are others."""
     branches = []
     for place, branch in enumerate(config.branches):
         hidden = _most_common(shapes, rf"blocks\.\d+\.blocks\.{place}\.\d+\.mlp\.fc2\.weight")
@@ -243,8 +243,11 @@ def _pruned(config: CrossViTConfig, shapes: Shapes) -> CrossViTConfig:
         width = _most_common(shapes, rf"blocks\.\d+\.blocks\.{place}\.\d+\.attn\.proj\.weight")
         if width and width < branch.embed_dim and width % branch.head_width == 0:
             branch = dataclasses.replace(branch, num_heads=width // branch.head_width, head_dim=branch.head_width)
+        if shapes.get(f"blocks.0.blocks.{place}.0.attn.qkv.weight", ())[:1] == (1 + 2 * branch.embed_dim,):
+            branch = dataclasses.replace(branch, attention="separable", head_dim=None)
         branches.append(branch)
-    name = CUSTOM if any(branch.head_dim for branch in branches) else config.name
+    is_variants = all(branch.head_dim is None and branch.attention == "full" for branch in branches)
+    name = config.name if is_variants else CUSTOM
     return config.replace(branches=branches, name=name)
 
 

@@ -55,8 +55,9 @@ def describe(
         of_body["name"] = CUSTOM
     for branch in of_body["branches"]:
         branch["image_scale"] = str(branch["image_scale"])
-        if branch["head_dim"] is None:  # likewise
-            del branch["head_dim"]
+        for name, value in (("head_dim", None), ("attention", "full")):  # likewise
+            if branch[name] == value:
+                del branch[name]
     known = {"config": settings, "class_names": class_names and list(class_names)}
     told = {_EXIF: exif, _PATCH_SIZES: patch_sizes and [list(sizes) for sizes in patch_sizes]}
     known |= {key: value for key, value in told.items() if value is not None}
@@ -159,7 +160,7 @@ def _unlike_variant(config: CrossViTConfig) -> str | None:
     """The first setting that makes a model another one than the variant whose name it has; None where none does."""
     usual = VARIANTS.get(config.name, config)
     # not patch_size and mlp_ratio: kernels are resized, neurons pruned, and timm too builds its variants with others
-    names = ("embed_dim", "depth", "num_heads", "head_dim", "multi_conv", "stages")
+    names = ("embed_dim", "depth", "num_heads", "head_dim", "attention", "multi_conv", "stages")
     unlike = (name for name in names if getattr(config, name) != getattr(usual, name))
     return next((f"{name} {getattr(config, name)}, not {getattr(usual, name)}" for name in unlike), None)
 

@@ -140,6 +140,8 @@ def _with_share(kind: str, share: float, branch: Branch, place: int) -> Branch:
     """A branch with this share of its neurons or heads, rounded to the nearest number."""
     whole = _number(kind, branch)
     left = int(share * whole + 0.5)
+    if kind == "heads" and branch.attention != "full" and share < 1:
+        raise ConversionError(f"heads={share:g}: the {branch.attention} attention of branch {place} has no heads")
     if left < 1:
         raise ConversionError(f"{kind}={share:g} leaves none of the {whole} {_KINDS[kind][0]} of branch {place}")
     if left == whole:

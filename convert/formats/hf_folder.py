@@ -25,7 +25,7 @@ INDEX = "model.safetensors.index.json"  # of weights in several files
 _LARGEST_PICTURE = 2**26  # bytes
 LOCAL = "local-dir:"  # timm's prefix for such a folder
 # what timm's variants fix
-_FIXED = ("embed_dim", "depth", "num_heads", "head_dim", "fusion_depth", "multi_conv", "stages")
+_FIXED = ("embed_dim", "depth", "num_heads", "attention", "fusion_depth", "multi_conv", "stages")
 
 
 def is_hf_folder(folder: Path) -> bool:
@@ -80,6 +80,8 @@ def check_for_timm(config: CrossViTConfig | DenseConfig) -> None:
         raise ConversionError(f"timm has no model for {config.task}: .safetensors keeps it")
     if any(branch.head_dim for branch in config.branches):
         raise ConversionError("timm has no attention without some of its heads: .safetensors keeps such a model")
+    if any(branch.attention != "full" for branch in config.branches):
+        raise ConversionError("timm's CrossViT has full attention alone: .safetensors keeps such a model")
     if config.name not in TIMM_NAMES:
         raise ConversionError(f"timm has no model with the branches of {config.name}: .safetensors keeps them")
     usual = VARIANTS[config.name]

@@ -9,6 +9,8 @@ from fractions import Fraction
 LARGEST = 2**16  # pixels, channels
 DEEPEST = 2**10  # blocks of a stage, stages
 BRANCH_SETTINGS = ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "image_scale", "head_dim")
+BRANCH_SETTINGS += ("attention",)
+ATTENTIONS = ("full", "separable")
 
 
 def read_fraction(text: str) -> Fraction:
@@ -55,8 +57,8 @@ class Branch:
     """One branch: a transformer over the patches of one size.
 
     As text, which `Branch.parse` reads: "embed_dim=192,depth=1:2:1,num_heads=3,mlp_ratio=4,patch_size=16,
-    image_scale=14/15", where colons part the depths of the stages; of a branch without some of its heads of
-    self-attention "num_heads=2" and behind all "head_dim=64".
+    image_scale=14/15", where colons part the depths of the stages. Behind all, "head_dim=64" is of a branch without
+    some of its heads of self-attention, and "attention=separable" of one with that.
 
     Raises ValueError for settings that make no branch, naming the value and what is accepted.
     """
@@ -70,6 +72,9 @@ class Branch:
     # Width of a head of self-attention, where the heads do not fill the width of the branch: those that are missing
     # were pruned. None: embed_dim / num_heads. Cross-attention has all heads.
     head_dim: int | None = None
+    # Self-attention: of each token over all, or "separable" (arXiv 2206.02680), which is linear in their number and has
+    # no heads.
+    attention: str = "full"
 
     def __post_init__(self):
         for field in ("embed_dim", "num_heads", "patch_size"):
@@ -84,6 +89,10 @@ class Branch:
         require_number("image_scale", self.image_scale, above=0, at_most=LARGEST)
 
     def _check_heads(self) -> None:
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"attention must be {' or '.join(ATTENTIONS)}; got {shown_value(self.attention)}")
+        if self.head_dim is not None and self.attention != "full":
+            raise ValueError(f"{self.attention} attention has no heads, and no head_dim; got {self.head_dim}")
         if self.head_dim is None:
             if self.embed_dim % self.num_heads:
                 raise ValueError(f"embed_dim {self.embed_dim} cannot be cut into num_heads {self.num_heads}")
@@ -116,11 +125,12 @@ class Branch:
         depth = ":".join(map(str, self.depth if isinstance(self.depth, tuple) else (self.depth,)))
         values = {name: getattr(self, name) for name in BRANCH_SETTINGS}
         values |= {"depth": depth, "mlp_ratio": repr(float(self.mlp_ratio)).removesuffix(".0")}
-        return ",".join(f"{name}={value}" for name, value in values.items() if value is not None)
+        return ",".join(f"{name}={value}" for name, value in values.items() if value not in (None, "full"))
 
     @classmethod
     def parse(cls, text: str) -> "Branch":
-        """The branch that a text describes; `mlp_ratio`, `image_scale` and `head_dim` may be left out.
+        """The branch that a text describes; `mlp_ratio` and what stands behind `patch_size` may be left
+        out.
 
         Raises ValueError, naming what is wrong.
         """
@@ -145,5 +155,5 @@ def _depth(text: str) -> int | tuple[int, ...]:
     return depths if len(depths) > 1 else depths[0]
 
 
-_READERS = {"depth": _depth, "mlp_ratio": float, "image_scale": read_fraction}
+_READERS = {"depth": _depth, "mlp_ratio": float, "image_scale": read_fraction, "attention": str}
 EXAMPLE = "embed_dim=96,depth=1,num_heads=3,mlp_ratio=4,patch_size=12,image_scale=1"

@@ -81,6 +81,8 @@ def _shapes(model: CrossViTConfig) -> Iterator[tuple[tuple[int, ...], bool]]:
             for _ in range(sum(reduction.blocks(place, depth)) + between_stages):
                 counts.append(reduction.left(place, counts[-1]))
         seen = set()
+        if branch.attention != "full":
+            continue
         for number, patches in enumerate(counts):
             kind = (patches % 2, number > 0)
             if kind not in seen:
