@@ -32,6 +32,7 @@ from tests.train.small_weights import save_small, small_timm_model
 SHARES = {"mlp": (0.25, 0.5), "heads": (0.5, 0.5)}
 _BOUND = {"float32": 1e-6, "float64": 1e-12}
 _NAMES = "0123456789"
+_FEW = ["--calibration-images", 32]
 
 
 @pytest.fixture(scope="module")
@@ -227,23 +228,20 @@ def at_random(monkeypatch):
     monkeypatch.setattr(convert.changes.prune, "worth", drawn)
 
 
-@pytest.mark.parametrize("name", ["pruned.pth", "pruned.safetensors", "pruned.hf"])
+@pytest.mark.parametrize("name", ["pruned.pth", "pruned.hf"])
 def test_a_model_of_fewer_neurons_is_one_of_timms(capsys, at_random, weights_file, tmp_path, images, name):
     path = tmp_path / name
-    status, out, _ = run(capsys, weights_file, path, "--prune", "mlp=0.5")
+    status, out, _ = run(capsys, weights_file, path, "--prune", "mlp=0.5", *_FEW)
     assert status == 0
     assert "img_scale=(1, 2/3), mlp_ratio=(4.0, 2.0, 1))" in out
     assert "note        384 of 768 hidden neurons kept in each block of branch 1\n" in out
-    assert "note        chosen by 128 images, 128 of them without a label: as what the model takes them for\n" in out
+    assert "note        chosen by 32 images, 32 of them without a label: as what the model takes them for\n" in out
     if name == "pruned.hf":
         assert json.loads((path / "config.json").read_text())["model_args"]["mlp_ratio"] == [4.0, 2.0, 1.0]
         model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
     else:
         model = timm.create_model("crossvit_tiny_240", mlp_ratio=(4, 2, 1), **TIMM_SETTINGS).eval()
-        if name == "pruned.pth":
-            model.load_state_dict(torch.load(path, weights_only=True), strict=True)
-        else:
-            timm.models.load_checkpoint(model, str(path), strict=True)
+        model.load_state_dict(torch.load(path, weights_only=True), strict=True)
     with torch.inference_mode():
         assert error(load_torch(path)(images), model(images)) <= 1e-6
     again = load_weights(path)  # of the .pth, shapes tell
@@ -253,7 +251,7 @@ def test_a_model_of_fewer_neurons_is_one_of_timms(capsys, at_random, weights_fil
 def test_without_some_heads_every_format_keeps_the_model_and_timm_has_none(capsys, at_random, weights_file, tmp_path):
     first = tmp_path / "first.safetensors"
     run(capsys, weights_file, tmp_path / "whole.safetensors")
-    status, out, _ = run(capsys, weights_file, first, "--prune", "heads=0.67,mlp=0.125:0.5")
+    status, out, _ = run(capsys, weights_file, first, "--prune", "heads=0.67,mlp=0.125:0.5", *_FEW)
     assert status == 0
     assert "variant     custom; in timm: none\n" in out
     assert "note        2 of 3 heads of self-attention kept in each block of branch 1\n" in out
