@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from convert.command_line import (
     image_size,
     leave,
     patch_size,
+    prune,
     reduce_tokens,
     run,
     weights_source,
@@ -81,6 +82,14 @@ def _parser() -> Parser:
         "and timm does not know of it",
     )
     add(
+        "--prune",
+        type=prune,
+        metavar="HOW",
+        help="mlp=SHARE,heads=SHARE, or one of them: keep this share of the hidden neurons and of the heads of "
+        "self-attention in each block of the widest branch, those that matter most for images; mlp=1:0.5 has a share "
+        "for each branch",
+    )
+    add(
         "--branches",
         nargs="+",
         type=branch,
@@ -97,7 +106,8 @@ def _parser() -> Parser:
         "--calibrate",
         type=data_set,
         metavar="digits|FOLDER",
-        help="images for static ranges: scikit-learn's digits, or image files (folder:FOLDER means the same)",
+        help="images for static ranges and for --prune: scikit-learn's digits, or image files (folder:FOLDER means the "
+        "same); default of --prune: those of the run, else the digits",
     )
     add("--calibration-images", type=at_least_one, metavar="N", help="how many of them at most; default: 128")
     add("--max-pixels", type=at_least_one, metavar="N", help=f"images of more are not read; default: {MAX_PIXELS:,}")
@@ -144,7 +154,12 @@ def _convert(args: argparse.Namespace) -> int:
         return _triton(args)
     if args.push is not None and Path(args.destination).name.endswith(EXPORTED):
         raise ConversionError("--push is for a folder .hf, not for an exported file")
-    how = Export(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Export)})
+    how = {field.name: getattr(args, field.name) for field in dataclasses.fields(Export)}
+    if args.prune is not None:
+        _check_prune(args)
+        if args.quantize != "static":  # they are for pruning alone
+            how |= {"calibrate": None, "calibration_images": None}
+    how = Export(**how)
     name = Path(args.destination).name  # without the slash that may be behind it
     if args.license is not None and not name.endswith((".onnx", ".pt", ".hf")):
         raise ConversionError("--license is for .onnx, .pt and .hf; no other here has a place for it")
@@ -155,8 +170,7 @@ def _convert(args: argparse.Namespace) -> int:
         if not place.name.endswith(".hf"):
             raise ConversionError(f"--push is for a folder .hf, which the hub takes as it is; got {args.destination}")
         publish.check_publishable(args.push)
-    weights = _load(args)
-    check_writable(weights, place)
+    weights = _load(args, lambda weights: check_writable(weights, place))
     stored = ", ".join(weights.dtypes)
     if args.dtype:
         weights = weights.astype(DTYPES[args.dtype])
@@ -178,11 +192,15 @@ def _export(args: argparse.Namespace, how: "Export") -> int:
     if args.verify:
         raise ConversionError("--verify is for weights; an exported file is always run against its source")
     check_export(args.destination, how, overwrite=args.overwrite)
-    weights = _load(args)
+    as_float32 = how.quantize and args.dtype
+
+    def check(weights: "Weights") -> None:
+        check_weights(weights.astype(DTYPES[args.dtype]) if as_float32 else weights, how)
+
+    weights = _load(args, check)
     stored = ", ".join(weights.dtypes)
-    if how.quantize and args.dtype:
+    if as_float32:
         weights = weights.astype(DTYPES[args.dtype])
-    check_weights(weights, how)
     tell_weights(weights.astype(DTYPES[how.dtype or "float32"]), stored)
     return tell_result(export(weights, args.destination, how, overwrite=args.overwrite, warn=tell_warning))
 
@@ -255,14 +273,65 @@ def _triton(args: argparse.Namespace) -> int:
     return 0 if comparison.passed else 1
 
 
-def _load(args: argparse.Namespace) -> "Weights":
+def _check_prune(args: argparse.Namespace) -> None:
+    """Raises ConversionError for what does not go with --prune, before anything is read."""
+    from convert.export.calibration import find_images
+
+    if args.num_classes is not None:
+        raise ConversionError("--prune goes by what a trained head says: give --num-classes afterwards, a new head")
+    if args.calibrate is not None:
+        find_images(args.calibrate)
+
+
+def _load(args: argparse.Namespace, check: Callable[["Weights"], None] | None = None) -> "Weights":
+    """The weights as asked for.
+
+    Args:
+        check: raises for those that cannot be written, before any are pruned, which takes long.
+    """
     from convert.models import load_weights
 
     changes = {
         name: getattr(args, name) for name in ("num_classes", "image_size", "patch_size", "reduce_tokens", "branches")
     }
     weights = load_weights(args.source, **{key: value for key, value in changes.items() if value is not None})
+    if args.prune is not None:
+        weights = _prune(weights, args, check)
+    elif check is not None:
+        check(weights)
     return weights if args.license is None else dataclasses.replace(weights, license=args.license)
+
+
+def _prune(weights: "Weights", args: argparse.Namespace, check: Callable[["Weights"], None] | None) -> "Weights":
+    """The weights without what --prune leaves out."""
+    from convert.changes.prune import class_labels, prune, pruned_config
+    from convert.export.calibration import CALIBRATED_ON, DIGITS, FEW, training_images
+    from convert.image_files import LeftOut
+
+    try:
+        pruned = dataclasses.replace(weights, config=pruned_config(weights, args.prune))
+    except ConversionError as error:
+        raise ConversionError(f"--prune: {error}") from None
+    if check is not None:
+        check(pruned)
+    config, left_out = weights.config, LeftOut()
+    source = args.calibrate or (weights.trained or {}).get("dataset", DIGITS)
+    try:
+        count = args.calibration_images or CALIBRATED_ON
+        images, names = training_images(source, config, count, weights.exif or "keep", left_out)
+    except ConversionError as error:
+        told = f"--prune by the data of the run: {error}; --calibrate names other images"
+        raise ConversionError(str(error) if args.calibrate else told) from None
+    for note in left_out.notes():
+        tell_warning(note)
+    if len(images) < FEW:
+        tell_warning(f"pruned by {len(images)} image{'s' * (len(images) > 1)}: with fewer than {FEW} that is chance")
+    if source == DIGITS and config.num_classes != 10:
+        tell_warning(
+            f"pruned by {DIGITS}, and the model has {config.num_classes} classes: --calibrate names a folder of images "
+            "such as it will see"
+        )
+    return prune(weights, args.prune, images, class_labels(names, weights.class_names))
 
 
 def _verify(weights: "Weights", path: Path) -> int:

@@ -1,5 +1,6 @@
 """Which CrossViT a set of tensors is, told from names and shapes, and whether it is complete."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -25,6 +26,7 @@ from crossvit_jax.config import (
     DenseConfig,
     DetectorConfig,
     SegmenterConfig,
+    mlp_ratio,
 )
 from crossvit_jax.detection import CrossViTDetector
 from crossvit_jax.segmentation import CrossViTSegmenter
@@ -76,7 +78,8 @@ def expected_shapes(config: CrossViTConfig | DenseConfig) -> dict[str, tuple[int
 def infer_config(
     shapes: Shapes, image_size: tuple[int, int] | None = None, branches: Sequence[Branch] | None = None
 ) -> CrossViTConfig | DenseConfig:
-    """The settings that shapes tell: variant, image size and scale, patch size, channels, classes, qkv bias.
+    """The settings that shapes tell: variant, image size and scale, patch size, channels, classes, qkv bias, and the
+    neurons and heads that are left of a pruned model.
 
     Of a detector or segmenter also what stands on its body; the distances of a detector, which no shape tells, are the
     usual ones.
@@ -104,7 +107,7 @@ def infer_config(
     if best == 0:
         some = ", ".join(list(shapes)[:3])
         raise ConversionError(f"these {len(shapes)} tensors are no CrossViT ({some}, …); it would have cls_token_0, …")
-    candidates = [VARIANTS[name] for name in VARIANTS if likeness[name] == best]
+    candidates = [_pruned(VARIANTS[name], shapes) for name in VARIANTS if likeness[name] == best]
     settings = _input_and_output(candidates[0], shapes)
     # those at 240 and at 408 pixels differ only in how much smaller the second image is
     sizes = _patch_sizes(shapes, candidates[0])
@@ -213,13 +216,14 @@ def check(shapes: Shapes, config: CrossViTConfig | DenseConfig, what: str) -> No
 def _landmarks(config: CrossViTConfig) -> Iterator[tuple[str, tuple[int, ...] | None]]:
     """Tensors that tell the variants apart by their shapes, or (None) by not being there."""
     for branch, settings in enumerate(config.branches):
-        dim, hidden_dim = settings.embed_dim, int(settings.embed_dim * settings.mlp_ratio)
+        dim, hidden_dim = settings.embed_dim, settings.hidden_dim
         yield f"cls_token_{branch}", (1, 1, dim)
         yield f"norm.{branch}.weight", (dim,)
         yield f"patch_embed.{branch}.proj.bias", None if config.multi_conv else (dim,)
         yield f"patch_embed.{branch}.proj.4.bias", (dim,) if config.multi_conv else None
         for stage, depths in enumerate(config.stage_depths):
             yield f"blocks.{stage}.blocks.{branch}.{depths[branch] - 1}.mlp.fc1.weight", (hidden_dim, dim)
+            yield f"blocks.{stage}.blocks.{branch}.{depths[branch] - 1}.mlp.fc2.bias", (dim,)  # of pruned ones too
             yield f"blocks.{stage}.blocks.{branch}.{depths[branch]}.mlp.fc1.weight", None
 
 
@@ -227,6 +231,30 @@ def _likeness(config: CrossViTConfig, shapes: Shapes) -> int:
     """How many of the variant's landmarks are as they should be; 0 if only by not being there."""
     as_expected = [shape for name, shape in _landmarks(config) if shapes.get(name) == shape]
     return len(as_expected) if any(as_expected) else 0
+
+
+def _pruned(config: CrossViTConfig, shapes: Shapes) -> CrossViTConfig:
+    """The variant with the neurons, heads and attention that the blocks of each branch have, where these are others."""
+    branches = []
+    for place, branch in enumerate(config.branches):
+        hidden = _most_common(shapes, rf"blocks\.\d+\.blocks\.{place}\.\d+\.mlp\.fc2\.weight")
+        if hidden and hidden < branch.hidden_dim:
+            branch = dataclasses.replace(branch, mlp_ratio=mlp_ratio(branch.embed_dim, hidden))
+        width = _most_common(shapes, rf"blocks\.\d+\.blocks\.{place}\.\d+\.attn\.proj\.weight")
+        if width and width < branch.embed_dim and width % branch.head_width == 0:
+            branch = dataclasses.replace(branch, num_heads=width // branch.head_width, head_dim=branch.head_width)
+        if shapes.get(f"blocks.0.blocks.{place}.0.attn.qkv.weight", ())[:1] == (1 + 2 * branch.embed_dim,):
+            branch = dataclasses.replace(branch, attention="separable", head_dim=None)
+        branches.append(branch)
+    is_variants = all(branch.head_dim is None and branch.attention == "full" for branch in branches)
+    name = config.name if is_variants else CUSTOM
+    return config.replace(branches=branches, name=name)
+
+
+def _most_common(shapes: Shapes, pattern: str) -> int | None:
+    """The commonest number of inputs of the linear layers whose names match; None where there is none."""
+    inputs = [shape[1] for name, shape in shapes.items() if len(shape) == 2 and re.fullmatch(pattern, name, re.ASCII)]
+    return Counter(inputs).most_common(1)[0][0] if inputs else None
 
 
 def _square_side(shapes: Shapes, branch: int) -> int | None:

@@ -312,6 +312,24 @@ def reduce_tokens(text: str) -> str:
     return text
 
 
+def prune(text: str) -> dict[str, tuple[float, ...]]:
+    """`mlp=0.5,heads=0.67`: of neurons and heads the shares that are kept; `mlp=1:0.5` has one for each branch."""
+    shares = {}
+    for part in text.split(","):
+        kind, _, numbers = part.partition("=")
+        try:
+            values = tuple(map(float, numbers.split(":")))
+        except ValueError:
+            values = ()
+        if kind not in ("mlp", "heads") or kind in shares or not values or not all(0 < value <= 1 for value in values):
+            raise argparse.ArgumentTypeError(
+                "must be mlp=SHARE, heads=SHARE, or both such as mlp=0.5,heads=0.67: what is kept of hidden neurons "
+                f"and of heads, above 0 and at most 1; got {shown_value(text)}"
+            )
+        shares[kind] = values
+    return shares
+
+
 def branch(text: str) -> Branch:
     """The settings of a branch, see `Branch.parse`."""
     try:

@@ -27,6 +27,7 @@ from crossvit_jax.preprocess import MEAN, STD, Exif
 KEY = "crossvit"  # in the header of a safetensors file; the name of the item in an Orbax folder
 ORIGIN = "crossvit-origin"  # in a safetensors header: where the weights come from, in words for the user
 FORMAT = 2  # 1 knew two branches only, whose settings were pairs; it is read as well
+_FIRST_SETTINGS = BRANCH_SETTINGS[:6]  # those of format 1
 _EXIF, _TASK, _PATCH_SIZES, _ENTROPIES = "exif", "task", "patch_sizes", "entropies"
 _FIXED = {"mean": list(MEAN), "std": list(STD)}  # what all models have so far
 _CONFIGS = {"classification": CrossViTConfig, **CONFIGS}
@@ -56,6 +57,9 @@ def describe(
         of_body["name"] = CUSTOM
     for branch in of_body["branches"]:
         branch["image_scale"] = str(branch["image_scale"])
+        for name, value in (("head_dim", None), ("attention", "full")):  # likewise
+            if branch[name] == value:
+                del branch[name]
     known = {"config": settings, "class_names": class_names and list(class_names)}
     told = {_EXIF: exif, _PATCH_SIZES: patch_sizes and [list(sizes) for sizes in patch_sizes]}
     told[_ENTROPIES] = entropies and list(entropies)
@@ -132,8 +136,8 @@ def understand(description: dict | str) -> tuple[CrossViTConfig | DenseConfig, t
             raise ConversionError(f"its {_EXIF} is {description[_EXIF]!r}; this version knows only {known}")
         settings = dict(description["config"])
         if is_first:
-            columns = [settings.pop(name) for name in BRANCH_SETTINGS]
-            settings["branches"] = [dict(zip(BRANCH_SETTINGS, row, strict=True)) for row in zip(*columns, strict=True)]
+            columns = [settings.pop(name) for name in _FIRST_SETTINGS]
+            settings["branches"] = [dict(zip(_FIRST_SETTINGS, row, strict=True)) for row in zip(*columns, strict=True)]
         config = _config(_CONFIGS[task], settings)
         backbone = getattr(config, "backbone", config)
         unlike = _unlike_variant(backbone)  # heads, above all, are in no shape: others would be computed with
@@ -159,8 +163,8 @@ def _class_names(names: Any, count: int) -> tuple[str, ...] | None:
 def _unlike_variant(config: CrossViTConfig) -> str | None:
     """The first setting that makes a model another one than the variant whose name it has; None where none does."""
     usual = VARIANTS.get(config.name, config)
-    # not patch_size: kernels are resized, and timm too builds its variants with other patches
-    names = ("embed_dim", "depth", "num_heads", "mlp_ratio", "multi_conv", "stages")
+    # not patch_size and mlp_ratio: kernels are resized, neurons pruned, and timm too builds its variants with others
+    names = ("embed_dim", "depth", "num_heads", "head_dim", "attention", "multi_conv", "stages")
     unlike = (name for name in names if getattr(config, name) != getattr(usual, name))
     return next((f"{name} {getattr(config, name)}, not {getattr(usual, name)}" for name in unlike), None)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from convert import architecture, metadata
-from convert.dense import adapt_to_task
+from convert.changes.dense import adapt_to_task
 from convert.errors import ConversionError, require
 from convert.formats import timm_config
 from convert.formats.read import read
@@ -74,9 +74,9 @@ def load_weights(source: str | Path, *, task: str | None = None, seed: int = 0, 
         source: `hf-hub:owner/repo`, a `.safetensors`, `.pth` or `.bin` file, an Orbax folder, or a run's folder, also
             with `:last` or `:ema`.
         task: "classification", "detection" or "segmentation"; default: that of the source. For another, a new model is
-            made around the source's body, see `convert.dense.adapt_to_task`; it needs `num_classes`.
+            made around the source's body, see `convert.changes.dense.adapt_to_task`; it needs `num_classes`.
         seed: of a new head, or whatever else is new.
-        **overrides: settings (`image_size`, `patch_size`, …), see `convert.adapt.adapt`, and for detectors and
+        **overrides: settings (`image_size`, `patch_size`, …), see `convert.changes.adapt.adapt`, and for detectors and
             segmenters `DetectorConfig` and `SegmenterConfig`. Of a model that is no variant, `branches` have to be
             given where the source has no metadata; where it has, they may only be the same.
 

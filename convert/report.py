@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from convert.class_names import unlike_timm
 from convert.errors import listed
 from convert.streams import safe, tell_error
-from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig, DenseConfig, SegmenterConfig
+from crossvit_jax.config import CUSTOM, TIMM_NAMES, VARIANTS, CrossViTConfig, DenseConfig, SegmenterConfig
 
 if TYPE_CHECKING:
     from convert.export.export import Exported
@@ -26,6 +26,8 @@ def tell_weights(weights: "Weights", stored: str) -> None:
     dtypes = ", ".join(weights.dtypes)
     print(f"variant     {config.name}; in timm: {_in_timm(config)}")
     print(f"image       {height} x {width} pixels (the branches see {branches}), {config.in_chans} channels")
+    if config.name == CUSTOM:
+        print(f"branches    {' '.join(map(str, config.branches))}")
     if isinstance(config, DenseConfig):
         print(f"task        {_task(config)}")
     print(f"classes     {config.num_classes or 'none: no head'}")
@@ -90,8 +92,9 @@ def _in_timm(config: CrossViTConfig | DenseConfig) -> str:
     told = {
         "image_size": f"img_size={height if height == width else config.image_size}",
         "image_scale": f"img_scale=({', '.join(map(str, config.image_scale))})",
+        "mlp_ratio": f"mlp_ratio={(*config.mlp_ratio, 1)}",  # the last number is of no block
     }
-    fields = ("num_classes", "in_chans", "image_size", "image_scale", "patch_size")
+    fields = ("num_classes", "in_chans", "image_size", "image_scale", "patch_size", "mlp_ratio")
     fields += ("qkv_bias", "global_pool", "crop_scale")
     changed = [field for field in fields if getattr(config, field) != getattr(usual, field)]
     settings = [f", {told.get(field, f'{field}={getattr(config, field)!r}')}" for field in changed]

@@ -22,13 +22,18 @@ def softmax(
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention (timm `Attention`)."""
+    """Multi-head self-attention (timm `Attention`).
+
+    Args:
+        head_dim: width of a head, where the heads do not fill `dim`.
+    """
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
         *,
+        head_dim: int | None = None,
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -38,12 +43,14 @@ class Attention(nnx.Module):
     ):
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
+        self.head_dim = head_dim or dim // num_heads
+        self.scale = self.head_dim**-0.5
         self.implementation = "xla"
         self.set_forward_mode(False)
-        self.qkv = Linear(dim, 3 * dim, use_bias=qkv_bias, **kwargs)
+        width = num_heads * self.head_dim
+        self.qkv = Linear(dim, 3 * width, use_bias=qkv_bias, **kwargs)
         self.attn_drop = nnx.Dropout(attn_drop)
-        self.proj = Linear(dim, dim, **kwargs)
+        self.proj = Linear(width, dim, **kwargs)
         self.proj_drop = nnx.Dropout(proj_drop)
 
     def set_forward_mode(self, enable: bool) -> None:
@@ -96,12 +103,52 @@ class Attention(nnx.Module):
 
     def per_head(self, x: Float[Array, "batch tokens dim"]) -> list[Float[Array, "batch tokens heads width"]]:
         """Queries, keys and values."""
-        batch, tokens, dim = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         return [x[:, :, 0] for x in jax.lax.split(qkv, (1, 1, 1), axis=2)]  # whose gradient is a mere concatenation
 
     def _softmax(self, q: Array, k: Array, size: Size | None = None) -> Float[Array, "batch heads queries tokens"]:
         return softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * self.scale, size)
+
+
+class SeparableAttention(nnx.Module):
+    """Self-attention whose cost is linear in the number of tokens (arXiv 2206.02680; timm `LinearSelfAttention`).
+
+    Each token has one score. The sum of the keys, weighted by the scores' softmax, is the context of all tokens, and
+    each multiplies its values, of which negative ones become 0, by it. The class token is a token as all others.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        dtype=None,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.qkv = Linear(dim, 1 + 2 * dim, use_bias=qkv_bias, **kwargs)
+        self.attn_drop = nnx.Dropout(attn_drop)
+        self.proj = Linear(dim, dim, **kwargs)
+        self.proj_drop = nnx.Dropout(proj_drop)
+
+    def __call__(
+        self, x: Float[Array, "batch tokens dim"], size: Size | None = None, *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "batch tokens dim"]:
+        """What each token makes of the context; `size` is as in `Attention`."""
+        score, k, v = jax.lax.split(self.qkv(x), (1, x.shape[-1], x.shape[-1]), axis=2)
+        attn = self.attn_drop(softmax(score[:, :, 0], size), rngs=rngs).astype(k.dtype)
+        context = jnp.einsum("bn,bnd->bd", attn, k)[:, None]
+        return self.proj_drop(self.proj(jnp.maximum(v, 0) * context), rngs=rngs)
+
+    def weights(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch 1 tokens tokens"]:
+        """How much each token (last axis but one) attends to each, which is the same for all, in float32 or wider."""
+        batch, tokens, _ = x.shape
+        attn = softmax(self.qkv(x)[:, :, 0])
+        return jnp.broadcast_to(attn[:, None, None], (batch, 1, tokens, tokens))
 
 
 class CrossAttention(nnx.Module):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from crossvit_jax.attention import Attention, CrossAttention
+from crossvit_jax.attention import Attention, CrossAttention, SeparableAttention
 from crossvit_jax.config import Branch, CrossViTConfig, Reduction
 from crossvit_jax.layers import GELU, LayerNorm, Linear, Sequential
 from crossvit_jax.reduce import Size, merge_tokens, prune
@@ -65,6 +65,8 @@ class Block(nnx.Module):
         num_heads: int,
         mlp_ratio: float,
         *,
+        head_dim: int | None = None,
+        attention: str = "full",
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -75,7 +77,12 @@ class Block(nnx.Module):
     ):
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.norm1 = LayerNorm(dim, **kwargs)
-        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, **kwargs)
+        of_attention = {"qkv_bias": qkv_bias, "attn_drop": attn_drop, "proj_drop": proj_drop, **kwargs}
+        self.attn = (
+            Attention(dim, num_heads, head_dim=head_dim, **of_attention)
+            if attention == "full"
+            else SeparableAttention(dim, **of_attention)
+        )
         self.drop_path1 = DropPath(drop_path)
         self.norm2 = LayerNorm(dim, **kwargs)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **kwargs)
@@ -181,7 +188,13 @@ class MultiScaleBlock(nnx.Module):
 
         self.blocks = nnx.List(
             nnx.List(
-                Block(branch.embed_dim, branch.num_heads, branch.mlp_ratio, drop_path=drop_path[i], **block_kwargs)
+                Block(
+                    *(branch.embed_dim, branch.num_heads, branch.mlp_ratio),
+                    head_dim=branch.head_dim,
+                    attention=branch.attention,
+                    drop_path=drop_path[i],
+                    **block_kwargs,
+                )
                 for i in range(depth)
             )
             for branch, depth in zip(config.branches, config.stage_depths[stage], strict=True)
@@ -197,7 +210,7 @@ class MultiScaleBlock(nnx.Module):
         depth = config.fusion_depths[stage]
 
         def fusion(other: Branch) -> nnx.List | CrossAttentionBlock:
-            dim, num_heads = other.embed_dim, other.num_heads
+            dim, num_heads = other.embed_dim, other.all_heads
             blocks = [
                 CrossAttentionBlock(dim, num_heads, drop_path=drop_path[-1], **block_kwargs)
                 for _ in range(max(1, depth))

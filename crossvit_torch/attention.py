@@ -20,13 +20,18 @@ def softmax(
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (timm `Attention`)."""
+    """Multi-head self-attention (timm `Attention`).
+
+    Args:
+        head_dim: width of a head, where the heads do not fill `dim`.
+    """
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
         *,
+        head_dim: int | None = None,
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -36,10 +41,12 @@ class Attention(nn.Module):
         super().__init__()
         kwargs = {"dtype": param_dtype, "device": device}
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
-        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **kwargs)
+        self.head_dim = head_dim or dim // num_heads
+        self.scale = self.head_dim**-0.5
+        width = num_heads * self.head_dim
+        self.qkv = Linear(dim, 3 * width, bias=qkv_bias, **kwargs)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = Linear(dim, dim, **kwargs)
+        self.proj = Linear(width, dim, **kwargs)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(
@@ -81,12 +88,50 @@ class Attention(nn.Module):
 
     def per_head(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "3 batch heads tokens width"]:
         """Queries, keys and values."""
-        batch, tokens, dim = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         return qkv.permute(2, 0, 3, 1, 4)
 
     def _softmax(self, q: Tensor, k: Tensor, size: Size | None = None) -> Float[Tensor, "batch heads queries tokens"]:
         return softmax(q @ k.transpose(-2, -1) * self.scale, size)
+
+
+class SeparableAttention(nn.Module):
+    """Self-attention whose cost is linear in the number of tokens (arXiv 2206.02680; timm `LinearSelfAttention`).
+
+    Each token has one score. The sum of the keys, weighted by the scores' softmax, is the context of all tokens, and
+    each multiplies its values, of which negative ones become 0, by it. The class token is a token as all others.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        param_dtype: torch.dtype = torch.float32,
+        device=None,
+    ):
+        super().__init__()
+        kwargs = {"dtype": param_dtype, "device": device}
+        self.qkv = Linear(dim, 1 + 2 * dim, bias=qkv_bias, **kwargs)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = Linear(dim, dim, **kwargs)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], size: Size | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """What each token makes of the context; `size` is as in `Attention`."""
+        score, k, v = self.qkv(x).split((1, x.shape[-1], x.shape[-1]), dim=-1)
+        attn = self.attn_drop(softmax(score.transpose(1, 2)[:, None], size)[:, 0]).to(k.dtype)
+        return self.proj_drop(self.proj(v.relu() * (attn @ k)))
+
+    def weights(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch 1 tokens tokens"]:
+        """How much each token (last axis but one) attends to each, which is the same for all, in float32 or wider."""
+        score = self.qkv(x)[:, :, :1].transpose(1, 2)[:, None]
+        return softmax(score).expand(-1, -1, x.shape[1], -1)
 
 
 class CrossAttention(nn.Module):

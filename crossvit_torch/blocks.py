@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from crossvit_jax.config import Branch, CrossViTConfig, Reduction
-from crossvit_torch.attention import Attention, CrossAttention
+from crossvit_torch.attention import Attention, CrossAttention, SeparableAttention
 from crossvit_torch.layers import GELU, LayerNorm, Linear, Sequential
 from crossvit_torch.reduce import Size, merge_tokens, prune
 
@@ -59,6 +59,8 @@ class Block(nn.Module):
         num_heads: int,
         mlp_ratio: float,
         *,
+        head_dim: int | None = None,
+        attention: str = "full",
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -69,7 +71,12 @@ class Block(nn.Module):
         super().__init__()
         kwargs = {"param_dtype": param_dtype, "device": device}
         self.norm1 = LayerNorm(dim, dtype=param_dtype, device=device)
-        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, **kwargs)
+        of_attention = {"qkv_bias": qkv_bias, "attn_drop": attn_drop, "proj_drop": proj_drop, **kwargs}
+        self.attn = (
+            Attention(dim, num_heads, head_dim=head_dim, **of_attention)
+            if attention == "full"
+            else SeparableAttention(dim, **of_attention)
+        )
         self.drop_path1 = DropPath(drop_path)
         self.norm2 = LayerNorm(dim, dtype=param_dtype, device=device)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **kwargs)
@@ -163,7 +170,13 @@ class MultiScaleBlock(nn.Module):
 
         self.blocks = nn.ModuleList(
             nn.ModuleList(
-                Block(branch.embed_dim, branch.num_heads, branch.mlp_ratio, drop_path=drop_path[i], **block_kwargs)
+                Block(
+                    *(branch.embed_dim, branch.num_heads, branch.mlp_ratio),
+                    head_dim=branch.head_dim,
+                    attention=branch.attention,
+                    drop_path=drop_path[i],
+                    **block_kwargs,
+                )
                 for i in range(depth)
             )
             for branch, depth in zip(config.branches, config.stage_depths[stage], strict=True)
@@ -176,7 +189,7 @@ class MultiScaleBlock(nn.Module):
         depth = config.fusion_depths[stage]
 
         def fusion(other: Branch) -> nn.ModuleList | CrossAttentionBlock:
-            dim, num_heads = other.embed_dim, other.num_heads
+            dim, num_heads = other.embed_dim, other.all_heads
             blocks = [
                 CrossAttentionBlock(dim, num_heads, drop_path=drop_path[-1], **block_kwargs)
                 for _ in range(max(1, depth))

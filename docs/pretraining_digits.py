@@ -31,7 +31,7 @@ def read_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The pixels (digits, 8, 8) uint8, the labels, and which digits are held out."""
     from sklearn.datasets import load_digits
 
-    from train.data.held_out import held_out_indices
+    from convert.digits import held_out_indices
 
     digits = load_digits()
     held_out = np.zeros(len(digits.target), bool)

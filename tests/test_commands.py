@@ -20,6 +20,7 @@ _COMMANDS = {
     "train.predict": ["--weights=w", "p.png"],
     "train.serve": ["--weights=w"],
     "train.compile": [],
+    "benchmarks.accuracy": ["w"],
     "benchmarks.data": [],
     "benchmarks.deploy.__main__": ["--runs=r"],
     "benchmarks.detection": [],

@@ -1,10 +1,13 @@
-"""Real images to find the ranges of static quantisation on, or to compare on: a folder's, or scikit-learn's digits."""
+"""Real images to find the ranges of static quantisation on, to compare on, or to prune by: a folder's, or digits."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
+from convert.digits import held_out_indices, load_digits
 from convert.errors import ConversionError
 from convert.export.compare import Images
 from convert.files import FOLDER_PREFIX, typed_path
@@ -13,6 +16,7 @@ from crossvit_jax.config import CrossViTConfig
 from crossvit_jax.preprocess import Exif, UnreadableImage, preprocess_image
 
 DIGITS = "digits"
+CALIBRATED_ON = 128  # images, where nothing else is asked for
 FEW = 32  # with fewer images than this, the ranges seen are a matter of chance
 
 
@@ -58,21 +62,61 @@ def calibration_images(
     Raises:
         ConversionError: see `find_images`; too many images cannot be read, or the model takes no colour images.
     """
+    paths = find_images(source, left_out)
+    pictures = _digits(count) if paths is None else _evenly(paths, count)
+    return _prepared(pictures, config, exif, left_out)[0]
+
+
+def training_images(
+    source: str, config: CrossViTConfig, count: int, exif: Exif = "keep", left_out: LeftOut | None = None
+) -> tuple[Images, list[tuple[str, ...]]]:
+    """The same of what is trained on, and of each image the names that may be its class, the likeliest first.
+
+    Of the digits these are the ones that no run holds out; of a folder with `train` in it, what is in there. The names
+    are those of the digits, or of the folders on the way to a file, the outermost first.
+    """
+    if source == DIGITS:
+        pixels, labels = load_digits()
+        training = np.setdiff1d(np.arange(len(labels)), held_out_indices(labels))[:count]
+        names = [(str(labels[index]),) for index in training]
+        return _prepared(_drawn(pixels[training]), config, exif, left_out, names)
+    folder = training_folder(source)
+    paths = _evenly(find_images(str(folder), left_out), count)
+    return _prepared(paths, config, exif, left_out, [path.relative_to(folder).parts[:-1] for path in paths])
+
+
+def training_folder(source: str) -> Path:
+    """Where the images of a folder are that are trained on."""
+    folder = typed_path(source.removeprefix(FOLDER_PREFIX))
+    return folder / "train" if (folder / "train").is_dir() else folder
+
+
+def _evenly(paths: Sequence[Path], count: int) -> list[Path]:
+    taken = min(count, len(paths))
+    return [paths[i * len(paths) // taken] for i in range(taken)]
+
+
+def _prepared(
+    pictures: Sequence[Path | Image.Image],
+    config: CrossViTConfig,
+    exif: Exif,
+    left_out: LeftOut | None,
+    names: Sequence[tuple[str, ...]] | None = None,
+) -> tuple[Images, list[tuple[str, ...]]]:
+    """The pictures that can be read, as the model takes them, and the names that belong to these."""
     if config.in_chans != 3:
         raise ConversionError(f"these images have 3 channels, and the model takes {config.in_chans}")
-    paths = find_images(source, left_out)
-    taken = min(count, len(paths or ()))
-    pictures = _digits(count) if paths is None else [paths[i * len(paths) // taken] for i in range(taken)]
-    images = []
+    images, left = [], []
     left_out = LeftOut() if left_out is None else left_out
-    for picture in pictures:
+    for picture, name in zip(pictures, names or [()] * len(pictures), strict=True):
         try:
             images.append(preprocess_image(picture, config, exif=exif))
+            left.append(name)
         except UnreadableImage as error:
             left_out.unreadable.append(error.name)
             if len(left_out.unreadable) > accepted_unreadable(USUAL_SHARE, len(pictures)):
                 raise ConversionError(f"{error.name} cannot be read as an image: {error.reason}") from None
-    return np.stack(images)
+    return np.stack(images), left
 
 
 def shortage(found: int, asked: int) -> str | None:
@@ -85,7 +129,8 @@ def shortage(found: int, asked: int) -> str | None:
 
 def _digits(count: int) -> list[Image.Image]:
     """The first `count` of the 1,797 digits, whose order is that of the writers, classes mixed."""
-    from sklearn.datasets import load_digits
+    return _drawn(load_digits()[0][:count])
 
-    pixels = np.round(load_digits().images[:count] * (255 / 16)).astype(np.uint8)
+
+def _drawn(pixels: UInt8[np.ndarray, "digits 8 8"]) -> list[Image.Image]:
     return [Image.fromarray(digit).convert("RGB") for digit in pixels]

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from convert.errors import ConversionError, require
-from convert.export.calibration import DIGITS, calibration_images, find_images, shortage
+from convert.export.calibration import CALIBRATED_ON, DIGITS, calibration_images, find_images, shortage
 from convert.export.compare import (
     ONNX_PACKAGES,
     Comparison,
@@ -28,7 +28,6 @@ from convert.tensors import DTYPES
 from convert.weights import Weights
 from crossvit_jax.config import CrossViTConfig
 
-CALIBRATED_ON = 128  # images, where nothing else is asked for
 _COMPARED, _COMPARED_INTEGERS, _COMPARED_DENSE = 16, 64, 8  # images; those of the last have thousands of points each
 _log = logging.getLogger(__name__)
 
@@ -49,7 +48,8 @@ class Export:
     def __post_init__(self):
         for name in ("calibrate", "calibration_images", "target"):
             if getattr(self, name) is not None and self.quantize != "static":
-                raise ConversionError(f"--{name.replace('_', '-')} is for --quantize static")
+                more = " and --prune" * (name != "target")
+                raise ConversionError(f"--{name.replace('_', '-')} is for --quantize static{more}")
         if self.quantize == "static" and self.calibrate is None:
             raise ConversionError("--quantize static needs images to calibrate with: --calibrate digits, or a folder")
         if self.quantize is not None and self.dtype not in (None, "float32"):

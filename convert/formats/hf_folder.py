@@ -25,7 +25,7 @@ ANY = "OWNER/REPOSITORY"  # in the card, until it is known where it will be
 INDEX = "model.safetensors.index.json"  # of weights in several files
 _LARGEST_PICTURE = 2**26  # bytes
 # what timm's variants fix
-_FIXED = ("embed_dim", "depth", "num_heads", "mlp_ratio", "fusion_depth", "multi_conv", "stages")
+_FIXED = ("embed_dim", "depth", "num_heads", "attention", "fusion_depth", "multi_conv", "stages")
 
 
 def weights_in(folder: Path) -> Path | None:
@@ -74,6 +74,10 @@ def check_for_timm(config: CrossViTConfig | DenseConfig) -> None:
     """Raises ConversionError for a model that timm cannot make, or makes so that it fails when it runs."""
     if config.task != "classification":
         raise ConversionError(f"timm has no model for {config.task}: .safetensors keeps it")
+    if any(branch.head_dim for branch in config.branches):
+        raise ConversionError("timm has no attention without some of its heads: .safetensors keeps such a model")
+    if any(branch.attention != "full" for branch in config.branches):
+        raise ConversionError("timm's CrossViT has full attention alone: .safetensors keeps such a model")
     if config.name not in TIMM_NAMES:
         raise ConversionError(f"timm has no model with the branches of {config.name}: .safetensors keeps them")
     usual = VARIANTS[config.name]
@@ -97,6 +101,8 @@ def model_args(config: CrossViTConfig) -> dict[str, Any]:
         "img_size": height if height == width else [height, width],
         "img_scale": [float(scale) for scale in config.image_scale],
     }
+    if config.mlp_ratio != usual.mlp_ratio:
+        args["mlp_ratio"] = [*config.mlp_ratio, 1.0]  # the last number is of no block
     fields = ("patch_size", "qkv_bias", "global_pool", "crop_scale")
     return args | {name: getattr(config, name) for name in fields if getattr(config, name) != getattr(usual, name)}
 

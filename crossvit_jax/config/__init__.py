@@ -1,6 +1,6 @@
 """The settings of models: branches, the table of variants, detectors and segmenters. No framework."""
 
-from crossvit_jax.config.branch import BRANCH_SETTINGS, EXAMPLE, Branch, read_fraction, shown_value
+from crossvit_jax.config.branch import BRANCH_SETTINGS, EXAMPLE, Branch, mlp_ratio, read_fraction, shown_value
 from crossvit_jax.config.crossvit import CrossViTConfig
 from crossvit_jax.config.dense import (
     CONFIGS,
@@ -34,6 +34,7 @@ __all__ = [
     "get_config",
     "get_dense_config",
     "list_variants",
+    "mlp_ratio",
     "read_fraction",
     "shown_value",
 ]

@@ -19,6 +19,7 @@ from crossvit_jax.config.branch import (
 from crossvit_jax.config.reduction import Reduction
 from crossvit_jax.config.settings import Settings
 
+_USUAL = {"head_dim": None, "attention": "full"}  # of branches, see `Branch`
 _RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 _SMALLEST_CROP = 0.001
 _MOST_BRANCHES, _MOST_CLASSES, _LONGEST_NAME = 64, 2**24, 64
@@ -71,6 +72,8 @@ class CrossViTConfig(Settings):
     mlp_ratio = _of_each_branch("mlp_ratio")
     patch_size = _of_each_branch("patch_size")
     image_scale = _of_each_branch("image_scale")
+    head_dim = _of_each_branch("head_dim")
+    attention = _of_each_branch("attention")
 
     def __post_init__(self):
         size = self.image_size
@@ -102,6 +105,11 @@ class CrossViTConfig(Settings):
             raise ValueError(f"reduce_tokens {self.reduce_tokens} is done between stages, and there is only one")
         for branch, (rows, columns) in enumerate(self.grid_size):
             patches, amount = rows * columns, reduction.amounts[branch]
+            if amount != reduction.nothing and reduction.kind != "fusion" and self.attention[branch] != "full":
+                raise ValueError(
+                    f"reduce_tokens {self.reduce_tokens} goes by the keys of full attention, and branch {branch} has "
+                    f"{self.attention[branch]} attention"
+                )
             if reduction.kind == "merge" and amount > patches // 2:
                 raise ValueError(
                     f"reduce_tokens {self.reduce_tokens}: a block merges at most half of a branch's patches, which is "
@@ -215,6 +223,8 @@ class CrossViTConfig(Settings):
         if given:
             now = dataclasses.replace(self, branches=changes.get("branches", self.branches))
             values = {name: getattr(now, name) for name in BRANCH_SETTINGS} | given
+            if _is_list(values["embed_dim"]) and len(values["embed_dim"]) != len(now.branches):  # other ones
+                values |= {name: (value,) * len(values["embed_dim"]) for name, value in _USUAL.items()} | given
             for name, value in values.items():
                 if not isinstance(value, tuple | list) or len(value) != len(values["embed_dim"]):
                     raise ValueError(f"{name} must be {len(values['embed_dim'])} values, one per branch; got {value}")

@@ -8,7 +8,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models._manipulate import adapt_input_conv
 
 from convert import ConversionError, load_flax, load_torch, load_weights
-from convert.adapt import adapt_channels, resample_pos_embed
+from convert.changes.adapt import adapt_channels, resample_pos_embed
 
 
 def _embedding(tokens, dim=32):

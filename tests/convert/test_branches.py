@@ -1,11 +1,12 @@
 """Models of three branches, which are no variant, go through every format."""
 
+import numpy as np
 import pytest
 import torch
 
 from convert import ConversionError, load_torch, load_weights, save
 from convert.architecture import expected_shapes
-from crossvit_jax.config import Branch
+from crossvit_jax.config import CUSTOM, Branch, get_config
 from tests.convert.conftest import refused, run
 from tests.three_branches import BRANCHES, TEXTS, save_three, three_config
 
@@ -81,3 +82,19 @@ def test_heads_of_another_number_make_another_model(three, tmp_path):
         )
     assert torch.equal(got, expected)
     assert not torch.allclose(other, expected)
+
+
+def test_another_attention_is_told_by_shapes_and_settings_and_is_none_of_timms(capsys, tmp_path):
+    config = get_config("ti", attention=("separable", "full"), num_classes=3).replace(name=CUSTOM)
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in expected_shapes(config).items()}
+    assert tensors["blocks.2.blocks.0.0.attn.qkv.weight"].shape == (1 + 2 * 96, 96)
+    path = save(tensors, config, tmp_path / "w.safetensors")
+    status, out, _ = run(capsys, path, tmp_path / "w.pth")
+    assert status == 0
+    told = "embed_dim=96,depth=1,num_heads=3,mlp_ratio=4,patch_size=12,image_scale=1,attention=separable"
+    assert f"branches    {told} embed_dim=192," in out
+    assert load_weights(path).config == config
+    assert load_weights(tmp_path / "w.pth").config == config
+    assert "timm's CrossViT has full attention alone: .safetensors" in refused(capsys, path, tmp_path / "w.hf")
+    pruned = [path, tmp_path / "pruned", "--prune", "heads=0.5:0.5"]
+    assert "--prune: heads=0.5: the separable attention of branch 0 has no heads" in refused(capsys, *pruned)

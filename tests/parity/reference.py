@@ -10,6 +10,7 @@ import numpy as np
 import timm
 import torch
 from flax import nnx
+from timm.models.mobilevit import LinearSelfAttention
 
 import crossvit_jax
 import crossvit_torch
@@ -54,6 +55,25 @@ def timm_model(variant: str, precision: str = "float64", **settings) -> torch.nn
     with torch.device("meta"):  # timm's own initialisation takes seconds
         model = timm.create_model(TIMM_NAMES[variant], **settings)
     return perturb(model.to_empty(device="cpu")).to(getattr(torch, precision))
+
+
+class TimmSeparable(torch.nn.Module):
+    """timm's separable attention of tokens (batch, tokens, dim), with its parameters under our names."""
+
+    def __init__(self, dim: int, *, qkv_bias: bool = True):
+        super().__init__()
+        self.qkv = torch.nn.Linear(dim, 1 + 2 * dim, bias=qkv_bias)
+        self.proj = torch.nn.Linear(dim, dim)
+        self.timms = [LinearSelfAttention(dim)]  # whose own parameters are not this module's
+
+    def forward(self, x, **kwargs):
+        theirs = {"qkv_proj": self.qkv, "out_proj": self.proj}
+        parameters = {f"{name}.weight": layer.weight[:, :, None, None] for name, layer in theirs.items()}
+        # timm has both biases or none
+        parameters["qkv_proj.bias"] = self.qkv.weight.new_zeros(len(self.qkv.weight))
+        parameters |= {f"{name}.bias": layer.bias for name, layer in theirs.items() if layer.bias is not None}
+        maps = x.transpose(1, 2)[:, :, None]
+        return torch.func.functional_call(self.timms[0], parameters, maps)[:, :, 0].transpose(1, 2)
 
 
 def torch_twin(variant: str, state_dict: dict, precision: str, **settings) -> crossvit_torch.CrossViT:

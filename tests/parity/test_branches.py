@@ -22,6 +22,7 @@ from crossvit_jax.config import Branch, CrossViTConfig, get_config
 from tests.parity.reference import (
     GRADIENT_BOUND,
     OUTPUT_BOUND,
+    TimmSeparable,
     channels_last,
     error,
     gradient_errors,
@@ -43,6 +44,7 @@ CASES = {
     "three": {"branches": (SMALL, LARGE, THIRD), "stages": 2},  # the last is not the deepest
     "one": {"branches": (LARGE,), "stages": 1, "fusion_depth": 1},
     "depths by stage": {"branches": (at(SMALL, depth=(1, 2)), at(LARGE, depth=1)), "fusion_depth": (2, 0)},
+    "separable": {"branches": (at(SMALL, attention="separable"), at(LARGE, depth=1)), "stages": 1, "fusion_depth": 1},
     "three convolutions": {
         "branches": (at(LARGE, depth=1, image_scale=1), SMALL, SMALL),
         "stages": 1,
@@ -74,7 +76,7 @@ def reference_of(config: CrossViTConfig, monkeypatch, of=Mended) -> torch.nn.Mod
     )
     depth = [[*depths, fusion] for depths, fusion in zip(config.stage_depths, config.fusion_depths, strict=True)]
     settings = {name: getattr(config, name) for name in ("num_classes", "global_pool", "multi_conv", "drop_path_rate")}
-    return of(
+    model = of(
         img_size=config.image_size,
         img_scale=tuple(map(float, config.image_scale)),
         patch_size=config.patch_size,
@@ -84,6 +86,12 @@ def reference_of(config: CrossViTConfig, monkeypatch, of=Mended) -> torch.nn.Mod
         mlp_ratio=(*config.mlp_ratio, 1.0),
         **settings,
     )
+    for stage in model.blocks:
+        for blocks, branch in zip(stage.blocks, config.branches, strict=True):
+            for block in blocks:
+                if branch.attention == "separable":
+                    block.attn = TimmSeparable(branch.embed_dim)
+    return model
 
 
 def flax_twin(twin: crossvit_torch.CrossViT, precision: str) -> crossvit_jax.CrossViT:
@@ -172,7 +180,8 @@ def test_the_last_branch_need_not_be_the_deepest():
 
 
 def test_attention_maps_have_the_paths_of_the_modules():
-    config = config_of("three", stages=1, fusion_depth=1)
+    branches = (SMALL, LARGE, at(THIRD, attention="separable"))
+    config = config_of("three", branches=branches, stages=1, fusion_depth=1)
     twin = crossvit_torch.CrossViT(config).eval()
     with torch.no_grad():
         maps = twin.attention_maps(torch.tensor(images(48), dtype=torch.float32))
@@ -207,6 +216,15 @@ def test_intermediate_features_of_every_branch():
         ({"image_scale": (1, 1, 1)}, "image_scale must be 2 values, one per branch"),
         ({"image_scale": (1, 0)}, "image_scale must be a number above 0"),
         ({"num_heads": (5, 3)}, "embed_dim 96 cannot be cut into num_heads 5"),
+        ({"head_dim": (None, 50)}, "embed_dim 192 cannot be cut into heads of head_dim 50, of which num_heads 3"),
+        ({"head_dim": (None, 96)}, "embed_dim 192 cannot be cut into heads of head_dim 96, of which num_heads 3"),
+        (
+            {"head_dim": (None, 64), "num_heads": (3, 2), "attention": ("full", "separable")},
+            "has no heads, and no head_",
+        ),
+        ({"attention": ("full", "linear")}, "attention must be full or separable; got 'linear'"),
+        ({"attention": ("full", "separable"), "reduce_tokens": "merge:8"}, "branch 1 has separable attention"),
+        ({"head_dim": (0, None)}, "head_dim must be a whole number from 1"),
         ({"multi_conv": True, "patch_size": (8, 16), "image_scale": (1, 1)}, "needs patch_size 12 or 16"),
         ({"branches": ()}, "branches must be at least one"),
     ],
@@ -229,8 +247,10 @@ def test_six_names_take_one_value_per_branch():
 
 
 def test_a_branch_is_read_from_the_text_that_it_is_written_as():
-    for branch in (SMALL, at(LARGE, depth=(1, 2)), at(THIRD, mlp_ratio=8 / 3)):
+    for branch in (SMALL, at(LARGE, depth=(1, 2)), at(THIRD, mlp_ratio=8 / 3), at(SMALL, num_heads=1, head_dim=6)):
         assert Branch.parse(str(branch)) == branch
+    assert Branch.parse(str(at(LARGE, attention="separable"))).attention == "separable"
+    assert at(SMALL, head_dim=6) == SMALL  # all heads are there
     assert str(SMALL) == "embed_dim=12,depth=1,num_heads=2,mlp_ratio=2,patch_size=12,image_scale=1"
     for text, message in {
         "embed_dim=12,depth=1": "num_heads, patch_size must be given",

@@ -21,6 +21,7 @@ from crossvit_torch import patch_embed as torch_patch_embed
 from tests.parity.reference import (
     GRADIENT_BOUND,
     OUTPUT_BOUND,
+    TimmSeparable,
     error,
     flax_gradients,
     flax_module,
@@ -67,6 +68,16 @@ def attention_case(name: str, timm_class: type, qkv_bias: bool) -> Case:
     )
 
 
+def separable_case(qkv_bias: bool) -> Case:
+    return Case(
+        lambda: TimmSeparable(24, qkv_bias=qkv_bias),
+        torch_attention.SeparableAttention,
+        attention.SeparableAttention,
+        (24,),
+        {"qkv_bias": qkv_bias},
+    )
+
+
 class TorchStage(torch_blocks.MultiScaleBlock):
     """Without the sizes of the tokens, which timm's does not have."""
 
@@ -88,6 +99,8 @@ CASES = {
     "PatchEmbed-16-three-convolutions": embed(16, (48, 80), 1, multi_conv=True),
     "Attention": attention_case("Attention", timm.layers.Attention, qkv_bias=True),
     "Attention-without-bias": attention_case("Attention", timm.layers.Attention, qkv_bias=False),
+    "SeparableAttention": separable_case(qkv_bias=True),
+    "SeparableAttention-without-bias": separable_case(qkv_bias=False),
     "CrossAttention": attention_case("CrossAttention", timm_crossvit.CrossAttention, qkv_bias=True),
     "CrossAttention-without-bias": attention_case("CrossAttention", timm_crossvit.CrossAttention, qkv_bias=False),
     "Mlp": Case(lambda: timm.layers.Mlp(24, 72), torch_blocks.Mlp, blocks.Mlp, (24, 72)),

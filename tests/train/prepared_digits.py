@@ -8,8 +8,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from convert.digits import held_out_indices
 from convert.errors import quiet
-from train.data.held_out import held_out_indices
 
 
 class SklearnDigits(tfds.core.GeneratorBasedBuilder, skip_registration=True):

@@ -11,7 +11,7 @@ from PIL import Image
 import train.evaluate
 import train.predict
 from convert.__main__ import main as convert_main
-from convert.dense import adapt_to_task
+from convert.changes.dense import adapt_to_task
 from convert.models import load_torch, load_weights
 from tests.train.small_weights import save_small, small_timm_model
 

@@ -3,19 +3,6 @@
 import numpy as np
 from jaxtyping import Bool, Int
 
-_TEST_SHARE = 5  # one in so many
-_SPLIT_SEED = 0
-
-
-def held_out_indices(labels: Int[np.ndarray, " images"]) -> Int[np.ndarray, " held_out"]:
-    """Sorted indices of the fixed test split of the digits: of each class a fifth, rounded to the nearest."""
-    rng = np.random.default_rng(_SPLIT_SEED)
-    chosen = []
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        chosen.append(members[: round(len(members) / _TEST_SHARE)])
-    return np.sort(np.concatenate(chosen))
-
 
 def draw_held_out(count: int, *, fraction: float, seed: int) -> Bool[np.ndarray, " count"]:
     """Which of two images or more are held out: the share `fraction`, at least one, and not all."""

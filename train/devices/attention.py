@@ -81,11 +81,13 @@ def _shapes(model: CrossViTConfig) -> Iterator[tuple[tuple[int, ...], bool]]:
             for _ in range(sum(reduction.blocks(place, depth)) + between_stages):
                 counts.append(reduction.left(place, counts[-1]))
         seen = set()
+        if branch.attention != "full":
+            continue
         for number, patches in enumerate(counts):
             kind = (patches % 2, number > 0)
             if kind not in seen:
                 seen.add(kind)
-                yield (_IMAGES, 1 + patches, branch.num_heads, branch.embed_dim // branch.num_heads), number > 0
+                yield (_IMAGES, 1 + patches, branch.num_heads, branch.head_width), number > 0
 
 
 def _try_cudnn(shape: tuple[int, ...], dtype: str, device: jax.Device, *, training: bool, biased: bool) -> None:

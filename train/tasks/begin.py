@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from convert import load_weights
-from convert.dense import adapt_to_task, class_axes, with_fresh_classes
+from convert.changes.dense import adapt_to_task, class_axes, with_fresh_classes
 from convert.errors import ConversionError, SettingsError
 from convert.metadata import describe_weights, understand
 from convert.tree import nest

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 import convert
 from convert import load_weights
-from convert.adapt import adapt
+from convert.changes.adapt import adapt
 from convert.errors import ConversionError, SettingsError, listed
 from convert.files import check_replaceable, csv_text, shown, write_whole, writing
 from convert.weights import Weights

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from convert.digits import held_out_indices
 from train.data.datasets import open_digits, open_image_sets
-from train.data.held_out import held_out_indices
 from train.data.prepared.tfds import TfdsSource, open_tfds
 from train.recipes import RECIPES
 

@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 
 from convert import load_weights, save
 from convert.__main__ import main as convert
+from convert.digits import held_out_indices
 from convert.export.compare import photographs
 from convert.export.torchao import is_quantised, load_torchao, quantised_twin
 from convert.models import flax_model
@@ -20,7 +21,6 @@ from crossvit_jax.config import VARIANTS
 from crossvit_jax.preprocess import preprocess_image
 from crossvit_torch import create_model
 from tests.train.small_weights import save_small
-from train.data.held_out import held_out_indices
 from train.evaluate import main as evaluate
 from train.main import main
 from train.optim.quantize import quantised

@@ -8,7 +8,7 @@ import torch
 
 import convert
 import crossvit_torch
-from convert.dense import class_axes
+from convert.changes.dense import class_axes
 from convert.errors import SettingsError
 from tests.small_model import small_config, small_detector, small_segmenter
 from train.recipes import RECIPES

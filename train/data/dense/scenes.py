@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
+from convert.digits import held_out_indices, load_digits
 from train.data.dense.samples import DenseSets, Kind
-from train.data.held_out import held_out_indices
 from train.data.sources import HELD_OUT_SPLITS
 from train.images.geometry import Boxes
 
@@ -110,12 +110,7 @@ def open_scenes(kind: Kind, *, seed: int) -> DenseSets:
     )
 
 
-@cache
-def _digits() -> tuple[UInt8[np.ndarray, "digits 8 8"], Int[np.ndarray, " digits"]]:
-    from sklearn.datasets import load_digits  # late: it takes a second to import
-
-    loaded = load_digits()
-    return np.round(loaded.images * (255 / 16)).astype(np.uint8), loaded.target.astype(np.int32)
+_digits = cache(load_digits)  # a set is opened several times
 
 
 def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from convert.digits import held_out_indices, load_digits
 from convert.errors import require
-from train.data.held_out import held_out_indices
 from train.data.sources import TRAIN_SPLIT, ImageSets
 
 NAME = "sklearn_digits"  # of the tensorflow-datasets set
@@ -43,27 +43,24 @@ class DigitsSource:
 def digits_in_memory() -> ImageSets:
     """All digits: 1,438 for training, 359 held out. Raises MissingExtra where scikit-learn is not installed."""
     require("the digits", "sklearn", verb="need")
-    from sklearn.datasets import load_digits  # late: it takes a second to import
-
-    digits = load_digits()
-    held_out = held_out_indices(digits.target)
-    training = np.setdiff1d(np.arange(len(digits.target)), held_out)
-    sources = {TRAIN_SPLIT: _source(digits, TRAIN_SPLIT, training)}
-    sources[_HELD_OUT_SPLIT] = _source(digits, _HELD_OUT_SPLIT, held_out)
+    pixels, labels = load_digits()
+    held_out = held_out_indices(labels)
+    training = np.setdiff1d(np.arange(len(labels)), held_out)
+    sources = {TRAIN_SPLIT: _source(pixels, labels, TRAIN_SPLIT, training)}
+    sources[_HELD_OUT_SPLIT] = _source(pixels, labels, _HELD_OUT_SPLIT, held_out)
     counts = " ".join(f"{split}={len(source)}" for split, source in sources.items())
     class_names = tuple(str(digit) for digit in range(10))
     return ImageSets(*sources.values(), class_names, _HELD_OUT_SPLIT, f"{NAME}/1.0.0 {counts}")
 
 
-def _source(digits: Any, split: str, indices: Iterable[int]) -> DigitsSource:
+def _source(pixels: np.ndarray, labels: np.ndarray, split: str, indices: Iterable[int]) -> DigitsSource:
     """The digits with these indices, in the order in which tensorflow-datasets stores them: that of a hash."""
     stored = sorted(map(int, indices), key=lambda index: hashlib.md5(f"{split}{index}".encode()).digest())
-    images = tuple(_png(digits.images[index]) for index in stored)
-    return DigitsSource(split, images, tuple(int(digits.target[index]) for index in stored))
+    images = tuple(_png(pixels[index]) for index in stored)
+    return DigitsSource(split, images, tuple(int(labels[index]) for index in stored))
 
 
-def _png(grey: np.ndarray) -> bytes:
-    pixels = np.round(grey * (255 / 16)).astype(np.uint8)
+def _png(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).convert("RGB").save(file, format="PNG")
     return file.getvalue()

@@ -12,8 +12,8 @@ from flax import nnx
 
 import convert
 from convert import load_weights
-from convert.adapt import adapt
-from convert.dense import body_of
+from convert.changes.adapt import adapt
+from convert.changes.dense import body_of
 from convert.errors import ConversionError, SettingsError
 from convert.tree import flatten
 from convert.weights import Weights

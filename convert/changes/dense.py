@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from convert.adapt import adapt
 from convert.architecture import BODY, expected_shapes, model_class
+from convert.changes.adapt import adapt
 from convert.errors import ConversionError, listed
 from convert.tree import flatten
 from convert.weights import Weights
@@ -25,9 +25,9 @@ _FIXED = ("width", "strides", "num_convs", "decoder", "scse", "num_blocks")
 def adapt_to_task(weights: Weights, task: str | None, overrides: Mapping[str, Any], *, seed: int = 0) -> Weights:
     """The weights for a task, with some settings replaced.
 
-    The same task: see `convert.adapt.adapt`; a detector or segmenter with other `num_classes` gets a new last layer.
-    Another task: the body is taken, and what stands on it is new, initialised as in a fresh model. Each change of
-    tensors is told in `notes`.
+    The same task: see `convert.changes.adapt.adapt`; a detector or segmenter with other `num_classes` gets a new last
+    layer. Another task: the body is taken, and what stands on it is new, initialised as in a fresh model. Each change
+    of tensors is told in `notes`.
 
     Args:
         task: "classification", "detection" or "segmentation"; None: that of the weights.

@@ -19,8 +19,8 @@ from crossvit_jax.config import CrossViTConfig
 from crossvit_jax.resize import antialiased_matrix, kernel_matrix
 
 # what the weights were trained as, and cannot become something else
-_FIXED = ("name", "embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size")
-_FIXED += ("fusion_depth", "multi_conv", "stages", "qkv_bias")
+_FIXED = ("name", "embed_dim", "depth", "num_heads", "head_dim", "mlp_ratio", "attention")
+_FIXED += ("patch_size", "fusion_depth", "multi_conv", "stages", "qkv_bias")
 
 
 def adapt(weights: Weights, overrides: Mapping[str, Any], *, seed: int = 0) -> Weights:

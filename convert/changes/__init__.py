@@ -1,0 +1,1 @@
+"""What changes weights: settings, the task, and what is cut out of them."""
