@@ -26,6 +26,7 @@ from crossvit_jax.preprocess import MEAN, STD, Exif
 
 KEY = "crossvit"  # in the header of a safetensors file; the name of the item in an Orbax folder
 ORIGIN = "crossvit-origin"  # in a safetensors header: where the weights come from, in words for the user
+DIGEST = "crossvit-sha256"  # in a safetensors header: see `convert.formats.fingerprint.digest`
 FORMAT = 2  # 1 knew two branches only, whose settings were pairs; it is read as well
 _FIRST_SETTINGS = BRANCH_SETTINGS[:6]  # those of format 1
 _EXIF, _TASK, _PATCH_SIZES, _ENTROPIES = "exif", "task", "patch_sizes", "entropies"

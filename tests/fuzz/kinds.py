@@ -22,7 +22,7 @@ from convert.command_line import run
 from convert.errors import UserError
 from convert.formats.run_folder import how_trained
 from convert.image_files import FORMATS, LeftOut, image_files
-from convert.metadata import describe, understand
+from convert.metadata import DIGEST, describe, understand
 from convert.training.run_checkpoint import read_run_checkpoint
 from crossvit_jax.config import get_config
 from crossvit_jax.preprocess import UnreadableImage
@@ -95,14 +95,20 @@ def _converted(source: Path, templates: Path, work: Path, *flags: str, checked: 
 def safetensors(chance: random.Random, templates: Path, work: Path) -> int:
     content = (templates / "w.safetensors").read_bytes()
     length = int.from_bytes(content[:8], "little")
-    if chance.random() < 0.4:
-        header = json.loads(content[8 : 8 + length])
-        said = header["__metadata__"]
+    file = work / "w.safetensors"
+    if chance.random() < 0.4:  # a bit of the weights or of the header, as a disk flips it
+        start = chance.choice([0, 8 + length])
+        place = chance.randrange(start, len(content) if start else 8 + length)
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1 << chance.randrange(8)]) + content[place + 1 :])
+        return _converted(file, templates, work, checked=True)
+    header = json.loads(content[8 : 8 + length])
+    said = header["__metadata__"]
+    del said[DIGEST]  # or all else that is wrong would be told as that
+    if chance.random() < 0.5:
         said["crossvit"] = damaged_json(chance, json.loads(said["crossvit"])).decode("latin-1")
         text = json.dumps(header).encode()
     else:
-        text = damaged_json(chance, json.loads(content[8 : 8 + length]))
-    file = work / "w.safetensors"
+        text = damaged_json(chance, header)
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
     return _converted(file, templates, work, checked=False)
 

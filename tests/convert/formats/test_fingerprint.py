@@ -1,4 +1,4 @@
-"""Damage in Orbax folders is noticed by whoever reads them, whatever was damaged."""
+"""Damage in Orbax folders and safetensors files is noticed by whoever reads them, whatever was damaged."""
 
 import json
 import shutil
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 import convert
 from convert.errors import ConversionError
@@ -102,3 +104,33 @@ def test_folders_that_convert_writes_have_one(tmp_path):
     shutil.copytree(other / "params", whole / "params")
     with pytest.raises(ConversionError, match=r"1 arrays are not what was written \(head/0/bias\)"):
         convert.load_weights(whole)
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".flax.safetensors"])
+def test_a_flipped_bit_of_a_safetensors_file_of_ours_is_noticed(tmp_path, ending):
+    weights = convert.load_weights(save_small(tmp_path / "w.safetensors", "abc"))
+    file = convert.save(weights.tensors, weights.config, tmp_path / f"out{ending}", class_names=weights.class_names)
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    name = content.index(b'["a') if b'["a' in content else content.index(b'[\\"a')
+    for place in (name + content[name:].index(b"a"), 8 + length, (8 + length + len(content)) // 2, len(content) - 1):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 2]) + content[place + 1 :])
+        with pytest.raises(ConversionError, match="is damaged: it is not what was written"):
+            convert.load_weights(file)
+    file.write_bytes(content)
+    assert convert.load_weights(file).class_names == ("a", "b", "c")
+
+
+def test_other_programs_may_write_our_metadata_again_but_not_with_other_weights(tmp_path):
+    path = save_small(tmp_path / "w.safetensors", "abc")
+    with safe_open(path, "numpy") as file:
+        about = file.metadata()
+    tensors = load_file(path)
+    save_file(dict(reversed(tensors.items())), path, metadata=about)
+    assert convert.load_weights(path).class_names == ("a", "b", "c")
+    changed = tensors | {"head.0.bias": tensors["head.0.bias"] + 1}
+    save_file(changed, path, metadata=about)
+    with pytest.raises(ConversionError, match="on purpose, that has to leave 'crossvit-sha256' out"):
+        convert.load_weights(path)
+    save_file(changed, path, metadata={name: text for name, text in about.items() if name != "crossvit-sha256"})
+    np.testing.assert_array_equal(convert.load_weights(path).tensors["head.0.bias"], changed["head.0.bias"])

@@ -95,7 +95,7 @@ def test_the_same_weights_are_always_the_same_bytes_in_the_librarys_order(folder
         headers.append((json.loads(data[8 : 8 + length]), data[8 + length :]))
     (about, data), (plain, expected) = headers
     assert data == expected
-    assert list(about.pop("__metadata__")) == ["format", "crossvit"]
+    assert list(about.pop("__metadata__")) == ["format", "crossvit", "crossvit-sha256"]
     del plain["__metadata__"]
     assert list(about.items()) == list(plain.items())
 
