@@ -4,10 +4,13 @@ Shapes alone do not tell heads, a rectangular image, dropout rates or the poolin
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
+
+import numpy as np
 
 from convert.errors import ConversionError
 from convert.weights import Weights
@@ -26,7 +29,7 @@ from crossvit_jax.preprocess import MEAN, STD, Exif
 
 KEY = "crossvit"  # in the header of a safetensors file; the name of the item in an Orbax folder
 ORIGIN = "crossvit-origin"  # in a safetensors header: where the weights come from, in words for the user
-DIGEST = "crossvit-sha256"  # in a safetensors header: see `convert.formats.fingerprint.digest`
+DIGEST = "crossvit-sha256"  # in a safetensors header, see `digest`
 FORMAT = 2  # 1 knew two branches only, whose settings were pairs; it is read as well
 _FIRST_SETTINGS = BRANCH_SETTINGS[:6]  # those of format 1
 _EXIF, _TASK, _PATCH_SIZES, _ENTROPIES = "exif", "task", "patch_sizes", "entropies"
@@ -224,3 +227,13 @@ def _refuse_unknown(given: Mapping[str, Any], known: Iterable[str]) -> None:
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ConversionError(f"its {KEY!r} metadata has unknown keys: {', '.join(unknown)}")
+
+
+def digest(arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> str:
+    """Of all arrays by name, whatever their order, and of texts beside them, in hexadecimal (SHA-256)."""
+    found = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        found.update(json.dumps([name, array.dtype.name, array.shape]).encode())
+        found.update(memoryview(array.reshape(-1).view(np.uint8)))
+    return found.hexdigest()

@@ -1,9 +1,9 @@
 """Fingerprints of what is written, by which damage is noticed: tensorstore and safetensors read a flipped bit as it is.
 
-A safetensors file of ours has `digest` in its header. Of an Orbax folder a fingerprint is JSON: `marks`, a number for
-each array by its path in the item, and `sum`, a digest of the marks and of the JSON that lies beside them. Ours are in
-`progress` of a run's checkpoint, and in an item of their own in the folders that `python -m convert` writes. Files and
-folders from elsewhere have none.
+Of an Orbax folder a fingerprint is JSON: `marks`, a number for each array by its path in the item, and `sum`, a digest
+of the marks and of the JSON that lies beside them. Ours are in `progress` of a run's checkpoint, and in an item of
+their own in the folders that `python -m convert` writes. A safetensors file of ours has `metadata.digest` in its
+header. What is from elsewhere has none.
 """
 
 import hashlib
@@ -27,16 +27,6 @@ _MARKS, _SUM = "marks", "sum"
 _OF_BEFORE = "fingerprint"  # numbers without paths, in jax's order of the leaves
 _COVERED = {RUN_ITEM: "state", ITEM: "params"}  # whose arrays they are of
 _STEP, _ONE = np.uint32(2654435761), np.uint32(1)
-
-
-def digest(arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> str:
-    """Of all arrays by name, whatever their order, and of texts beside them, in hexadecimal (SHA-256)."""
-    found = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        found.update(json.dumps([name, array.dtype.name, array.shape]).encode())
-        found.update(memoryview(array.reshape(-1).view(np.uint8)))
-    return found.hexdigest()
 
 
 # --- marks ---

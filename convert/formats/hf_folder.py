@@ -13,7 +13,6 @@ import numpy as np
 from convert import metadata
 from convert.errors import ConversionError, listed
 from convert.files import write_bytes
-from convert.formats.fingerprint import digest
 from convert.formats.run_folder import CURVES
 from convert.weights import Weights
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, CrossViTConfig, DenseConfig
@@ -64,7 +63,7 @@ def write_hf(weights: Weights, folder: Path) -> None:
     description = json.dumps(metadata.describe_weights(weights))
     tensors = {name: np.ascontiguousarray(array) for name, array in weights.tensors.items()}
     about = {"format": "pt", metadata.KEY: description}
-    write_bytes(folder / WEIGHTS, save(tensors, metadata={**about, metadata.DIGEST: digest(tensors, about)}))
+    write_bytes(folder / WEIGHTS, save(tensors, metadata={**about, metadata.DIGEST: metadata.digest(tensors, about)}))
     write_bytes(folder / CONFIG, (json.dumps(_config(weights), indent=2) + "\n").encode())
     curves = _curves(weights)
     if curves is not None:

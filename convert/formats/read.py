@@ -15,7 +15,6 @@ from convert.errors import ConversionError, listed, one_line
 from convert.files import typed_path
 from convert.formats import hf_folder, hub, run_folder, timm_config
 from convert.formats.find import find_weights
-from convert.formats.fingerprint import digest
 from convert.formats.orbax_folder import read_orbax
 from convert.formats.torch_files import read_torch
 from convert.tensors import DTYPES, MOST_AXES
@@ -141,7 +140,7 @@ def _read_safetensors(path: Path, files: Sequence[Path] = ()) -> Stored:
     except SafetensorError as error:
         raise ConversionError(f"{path} is a truncated or damaged safetensors file: {one_line(error)}") from None
     written = said.pop(metadata.DIGEST, None)
-    if written is not None and not files and written != digest(tensors, said):
+    if written is not None and not files and written != metadata.digest(tensors, said):
         raise ConversionError(
             f"{path} is damaged: it is not what was written. If another program changed its weights on purpose, that "
             f"has to leave {metadata.DIGEST!r} out of the header"

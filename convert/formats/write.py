@@ -12,7 +12,6 @@ import numpy as np
 from convert import metadata
 from convert.errors import ConversionError, require
 from convert.files import NotWritten, check_place, replacing, typed_path, write_bytes
-from convert.formats.fingerprint import digest
 from convert.formats.hf_folder import HF_FILES, check_for_timm, write_hf
 from convert.formats.orbax_folder import ORBAX_FILES, write_orbax
 from convert.tensors import as_tensor
@@ -85,7 +84,7 @@ def _write_safetensors(weights: Weights, path: Path, layout: str = "pt") -> None
     description = json.dumps(metadata.describe_weights(weights))
     origin = {} if weights.origin is None else {metadata.ORIGIN: weights.origin}
     about = {"format": layout, metadata.KEY: description, **origin}
-    write_bytes(path, *_safetensors(arrays, {**about, metadata.DIGEST: digest(arrays, about)}))
+    write_bytes(path, *_safetensors(arrays, {**about, metadata.DIGEST: metadata.digest(arrays, about)}))
 
 
 def _safetensors(arrays: Mapping[str, np.ndarray], about: dict[str, str]) -> Iterator[bytes | memoryview]:

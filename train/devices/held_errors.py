@@ -9,7 +9,7 @@ import threading
 import time
 
 # how the libraries below jax begin to tell, for their authors, that another process of the run is lost
-_PAGE = re.compile(rb"^[EF]\d{4} \d\d:\d\d:\d\d.*(coordination_service|JAX distributed service)", re.MULTILINE)
+_PAGE = re.compile(rb"^[EFW]\d{4} \d\d:\d\d:\d\d.*(coordination[_ ]service|JAX distributed service)", re.MULTILINE)
 _HELD_S = 10  # no longer than that: the process goes on, and what it prints is wanted
 
 

@@ -48,11 +48,15 @@ def test_an_aborted_process_is_told_in_a_line():
 
 def test_what_libraries_print_is_passed_on_and_their_page_on_a_lost_process_comes_after_our_line():
     page = "F1130 09:58:31.000835    7262 client.h:80] Terminating process because the JAX distributed service died"
+    early = (
+        "W1130 11:35:25.033068    5538 preemption_sync_manager.cc:147] no notice from coordination service: UNAVAILABLE"
+    )
     other = "E1130 09:58:31.000835    7262 slow_operation_alarm.cc:73] slow"
     prints = "os.write(2, {!r}); time.sleep(0.1); ".format
     ours = "print('ours', file=sys.stderr); "
     work = prints(f"{other}\n".encode()) + prints(f"{page}\nmore\n".encode()) + ours
     assert _watched(f"{work}os.abort()") == (1, "", f"{other}\nours\nx: ended by 6\n{page}\nmore\n")
+    assert _watched(f"{prints(f'{early}x'.encode())}os.abort()") == (1, "", f"x: ended by 6\n{early}x")
     assert _watched(f"{work}return 1") == (1, "", f"{other}\nours\n{page}\nmore\n")  # told by the process itself
 
 

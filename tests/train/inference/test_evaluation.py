@@ -4,7 +4,7 @@ import weakref
 
 import numpy as np
 
-from train.inference.evaluation import BATCHES_BEHIND, forward
+from train.inference.model import BATCHES_BEHIND, forward
 
 
 class _Batch(dict):
