@@ -135,6 +135,7 @@ def draw(accuracy: dict[str, dict[str, float]], speed: list[dict], file: Path) -
         if key == "tuned":
             for name, x, y in zip(("none", *SETTINGS.values()), xs, ys, strict=True):
                 axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    axes.margins(x=0.2)  # room for the names
     axes.set_xlabel("speed ÷ that with all tokens (Ti, 240 pixels, batch 8)")
     axes.set_ylabel("top-1 kept in % (digits, 120 pixels)")
     axes.legend()
