@@ -246,9 +246,8 @@ def _pruned(config: CrossViTConfig, shapes: Shapes) -> CrossViTConfig:
         if shapes.get(f"blocks.0.blocks.{place}.0.attn.qkv.weight", ())[:1] == (1 + 2 * branch.embed_dim,):
             branch = dataclasses.replace(branch, attention="separable", head_dim=None)
         branches.append(branch)
-    is_variants = all(branch.head_dim is None and branch.attention == "full" for branch in branches)
-    name = config.name if is_variants else CUSTOM
-    return config.replace(branches=branches, name=name)
+    are_timms = all(branch.is_timms for branch in branches)
+    return config.replace(branches=branches, name=config.name if are_timms else CUSTOM)
 
 
 def _most_common(shapes: Shapes, pattern: str) -> int | None:

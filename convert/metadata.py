@@ -229,6 +229,11 @@ def _refuse_unknown(given: Mapping[str, Any], known: Iterable[str]) -> None:
         raise ConversionError(f"its {KEY!r} metadata has unknown keys: {', '.join(unknown)}")
 
 
+def with_digest(arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> dict[str, str]:
+    """The texts of a safetensors header with the digest of arrays and texts."""
+    return {**about, DIGEST: digest(arrays, about)}
+
+
 def digest(arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> str:
     """Of all arrays by name, whatever their order, and of texts beside them, in hexadecimal (SHA-256)."""
     found = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())

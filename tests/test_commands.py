@@ -1,5 +1,6 @@
 """What every command owes its user: any standard streams will do, and an address is no path."""
 
+import contextlib
 import importlib
 import io
 import os
@@ -108,7 +109,12 @@ def _status_with(kind, monkeypatch, command, argv):
     with monkeypatch.context() as patch:  # here and no earlier: pytest sets its own before a test
         for name, stream in (("stdin", None), ("stdout", out), ("stderr", err)):
             patch.setattr(sys, name, stream)
-        return _status(command, argv), out
+        status = _status(command, argv)
+    if kind == "unread":
+        for stream in (out, err):
+            with contextlib.suppress(OSError):  # what it holds can be written nowhere
+                stream.close()
+    return status, out
 
 
 @pytest.mark.parametrize("kind", _STREAMS)

@@ -174,7 +174,7 @@ def _evaluate_classifier(args: argparse.Namespace, classifier: "Classifier") -> 
     about = {
         "model": config.name,
         "image_size": config.image_size,
-        "patch_size": config.patch_size if args.patch_size != AUTO or args.budget_ms else AUTO,
+        "patch_size": AUTO if isinstance(classifier, Allocating) else config.patch_size,
         "reduce_tokens": config.reduce_tokens,
         "crop_pct": config.crop_pct,
         "exif": classifier.task.config.exif,

@@ -14,7 +14,7 @@ from convert.architecture import abstract_model
 from convert.errors import ConversionError
 from convert.tree import nest
 from convert.weights import Weights
-from crossvit_jax.config import CUSTOM, Branch, CrossViTConfig, mlp_ratio
+from crossvit_jax.config import CUSTOM, Branch, CrossViTConfig, for_each_branch, mlp_ratio
 
 # what can be cut out of a block, as people know it, and the layer whose inputs it makes
 _KINDS = {"mlp": ("hidden neurons", "mlp.fc2.weight"), "heads": ("heads of self-attention", "attn.proj.weight")}
@@ -35,14 +35,14 @@ def pruned_config(weights: Weights, shares: Shares) -> CrossViTConfig:
         raise ConversionError(f"only classifiers are pruned, and this is a model for {config.task}")
     if config.num_classes == 0:
         raise ConversionError("a model without a head has no loss by which it could be pruned")
-    if weights.non_finite():
-        raise ConversionError(weights.non_finite())
+    if broken := weights.non_finite():
+        raise ConversionError(broken)
     branches = list(config.branches)
     for kind, given in shares.items():
         for place, share in enumerate(_of_each_branch(kind, given, config)):
             branches[place] = _with_share(kind, share, branches[place], place)
-    is_variants = all(branch.head_dim is None for branch in branches)
-    return config.replace(branches=branches, name=config.name if is_variants else CUSTOM)
+    are_timms = all(branch.is_timms for branch in branches)
+    return config.replace(branches=branches, name=config.name if are_timms else CUSTOM)
 
 
 def class_labels(names: Sequence[Sequence[str]], class_names: Sequence[str] | None) -> Int[np.ndarray, " images"]:
@@ -127,13 +127,10 @@ def worth(
 
 
 def _of_each_branch(kind: str, shares: Sequence[float], config: CrossViTConfig) -> Sequence[float]:
-    count, widths = len(config.branches), config.embed_dim
-    if len(shares) == 1:
-        widest = max(range(count), key=lambda i: (widths[i], i))  # as where tokens are reduced
-        return [shares[0] if i == widest else 1.0 for i in range(count)]
-    if len(shares) != count:
+    count = len(config.branches)
+    if len(shares) not in (1, count):
         raise ConversionError(f"{kind} takes one share, for the widest branch, or one for each of the {count} branches")
-    return shares
+    return for_each_branch(shares, config.branches, 1.0)
 
 
 def _with_share(kind: str, share: float, branch: Branch, place: int) -> Branch:

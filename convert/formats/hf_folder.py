@@ -63,7 +63,7 @@ def write_hf(weights: Weights, folder: Path) -> None:
     description = json.dumps(metadata.describe_weights(weights))
     tensors = {name: np.ascontiguousarray(array) for name, array in weights.tensors.items()}
     about = {"format": "pt", metadata.KEY: description}
-    write_bytes(folder / WEIGHTS, save(tensors, metadata={**about, metadata.DIGEST: metadata.digest(tensors, about)}))
+    write_bytes(folder / WEIGHTS, save(tensors, metadata=metadata.with_digest(tensors, about)))
     write_bytes(folder / CONFIG, (json.dumps(_config(weights), indent=2) + "\n").encode())
     curves = _curves(weights)
     if curves is not None:

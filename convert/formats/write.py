@@ -84,7 +84,7 @@ def _write_safetensors(weights: Weights, path: Path, layout: str = "pt") -> None
     description = json.dumps(metadata.describe_weights(weights))
     origin = {} if weights.origin is None else {metadata.ORIGIN: weights.origin}
     about = {"format": layout, metadata.KEY: description, **origin}
-    write_bytes(path, *_safetensors(arrays, {**about, metadata.DIGEST: metadata.digest(arrays, about)}))
+    write_bytes(path, *_safetensors(arrays, metadata.with_digest(arrays, about)))
 
 
 def _safetensors(arrays: Mapping[str, np.ndarray], about: dict[str, str]) -> Iterator[bytes | memoryview]:

@@ -9,14 +9,13 @@ import numpy as np
 from convert import architecture, metadata
 from convert.errors import ConversionError, one_line
 from convert.formats.run_folder import newest_checkpoint, read_description, read_progress, read_state
-from convert.training.state import Rule, TrainingState
+from convert.training.state import MOST, Rule, TrainingState
 from convert.tree import flatten, shapes_of
 from convert.weights import Weights
 from crossvit_jax.config import shown_value
 from crossvit_jax.files import read_json
 
 _CONFIG = "config.json"
-_MOST = 10**15  # of any number among the settings
 
 
 def read_run_checkpoint(folder: Path, step: Path | None = None) -> TrainingState:
@@ -80,7 +79,7 @@ def _check(settings: Any, data: Any, file: Path) -> None:
         ({"layer_decay": 1} | settings, "layer_decay", 0, int | float),
     ):
         value = held.get(name)
-        if not isinstance(value, kind) or isinstance(value, bool) or not least <= value < _MOST:
+        if not isinstance(value, kind) or isinstance(value, bool) or not least <= value < MOST:
             kind_told = "whole number" if kind is int else "number"
             raise ConversionError(f"{file}: {name} must be a {kind_told}, {least} or more; got {shown_value(value)}")
 

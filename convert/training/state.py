@@ -13,8 +13,8 @@ from convert.errors import ConversionError
 from convert.weights import Weights
 from crossvit_jax.config import shown_value
 
+MOST = 10**15  # of any number that a file tells
 # torch's names of the moments, which optax calls mu and nu, or trace
-_MOST = 10**15  # of any number that is told
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 
@@ -33,7 +33,7 @@ class Rule:
         """Raises ConversionError for numbers that no optimiser has, as a damaged file may tell."""
         for name in ("lr", "peak_lr", "weight_decay", "momentum"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < _MOST:
+            if value is not None and not 0 <= value < MOST:
                 raise ConversionError(f"its {name} must be a number, 0 or more; got {shown_value(value)}")
 
 
@@ -53,7 +53,7 @@ class TrainingState:
         """Raises ConversionError for counts that are none."""
         for name in ("epochs", "updates"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < _MOST:
+            if value is not None and not 0 <= value < MOST:
                 raise ConversionError(f"its {name} must be a whole number, 0 or more; got {shown_value(value)}")
 
 

@@ -11,7 +11,7 @@ from crossvit_jax.config.dense import (
     get_dense_config,
 )
 from crossvit_jax.config.masking import cell_overlaps
-from crossvit_jax.config.reduction import REDUCTIONS, Reduction
+from crossvit_jax.config.reduction import REDUCTIONS, Reduction, for_each_branch
 from crossvit_jax.config.variants import CUSTOM, IBM_NAMES, TIMM_NAMES, VARIANTS, get_config, list_variants
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "SegmenterConfig",
     "build_dense_config",
     "cell_overlaps",
+    "for_each_branch",
     "get_config",
     "get_dense_config",
     "list_variants",

@@ -117,6 +117,11 @@ class Branch:
         return self.embed_dim // self.head_width
 
     @property
+    def is_timms(self) -> bool:
+        """Whether timm's CrossViT can have such a branch: with full attention, and all of its heads."""
+        return self.head_dim is None and self.attention == "full"
+
+    @property
     def hidden_dim(self) -> int:
         """Neurons between the two layers of an MLP."""
         return int(self.embed_dim * self.mlp_ratio)

@@ -9,6 +9,16 @@ from crossvit_jax.config.branch import Branch, shown_value
 REDUCTIONS = ("merge", "fusion", "prune")
 
 
+def for_each_branch(
+    amounts: Sequence[int | float], branches: Sequence[Branch], nothing: int | float
+) -> tuple[int | float, ...]:
+    """Amounts as they are; a single one is for the widest branch, the last of several, and the others get `nothing`."""
+    if len(amounts) != 1:
+        return tuple(amounts)
+    widest = max(range(len(branches)), key=lambda i: (branches[i].embed_dim, i))
+    return tuple(amounts[0] if i == widest else nothing for i in range(len(branches)))
+
+
 @dataclass(frozen=True)
 class Reduction:
     """How a model reduces its patch tokens on the way, see `crossvit_jax.reduce`.
@@ -37,10 +47,7 @@ class Reduction:
         except ValueError:
             raise error from None
         nothing = cls(kind, ()).nothing
-        if len(amounts) == 1 < len(branches):
-            widths = [branch.embed_dim for branch in branches]
-            widest = max(range(len(branches)), key=lambda i: (widths[i], i))
-            amounts = tuple(amounts[0] if i == widest else nothing for i in range(len(branches)))
+        amounts = for_each_branch(amounts, branches, nothing)
         fine = all(amount >= 0 if kind == "merge" else 0 < amount <= 1 for amount in amounts)  # not so for NaN
         if len(amounts) != len(branches) or not fine or set(amounts) == {nothing}:
             raise error

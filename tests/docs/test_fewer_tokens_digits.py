@@ -1,22 +1,15 @@
 """The script that shows what fewer tokens cost and bring: its table and its picture."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 from PIL import Image
 
 from crossvit_jax.config import get_config
-
-_SCRIPT = Path(__file__).parents[2] / "docs" / "fewer_tokens_digits.py"
+from tests.docs.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("fewer_tokens_digits", _SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("fewer_tokens_digits")
 
 
 def test_the_table_tells_speed_and_the_share_of_top1_that_is_kept(script, tmp_path):

@@ -1,21 +1,15 @@
 """The script that shows what pre-training on digits is worth: its pictures, and how it judges features."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
 
-_SCRIPT = Path(__file__).parents[2] / "docs" / "pretraining_digits.py"
+from tests.docs.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("pretraining_digits", _SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("pretraining_digits")
 
 
 def test_labels_are_few_and_held_out_digits_are_nowhere_to_be_trained_on(script, tmp_path):

@@ -1,7 +1,6 @@
 """The script that makes data sets of what other packages carry, with made-up packages of the same layout."""
 
 import gzip
-import importlib.util
 import json
 import struct
 from pathlib import Path
@@ -10,19 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.docs.scripts import load_script
 from train.data.dense.open import open_dense_sets
 
-_SCRIPT = Path(__file__).parents[2] / "docs" / "real_pictures.py"
 _HELD_OUT = "2019_YELL_2_541000_4977000_image_crop"
 _KEPT, _LOST = (200, 10, 250, 30), (230, 50, 330, 70)  # cut at 240: 80 % and 20 % are left; 10 % and 90 %
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("real_pictures", _SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("real_pictures")
 
 
 @pytest.fixture

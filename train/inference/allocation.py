@@ -64,7 +64,7 @@ def affordable(load: Load, batch_size: Callable[[Classifier], int], budget_ms: f
         sizes = sizes[: sizes.index(stored.config.patch_size) + 1]
     told = []
     for size in reversed(sizes):
-        classifier = load(size)
+        classifier = _at(size, stored, load)
         took = milliseconds(classifier, batch_size(classifier))
         told.append(f"{_name(size)} takes {took:.3g} ms a picture")
         if took <= budget_ms:
@@ -103,7 +103,7 @@ def allocating(load: Load) -> "Allocating":
     if len(sizes) != len(stored.entropies) + 1:
         trained = " and ".join(map(_name, stored.patch_sizes))
         raise SettingsError(f"--patch-size auto: at this image size not all patch sizes of training divide: {trained}")
-    members = tuple(stored if size == stored.config.patch_size else load(size) for size in sizes)
+    members = tuple(_at(size, stored, load) for size in sizes)
     known = {name: getattr(stored, name) for name in stored.__dataclass_fields__}
     return Allocating(**known, members=members)
 
@@ -112,6 +112,10 @@ def _sizes(classifier: Classifier) -> list[tuple[int, ...]]:
     if classifier.config.multi_conv:
         raise SettingsError("--patch-size auto: the model has one patch size, three convolutions embed the patches")
     return compared_patch_sizes(classifier.config, classifier.patch_sizes)
+
+
+def _at(size: tuple[int, ...], stored: Classifier, load: Load) -> Classifier:
+    return stored if size == stored.config.patch_size else load(size)
 
 
 def _name(size: Sequence[int]) -> str:
@@ -149,7 +153,7 @@ class _Router:
         self._sums: Any = None
 
     def outputs(self, batches: Iterator[Batch]) -> Iterator[Any]:
-        size = len_of(self._shapes)
+        size = self._shapes["mask"].shape[0]
         first = end = 0  # pictures that are told, and that have come
         for batch in batches:
             batch = jax.device_get(dict(batch))
@@ -196,8 +200,3 @@ class _Router:
         if self._sums is not None:
             outputs["sums"], self._sums = self._sums, jax.tree.map(np.zeros_like, self._sums)
         return outputs
-
-
-def len_of(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
-    """Pictures in a batch of these shapes."""
-    return next(iter(shapes.values())).shape[0]

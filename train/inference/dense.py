@@ -18,7 +18,7 @@ from train.images.geometry import classes_in_picture, whole_placement
 from train.images.tiles import Tiling
 from train.inference.evaluation import without_bad
 from train.inference.image_paths import FileSource
-from train.inference.model import Predictor, forward
+from train.inference.model import Predictor
 from train.pictures.dense import mask_png, png_of, with_boxes, with_segments
 from train.tasks.detection import SHOWN_SCORE, Detection, boxes_found
 
@@ -129,9 +129,9 @@ def _found_in_whole(
         return {**task.found(model, batch["image"]), "mask": batch["mask"]}
 
     with closing(device_batches(batches, predictor.mesh)) as stream:
-        compiled = predictor.compile(program, shapes)  # while the first images are read
+        run = predictor.run(program, shapes)  # compiles while the first images are read
         fed = without_bad(with_sizes(stream), bad_images, shapes, tagged)
-        for number, outputs in enumerate(forward(compiled, fed)):
+        for number, outputs in enumerate(run(fed)):
             size = sizes.popleft()
             for row in np.flatnonzero(outputs["mask"]).tolist():
                 own = {name: array[row] for name, array in outputs.items()}

@@ -25,7 +25,7 @@ from train.images.dense import decoded
 from train.images.geometry import logits_in_picture, place_pixels, whole_placement
 from train.images.tiles import ClassesOfWindows, Tiling, Window, joined, windows
 from train.inference.evaluation import without_bad
-from train.inference.model import Predictor, forward
+from train.inference.model import Predictor
 from train.tasks.detection import Detection, DetectionScores, boxes_found
 from train.tasks.segmentation import SegmentationScores
 
@@ -74,10 +74,10 @@ def found_in_windows(
         return {**task.found(model, batch["image"]), "mask": batch["mask"]}
 
     with closing(device_batches(batches, predictor.mesh)) as stream:
-        compiled = predictor.compile(program, shapes)  # while the first picture is read
+        run = predictor.run(program, shapes)  # compiles while the first picture is read
         fed = without_bad(with_places(stream), bad_images, shapes, tagged)
         picture = None
-        for outputs in forward(compiled, fed):
+        for outputs in run(fed):
             where = places.popleft()
             for row in np.flatnonzero(outputs["mask"]).tolist():
                 size, window = tuple(where["size"][row].tolist()), Window(*where["window"][row].tolist())
