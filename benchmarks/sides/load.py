@@ -61,7 +61,7 @@ class _Connections:
             load.waits.append(time.perf_counter() - due)
 
     async def _status(self, body: bytes) -> int:
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, int(self._port))
+        reader, writer = await self._connection()
         head = f"POST /predict HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: application/octet-stream\r\n"
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         answer = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
@@ -71,6 +71,14 @@ class _Connections:
         else:
             self._idle.append((reader, writer))
         return int(answer.split(" ", 2)[1])
+
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not reader.at_eof():  # the server may have closed it meanwhile
+                return reader, writer
+            writer.close()
+        return await asyncio.open_connection(self._host, int(self._port))
 
     def close(self) -> None:
         for _, writer in self._idle:

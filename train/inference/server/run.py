@@ -15,6 +15,7 @@ from convert.errors import SettingsError, UserError
 from train.inference.server.app import Service, make_app
 
 _BACKLOG = 2048
+_KEEP_ALIVE = 75  # seconds that an idle connection stays open: longer than load balancers keep theirs (60 s)
 _LOOK = 0.02  # seconds between two looks at whether all is answered
 
 
@@ -62,6 +63,7 @@ def serve(
         lifespan="on",
         server_header=False,
         backlog=_BACKLOG,
+        timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=grace,  # type: ignore[arg-type]
     )
     server = _Server(config, service, grace, say)
