@@ -2,18 +2,14 @@
 
 import importlib.util
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import types
 
 import jax
 import numpy as np
 import pytest
-import timm
-import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
@@ -22,12 +18,9 @@ from convert import load_flax, load_weights
 from convert.__main__ import main as convert_main
 from convert.errors import SettingsError
 from convert.metadata import understand
-from tests import compilation
 from train.data import streams
-from train.data.datasets import open_digits
 from train.data.sources import WorkersFailed
 from train.evaluate import main as evaluate
-from train.images.transforms import eval_transform
 from train.loop import Result
 from train.main import main
 from train.recipes import RECIPES
@@ -463,49 +456,3 @@ def test_without_output_a_new_folder_under_runs_is_made(
     assert main([f"--data-dir={few_digits_dir}", *_SHORT]) == 0
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("ti-digits-")
-
-
-# --- the real thing ---
-
-
-def _right_in_timm(checkpoint, data_dir):
-    """How many of the held-out images timm gets right with it."""
-    model = timm.create_model("crossvit_tiny_240", num_classes=10, img_size=48, img_scale=(1.0, 2 / 3))
-    model.load_state_dict(torch.load(checkpoint, weights_only=True), strict=True)
-    source, transform = open_digits(data_dir).held_out, eval_transform(RECIPES["digits"].model_config(10))
-    samples = [transform(source[i]) for i in range(len(source))]
-    images = torch.tensor(np.stack([sample["image"] for sample in samples])).permute(0, 3, 1, 2)
-    with torch.no_grad():
-        right = model.eval()(images).argmax(1).numpy() == [sample["label"] for sample in samples]
-    return right.sum()
-
-
-@pytest.mark.slow
-def test_the_main_job_learns_the_digits_and_timm_and_bfloat16_score_the_same_with_its_weights(digits_dir, tmp_path):
-    folder = tmp_path / "run"
-    command = [sys.executable, "-m", "train.main", "--variant", "ti", "--epochs", "6"]
-    command += ["--data-dir", digits_dir, "--output", str(folder)]
-    environment = {**os.environ, "XLA_FLAGS": compilation.xla_flags(compilation.AS_FOR_USERS)}
-    out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-    losses = [line["train/loss"] for line in _lines(folder) if "train/loss" in line]
-    assert losses[-1] < 0.7 * losses[0]
-    top1 = _lines(folder)[-1]["eval/top1"]
-    assert top1 > 85  # after all epochs of the recipe it is above 95
-    assert f"top-1 {top1:.2f} %" in out
-
-    assert convert_main([str(folder / "weights.safetensors"), str(tmp_path / "timm.pth")]) == 0
-    right = _right_in_timm(tmp_path / "timm.pth", digits_dir)
-    assert right == round(top1 / 100 * 359)
-    np.testing.assert_allclose(100 * right / 359, top1)
-
-    results, runs = {}, (("float32", "held-out"), ("float32", "train"), ("bfloat16", "train"))
-    flags = ["--weights", str(folder), "--dataset", "digits", "--data-dir", digits_dir]
-    calls = [[*flags, "--precision", p, "--split", s, "--output", str(tmp_path / f"{p}-{s}")] for p, s in runs]
-    code = f"from train.evaluate import main; assert not any([main(flags) for flags in {calls}])"
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
-    for precision, split in runs:
-        evaluation = json.loads((tmp_path / f"{precision}-{split}" / "evaluation.json").read_text())
-        results[precision, split] = evaluation["top1"]
-    assert results["float32", "held-out"] == pytest.approx(top1)
-    # one of the 1,438 images is 0.07
-    assert results["bfloat16", "train"] == pytest.approx(results["float32", "train"], abs=0.2)
