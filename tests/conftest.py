@@ -45,6 +45,7 @@ def pytest_collection_finish() -> None:
     """What the tests import stays: the garbage collector, which would look at millions of objects, leaves it out."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)  # tracing makes many objects, and hardly any of them are garbage
 
 
 @pytest.fixture(scope="module", autouse=True)

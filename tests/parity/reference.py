@@ -1,8 +1,10 @@
 """What the parity tests and the report share: perturbed weights, the three models, and the measure of error."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -52,9 +54,20 @@ def timm_model(variant: str, precision: str = "float64", **settings) -> torch.nn
     settings = {timm_name: settings[name] for name, timm_name in TIMM_SETTINGS.items() if name in settings}
     if config.depth != VARIANTS[variant].depth or config.stages != VARIANTS[variant].stages:
         settings["depth"] = [[*config.depth, 0]] * config.stages
-    with torch.device("meta"):  # timm's own initialisation takes seconds
+    with torch.device("meta"), _nothing_drawn():
         model = timm.create_model(TIMM_NAMES[variant], **settings)
     return perturb(model.to_empty(device="cpu")).to(getattr(torch, precision))
+
+
+@contextmanager
+def _nothing_drawn() -> Iterator[None]:
+    """torch's and timm's initialisations, which take a second even without memory, are left out."""
+    with (
+        patch("timm.models.crossvit.trunc_normal_"),
+        patch.object(torch.nn.Linear, "reset_parameters"),
+        patch.object(torch.nn.Conv2d, "reset_parameters"),
+    ):
+        yield
 
 
 class TimmSeparable(torch.nn.Module):

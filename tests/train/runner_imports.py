@@ -1,7 +1,12 @@
+# ruff: noqa: F401
 """What a run imports; nothing of it starts threads or touches a device, so that processes can be forked after it."""
 
 import matplotlib.backends.backend_agg
-import matplotlib.figure  # noqa: F401
-import tensorboardX  # noqa: F401
-import timm.data  # noqa: F401
-import torch  # noqa: F401
+import matplotlib.figure
+import orbax.checkpoint
+import tensorboardX
+import timm.data
+import torch
+
+import train.loop
+import train.optim.programs

@@ -29,7 +29,7 @@ _FLAGS = [
     "--batch-size=16",
     f"--epochs={_EPOCHS}",
     "--log-every=3",
-    "--checkpoint-every=6",
+    "--checkpoint-every=9",
     "--mixup=0.8",
 ]
 _FLAGS += ["--cutmix=1", "--drop-path=0.1", "--dropout=0.1", "--ema-decay=0.9", "--auto-augment=rand-m9-mstd0.5-inc1"]
