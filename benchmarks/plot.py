@@ -27,17 +27,18 @@ def draw_ratios(contents: Sequence[Content], path: Path) -> None:
                 panels.setdefault((content["benchmark"], place), []).append(result)
     if not panels:
         raise ValueError("no result has both Flax and timm")
-    widths = [max(3, len(results)) for results in panels.values()]
-    figure = new_figure(figsize=(max(6, 1 + 0.95 * sum(widths)), 4.5), layout="constrained")
+    widths = [max(2.5, len(results)) for results in panels.values()]
+    figure = new_figure(figsize=(max(5, 0.8 + 0.64 * sum(widths)), 3.4), layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharey=True, width_ratios=widths, squeeze=False)[0]
     for axes, (title, results) in zip(all_axes, panels.items(), strict=True):
-        axes.set_title("\n".join(title), fontsize=10)
+        axes.set_title("\n".join(title), fontsize=9.5)
         # those of a variant side by side, variants as they first come, smaller batches first
         variants = list(dict.fromkeys(result["variant"] for result in results))
         _draw_panel(axes, sorted(results, key=lambda result: (variants.index(result["variant"]), result["batch_size"])))
-    all_axes[0].set_ylabel("times as fast as the best of timm")
-    if any(_is_invalid(result) for results in panels.values() for result in results):
-        figure.supxlabel("hollow: not valid as a comparison, see the notes under the tables", fontsize=8)
+    all_axes[0].set_ylabel("times as fast as timm's best")
+    hollow = any(_is_invalid(result) for results in panels.values() for result in results)
+    note = "; hollow: not valid as a comparison, see the notes under the tables" if hollow else ""
+    figure.supxlabel(f"variant, and batch{note}", fontsize=9)
     save_figure(figure, path)
 
 
@@ -47,12 +48,12 @@ def _draw_panel(axes: "Axes", results: Sequence[Result]) -> None:
     for x, result in enumerate(results):
         y, least, most = times_as_fast(rounds(result)["flax"], rounds(result)[best(result, "timm")])
         filling = "white" if _is_invalid(result) else _COLOUR
-        dot = {"fmt": "o", "color": _COLOUR, "mfc": filling, "ms": 6, "capsize": 4, "lw": 1.2}
+        dot = {"fmt": "o", "color": _COLOUR, "mfc": filling, "ms": 5, "capsize": 3, "lw": 1.2}
         axes.errorbar(x, y, [[y - least], [most - y]], **dot)
-        axes.annotate(f"{y:.2f}", (x, y), (6, 0), textcoords="offset points", fontsize=8, va="center", bbox=box)
-    names = [f"{result['variant']}\nbatch {result['batch_size']}" for result in results]
+        axes.annotate(f"{y:.2f}", (x, y), (5, 0), textcoords="offset points", fontsize=8.5, va="center", bbox=box)
+    names = [f"{result['variant']}\n{result['batch_size']}" for result in results]
     axes.set_xticks(range(len(names)), names, fontsize=9)
-    axes.set_xlim(-0.6, len(names) - 0.3)
+    axes.set_xlim(-0.6, len(names) - 0.1)
     axes.grid(axis="y", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -38,10 +38,10 @@ class Program:
     typed: str | None = None  # of all commands of this process
 
     def __init__(self, module: str):
-        self._module = module
+        self.as_module = f"python -m {module}"
 
     def __str__(self) -> str:
-        return Program.typed or f"python -m {self._module}"
+        return Program.typed or self.as_module
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,6 +64,8 @@ class Parser(argparse.ArgumentParser):
         meant: Mapping[str, str] | None = None,
         **kwargs,
     ):
+        if isinstance(prog, Program):
+            epilog = epilog.replace(prog.as_module, str(prog))  # the examples
         as_it_is = "\n" in description + epilog
         kwargs["formatter_class"] = argparse.RawDescriptionHelpFormatter if as_it_is else argparse.HelpFormatter
         super().__init__(prog=str(prog), allow_abbrev=False, description=description, epilog=epilog, **kwargs)

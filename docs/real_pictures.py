@@ -1,6 +1,6 @@
 """Data sets of real pictures, from what three Python packages carry: see real-pictures.md.
 
-    python docs/real_pictures.py trees|photographs|nuclei|tissue FOLDER
+    python docs/real_pictures.py trees|photographs|clearings|nuclei|tissue FOLDER
 
 The packages are found, never imported, and nothing is downloaded.
 """
@@ -24,6 +24,11 @@ TREES_FOLDER = "deepforest/data"
 HELD_OUT_PHOTOGRAPH = "2019_YELL_2_541000_4977000_image_crop.png"
 TILE = 240
 LEAST_LEFT = 0.4  # of a box that the edge of a tile cuts, or it is left out
+
+# clearings: windows of deepforest's largest photograph, whose lower part is held out
+CLEARINGS_PHOTOGRAPH = "2019_YELL_2_528000_4978000_image_crop2.png"
+WINDOW, WINDOW_STEP = 120, 40
+HELD_OUT_ROWS = 1 / 3
 
 # nuclei: stardist's picture, whose left half is trained on
 NUCLEI_FOLDER = "stardist/data/images"
@@ -135,6 +140,28 @@ def _write_coco(out: Path, *, tiled: bool) -> list[str]:
     return [side.write() for side in sides.values()]
 
 
+def write_clearings(out: Path) -> list[str]:
+    """Windows with a tree, and without any, in a folder for each: for a classifier.
+
+    Those with less of one are left out. Windows overlap, but none of them one of the other side.
+    """
+    found = (one for one in photographs(package_folder(TREES_FOLDER)) if one[0] == CLEARINGS_PHOTOGRAPH)
+    _, picture, boxes = next(found)
+    border = round(picture.height * (1 - HELD_OUT_ROWS))
+    counts = {(side, name): 0 for side in ("train", "val") for name in ("ground", "tree")}
+    for side, top, bottom in (("train", 0, border), ("val", border, picture.height)):
+        for y in range(top, bottom - WINDOW + 1, WINDOW_STEP):
+            for x in range(0, picture.width - WINDOW + 1, WINDOW_STEP):
+                touched = any(x1 < x + WINDOW and x2 > x and y1 < y + WINDOW and y2 > y for x1, y1, x2, y2 in boxes)
+                name = "tree" if cut_boxes(boxes, x, y, WINDOW) else "ground"
+                if touched == (name == "tree"):
+                    folder = out / side / name
+                    folder.mkdir(parents=True, exist_ok=True)
+                    picture.crop((x, y, x + WINDOW, y + WINDOW)).save(folder / f"{x}-{y}.png")
+                    counts[side, name] += 1
+    return [f"{side}: {count} windows of {name}" for (side, name), count in counts.items()]
+
+
 # --- nuclei and tissue ---
 
 
@@ -209,6 +236,7 @@ def read_nifti(file: Path) -> np.ndarray:
 SETS: dict[str, Callable[[Path], list[str]]] = {
     "trees": write_trees,
     "photographs": write_photographs,
+    "clearings": write_clearings,
     "nuclei": write_nuclei,
     "tissue": write_tissue,
 }

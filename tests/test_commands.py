@@ -223,6 +223,8 @@ def test_a_command_is_called_as_it_was_typed(name, capsys):
     wrong = ["--nonsense"]
     assert _status("train.__main__", [name, *wrong]) == 2
     assert capsys.readouterr().err.startswith(f"crossvit {name}: error: ")
+    assert _status("train.__main__", [name, "--help"]) == 0
+    assert f"\n  crossvit {name} " in capsys.readouterr().out.partition("examples:")[2]
     module = {"train": "train.main", "convert": "convert.__main__"}.get(name, f"train.{name}")
     assert _status(module, wrong) == 2
     assert capsys.readouterr().err.startswith(f"python -m {module.removesuffix('.__main__')}: error: ")

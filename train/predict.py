@@ -81,8 +81,8 @@ def _parser() -> Parser:
         "--attention",
         type=home_path,
         metavar="OUT",
-        help="folder for pictures of what the class tokens attend to, one per image; those of an earlier prediction "
-        "are replaced, no other file is; of a classifier, not with --quantize",
+        help="folder for pictures of what the class tokens attend to, one per image, in folders like the images' own; "
+        "those of an earlier prediction are replaced, no other file is; of a classifier, not with --quantize",
     )
     parser.add_argument(
         "--overlay",
@@ -122,9 +122,13 @@ def _predict(args: argparse.Namespace) -> int:
     left_out = LeftOut()
     paths = image_paths(args.paths, left_out)
     folders = {name: Path(getattr(args, name)) for name in _FOLDERS if getattr(args, name)}
-    if len(set(map(os.path.realpath, folders.values()))) < len(folders):
-        raise SettingsError(f"--{' and --'.join(folders)} name the same folder, and their files have the same names")
     places = {name: _place_pictures(folder, paths) for name, folder in folders.items()}
+    if len(places) > 1:
+        written = [os.path.realpath(path) for pictures in places.values() for path in pictures]
+        if len(set(written)) < len(written):
+            raise SettingsError(
+                f"--{' and --'.join(folders)} name the same folder, and their files have the same names"
+            )
     model = load_model(args)
 
     from train.inference.model import Classifier
@@ -149,7 +153,8 @@ def _predict(args: argparse.Namespace) -> int:
     if args.coco is not None and os.path.lexists(args.coco):
         raise SettingsError(f"{args.coco} exists, and --coco does not replace it: name another file")
     coco = None if args.coco is None else check_place(Path(args.coco))
-    for folder in folders.values():  # nothing can be wrong any more
+    inner = {path.parent for pictures in places.values() for path in pictures}
+    for folder in (*folders.values(), *sorted(inner)):  # nothing can be wrong any more
         folder.mkdir(parents=True, exist_ok=True)
     tell_notes(_PROGRAM, [*left_out.notes(), *model.notes])
     if isinstance(model, Classifier):

@@ -3,11 +3,9 @@
 import re
 
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.utils import Bunch
 
 from benchmarks import accuracy
-from convert import load_weights
+from convert import digits, load_weights
 from convert.__main__ import main as convert_main
 from tests.train.small_weights import save_small
 from train.cost.flops import macs_per_image
@@ -15,9 +13,8 @@ from train.cost.flops import macs_per_image
 
 def test_each_model_is_told_with_its_size_its_work_and_its_accuracy(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(accuracy, "_ROUND_S", 0.0)
-    digits = load_digits()
-    few = Bunch(images=digits.images[:100], target=digits.target[:100])
-    monkeypatch.setattr("sklearn.datasets.load_digits", lambda: few)
+    few = digits._stored()[:100]
+    monkeypatch.setattr(digits, "_stored", lambda: few)
     monkeypatch.setattr("convert.changes.prune.worth", _first_is_best)
     whole = save_small(tmp_path / "whole.safetensors", "0123456789")
     pruned = tmp_path / "pruned.safetensors"

@@ -67,6 +67,24 @@ def test_photographs_are_cut_with_their_boxes(script, packages, tmp_path, capsys
     assert sets.held_out.truth(0)["image_id"] == 1
 
 
+def test_clearings_are_windows_with_a_tree_or_none_and_no_row_is_on_both_sides(script, packages, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "WINDOW", 80)
+    whole, cut, in_val = (10, 10, 40, 40), (85, 90, 145, 130), (300, 170, 330, 200)
+    _photograph(packages / "deepforest/data", Path(script.CLEARINGS_PHOTOGRAPH).stem, [whole, cut, in_val])
+    assert script.main(["clearings", str(tmp_path / "clearings")]) == 0
+    # of 400 x 240 pixels the upper 160 are trained on: three rows of windows, and one
+    places = {
+        (side, name): {file.stem for file in (tmp_path / "clearings" / side / name).iterdir()}
+        for side in ("train", "val")
+        for name in ("ground", "tree")
+    }
+    assert {"0-0", "80-40", "80-80"} <= places["train", "tree"] and "160-0" in places["train", "ground"]
+    assert "40-80" in places["train", "tree"]  # 35 of 60 columns of the second tree
+    assert not any("120-40" in names for names in places.values())  # 31 % of it: neither a tree nor none
+    assert places["val", "tree"] == {"240-160", "280-160"}
+    assert places["val", "ground"] == {f"{x}-160" for x in range(0, 240, 40)}
+
+
 def test_tiles_cover_a_photograph(script):
     assert script.starts(240, 240, 240) == script.starts(100, 240, 240) == [0]
     assert script.starts(600, 240, 240) == [0, 240, 360]

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
-from sklearn.datasets import load_digits
 
-from convert import load_weights
+from convert import digits, load_weights
 from convert.formats.run_folder import read_state
 from convert.tree import flatten
 from crossvit_jax.pretraining.dino import DinoHead
@@ -36,14 +35,12 @@ _CONFIG = dataclasses.replace(RECIPES["dino-digits"], prototypes=12, batch_size=
 @pytest.fixture(scope="module", autouse=True)
 def small():
     """A small variant with a small head, few digits, and no curves."""
-    digits = load_digits()
-    for values in ("images", "target"):
-        digits[values] = digits[values][:100]
+    rows = digits._stored()[:100]
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch.setitem)
         patch.setitem(HEAD, "hidden", 16)
         patch.setitem(HEAD, "bottleneck", 8)
-        patch.setattr("sklearn.datasets.load_digits", lambda: digits)
+        patch.setattr(digits, "_stored", lambda: rows)
         patch.setattr("train.loop.draw_curves", lambda *_: None)
         yield
 

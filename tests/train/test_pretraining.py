@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from convert import load_flax, load_weights
+from convert import digits, load_flax, load_weights
 from convert.__main__ import main as convert
 from convert.errors import SettingsError
 from crossvit_jax.config import VARIANTS
@@ -40,12 +40,10 @@ _FLAGS += ["--batch-size=24", "--workers=0", "--log-every=1"]
 @pytest.fixture(scope="module", autouse=True)
 def small():
     """A small variant, few digits, and no curves."""
-    digits = load_digits()
-    for values in ("images", "target"):
-        digits[values] = digits[values][:100]
+    rows = digits._stored()[:100]
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch.setitem)
-        patch.setattr("sklearn.datasets.load_digits", lambda: digits)
+        patch.setattr(digits, "_stored", lambda: rows)
         patch.setattr("train.loop.draw_curves", lambda *_: None)
         yield
 

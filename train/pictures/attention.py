@@ -4,7 +4,7 @@ through all layers."""
 import itertools
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,19 +88,25 @@ def _rollout(config: CrossViTConfig, maps: dict[str, Array]) -> list[Float[Array
     return [of_branch[:, 0, span] for of_branch, span in zip(mixed, spans, strict=True)]
 
 
-def picture_paths(folder: Path, images: Iterable[str]) -> list[Path]:
-    """A file in the folder for the picture of each image, no two the same: the image's own stem, with a number where
-    another image has it already."""
-    taken: set[str] = set()
+def picture_paths(folder: Path, images: Sequence[str]) -> list[Path]:
+    """A file in the folder for the picture of each image, no two the same.
+
+    The folders below the one that all images have in common are there again. A picture has the image's own stem, with a
+    number where another image there has it already.
+    """
+    parents = [os.path.dirname(os.path.abspath(image)) for image in images]
+    common = os.path.commonpath(parents) if parents else ""
+    below = [Path(os.path.relpath(parent, common)) for parent in parents]
+    taken = {_alike(str(some)) for places in set(below) for some in (places, *places.parents)}
     paths = []
-    for image in images:
+    for image, place in zip(images, below, strict=True):
         stem = os.fsdecode(os.fsencode(Path(image).stem)[:_LONGEST_STEM])
-        name, number = stem, 1
-        while (same := _alike(name)) in taken:
+        path, number = place / f"{stem}.png", 1
+        while (same := _alike(str(path))) in taken:
             number += 1
-            name = f"{stem}-{number}"
+            path = place / f"{stem}-{number}.png"
         taken.add(same)
-        paths.append(folder / f"{name}.png")
+        paths.append(folder / path)
     return paths
 
 

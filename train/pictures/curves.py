@@ -92,11 +92,15 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], metrics: "Sequence[Metric]",
 
 def _draw_curve(axes: "Axes", lines: Sequence[Mapping[str, Any]], name: str, colour: str, style: str, meaning: str):
     """A curve of what the lines have by this name. Of training, a line is drawn through the means of the epochs, once
-    there are two, and what they are the means of is faint; a learning rate holds until the step where it is told."""
+    there are two, and what they are the means of is faint; a learning rate holds until the step where it is told, the
+    first one from the start."""
     points = [(line["step"], line[name]) for line in lines if name in line]
     if not points:
         return
-    how = {"color": colour, "drawstyle": "steps-pre" if name == "train/lr" else "default"}
+    how = {"color": colour}
+    if name == "train/lr":
+        points = [(0, points[0][1]), *points]
+        how |= {"drawstyle": "steps-pre", "markevery": slice(1, None)}
     means = _epoch_means(lines, name) if name.startswith("train/") and name != "train/lr" else []
     if len(means) > 1:
         axes.plot(*zip(*points, strict=True), "-", alpha=0.25, linewidth=0.8, **how)

@@ -1,6 +1,7 @@
 """What the class tokens attend to is what timm computes, and is drawn where it belongs."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -121,10 +122,21 @@ def test_a_flat_map_looks_flat_and_is_not_stretched_to_all_colours(tmp_path):
         assert seen.max() < 160  # and far from the brightest
 
 
-def test_names_of_pictures_are_never_given_twice(tmp_path):
-    images = ["x/a.jpg", "y/a.png", "a-2.png", "A.png", "y/a.png", "é.png", "e\u0301.png", "long" * 100 + ".png", "b"]
-    given = [path.name for path in picture_paths(tmp_path, images)]
+def test_names_of_pictures_mirror_the_folders_and_are_never_given_twice(tmp_path):
+    images = ["x/a.jpg", "x/a.png", "x/a-2.png", "x/A.png", "y/a.png", "X/a.png", "é.png", "e\u0301.png", "b", "y.jpg"]
+    images += ["x/" + "long" * 100 + ".png", "y.png/c.jpg"]
+    given = [str(path.relative_to(tmp_path)) for path in picture_paths(tmp_path, images)]
     assert len({name.lower() for name in given}) == len(images)
-    assert given[6] == "e\u0301-2.png"  # the same letter, put together otherwise
-    assert given[:3] == ["a.png", "a-2.png", "a-2-2.png"]
+    assert given[:4] == ["x/a.png", "x/a-2.png", "x/a-2-2.png", "x/A-3.png"]
+    assert given[4:6] == ["y/a.png", "X/a-4.png"]  # for some file systems x and X are one folder
+    assert given[7] == "e\u0301-2.png"  # the same letter, put together otherwise
+    assert (given[9], given[11]) == ("y-2.png", "y.png/c.png")  # y.png is a folder
     assert max(len(name.encode()) for name in given) < 230
+
+
+def test_folders_that_all_images_have_in_common_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = [str(tmp_path / "photos/odd/1.png"), "photos/even/../even/0.png", "photos/2.jpg"]
+    assert picture_paths(Path("maps"), images) == [Path("maps/odd/1.png"), Path("maps/even/0.png"), Path("maps/2.png")]
+    assert picture_paths(Path("maps"), images[:1]) == [Path("maps/1.png")]
+    assert picture_paths(Path("maps"), []) == []

@@ -164,8 +164,9 @@ def prepared_builder(
             f"data set {name} is not prepared in {where}{others}. Prepare it with tensorflow-datasets' "
             'download_and_prepare and file_format="array_record", or name another folder with --data-dir'
         )
-    near = difflib.get_close_matches(bare, sorted(known | set(prepared) | {"digits"}), n=1, cutoff=0.0)[0]
-    raise SettingsError(f"unknown data set {name!r}; did you mean {near!r}? Accepted: {accepted}")
+    near = difflib.get_close_matches(bare, sorted(known | set(prepared) | {"digits"}), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near and not name.endswith("/") else ", and there is no such folder."
+    raise SettingsError(f"unknown data set {name!r}{hint} Accepted: {accepted}")
 
 
 def _image_and_label(name: str, info: Any) -> tuple[str, str]:

@@ -59,6 +59,7 @@ def test_a_prepared_set_is_read_without_tensorflow(write_tfds, held_out):
     [
         ("tinny", "unknown data set 'tinny'; did you mean 'tiny'"),
         ("cifar1O", "did you mean 'cifar10'"),
+        ("photos/", "unknown data set 'photos/', and there is no such folder"),
         ("cifar10", "cifar10 is not prepared in .*prepared there: tiny.*array_record"),
         ("tiny:3.0.0", "not prepared in"),
         ("not a name!", "unknown data set"),
