@@ -301,8 +301,8 @@ def _check_boxes(side: str, source: BoxFiles, origin: str) -> None:
     most = int(counts.argmax())
     if counts[most] > _MOST_BOXES:
         raise SettingsError(
-            f"{origin}: {shown(source.files[most])} has {counts[most]:,} boxes, for which each picture of a batch would "
-            f"get places; there can be {_MOST_BOXES:,}: cut it into several pictures"
+            f"{origin}: {shown(source.files[most])} has {counts[most]:,} boxes, and each picture of a batch would get "
+            f"places for as many; there can be {_MOST_BOXES:,}: cut it into several pictures"
         )
 
 
