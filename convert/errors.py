@@ -87,6 +87,11 @@ def quiet_storage() -> Iterator[None]:
         yield
 
 
+def silence_storage() -> None:
+    """Silences Orbax for the rest of the process: threads of what has failed go on, and fail one after the other."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
+
+
 @functools.cache
 def _silence_left_overs() -> None:
     before = sys.unraisablehook

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 MOST_AXES = 8
+MOST_TENSORS = 50_000  # in a file: of the largest model's training state there are a tenth
 DTYPES = {np.dtype(t).name: np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)}
 
 

@@ -35,7 +35,7 @@ class FCOSClassificationHead(nnx.Module):
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.conv = tower(width, num_convs, **kwargs)
         prior = nnx.initializers.constant(-math.log((1 - _PRIOR) / _PRIOR))
-        self.cls_logits = OutputConv(width, num_classes, 3, padding=1, **_INIT | {"bias_init": prior}, **kwargs)
+        self.cls_logits = OutputConv(width, num_classes, 3, **_INIT | {"bias_init": prior}, **kwargs)
 
     def __call__(self, levels: list[Float[Array, "batch _ _ dim"]]) -> Float[Array, "batch points classes"]:
         return _joined([self.cls_logits(self.conv(x)) for x in levels])
@@ -47,8 +47,8 @@ class FCOSRegressionHead(nnx.Module):
     def __init__(self, width: int, num_convs: int, *, dtype=None, param_dtype=jnp.float32, rngs: nnx.Rngs):
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.conv = tower(width, num_convs, **kwargs)
-        self.bbox_reg = OutputConv(width, 4, 3, padding=1, **_INIT, **kwargs)
-        self.bbox_ctrness = OutputConv(width, 1, 3, padding=1, **_INIT, **kwargs)
+        self.bbox_reg = OutputConv(width, 4, 3, **_INIT, **kwargs)
+        self.bbox_ctrness = OutputConv(width, 1, 3, **_INIT, **kwargs)
 
     def __call__(
         self, levels: list[Float[Array, "batch _ _ dim"]]

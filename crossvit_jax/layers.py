@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from crossvit_jax.kernels.layers import (
     convolve_patches,
+    convolve_to_few,
     gelu,
     layer_norm,
     plain_gelu,
@@ -109,11 +110,19 @@ class Conv(nnx.Conv):
 
 
 class OutputConv(Conv):
-    """A convolution whose result leaves the model: computed in float32 or wider, in a model of half precision too."""
+    """A convolution whose result leaves the model: computed in float32 or wider, in a model of half precision too.
+
+    Its kernel is odd, and the result as large as the input.
+    """
 
     def __init__(self, in_chans: int, out_chans: int, kernel_size: int, *, dtype, param_dtype, **kwargs):
-        real = jnp.promote_types(param_dtype, jnp.float32)
-        super().__init__(in_chans, out_chans, kernel_size, dtype=real, param_dtype=param_dtype, **kwargs)
+        real = {"dtype": jnp.promote_types(param_dtype, jnp.float32), "param_dtype": param_dtype}
+        super().__init__(in_chans, out_chans, kernel_size, padding=kernel_size // 2, **real, **kwargs)
+
+    def set_forward_mode(self, enable: bool) -> None:
+        """See `CrossViT.set_forward_mode`."""
+        by_hand = self.kernel_size[0] > 1 and not enable
+        self.conv_general_dilated = convolve_to_few if by_hand else jax.lax.conv_general_dilated
 
 
 class LayerNorm(nnx.LayerNorm):

@@ -46,7 +46,7 @@ class FCOSClassificationHead(nn.Module):
         kwargs = {"dtype": param_dtype, "device": device}
         self.conv = tower(width, num_convs, param_dtype=param_dtype, device=device)
         prior = -math.log((1 - _PRIOR) / _PRIOR)
-        self.cls_logits = _init(OutputConv(width, num_classes, 3, padding=1, **kwargs), prior)
+        self.cls_logits = _init(OutputConv(width, num_classes, 3, **kwargs), prior)
 
     def forward(self, levels: list[Float[Tensor, "batch dim _ _"]]) -> Float[Tensor, "batch points classes"]:
         return _joined([self.cls_logits(self.conv(x)) for x in levels])
@@ -59,8 +59,8 @@ class FCOSRegressionHead(nn.Module):
         super().__init__()
         kwargs = {"dtype": param_dtype, "device": device}
         self.conv = tower(width, num_convs, param_dtype=param_dtype, device=device)
-        self.bbox_reg = _init(OutputConv(width, 4, 3, padding=1, **kwargs))
-        self.bbox_ctrness = _init(OutputConv(width, 1, 3, padding=1, **kwargs))
+        self.bbox_reg = _init(OutputConv(width, 4, 3, **kwargs))
+        self.bbox_ctrness = _init(OutputConv(width, 1, 3, **kwargs))
 
     def forward(
         self, levels: list[Float[Tensor, "batch dim _ _"]]

@@ -33,7 +33,13 @@ Conv = nn.Conv2d  # torch's default initialisation: weights and biases U(±1/√
 
 
 class OutputConv(Conv):
-    """A convolution whose result leaves the model: computed in float32 or wider, in a model of half precision too."""
+    """A convolution whose result leaves the model: computed in float32 or wider, in a model of half precision too.
+
+    Its kernel is odd, and the result as large as the input.
+    """
+
+    def __init__(self, in_chans: int, out_chans: int, kernel_size: int, **kwargs):
+        super().__init__(in_chans, out_chans, kernel_size, padding=kernel_size // 2, **kwargs)
 
     def forward(self, x: Float[Tensor, "batch in_chans in_rows in_columns"]) -> Float[Tensor, "batch out_chans _ _"]:
         real = torch.promote_types(self.weight.dtype, torch.float32)

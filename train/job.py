@@ -23,6 +23,7 @@ from train.config import TrainConfig, steps_per_epoch
 from train.data.datasets import check_trainable, open_image_sets
 from train.data.sources import ImageSets
 from train.devices.attention import choose_attention
+from train.devices.memory import available_memory, check_image_size
 from train.devices.mesh import check_divides, default_mix_group, default_precision, make_mesh, precision_note
 from train.images.rand_augment import check_augment_on, device_can_augment
 from train.images.transforms import require_timm, train_transform
@@ -82,6 +83,7 @@ def prepare(config: TrainConfig) -> Job:
     if config.qat is not None:
         require_qwix("--qat")
     mesh = make_mesh(config.mesh)
+    _check_image_size(config, mesh)
     config = dataclasses.replace(config, augment_on=augment_on(config, saved))
     check_augment_on(config)
     require_timm(config, may_augment_elsewhere=saved is None and device_can_augment(config))
@@ -157,6 +159,21 @@ def prepare(config: TrainConfig) -> Job:
     if carried is not None:
         notes += check_carried(carried, config, steps_per_epoch=described["data"]["steps_per_epoch"])
     return Job(config, task, image_sets, mesh, weights, described, saved is not None, tuple(notes), carried)
+
+
+def _check_image_size(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises SettingsError for a size that was asked for and certainly does not fit."""
+    if config.image_size is None:
+        return
+    branches = config.model_config(num_classes=1).branches if config.init is config.resume is None else ()
+    check_image_size(
+        (config.image_size, config.image_size),
+        branches,
+        mesh,
+        images=max(1, config.batch_size // mesh.size),
+        available=available_memory(mesh),
+        training=config.reduce_tokens is None,
+    )
 
 
 def _check_beginning(config: TrainConfig, saved: dict[str, Any] | None) -> None:

@@ -1,10 +1,11 @@
 """Finds the weights of one CrossViT in what a file holds: under any keys, behind any prefix, beside other things."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from convert.errors import ConversionError, listed
+from convert.tensors import MOST_TENSORS
 from convert.tree import without_wrappers
 
 # Where training checkpoints keep the weights that count, the first first. As in timm, averaged weights go before.
@@ -21,6 +22,7 @@ _LANDMARKS = (
     re.compile(r"((?:.*\.)?)blocks\.\d+\.(?:fusion|revert_projs)\.\d+\..*"),
 )
 _DEEPEST = 8  # keys of keys; a pickle may even hold itself
+_MOST_VALUES = 10 * MOST_TENSORS  # with those of optimisers and metrics
 
 
 class Place(NamedTuple):
@@ -63,7 +65,7 @@ def find_weights(
     Raises:
         ConversionError: there are several, and nothing tells which one is meant.
     """
-    dicts = dict(_dicts(held))
+    dicts = _dicts(held, what)
     places = _places(dicts)
     if not places:
         return None
@@ -117,21 +119,37 @@ def _notes(place: Place, places: Sequence[Place], expected: Sequence[str]) -> li
     return [] if note is None else [note]
 
 
-def _holds(value: Any, is_weight: Callable[[Any], bool], depth: int = _DEEPEST) -> bool:
+def _holds(value: Any, is_weight: Callable[[Any], bool]) -> bool:
     """Whether weights are somewhere in dicts and lists."""
-    if not isinstance(value, Mapping | list) or not depth:
-        return False
-    inside = value.values() if isinstance(value, Mapping) else value
-    return any(_holds(x, is_weight, depth - 1) or (not isinstance(x, Mapping | list) and is_weight(x)) for x in inside)
+    left, seen = [value], set()
+    while left:
+        held = left.pop()
+        if not isinstance(held, Mapping | list) or id(held) in seen:
+            continue
+        seen.add(id(held))
+        inside = list(held.values() if isinstance(held, Mapping) else held)
+        if any(not isinstance(x, Mapping | list) and is_weight(x) for x in inside):
+            return True
+        left += inside
+    return False
 
 
-def _dicts(held: Mapping, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping]]:
-    """The keys that lead to each dict in a dict, itself included, and it."""
-    yield keys, held
-    if len(keys) < _DEEPEST:
-        for key, value in held.items():
-            if isinstance(value, Mapping):
-                yield from _dicts(value, (*keys, str(key)))
+def _dicts(held: Mapping, what: str) -> dict[tuple[str, ...], Mapping]:
+    """The keys that lead to each dict in a dict, itself included, and it.
+
+    Raises ConversionError if they hold too many values: those that hold one another would without end.
+    """
+    found, values, left = {}, 0, [((), held)]
+    while left:
+        keys, inside = left.pop()
+        found[keys] = inside
+        values += len(inside)
+        if values > _MOST_VALUES:
+            raise ConversionError(f"{what} holds more than {_MOST_VALUES:,} values: save its weights alone")
+        if len(keys) < _DEEPEST:
+            below = [((*keys, str(key)), value) for key, value in inside.items() if isinstance(value, Mapping)]
+            left += reversed(below)
+    return found
 
 
 def _places(dicts: Mapping[tuple[str, ...], Mapping]) -> list[Place]:

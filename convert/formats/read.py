@@ -17,7 +17,7 @@ from convert.formats import hf_folder, hub, run_folder, timm_config
 from convert.formats.find import find_weights
 from convert.formats.orbax_folder import read_orbax
 from convert.formats.torch_files import read_torch
-from convert.tensors import DTYPES, MOST_AXES
+from convert.tensors import DTYPES, MOST_AXES, MOST_TENSORS
 from convert.tree import flatten, from_flax_paths, from_state_dict
 from crossvit_jax.config import TIMM_NAMES, get_config
 from crossvit_jax.files import open_regular
@@ -26,6 +26,7 @@ _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "
 
 _BODY = "body"  # where a run that pre-trains has its CrossViT
 _LONGEST_HEADER = 100_000_000  # bytes; the safetensors format sets this limit
+_LONGEST_READ = 2**24  # bytes of a header that are read: 300 for each of the most tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +122,7 @@ def _read_safetensors(path: Path, files: Sequence[Path] = ()) -> Stored:
     """What a file holds, or all `files` together, which `path` is the index of."""
     from safetensors import SafetensorError, safe_open
 
-    for file in files or (path,):
-        _check_names(file)
+    _check_names(path, files or (path,))
     try:
         with ExitStack() as stack:
             opened = [stack.enter_context(safe_open(file, "numpy")) for file in files or (path,)]
@@ -151,8 +151,9 @@ def _read_safetensors(path: Path, files: Sequence[Path] = ()) -> Stored:
     return Stored(tensors=tensors, notes=notes, **known)
 
 
-def _check_names(file: Path) -> None:
-    """Raises ConversionError if a tensor is there twice under one name: the library takes the last without a word."""
+def _check_names(path: Path, files: Sequence[Path]) -> None:
+    """Raises ConversionError if there are too many tensors, which would take minutes to look at, or one of them is
+    there twice under one name in a file: the library takes the last without a word."""
 
     def unequal(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
@@ -160,15 +161,21 @@ def _check_names(file: Path) -> None:
             raise ConversionError(f"{file} has names twice: {listed(twice)}")
         return dict(pairs)
 
-    with open_regular(file) as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = opened.read(length) if length <= _LONGEST_HEADER else b""
-    try:
-        json.loads(header, object_pairs_hook=unequal)
-    except ConversionError:
-        raise
-    except (ValueError, RecursionError):  # of damage the library tells
-        return
+    tensors = 0
+    for file in files:
+        with open_regular(file) as opened:
+            header = opened.read(min(int.from_bytes(opened.read(8), "little"), _LONGEST_READ + 1))
+        if len(header) > _LONGEST_READ:
+            raise ConversionError(f"{file} has a header of more than {_LONGEST_READ:,} bytes, which no model needs")
+        tensors += header.count(b'"data_offsets"')
+        if tensors > MOST_TENSORS:
+            raise ConversionError(f"{path} has {tensors:,} tensors; read are {MOST_TENSORS:,} at most")
+        try:
+            json.loads(header, object_pairs_hook=unequal)
+        except ConversionError:
+            raise
+        except (ValueError, RecursionError):  # of damage the library tells
+            return
 
 
 def _is_weight(entry: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from convert.errors import ConversionError, listed, one_line, require
 from convert.formats import timm_config
 from convert.formats.find import PREFERRED, find_weights
+from convert.tensors import MOST_TENSORS
 
 
 def read_torch(path: Path) -> tuple[Mapping[str, Any], list[str]]:
@@ -139,6 +140,8 @@ def _check_sums(path: Path) -> None:
                 raise ConversionError(f"{path} is a compressed or encrypted zip: torch.save writes none")
             if not any(part.filename.endswith("/data.pkl") for part in parts):
                 raise ConversionError(f"{path} is a zip that torch.save did not write: it has no data.pkl")
+            if len(parts) > MOST_TENSORS:
+                raise ConversionError(f"{path} has {len(parts):,} parts; read are {MOST_TENSORS:,} tensors at most")
             damaged = archive.testzip()
     except (ConversionError, MemoryError):
         raise

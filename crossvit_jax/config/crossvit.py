@@ -22,6 +22,7 @@ from crossvit_jax.config.settings import Settings
 _USUAL = {"head_dim": None, "attention": "full"}  # of branches, see `Branch`
 _RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 _SMALLEST_CROP = 0.001
+_MOST_PIXELS = 2**31 - 1  # what 32 bits count
 _MOST_BRANCHES, _MOST_CLASSES, _LONGEST_NAME = 64, 2**24, 64
 
 
@@ -86,6 +87,9 @@ class CrossViTConfig(Settings):
             raise ValueError(f"image_size must be an int or (height, width), all positive; got {shown_value(size)}")
         for side in self.image_size:
             require_whole("image_size", side, 1, LARGEST)
+        if math.prod(self.image_size) > _MOST_PIXELS:
+            height, width = self.image_size
+            raise ValueError(f"image_size must have at most {_MOST_PIXELS:,} pixels; got {height} x {width}")
         self._count_stages()
         self._check_fields()
         if self.multi_conv and not set(self.patch_size) <= {12, 16}:

@@ -69,6 +69,45 @@ def convolve_patches(
     return convolve(x, kernel)
 
 
+def convolve_to_few(
+    x: Float[Array, "batch height width in_chans"],
+    kernel: Float[Array, "rows columns in_chans out_chans"],
+    *args,
+    **kwargs,
+) -> Float[Array, "batch height width out_chans"]:
+    """`jax.lax.conv_general_dilated` with an odd kernel and an output as large as the input, but of fewer channels.
+
+    For the kernel's gradient on a CPU, XLA cuts patches out of the input. Here they are cut out of the output's
+    gradient: for 4 channels of 128 that takes a seventh of the time.
+    """
+    x, kernel = vary_alike(x, kernel)
+
+    def plain(x: Array, kernel: Array) -> Array:
+        return jax.lax.conv_general_dilated(x, kernel, *args, **kwargs)
+
+    def forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+        return plain(x, kernel), (x, kernel)
+
+    def kernel_from_output(x: Array, d_y: Array) -> Array:
+        how = {"dimension_numbers": ("CHWN", "IHWO", "HWCN"), "precision": kwargs.get("precision")}
+        padding = [(size // 2, size // 2) for size in kernel.shape[:2]]
+        return jnp.flip(jax.lax.conv_general_dilated(d_y, x, (1, 1), padding, **how), (0, 1))
+
+    def kernel_from_input(x: Array, d_y: Array) -> Array:
+        (d_kernel,) = jax.linear_transpose(lambda kernel: plain(x, kernel), kernel)(d_y)
+        return d_kernel
+
+    def backward(inputs: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
+        x, kernel = inputs
+        (d_x,) = jax.linear_transpose(lambda x: plain(x, kernel), x)(d_y)
+        by_platform = _default_only if is_cut(d_y) else jax.lax.platform_dependent
+        return d_x, by_platform(x, d_y, cpu=kernel_from_output, default=kernel_from_input)
+
+    convolve = jax.custom_vjp(plain)
+    convolve.defvjp(forward, backward)
+    return convolve(x, kernel)
+
+
 def _default_only(*args: Array, cpu: Callable[..., Array], default: Callable[..., Array]) -> Array:
     """In place of `jax.lax.platform_dependent`: on a CPU too, the default."""
     return default(*args)

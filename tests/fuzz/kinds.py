@@ -28,6 +28,7 @@ from crossvit_jax.config import get_config
 from crossvit_jax.preprocess import UnreadableImage
 from tests.fuzz.damage import VALUES, damage_a_file, damaged_bytes, damaged_json
 from tests.fuzz.dense import DENSE_KINDS, make_dense_templates
+from tests.fuzz.requests import request
 from tests.small_model import small_config, small_detector, small_segmenter
 from train.config import TrainConfig
 from train.flags import parse_flags
@@ -213,5 +214,5 @@ def image_folder(chance: random.Random, templates: Path, work: Path) -> int:
 
 KINDS: dict[str, Callable[[random.Random, Path, Path], int]] = {
     kind.__name__: kind
-    for kind in (picture, safetensors, torch_file, orbax, description, settings, log, flags, image_folder)
+    for kind in (picture, safetensors, torch_file, orbax, description, settings, log, flags, image_folder, request)
 } | DENSE_KINDS

@@ -14,7 +14,7 @@ from flax import nnx
 from timm.models.vision_transformer import Block
 
 from crossvit_jax import attention, blocks, get_config, patch_embed
-from crossvit_jax.layers import Conv, LayerNorm
+from crossvit_jax.layers import Conv, LayerNorm, OutputConv
 from crossvit_torch import attention as torch_attention
 from crossvit_torch import blocks as torch_blocks
 from crossvit_torch import patch_embed as torch_patch_embed
@@ -180,6 +180,24 @@ def test_patches_have_the_gradients_of_a_plain_convolution(height, platform, mon
     # training takes no gradient of pictures: what it would need is not even traced
     lowered = nnx.jit(nnx.grad(loss)).trace(layer, picture).lower(lowering_platforms=(platform,)).as_text()
     assert lowered.count("stablehlo.convolution") == {"cpu": 1, "tpu": 2}[platform]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("size", [3, 5])
+def test_an_output_of_few_channels_has_the_gradients_of_a_plain_convolution(size, platform, monkeypatch):
+    if platform == "tpu":
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args))
+    layer = OutputConv(16, 2, size, dtype=None, param_dtype=np.float32, rngs=nnx.Rngs(0))
+    other = nnx.clone(layer)
+    other.set_forward_mode(True)
+    maps = random_array(2, 2, 5, 9, 16)
+
+    def loss(layer, maps):
+        return jax.numpy.sin(layer(maps)).sum()
+
+    ours, plain = (jax.tree.leaves(nnx.grad(loss, argnums=(0, 1))(conv, maps)) for conv in (layer, other))
+    for mine, expected in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])

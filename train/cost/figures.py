@@ -94,12 +94,14 @@ def compile_step(
     from train.cost.hlo import communication, early_reductions, estimated_cycles
     from train.cost.kernels import kernels
     from train.cost.roofline import roofline
-    from train.devices.memory import DoesNotFit, available_memory, memory_errors_explained
+    from train.devices.memory import DoesNotFit, available_memory, check_image_size, memory_errors_explained
 
     gpu = None if topology is None else find_gpu(topology)
     target = _target(config, num_classes, topology, training=not inference)
     config, mesh = target.config, target.mesh
     available = gpu.available if gpu else available_memory(mesh)
+    model = target.task.model_config
+    check_image_size(model.image_size, model.branches, mesh, available=available, training=not inference)
     read: dict[str, Any] = dict.fromkeys(("memory", "traffic", "compiler_flops", "cycles"))
     needed = too_much = None
     start, seconds = time.perf_counter(), None

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,12 +10,14 @@ import jax
 from jax.sharding import Mesh
 
 from convert.errors import SettingsError
+from crossvit_jax.config import Branch
 from train.config import TrainConfig
 from train.devices.host_memory import host_memory
 
 BATCHES = 3  # on a device at the same time: the step's own, and the two that train.data.streams brings ahead
 
 _GIB = 2**30
+_FLOAT = 4  # bytes of a float32
 # What libtpu lets a program use of the memory of a chip (which has 32, 16, 95 and 32 GB): the limit that the compiler
 # names when it refuses a program, libtpu 0.0.42. Only for chips that are not there; those that are tell themselves.
 _TPU_MEMORY = {"TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}
@@ -111,6 +113,44 @@ def available_memory(mesh: Mesh) -> int | None:
         known = _TPU_MEMORY.get(device.device_kind)
         return None if known is None else int(known * _GIB)
     return stats.get("bytes_limit")
+
+
+def check_image_size(
+    image_size: tuple[int, int],
+    branches: Sequence[Branch],
+    mesh: Mesh,
+    *,
+    images: int = 1,
+    available: int | None,
+    training: bool = False,
+) -> None:
+    """Raises DoesNotFit for images so large that what is certainly needed is more than the bytes that are available on
+    a device (none: not known): by arithmetic, before a minute goes into tracing and compiling.
+
+    Args:
+        image_size: height, width.
+        branches: of the model, where they are known already.
+        images: of a batch on a device.
+        training: gradients are taken, for which a CPU keeps the weights of full attention.
+    """
+    area, needed = math.prod(image_size), {}
+    needed[f"{images} image{'s' * (images > 1)}"] = images * area * 3 * _FLOAT
+    for place, branch in enumerate(branches):
+        tokens = int(area * branch.image_scale**2) // branch.patch_size**2
+        positions = tokens * branch.embed_dim * _FLOAT
+        needed[f"the {tokens:,} tokens of branch {place} with their positions"] = (images + 1) * positions
+        if training and branch.attention == "full" and mesh.devices.flat[0].platform == "cpu":
+            needed[f"{branch.num_heads} maps of attention of branch {place}"] = branch.num_heads * tokens**2 * _FLOAT
+    total = sum(needed.values())
+    if available is not None and total > available:
+        most = max(needed, key=needed.__getitem__)
+        of_most = f", of which {most} take {format_bytes(needed[most])}" if len(needed) > 1 else ""
+        remedy = "a smaller --image-size" + " or a smaller --batch-size" * (images > 1)
+        size = " x ".join(map(str, image_size))
+        raise DoesNotFit(
+            f"image_size {size} needs at least {_excess(total, available)}{of_most}: choose {remedy}",
+            total,
+        )
 
 
 def check_fits(memory: StepMemory, available: int | None, config: TrainConfig, mesh: Mesh) -> None:

@@ -68,6 +68,24 @@ def keep_compiled_programs() -> None:
         caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         if os.path.isabs(caches):  # what has no home folder stays as it is
             jax.config.update("jax_compilation_cache_dir", str(Path(caches, "crossvit", "jax")))
+    _drop_what_is_no_file()
+
+
+def _drop_what_is_no_file() -> None:
+    """Named pipes and devices among the kept programs are removed: jax would wait for them, or read without end.
+
+    Where they cannot be, nothing is kept, and nothing read.
+    """
+    import jax
+
+    folder = jax.config.jax_compilation_cache_dir
+    with contextlib.suppress(OSError), os.scandir(folder or "") as entries:
+        for entry in entries:
+            if entry.name.endswith(("-cache", "-atime")) and not (entry.is_file() or entry.is_dir()):
+                try:
+                    os.unlink(entry)
+                except OSError:
+                    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def drop_damaged_programs() -> None:

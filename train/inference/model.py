@@ -16,8 +16,10 @@ from convert.errors import SettingsError
 from convert.models import flax_model
 from convert.weights import Weights
 from crossvit_jax import CrossViTConfig
+from crossvit_jax.config import DenseConfig
 from crossvit_jax.preprocess import Exif
 from train.devices.attention import choose_attention
+from train.devices.memory import available_memory, check_image_size
 from train.devices.mesh import batch_sharding, default_precision, make_mesh, precision_note, replicated
 from train.optim.quantize import quantised, require_qwix
 from train.tasks.begin import TASKS, settings_of, task_of
@@ -176,13 +178,18 @@ def load_predictor(
     """
     if quantize is not None:
         require_qwix("--quantize")
+    mesh = make_mesh()
+    available = available_memory(mesh)
+    if image_size is not None:
+        check_image_size(image_size, (), mesh, available=available)
     changes = {"image_size": image_size, "patch_size": patch_size, "crop_pct": crop_pct, "reduce_tokens": reduce_tokens}
     weights = checked_weights(source, **{field: value for field, value in changes.items() if value is not None})
     learned = task_of(weights.config)
     of_classifiers = {"crop_pct": crop_pct, "quantize": quantize}
     given = {name: value for name, value in of_classifiers.items() if value is not None}
     _check_settings(source, learned, given | settings)
-    mesh = make_mesh()
+    body = weights.config.backbone if isinstance(weights.config, DenseConfig) else weights.config
+    check_image_size(body.image_size, body.branches, mesh, available=available)
     precision = precision or default_precision(mesh)
     kernel, notes = choose_attention(attention_kernel, weights.config, precision, mesh, training=False)
     model = flax_model(weights, dtype=precision)

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationContext
 
 from convert import metadata
-from convert.errors import one_line, quiet_storage
+from convert.errors import one_line, quiet_storage, silence_storage
 from convert.formats import fingerprint
 from train.run.folder import CHECKPOINTS, CheckpointError
 from train.run.run_state import RunState
@@ -38,6 +38,7 @@ class Checkpoints:
         self._saving: int | None = None  # the step that is being written in the background
         self._fingerprint = jax.jit(fingerprint.marks_on_devices, static_argnames="version")
         options = ocp.CheckpointManagerOptions(preservation_policy=self, enable_async_checkpointing=True)
+        self._failed = False  # whether anything could not be written
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(quiet_storage())  # as long as its threads write
@@ -91,8 +92,13 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for what is being written, and end the threads. What went wrong there is told by `save` and `wait`."""
-        with self._open, contextlib.suppress(Exception):
-            self._manager.close()
+        with self._open:
+            try:
+                self._manager.close()
+            except Exception:
+                self._failed = True
+        if self._failed:
+            silence_storage()
 
     def restore(self, shapes: State) -> tuple[State, RunState] | None:
         """The newest whole checkpoint and what the run remembered; None if there is none.
@@ -162,6 +168,7 @@ class Checkpoints:
         try:
             write()
         except Exception as error:  # besides OSError, whatever Orbax and tensorstore raise
+            self._failed = True
             reason = "no space left on device" if "No space left" in str(error) else one_line(error)[:300]
             last = "none is whole" if self._last_whole is None else f"the last whole one is of step {self._last_whole}"
             raise CheckpointError(

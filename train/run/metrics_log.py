@@ -1,5 +1,6 @@
 """The metrics of a run as lines of JSON, as TensorBoard events and, if wanted, at Weights & Biases."""
 
+import contextlib
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from convert.files import writing
 from crossvit_jax.files import check_open, read_regular
 from train.run.best_effort import BestEffort
 
@@ -89,21 +91,25 @@ class MetricsLog:
     def write(self, *, step: int, epoch: int, values: dict[str, float], speed: float | None = None) -> None:
         """One line: `step` (training steps done), `epoch` (epochs begun, from 1) and the values by name.
 
-        Names are `train/loss`, `eval/top1` and so on. Raises ValueError for NaN and infinity, which are no JSON.
+        Names are `train/loss`, `eval/top1` and so on. Raises ValueError for NaN and infinity, which are no JSON, and
+        NotWritten.
 
         Args:
             speed: images per second, told beside the line.
         """
         line: dict[str, Any] = {"step": step, "epoch": epoch, **values}
-        self._lines.write((json.dumps(line, allow_nan=False) + "\n").encode())
-        self._lines.flush()
+        text = json.dumps(line, allow_nan=False) + "\n"
+        with writing(self._folder / FILE):
+            self._lines.write(text.encode())
+            self._lines.flush()
         told = values if speed is None else {**values, "train/images_per_s": speed}
         self._to_tensorboard(lambda: self._events.write(told, step))
         if self._wandb is not None:
             self._to_wandb(self._wandb.log, {"epoch": epoch, **told}, step=step)
 
     def close(self) -> None:
-        self._lines.close()
+        with contextlib.suppress(OSError):  # what is left of a line that could not be written, which `write` has told
+            self._lines.close()
         if "_events" in self.__dict__:
             self._to_tensorboard(self._events.close)
         if self._wandb is not None:

@@ -167,3 +167,54 @@ def test_a_billion_stages_are_refused_before_a_model_is_made(tmp_path):
     with pytest.raises(ConversionError, match="they are of 2000 blocks, and it has 76 tensors"):
         convert.load_weights(file)
     assert time.process_time() - begin < 5
+
+
+def _too_many(small_file, flood):
+    content = small_file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, end = json.loads(content[8 : 8 + length]), len(content) - 8 - length
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [end, end]}
+    text = json.dumps(header | {f"{flood}{number}": empty for number in range(60_000)}).encode()
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+
+@pytest.mark.parametrize(
+    ("flood", "message"), [("e", "has 60,0"), ("x" * 300, "a header of more than 16,777,216 bytes")]
+)
+def test_a_flood_of_tensors_is_refused_before_they_are_looked_at(tmp_path, flood, message):
+    file = save_small(tmp_path / "w.safetensors", "abc")
+    file.write_bytes(_too_many(file, flood))
+    begin = time.process_time()
+    with pytest.raises(ConversionError, match=message):
+        convert.load_weights(file)
+    assert time.process_time() - begin < 2
+
+
+def test_a_header_longer_than_its_file_takes_no_memory(tmp_path):
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    (folder / "a.safetensors").write_bytes((2**60).to_bytes(8, "little") + b"{}")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a.safetensors"}}')
+    with pytest.raises(ConversionError, match="damaged"):
+        convert.load_weights(folder)
+
+
+def test_containers_that_hold_one_another_end(state_dict, tmp_path):
+    """A pickle keeps once what is there many times: of each level there are 60 times as many as of the one above."""
+    keys: dict = {}
+    keys.update({f"key{number}": keys for number in range(60)})
+    items: list = []
+    items += [items] * 60
+    for name, more, message in (
+        ("dict", {"a": keys}, "more than 500,000 values"),
+        ("list", {"model_ema": items}, None),
+    ):
+        file = tmp_path / f"{name}.pth"
+        torch.save({"model": state_dict, **more}, file)
+        begin = time.process_time()
+        if message is None:
+            assert convert.load_weights(file, image_size=48).config.num_classes == 3
+        else:
+            with pytest.raises(ConversionError, match=message):
+                convert.load_weights(file, image_size=48)
+        assert time.process_time() - begin < 4

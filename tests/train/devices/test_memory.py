@@ -1,11 +1,16 @@
 """The memory of a step: XLA's plan, what a device has, and what is said where that is too little."""
 
 import dataclasses
+import time
 
 import jax
 import jax.numpy as jnp
 import pytest
+from PIL import Image
 
+from crossvit_jax.config import get_config
+from tests.train.small_weights import save_small
+from train.compile import main as compile_main
 from train.data import streams
 from train.devices import host_memory, memory
 from train.devices.memory import (
@@ -13,12 +18,14 @@ from train.devices.memory import (
     StepMemory,
     available_memory,
     check_fits,
+    check_image_size,
     format_bytes,
     memory_errors_explained,
     step_memory,
 )
 from train.devices.mesh import make_mesh
 from train.main import main
+from train.predict import main as predict_main
 from train.recipes import RECIPES
 
 _GIB = 2**30
@@ -46,6 +53,50 @@ def _message(mesh, *, state=1 * _GIB, activations=20 * _GIB, available=16 * _GIB
         check_fits(step, available, dataclasses.replace(_CONFIG, **changes), mesh)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "settings", "words"),
+    [
+        ((40_000, 40_000), {}, "17.9 GiB on each device, 1.9 GiB more"),  # the pixels of one
+        ((40_000, 40_000), {"images": 2}, "a smaller --image-size or a smaller --batch-size"),
+        ((24_000, 24_000), {"known": True, "images": 2}, "of which 2 images take 12.9 GiB"),
+        ((2_400, 2_400), {"known": True, "training": True}, "3 maps of attention of branch 0 take 17.9 GiB"),
+    ],
+)
+def test_images_that_certainly_do_not_fit_are_refused_before_anything_is_traced(size, settings, words):
+    branches = get_config("ti").branches if settings.pop("known", False) else ()
+    mesh = _Mesh(devices=_Device("cpu"))
+    with pytest.raises(DoesNotFit, match=r"image_size .* needs at least") as error:
+        check_image_size(size, branches, mesh, available=16 * _GIB, **settings)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_images_that_may_fit_are_not_refused():
+    mesh, branches = _Mesh(devices=_Device("gpu")), get_config("ti").branches
+    check_image_size((2_400, 2_400), branches, mesh, available=16 * _GIB, training=True)  # a GPU keeps no maps
+    check_image_size((40_000, 40_000), (), mesh, available=None)  # not known
+
+
+def test_commands_refuse_too_large_images_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "host_memory", lambda: 16 * _GIB)
+    weights, picture = save_small(tmp_path / "w.safetensors", "abc"), tmp_path / "1.png"
+    Image.new("RGB", (50, 40)).save(picture)
+    for side, words in ((60_000, "image_size must have at most 2,147,483,647 pixels"), (45_360, "needs at least")):
+        for command, *flags in (
+            (main, f"--output={tmp_path / 'run'}"),
+            (main, f"--output={tmp_path / 'run'}", f"--init={weights}"),
+            (main, f"--output={tmp_path / 'run'}", "--task=detection"),
+            (compile_main,),
+            (predict_main, f"--weights={weights}", str(picture)),
+        ):
+            begin = time.process_time()
+            assert command([*flags, f"--image-size={side}"]) == 2
+            assert time.process_time() - begin < 5
+            last = capsys.readouterr().err.splitlines()[-1]
+            assert words in last or (side == 60_000 and "needs at least" in last)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_plan_of_a_step_is_told_apart_by_purpose():

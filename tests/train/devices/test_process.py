@@ -122,6 +122,28 @@ def test_a_folder_that_the_user_chose_is_taken(cache_dir, tmp_path):
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
 
 
+def test_what_is_no_file_among_the_kept_programs_is_removed_and_all_else_stays(cache_dir, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "jit_a-1-cache")
+    (tmp_path / "jit_b-2-cache").symlink_to("/dev/zero")
+    (tmp_path / "jit_c-3-cache").mkdir()
+    (tmp_path / "jit_d-4-cache").write_bytes(b"x")
+    os.mkfifo(tmp_path / "somebody's")
+    cache_dir(str(tmp_path))
+    keep_compiled_programs()
+    assert {path.name for path in tmp_path.iterdir()} == {"jit_c-3-cache", "jit_d-4-cache", "somebody's"}
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    os.mkfifo(tmp_path / "jit_a-1-cache")
+    monkeypatch.setattr(os, "unlink", refuse)
+    try:
+        keep_compiled_programs()
+        assert not jax.config.jax_enable_compilation_cache
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+
+
 def test_a_kept_program_that_was_cut_short_is_made_anew_once(tmp_path):
     settings = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in settings}

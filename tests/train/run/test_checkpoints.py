@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import resource
 import signal
 import time
@@ -102,3 +103,21 @@ def test_a_save_that_fails_in_the_background_is_told_before_the_next_one(tmp_pat
             signal.signal(signal.SIGXFSZ, before)
     gc.collect()
     assert capfd.readouterr().err == ""
+
+
+def test_where_the_storage_fails_to_close_its_threads_are_silent_to_the_end(tmp_path, monkeypatch, capfd):
+    level = logging.getLogger("absl").level
+    checkpoints = Checkpoints(tmp_path, description={}, say=print)
+    close = checkpoints._manager.close
+
+    def fail():
+        close()
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "close", fail)
+    try:
+        checkpoints.close()
+        logging.getLogger("absl").error("a thread of Orbax's, after all has ended")
+        assert capfd.readouterr().err == ""
+    finally:
+        logging.getLogger("absl").setLevel(level)

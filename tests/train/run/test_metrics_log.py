@@ -2,11 +2,14 @@
 
 import json
 import os
+import resource
+import signal
 from contextlib import closing
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from convert.files import NotWritten
 from train.run.metrics_log import MetricsLog, read_metrics
 
 
@@ -33,6 +36,19 @@ def test_each_line_is_on_disk_at_once_as_json_and_as_tensorboard_event(tmp_path)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     (file,) = tmp_path.glob("events.*")
     assert _scalars(file) == [(3, "train/loss", 2.5), (3, "train/lr", 0.25), (6, "eval/top1", 50.0)]
+
+
+def test_a_line_that_finds_no_room_is_told_with_its_file_and_once(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with closing(MetricsLog(tmp_path)) as log:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))  # as a full disk
+            with pytest.raises(NotWritten, match=r"metrics\.jsonl could not be written: File too large"):
+                log.write(step=1, epoch=1, values={"train/loss": 2.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def test_nan_is_refused(tmp_path):

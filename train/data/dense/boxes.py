@@ -23,6 +23,7 @@ from train.images.geometry import Boxes
 _LOOKED_AT = 2000  # pictures whose size is compared with what is said of it before a run
 _BEYOND = 1.0  # pixels that a box may reach out of its picture without a word: annotators' rounding
 _UNREADABLE = (2**15, 2**15)  # the size of pictures whose own is not known: whatever their boxes are, they fit
+_MOST_BOXES = 20_000  # of a picture: Ti at 240 pixels takes 2.2 GiB for a batch of 2 then
 _MOST_BEYOND = 0.1  # of the boxes may reach farther; where more do, they are in another format
 
 
@@ -293,9 +294,16 @@ def box_sets(
 
 
 def _check_boxes(side: str, source: BoxFiles, origin: str) -> None:
-    if not source.counts.any():
+    counts = source.counts
+    if not counts.any():
         crowds = ", only crowds" if len(source.objects.boxes) else ""
         raise SettingsError(f"none of the {len(source)} pictures{side} in {origin} has a box{crowds}")
+    most = int(counts.argmax())
+    if counts[most] > _MOST_BOXES:
+        raise SettingsError(
+            f"{origin}: {shown(source.files[most])} has {counts[most]:,} boxes, and each picture of a batch would get "
+            f"places for as many; there can be {_MOST_BOXES:,}: cut it into several pictures"
+        )
 
 
 def _few(names: Sequence[str]) -> str:

@@ -17,11 +17,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute
 from starlette.types import Message, Receive, Scope, Send
 
+from convert.files import shown
 from train.inference.server.limits import Refusal
 from train.inference.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 _ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
+_SHOWN = 200  # characters of a path, to who asked and in the log
 GONE = 499  # the status, in log and counters, of a request that was abandoned
 
 
@@ -97,7 +99,7 @@ class Gate:
                 "request_id": request_id,
                 "client": (scope.get("client") or ("",))[0],
                 "method": scope["method"],
-                "path": scope["path"],  # without the query, and never with anything of the body
+                "path": scope["path"][:_SHOWN],  # without the query, and never with anything of the body
                 "status": status,
                 "seconds": round(seconds, 4),
                 **({"pictures": scope["state"]["pictures"]} if "pictures" in scope["state"] else {}),
@@ -114,7 +116,7 @@ def told(refusal: Refusal, request_id: str) -> Response:
 async def tell_refusal(request: Any, error: Exception) -> Response:
     """Answers Refusal, and what Starlette raises for unknown paths and wrong methods."""
     if isinstance(error, HTTPException):
-        path, method = request.url.path[:200], request.method
+        path, method = shown(request.scope["path"][:_SHOWN]), request.method
         why = {404: f"there is no {path}", 405: f"{path} does not take {method}"}
         error = Refusal(error.status_code, why.get(error.status_code, error.detail), error.headers)
     assert isinstance(error, Refusal)

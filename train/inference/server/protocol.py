@@ -18,6 +18,7 @@ from train.inference.server.answers import Tensor
 from train.inference.server.bodies import decoded_base64, parsed_json
 from train.inference.server.limits import Refusal
 
+_LARGEST = 2**31 - 1  # number of pictures, rows or columns
 JSON_LENGTH = "Inference-Header-Content-Length"
 
 
@@ -107,8 +108,8 @@ def answer(
 
 def _pictures(asked: Mapping[str, Any], binary: bytes) -> Sequence[bytes] | np.ndarray:
     shape, datatype, parameters = asked.get("shape"), asked.get("datatype"), _parameters(asked)
-    if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
-        raise Refusal(400, "shape must be an array of whole numbers, 1 or more")
+    if not isinstance(shape, list) or not all(type(size) is int and 0 < size <= _LARGEST for size in shape):
+        raise Refusal(400, f"shape must be an array of whole numbers from 1 to {_LARGEST}")
     if (datatype, len(shape)) not in (("UINT8", 4), ("BYTES", 1)) or (datatype == "UINT8" and shape[3] != 3):
         raise Refusal(400, f"{INPUT} are UINT8 [n, height, width, 3], or encoded as BYTES [n]")
     if "binary_data_size" in parameters:

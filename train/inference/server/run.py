@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from convert.errors import SettingsError, UserError
 from train.inference.server.app import Service, make_app
@@ -55,8 +56,11 @@ def serve(
     # uvicorn's own messages are of no use to who reads the log, but for its errors
     handler = logging.StreamHandler(sys.stderr)
     logging.basicConfig(handlers=[handler], format="%(levelname)s: %(message)s", level=logging.WARNING)
+    for library in ("uvicorn", "python_multipart"):  # anybody's bad requests, which are answered, would fill a disk
+        logging.getLogger(library).setLevel(logging.ERROR)
     config = uvicorn.Config(
         make_app(service, log=log),
+        http=Connection,
         log_config=None,
         access_log=False,
         ws="none",
@@ -71,6 +75,42 @@ def serve(
     if server.failure is not None:
         raise server.failure
     return server.lost
+
+
+class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """Is closed where the head of a request does not come, or not to its end, while an idle one would stay open; and
+    where what comes is no HTTP, nobody waits for an answer to what came before."""
+
+    _closing: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._look_for_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._look_for_head()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._leave_open()
+        super().connection_lost(error)
+
+    def send_400_response(self, message: str) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:  # what comes behind a request is none
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        super().send_400_response(message)
+
+    def _look_for_head(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:  # it is there
+            self._leave_open()
+        elif self._closing is None:
+            self._closing = self.loop.call_later(self.timeout_keep_alive, self.transport.close)
+
+    def _leave_open(self) -> None:
+        if self._closing is not None:
+            self._closing.cancel()
+        self._closing = None
 
 
 class _Server(uvicorn.Server):

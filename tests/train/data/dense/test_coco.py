@@ -186,6 +186,14 @@ def test_what_does_not_fit_together_is_told_before_training(coco, tmp_path, chan
     _refused(file, message.format(file=file, folder=tmp_path))
 
 
+def test_more_boxes_than_a_batch_has_room_for_are_told_with_their_picture(coco):
+    def crowd(content):
+        content["annotations"] += [content["annotations"][0] | {"id": 10 + number} for number in range(20_000)]
+
+    with pytest.raises(SettingsError, match=r"all\.json: a\.png has 20,002 boxes, .*; there can be 20,000"):
+        _open(coco(crowd))
+
+
 def test_boxes_without_area_are_left_out_and_told(coco):
     sets = _open(coco(_box(5, 6, 0, 20)))
     assert len(_all(sets)["a.png"]["objects"].boxes) == 1

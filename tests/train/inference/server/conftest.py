@@ -20,6 +20,7 @@ from train.inference.model import load_classifier
 from train.inference.server.app import Service, make_app
 from train.inference.server.engines.jax_engine import JaxEngine
 from train.inference.server.limits import Limits
+from train.inference.server.run import Connection
 
 CLASSES = "abcdefgh"
 
@@ -92,8 +93,9 @@ def small_engine(small_weights):
 
 
 @contextlib.contextmanager
-def _listening(service):
-    server = uvicorn.Server(uvicorn.Config(make_app(service), log_config=None, lifespan="on"))
+def _listening(service, **settings):
+    config = uvicorn.Config(make_app(service), http=Connection, log_config=None, lifespan="on", **settings)
+    server = uvicorn.Server(config)
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()

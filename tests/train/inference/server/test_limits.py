@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -360,3 +361,44 @@ def test_two_servers_in_a_process_do_not_share_their_counters():
     services[0].metrics.count("predict", 200, 0.1)
     assert b'endpoint="predict"' not in services[1].metrics.text()
     assert make_app(services[0]) is not None
+
+
+def _raw(address, content, *, seconds=10):
+    """All that a server answers until it closes the connection."""
+    host, _, port = address.partition(":")
+    with socket.create_connection((host, int(port)), timeout=seconds) as client:
+        client.sendall(content)
+        answer = b""
+        while part := client.recv(2**16):
+            answer += part
+        return answer
+
+
+_REQUEST = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(_PICTURE), _PICTURE)
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET / HT", _REQUEST + b"GET /"])
+def test_a_head_that_does_not_come_to_its_end_closes_the_connection(listening, begun):
+    with listening(Service(ToldEngine(), Limits(pictures=4)), timeout_keep_alive=0.1) as address:
+        assert _raw(address, begun)[:15] == (b"HTTP/1.1 200 OK" if begun.startswith(b"POST") else b"")
+
+
+def test_what_is_no_request_behind_one_is_refused_without_a_fault_of_ours(listening, caplog):
+    service = Service(ToldEngine(), Limits(pictures=4))
+    with listening(service) as address:
+        answer = _raw(address, _REQUEST + b"\0\r\n\r\n")
+        assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 200"))  # which came first is chance
+        assert b"HTTP/1.1 400" in answer
+        while service.admission.taken:
+            time.sleep(0.001)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_paths_control_characters_are_escaped_and_its_length_is_bounded(serving):
+    lines = []
+    client = serving(ToldEngine(), log=lines.append)
+    answer = client.get("/%1b%5b31m" + "a" * 5000)
+    _refused(answer, 404, "there is no /\\x1b[31maaa")
+    assert answer.json()["error"].isprintable()
+    assert len(answer.text) < 400
+    assert len(lines[-1]) < 500
