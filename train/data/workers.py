@@ -14,9 +14,9 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import popen_spawn_posix, resource_tracker, util
 from typing import Any
 
 import grain
@@ -34,6 +34,7 @@ _LAST_MEMORY_S = 10  # time to give back shared memory when the program ends, wh
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _QUIET = "ignore:resource_tracker:UserWarning"
 _SHARED_MEMORY = "/dev/shm"
+_spawn = util.spawnv_passfds
 
 
 def in_workers(batches: grain.IterDataset, workers: int) -> grain.IterDataset:
@@ -44,6 +45,7 @@ def in_workers(batches: grain.IterDataset, workers: int) -> grain.IterDataset:
     if not workers:
         return batches
     leave_if_run_anew()
+    popen_spawn_posix.Popen, util.spawnv_passfds = _Start, _spawn_only_reader  # type: ignore[misc]
     share_among(workers)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers ask absl, which does not run this program
@@ -69,6 +71,29 @@ class _Started(grain.IterDataset):
         except (ImportError, OSError) as error:  # the former where Python finds no semaphores
             raise _failure(error) from error
         return _Explained(iterator)
+
+
+class _Start(popen_spawn_posix.Popen):
+    """Starts a process as Python does; one that dies before it has read what it is sent counts as started, and dead.
+
+    Python itself keeps the reading end of the pipe open here while it writes, and so waits for ever for somebody who
+    reads what is more than the pipe holds.
+    """
+
+    def _launch(self, process_obj: Any) -> None:
+        with suppress(BrokenPipeError):
+            super()._launch(process_obj)
+
+
+def _spawn_only_reader(path: bytes, args: Sequence[str], passed: Sequence[int]) -> int:
+    """The number of the new process; this one is no reader any more of the pipe that the arguments name."""
+    pid = _spawn(path, args, passed)
+    read_end = re.search(r"pipe_handle=(\d+)", " ".join(map(str, args)))
+    if read_end:  # none: Python's own helpers
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, int(read_end[1]))  # not closed: Python does that
+        os.close(null)
+    return pid
 
 
 class _Explained(grain.DatasetIterator):
