@@ -22,6 +22,7 @@ from convert import load_flax, load_weights
 from convert.__main__ import main as convert_main
 from convert.errors import SettingsError
 from convert.metadata import understand
+from crossvit_jax.preprocess import normalised
 from tests import compilation
 from train.data import streams
 from train.data.datasets import open_digits
@@ -474,7 +475,7 @@ def _right_in_timm(checkpoint, data_dir):
     model.load_state_dict(torch.load(checkpoint, weights_only=True), strict=True)
     source, transform = open_digits(data_dir).held_out, eval_transform(RECIPES["digits"].model_config(10))
     samples = [transform(source[i]) for i in range(len(source))]
-    images = torch.tensor(np.stack([sample["image"] for sample in samples])).permute(0, 3, 1, 2)
+    images = torch.tensor(normalised(np.stack([sample["image"] for sample in samples]))).permute(0, 3, 1, 2)
     with torch.no_grad():
         right = model.eval()(images).argmax(1).numpy() == [sample["label"] for sample in samples]
     return right.sum()
