@@ -80,7 +80,7 @@ def table(gmac: Mapping[str, float], top1: Mapping[str, Mapping[str, float]], au
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for runs and evaluations; those that are there are not done again")
-    parser.add_argument("--epochs", type=int, default=16, help="of each training at 96 pixels (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=8, help="of each training at 96 pixels (default: %(default)s)")
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
     lines = table(*measure(args.folder, epochs=args.epochs))
