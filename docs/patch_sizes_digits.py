@@ -2,8 +2,8 @@
 
     python docs/patch_sizes_digits.py FOLDER
 
-Ti learns the digits at 48 pixels, and from there at 96, twice with the same number of steps: with its own patch size,
-and with one drawn for each step. Both are evaluated at each size, the latter also with one chosen for each picture.
+A small model learns the digits twice, with the same number of steps: with its own patch size, and with one drawn for
+each step. Both are evaluated at each size, the latter also with one chosen for each picture.
 """
 
 import argparse
@@ -15,10 +15,13 @@ from typing import NamedTuple
 
 from digits_runs import evaluated, trained
 
-SETTINGS = ["--recipe=digits", "--image-size=96", "--image-scale=1,2/3", "--lr=3e-4", "--warmup-lr=3e-5"]
+BRANCHES = [  # half as wide as Ti, and with half the blocks
+    "embed_dim=48,depth=1,num_heads=3,patch_size=12",
+    "embed_dim=96,depth=2,num_heads=3,patch_size=16,image_scale=2/3",
+]
+SETTINGS = ["--recipe=digits", "--image-size=96", "--branches", *BRANCHES]
 OWN = "12,16"
-# The mean of their work, which is that of pictures in equal shares, is nearly that of the second.
-SIZES = ("24,32", "16,16", OWN, "8,16")
+SIZES = ("24,32", OWN, "8,16")  # the mean of their work, which is that of pictures in equal shares, is about its own
 
 
 class Auto(NamedTuple):
@@ -31,8 +34,7 @@ class Auto(NamedTuple):
 
 def measure(folder: Path, *, epochs: int) -> tuple[dict[str, float], dict[str, dict[str, float]], Auto]:
     """GMAC by size, top-1 in per cent by weights and size, and what came of a size for each picture."""
-    small = trained("--recipe=digits", "--variant=ti", output=folder / "at-48")
-    usual = (*SETTINGS, f"--init={small}:last", f"--epochs={epochs}")
+    usual = (*SETTINGS, f"--epochs={epochs}")
     runs = {
         "fixed": trained(*usual, output=folder / "fixed"),
         "flexible": trained(*usual, "--patch-sizes", *SIZES, output=folder / "flexible"),
@@ -41,18 +43,19 @@ def measure(folder: Path, *, epochs: int) -> tuple[dict[str, float], dict[str, d
         kind: {size: _evaluated(run, size, folder / f"{kind}-{size}")["top1"] for size in SIZES}
         for kind, run in runs.items()
     }
-    return _gmacs(), top1, auto_of(_evaluated(runs["flexible"], "auto", folder / "auto"))
+    return gmacs(), top1, auto_of(_evaluated(runs["flexible"], "auto", folder / "auto"))
 
 
 def _evaluated(run: Path, size: str, output: Path) -> dict[str, object]:
     return evaluated(f"--weights={run}:last", "--dataset=digits", f"--patch-size={size}", output=output)
 
 
-def _gmacs() -> dict[str, float]:
-    from crossvit_jax.config import get_config
+def gmacs() -> dict[str, float]:
+    """Of a picture, by size."""
     from train.cost.flops import macs_per_image
+    from train.main import parse_flags
 
-    config = get_config("ti", image_size=96, image_scale=(1.0, 2 / 3), num_classes=10)
+    config = parse_flags(SETTINGS).model_config(10)
     return {size: macs_per_image(config.at_patch_size(tuple(map(int, size.split(","))))) / 1e9 for size in SIZES}
 
 
@@ -70,17 +73,17 @@ def table(gmac: Mapping[str, float], top1: Mapping[str, Mapping[str, float]], au
     for size in sorted(gmac, key=gmac.get):
         name = f"{size} (own)" if size == OWN else size
         cells = [f"{top1[kind][size]:.2f} %" for kind in ("fixed", "flexible")]
-        lines.append(f"| {name} | {gmac[size]:.3f} | {' | '.join(cells)} | {auto.counts.get(size, 0)} |")
-    lines.append(f"| `auto` | {auto.gmac:.3f} | - | {auto.top1:.2f} % | {total} |")
+        lines.append(f"| {name} | {gmac[size]:.4f} | {' | '.join(cells)} | {auto.counts.get(size, 0)} |")
+    lines.append(f"| `auto` | {auto.gmac:.4f} | - | {auto.top1:.2f} % | {total} |")
     blind = sum(count * top1["flexible"][size] for size, count in auto.counts.items()) / total
-    lines.append(f"| as many of each size, whichever | {auto.gmac:.3f} | - | {blind:.2f} % | {total} |")
+    lines.append(f"| as many of each size, whichever | {auto.gmac:.4f} | - | {blind:.2f} % | {total} |")
     return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for runs and evaluations; those that are there are not done again")
-    parser.add_argument("--epochs", type=int, default=8, help="of each training at 96 pixels (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=20, help="of each training (default: %(default)s)")
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
     lines = table(*measure(args.folder, epochs=args.epochs))
