@@ -28,7 +28,6 @@ class Auto(NamedTuple):
     """What came of a size chosen for each picture."""
 
     top1: float  # per cent
-    gmac: float  # of a picture on average
     counts: dict[str, int]  # pictures of each size
 
 
@@ -61,9 +60,9 @@ def gmacs() -> dict[str, float]:
 
 def auto_of(figures: Mapping[str, object]) -> Auto:
     """What an evaluation with `--patch-size auto` told."""
-    line = re.search(r"images by patch size (.*); ([\d.]+) GMAC each", str(figures["printed"]))
-    counts = {size: int(count) for size, count in re.findall(r"(\d+,\d+): (\d+)", line[1])}
-    return Auto(float(figures["top1"]), float(line[2]), counts)
+    (line,) = re.findall(r"images by patch size (.*);", str(figures["printed"]))
+    counts = {size: int(count) for size, count in re.findall(r"(\d+,\d+): (\d+)", line)}
+    return Auto(float(figures["top1"]), counts)
 
 
 def table(gmac: Mapping[str, float], top1: Mapping[str, Mapping[str, float]], auto: Auto) -> list[str]:
@@ -74,9 +73,13 @@ def table(gmac: Mapping[str, float], top1: Mapping[str, Mapping[str, float]], au
         name = f"{size} (own)" if size == OWN else size
         cells = [f"{top1[kind][size]:.2f} %" for kind in ("fixed", "flexible")]
         lines.append(f"| {name} | {gmac[size]:.4f} | {' | '.join(cells)} | {auto.counts.get(size, 0)} |")
-    lines.append(f"| `auto` | {auto.gmac:.4f} | - | {auto.top1:.2f} % | {total} |")
-    blind = sum(count * top1["flexible"][size] for size, count in auto.counts.items()) / total
-    lines.append(f"| as many of each size, whichever | {auto.gmac:.4f} | - | {blind:.2f} % | {total} |")
+
+    def mean(values: Mapping[str, float]) -> float:
+        return sum(count * values[size] for size, count in auto.counts.items()) / total
+
+    work = f"{mean(gmac):.4f}"
+    lines.append(f"| `auto` | {work} | - | {auto.top1:.2f} % | {total} |")
+    lines.append(f"| as many of each size, whichever | {work} | - | {mean(top1['flexible']):.2f} % | {total} |")
     return lines
 
 
