@@ -2,8 +2,9 @@
 
     python docs/patch_sizes_digits.py FOLDER
 
-Ti learns the digits twice, with the same number of steps: with its own patch size, and with one drawn for each step.
-Both are evaluated at each size, the latter also with one chosen for each picture.
+Ti learns the digits three times, with the same number of steps: with its own patch size; with one drawn for each step;
+and so again from the weights of the first. All are evaluated at each size, the latter two also with one chosen for each
+picture.
 """
 
 import argparse
@@ -11,38 +12,33 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from digits_runs import evaluated, trained
 
 SETTINGS = ["--recipe=digits", "--variant=ti"]
+KINDS = {"fixed": "plain resizing", "flexible": "flexible training", "continued": "the same from the fixed weights"}
 OWN = "12,16"
 SIZES = ("24,32", OWN, "6,16")  # the mean of their work, which is that of pictures in equal shares, is about its own
 
 
-class Auto(NamedTuple):
-    """What came of a size chosen for each picture."""
-
-    top1: float  # per cent
-    counts: dict[str, int]  # pictures of each size
-
-
-def measure(folder: Path, *, epochs: int) -> tuple[dict[str, float], dict[str, dict[str, float]], Auto]:
-    """GMAC by size, top-1 in per cent by weights and size, and what came of a size for each picture."""
+def measure(folder: Path, *, epochs: int) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+    """Top-1 in per cent by weights and size, also of `auto`, and how many pictures that gave each size."""
     usual = (*SETTINGS, f"--epochs={epochs}")
+    fixed = trained(*usual, output=folder / "fixed")
+    usual = (*usual, "--patch-sizes", *SIZES)
     runs = {
-        "fixed": trained(*usual, output=folder / "fixed"),
-        "flexible": trained(*usual, "--patch-sizes", *SIZES, output=folder / "flexible"),
+        "fixed": fixed,
+        "flexible": trained(*usual, output=folder / "flexible"),
+        "continued": trained(*usual, f"--init={fixed}:last", output=folder / "continued"),
     }
-    top1 = {
-        kind: {size: _evaluated(run, size, folder / f"{kind}-{size}")["top1"] for size in SIZES}
-        for kind, run in runs.items()
-    }
-    return gmacs(), top1, auto_of(_evaluated(runs["flexible"], "auto", folder / "auto"))
-
-
-def _evaluated(run: Path, size: str, output: Path) -> dict[str, object]:
-    return evaluated(f"--weights={run}:last", "--dataset=digits", f"--patch-size={size}", output=output)
+    top1, printed = {}, ""
+    for kind, run in runs.items():
+        top1[kind] = {}
+        for size in SIZES if kind == "fixed" else (*SIZES, "auto"):
+            flags = (f"--weights={run}:last", "--dataset=digits", f"--patch-size={size}")
+            figures = evaluated(*flags, output=folder / f"{kind}-{size}")
+            top1[kind][size], printed = figures["top1"], figures["printed"]
+    return top1, counts_of(printed)
 
 
 def gmacs() -> dict[str, float]:
@@ -54,29 +50,31 @@ def gmacs() -> dict[str, float]:
     return {size: macs_per_image(config.at_patch_size(tuple(map(int, size.split(","))))) / 1e9 for size in SIZES}
 
 
-def auto_of(figures: Mapping[str, object]) -> Auto:
-    """What an evaluation with `--patch-size auto` told."""
-    (line,) = re.findall(r"images by patch size (.*);", str(figures["printed"]))
-    counts = {size: int(count) for size, count in re.findall(r"(\d+,\d+): (\d+)", line)}
-    return Auto(float(figures["top1"]), counts)
+def counts_of(printed: str) -> dict[str, int]:
+    """How many pictures an evaluation with `--patch-size auto` gave each size, by what it printed."""
+    (line,) = re.findall(r"images by patch size (.*);", printed)
+    return {size: int(count) for size, count in re.findall(r"(\d+,\d+): (\d+)", line)}
 
 
-def table(gmac: Mapping[str, float], top1: Mapping[str, Mapping[str, float]], auto: Auto) -> list[str]:
+def table(gmac: Mapping[str, float], top1: Mapping[str, Mapping[str, float]], counts: Mapping[str, int]) -> list[str]:
     """Lines of Markdown: sizes by their work, then `auto`, then the same shares of pictures drawn blindly."""
-    lines = ["| patches | GMAC | plain resizing | flexible training | pictures by `auto` |", "|" + " --- |" * 5]
-    total = sum(auto.counts.values())
-    for size in sorted(gmac, key=gmac.get):
-        name = f"{size} (own)" if size == OWN else size
-        cells = [f"{top1[kind][size]:.2f} %" for kind in ("fixed", "flexible")]
-        lines.append(f"| {name} | {gmac[size]:.4f} | {' | '.join(cells)} | {auto.counts.get(size, 0)} |")
+    total = sum(counts.values())
 
     def mean(values: Mapping[str, float]) -> float:
-        return sum(count * values[size] for size, count in auto.counts.items()) / total
+        return sum(count * values[size] for size, count in counts.items()) / total
 
-    work = f"{mean(gmac):.4f}"
-    lines.append(f"| `auto` | {work} | - | {auto.top1:.2f} % | {total} |")
-    lines.append(f"| as many of each size, whichever | {work} | - | {mean(top1['flexible']):.2f} % | {total} |")
-    return lines
+    def line(name: str, work: float, values: Mapping[str, float], pictures: int) -> str:
+        cells = [f"{values[kind]:.2f} %" if kind in values else "-" for kind in KINDS]
+        return f"| {name} | {work:.4f} | {' | '.join(cells)} | {pictures} |"
+
+    lines = [f"| patches | GMAC | {' | '.join(KINDS.values())} | pictures by `auto` |", "|" + " --- |" * 6]
+    for size in sorted(gmac, key=gmac.get):
+        name = f"{size} (own)" if size == OWN else size
+        lines.append(line(name, gmac[size], {kind: top1[kind][size] for kind in top1}, counts.get(size, 0)))
+    flexible = [kind for kind in KINDS if kind != "fixed"]
+    lines.append(line("`auto`", mean(gmac), {kind: top1[kind]["auto"] for kind in flexible}, total))
+    blind = {kind: mean(top1[kind]) for kind in flexible}
+    return [*lines, line("as many of each size, whichever", mean(gmac), blind, total)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=14, help="of each training (default: %(default)s)")
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
-    lines = table(*measure(args.folder, epochs=args.epochs))
+    lines = table(gmacs(), *measure(args.folder, epochs=args.epochs))
     (args.folder / "table.md").write_text("\n".join(lines) + "\n")
     print(*lines, sep="\n")
     return 0
