@@ -216,7 +216,7 @@ def _forward(target: _Target, stack: ExitStack) -> _Program:
 
     from train.devices.memory import check_forward_fits, forward_memory
     from train.devices.mesh import batch_sharding, replicated
-    from train.images.normalise import normalise
+    from train.devices.normalise import normalise
     from train.optim.state import abstract_model
 
     config, mesh = target.config, target.mesh

@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Float32, Int, Key, UInt8
 
 from train.config import TrainConfig
 from train.devices.mesh import AXES, batch_sharding, replicated
+from train.devices.normalise import normalise
 from train.images import pillow_ops
-from train.images.normalise import normalise
 from train.images.pillow_ops import ONE
 from train.images.rand_augment import parse_rand_augment
 

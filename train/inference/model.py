@@ -19,7 +19,7 @@ from crossvit_jax import CrossViTConfig
 from crossvit_jax.preprocess import Exif
 from train.devices.attention import choose_attention
 from train.devices.mesh import batch_sharding, default_precision, make_mesh, precision_note, replicated
-from train.images.normalise import normalise_batch
+from train.devices.normalise import normalise_batch
 from train.optim.quantize import quantised, require_qwix
 from train.tasks.begin import TASKS, settings_of, task_of
 from train.tasks.classification import Classification

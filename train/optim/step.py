@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from train.config import TrainConfig
 from train.devices.mesh import batch_sharding, replicated, state_shardings
-from train.images.normalise import normalise_batch
+from train.devices.normalise import normalise_batch
 from train.optim.loss_scale import all_finite, next_loss_scale, unless_skipped
 from train.optim.state import State, merged, trained_and_frozen
 from train.tasks.task import Batch, Task, Tree

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from crossvit_jax.preprocess import normalised
-from train.images.normalise import normalise_batch
+from train.devices.normalise import normalise_batch
 
 
 def test_every_level_becomes_what_the_host_makes_of_it_and_other_values_stay():
