@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from digits_runs import evaluated, trained
+
 # At 120 pixels the wide branch has a quarter of the patches that it has at 240: merging r there is merging 4 r here.
 SETTINGS = {  # at 120 pixels: at 240
     "merge:1": "merge:4",
@@ -24,40 +26,27 @@ SETTINGS = {  # at 120 pixels: at 240
     "fusion:0.7,0.7": "fusion:0.7,0.7",
     "prune:0.7": "prune:0.7",
 }
+RECIPE = ["--recipe=digits"]
 SIZE = ["--image-size=120", "--image-scale=1,14/15"]
 TUNING = ["--epochs=3", "--lr=3e-4", "--warmup-lr=3e-5"]
 VARIANTS, BATCHES, ROUNDS = ("ti", "s"), (8, 32), 9
 
 
-def train(*flags: object, output: Path) -> Path:
-    """A run of `train.main`, in this process, if it is not there already; its folder."""
-    from train.main import main
-
-    flags = ["--recipe=digits", *flags, f"--output={output}"]
-    if not (output / "weights.safetensors").exists() and main(list(map(str, flags))) != 0:
-        raise SystemExit(f"the run in {output} failed")
-    return output
-
-
 def top1(weights: str, setting: str, output: Path) -> float:
     """In per cent, of the held-out digits."""
-    from train.evaluate import main
-
-    flags = [f"--weights={weights}", "--dataset=digits", f"--reduce-tokens={setting}", f"--output={output}"]
-    if not (output / "evaluation.json").exists() and main(flags) != 0:
-        raise SystemExit(f"the evaluation in {output} failed")
-    return json.loads((output / "evaluation.json").read_text())["top1"]
+    flags = (f"--weights={weights}", "--dataset=digits", f"--reduce-tokens={setting}")
+    return evaluated(*flags, output=output)["top1"]
 
 
 def measure_accuracy(folder: Path, *, epochs: int) -> dict[str, dict[str, float]]:
     """Of each setting at 120 pixels: top-1 at once, and after the short fine-tuning. "none" was fine-tuned too."""
-    small = train("--variant=ti", output=folder / "at-48")
-    full = train(f"--init={small}:last", *SIZE, f"--epochs={epochs}", output=folder / "at-120")
+    small = trained(*RECIPE, "--variant=ti", output=folder / "at-48")
+    full = trained(*RECIPE, f"--init={small}:last", *SIZE, f"--epochs={epochs}", output=folder / "at-120")
     found = {}
     for setting in ("none", *SETTINGS):
         name = setting.replace(":", "-").replace(",", "-")
-        flags = [f"--init={full}:last", *SIZE, f"--reduce-tokens={setting}", *TUNING]
-        tuned = train(*flags, output=folder / f"tuned-{name}")
+        flags = [*RECIPE, f"--init={full}:last", *SIZE, f"--reduce-tokens={setting}", *TUNING]
+        tuned = trained(*flags, output=folder / f"tuned-{name}")
         found[setting] = {
             "at once": top1(f"{full}:last", setting, folder / f"at-once-{name}"),
             "tuned": top1(f"{tuned}:last", setting, folder / f"evaluated-{name}"),

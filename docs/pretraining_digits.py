@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from digits_runs import trained
 from PIL import Image
 
 SEEDS, LABELS_A_CLASS = 3, 10
@@ -56,16 +57,6 @@ def write_pictures(folder: Path, pixels: np.ndarray, labels: np.ndarray, held_ou
                 save(index, folder / f"few-{seed}" / "train" / str(label), COPIES)
         for index in np.flatnonzero(held_out):
             save(index, folder / f"few-{seed}" / "val" / str(labels[index]))
-
-
-def run(*flags: object) -> Path:
-    """A run of `train.main`, in this process, if it is not there already; its folder, which the last flag names."""
-    from train.main import main
-
-    folder = Path(str(flags[-1]).removeprefix("--output="))
-    if not (folder / "weights.safetensors").exists() and main(list(map(str, flags))) != 0:
-        raise SystemExit(f"the run in {folder} failed")
-    return folder
 
 
 def last_top1(folder: Path) -> float:
@@ -124,7 +115,7 @@ def compare(folder: Path, *, method: str, epochs: int, fine_tuning_epochs: int) 
         write_pictures(folder, pixels, labels, held_out)
     data = f"--dataset=folder:{folder / 'pictures'}"
     flags = [*PRETRAINING[method], *SIZE, data, "--val-fraction=0.05", f"--epochs={epochs}"]
-    pretrained = run("--task=pretraining", *flags, f"--output={folder / method}")
+    pretrained = trained("--task=pretraining", *flags, output=folder / method)
     model = load_flax(pretrained)
     fresh = CrossViT(model.config, rngs=nnx.Rngs(0))
     lines = [judge("raw pixels", pixels.reshape(len(pixels), -1).astype(np.float64), labels, held_out)]
@@ -135,8 +126,8 @@ def compare(folder: Path, *, method: str, epochs: int, fine_tuning_epochs: int) 
         found = []
         for seed in range(SEEDS):
             data = [f"--dataset=folder:{folder / f'few-{seed}'}", f"--seed={seed}"]
-            flags = (*FINE_TUNING, *SIZE, *schedule, *init, *data, f"--output={folder / name}-{seed}")
-            found.append(last_top1(run(*flags)))
+            run = trained(*FINE_TUNING, *SIZE, *schedule, *init, *data, output=folder / f"{name}-{seed}")
+            found.append(last_top1(run))
         shown = ", ".join(f"{top1:.2f}" for top1 in found)
         lines.append(f"100 labels, {name:13} top-1 {shown}   mean {np.mean(found):.2f} %")
     return lines

@@ -98,7 +98,7 @@ def _parser(recipe: TrainConfig) -> Parser:
     parser.add_argument(
         "--inference",
         action="store_true",
-        help="the forward pass in place of the training step, parameters and images in the arithmetic's dtype",
+        help="the forward pass in place of the training step, images as uint8, parameters in the arithmetic's dtype",
     )
     parser.add_argument(
         "--fit",

@@ -11,7 +11,7 @@ from jaxtyping import Float32, Int
 from benchmarks.rounds import say
 from convert.errors import SettingsError
 from convert.weights import Weights
-from crossvit_jax.preprocess import UnreadableImage
+from crossvit_jax.preprocess import UnreadableImage, normalised
 from train.config import TrainConfig
 from train.data.datasets import open_image_sets
 from train.data.sources import ImageSets, Source
@@ -123,7 +123,7 @@ def read_images(
         except UnreadableImage as error:
             say(f"{error}: left out")
         else:
-            images[len(labels)] = sample["image"]
+            images[len(labels)] = normalised(sample["image"])
             labels.append(sample["label"])
     if not labels:
         raise SettingsError(f"none of the {count} images could be read")

@@ -31,7 +31,7 @@ class CrossViT:
 
     def image(self, encoded: bytes) -> np.ndarray:
         transform = self.engine.transform
-        return transform.model_input(decode_pixels(encoded, "the picture", transform.exif, FORMATS))
+        return transform.seen_pixels(decode_pixels(encoded, "the picture", transform.exif, FORMATS))
 
     async def __call__(self, request: Request) -> JSONResponse:
         try:

@@ -123,7 +123,8 @@ def test_a_qat_run_joins_the_run_before_it_of_its_model_and_data_set(weights):
 def test_fewer_images_are_taken_at_even_steps(count, most, taken, tmp_path, monkeypatch):
     weights = load_weights(save_small(tmp_path / "small.safetensors", _CLASSES))
     monkeypatch.setattr(
-        "benchmarks.deploy.runs.eval_transform", lambda *_: lambda number: {"image": 0, "label": number}
+        "benchmarks.deploy.runs.eval_transform",
+        lambda *_: lambda number: {"image": np.zeros((1, 1, 3), np.uint8), "label": number},
     )
     images, labels, unreadable = read_images(range(count), most, weights, tmp_path / "images.npy")
     assert (len(images), labels.tolist(), unreadable) == (len(taken), taken, 0)

@@ -76,8 +76,7 @@ def picture(chance: random.Random, templates: Path, work: Path) -> int:
     except UnreadableImage as error:
         assert str(error).isprintable()
         return 2
-    assert image.shape == (48, 48, 3)
-    assert np.isfinite(image).all()
+    assert (image.shape, image.dtype) == ((48, 48, 3), np.uint8)
     return 0
 
 

@@ -23,6 +23,7 @@ from convert.errors import UserError
 from convert.tree import flatten
 from crossvit_jax import CrossViT
 from crossvit_jax.config import CrossViTConfig, get_config, list_variants
+from crossvit_jax.preprocess import normalised
 from tests.parity.reference import channels_last, flax_module, images, timm_model, timm_outputs
 from train.data.datasets import open_digits
 from train.images.transforms import eval_transform
@@ -170,7 +171,7 @@ def digits(config: CrossViTConfig, *, training: bool) -> tuple[np.ndarray, np.nd
     sets, transform = open_digits(None), eval_transform(config)
     source = sets.train if training else sets.held_out
     samples = [transform(source[i]) for i in range(len(source))]
-    pixels = np.stack([sample["image"] for sample in samples]).transpose(0, 3, 1, 2)
+    pixels = normalised(np.stack([sample["image"] for sample in samples])).transpose(0, 3, 1, 2)
     return pixels, np.array([sample["label"] for sample in samples], np.int64)
 
 

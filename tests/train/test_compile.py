@@ -68,7 +68,7 @@ def test_the_figures_of_a_forward_pass_and_the_file_of_them(run, small_variant, 
     assert result["inference"] is True
     assert result["roofline"] is None
     assert (result["config"]["batch_size"], result["devices"], result["run"]) == (16, 1, "nothing was run")
-    assert result["memory"]["batches"] == 3 * 4 * 16 * math.prod(result["config"]["image_size"] for _ in range(2)) * 3
+    assert result["memory"]["batches"] == 3 * 16 * math.prod(result["config"]["image_size"] for _ in range(2)) * 3
     status, _, _ = run(*_DIGITS, "--batch-size=16", "--inference", f"--json={file}")
     assert status == 0  # its own file is replaced
 

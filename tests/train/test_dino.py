@@ -136,7 +136,8 @@ def test_without_labels_the_loss_chooses_and_without_small_crops_there_are_none(
     task = Dino(dataclasses.replace(_CONFIG, local_crops=0), small_config(0), (), steps_per_epoch=2)
     assert task.metrics == () and choosing_metric(task.metrics).name == "loss"
     assert task.batch_shapes(3, training=True).keys() == {"image"}
-    outputs = nnx.eval_shape(task.evaluate, abstract_model(task, task.config), task.batch_shapes(3, training=False))
+    shapes = task.batch_shapes(3, training=False) | {"image": jax.ShapeDtypeStruct((3, 48, 48, 3), np.float32)}
+    outputs = nnx.eval_shape(task.evaluate, abstract_model(task, task.config), shapes)
     assert outputs["features"].shape == (3, 36)
 
 

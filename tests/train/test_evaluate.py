@@ -16,6 +16,7 @@ from sklearn.metrics import precision_recall_fscore_support
 import train.predict
 from convert.errors import SettingsError
 from convert.metadata import describe
+from crossvit_jax.preprocess import normalised
 from tests.compilation import xla_flags
 from tests.train.small_weights import save_small, small_config, small_timm_model
 from train.config import TrainConfig
@@ -100,7 +101,7 @@ def test_a_timm_checkpoint_gets_what_timm_itself_makes_of_the_digits(evaluate, s
     samples = [transform(source[i]) for i in range(len(source))]
     labels = torch.tensor([int(sample["label"]) for sample in samples])
     with torch.inference_mode():
-        logits = model(torch.tensor(np.stack([sample["image"] for sample in samples])).permute(0, 3, 1, 2))
+        logits = model(torch.tensor(normalised(np.stack([sample["image"] for sample in samples]))).permute(0, 3, 1, 2))
     predicted = logits.argmax(1)
     assert len(set(predicted.tolist())) > 3  # else the rest would say little
     confusion = np.zeros((10, 10), int)

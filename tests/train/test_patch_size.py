@@ -20,11 +20,12 @@ from convert.models import torch_model
 from convert.tree import flatten
 from convert.weights import Weights
 from crossvit_jax.config import get_config
+from crossvit_jax.preprocess import normalised
 from crossvit_torch import create_model
 from tests.train.small_weights import save_small, small_config
 from train.cost.flops import macs_per_image
 from train.data.datasets import open_digits
-from train.data.entropies import entropy_of_normalised
+from train.data.entropies import grey_entropy
 from train.devices.mesh import make_mesh
 from train.evaluate import main
 from train.images.transforms import eval_transform
@@ -47,7 +48,7 @@ def correct(weights, digits_dir, patch_size) -> float:
     """The share of held-out digits that the torch twin classifies rightly when called with a patch size."""
     source, transform = open_digits(digits_dir).held_out, eval_transform(small_config(10))
     samples = [transform(source[i]) for i in range(len(source))]
-    images = torch.tensor(np.stack([sample["image"] for sample in samples])).permute(0, 3, 1, 2)
+    images = torch.tensor(normalised(np.stack([sample["image"] for sample in samples]))).permute(0, 3, 1, 2)
     with torch.inference_mode():
         predicted = load_torch(weights)(images, patch_size=patch_size).argmax(1).numpy()
     return 100 * float(np.mean(predicted == [int(sample["label"]) for sample in samples]))
@@ -127,7 +128,7 @@ def _median_entropy(data_dir):
     """Of the training pictures, as the model sees them."""
     config = RECIPES["digits"].model_config(10)
     source, transform = open_digits(data_dir).train, eval_transform(config)
-    return np.median(entropy_of_normalised(np.stack([transform(source[i])["image"] for i in range(len(source))])))
+    return np.median(grey_entropy(np.stack([transform(source[i])["image"] for i in range(len(source))])))
 
 
 def test_a_run_draws_a_size_for_each_step_and_goes_on_bit_for_bit(flexible_run, few_digits_dir, tmp_path, capsys):

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 from collections import namedtuple
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -138,6 +139,7 @@ def test_a_flat_folder_of_pictures_suffices_and_the_loss_chooses_the_best(tmp_pa
     task = job.task
     assert task.metrics == () and choosing_metric(task.metrics).name == "loss"
     shapes = task.batch_shapes(5, training=False)
+    shapes["image"] = jax.ShapeDtypeStruct(shapes["image"].shape, np.float32)
     outputs = nnx.eval_shape(task.evaluate, abstract_model(task, job.config), shapes)
     assert "features" not in outputs
     scores = task.scores(job.image_sets.held_out)

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 
+from crossvit_jax.preprocess import normalised
 from tests import compilation
 from train.data.datasets import open_digits
 from train.images.transforms import eval_transform
@@ -81,7 +82,7 @@ def _right_in_timm(checkpoint, data_dir):
     model.load_state_dict(torch.load(checkpoint, weights_only=True), strict=True)
     source, transform = open_digits(data_dir).held_out, eval_transform(RECIPES["digits"].model_config(10))
     samples = [transform(source[i]) for i in range(len(source))]
-    images = torch.tensor(np.stack([sample["image"] for sample in samples])).permute(0, 3, 1, 2)
+    images = torch.tensor(normalised(np.stack([sample["image"] for sample in samples]))).permute(0, 3, 1, 2)
     with torch.no_grad():
         right = model.eval()(images).argmax(1).numpy() == [sample["label"] for sample in samples]
     return right.sum()

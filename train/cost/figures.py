@@ -85,7 +85,7 @@ def compile_step(
     Args:
         topology: a slice of TPUs (see `train.cost.slices`) or GPUs (see `train.cost.gpus`); none: the devices of this
             machine.
-        inference: the forward pass: logits of a batch; parameters and images are in the arithmetic's dtype.
+        inference: the forward pass: logits of a batch of uint8 images; parameters are in the arithmetic's dtype.
 
     Raises:
         SettingsError: there is no such topology, or the settings do not suit it.
@@ -218,6 +218,7 @@ def _forward(target: _Target, stack: ExitStack) -> _Program:
 
     from train.devices.memory import check_forward_fits, forward_memory
     from train.devices.mesh import batch_sharding, replicated
+    from train.devices.normalise import normalise
     from train.optim.state import abstract_model
 
     config, mesh = target.config, target.mesh
@@ -225,15 +226,15 @@ def _forward(target: _Target, stack: ExitStack) -> _Program:
     model.eval()
     graphdef, params = nnx.split(model)
     images = target.task.batch_shapes(config.batch_size, training=False)["image"]
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.precision), (nnx.to_pure_dict(params), images))
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.precision), nnx.to_pure_dict(params))
 
     def forward(params: Any, images: "jax.Array") -> "jax.Array":
         with jax.default_matmul_precision("float32" if config.precision == "float32" else None):
-            return nnx.merge(graphdef, params)(images)
+            return nnx.merge(graphdef, params)(normalise(images))
 
     cut = batch_sharding(mesh)
-    traced = jax.jit(forward, in_shardings=(replicated(mesh), cut), out_shardings=cut).trace(*shapes)
-    image_bytes = shapes[1].size * shapes[1].dtype.itemsize // mesh.size
+    traced = jax.jit(forward, in_shardings=(replicated(mesh), cut), out_shardings=cut).trace(params, images)
+    image_bytes = images.size * images.dtype.itemsize // mesh.size
     return _Program(
         traced,
         lambda: traced.lower().compile(target.compiler_options),

@@ -92,7 +92,7 @@ def eval_batches(
 ) -> grain.IterDataset:
     """Every image once, in order, and so again and again: a round has ceil(images / batch_size) batches everywhere.
 
-    Like training batches, `image` in float32, with `mask` (batch,) float32: 1 for an image; 0 for what fills up the
+    As training batches, `image` in uint8, with `mask` (batch,) float32: 1 for an image; 0 for what fills up the
     last batch and for an image that could not be read, where the transform's `blank` stands.
 
     Args:

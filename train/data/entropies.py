@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from crossvit_jax.preprocess import MEAN, STD, UnreadableImage
+from crossvit_jax.preprocess import UnreadableImage
 from train.data.sources import Source
 from train.devices.decoding import decoding_memory
 
@@ -28,12 +28,6 @@ def grey_entropy(pixels: UInt8[np.ndarray, "batch height width 3"]) -> Float[np.
     return np.abs(entropies)  # not -0
 
 
-def entropy_of_normalised(images: Float[np.ndarray, "batch height width 3"]) -> Float[np.ndarray, " batch"]:
-    """The same of pictures as the model takes them."""
-    pixels = np.rint((images * np.float32(STD) + np.float32(MEAN)) * 255)
-    return grey_entropy(pixels.clip(0, 255).astype(np.uint8))
-
-
 def parting_entropies(
     source: Source, transform: Callable[[Any], dict[str, Any]], parts: int
 ) -> tuple[float, ...] | None:
@@ -48,7 +42,7 @@ def parting_entropies(
     for index in np.unique(np.linspace(0, len(source) - 1, _PICTURES).round().astype(int)).tolist():
         try:
             with decoding_memory().returned():
-                found.append(entropy_of_normalised(transform(source[index])["image"][None])[0])
+                found.append(grey_entropy(transform(source[index])["image"][None])[0])
         except UnreadableImage:
             continue
     if not found:

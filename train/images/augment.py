@@ -18,9 +18,9 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float32, Int, Key, UInt8
 
-from crossvit_jax.preprocess import MEAN, STD
 from train.config import TrainConfig
 from train.devices.mesh import AXES, batch_sharding, replicated
+from train.devices.normalise import normalise
 from train.images import pillow_ops
 from train.images.pillow_ops import ONE
 from train.images.rand_augment import parse_rand_augment
@@ -124,8 +124,7 @@ def augment(
 
     drawn = (draws.operations, draws.applied, draws.levels, draws.negative)
     images, _ = jax.lax.scan(layer, images, jax.tree.map(jnp.transpose, drawn))
-    pixels = (images.astype(jnp.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
-    return _where(draws.box[:, 1] > 0, _erase, pixels, (draws.box, draws.noise))
+    return _where(draws.box[:, 1] > 0, _erase, normalise(images), (draws.box, draws.noise))
 
 
 def _where(needed: Bool[Array, " batch"], function: Callable, images: Array, arguments: Any) -> Array:

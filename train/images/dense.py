@@ -93,26 +93,26 @@ class SegmentationTrainTransform(_Augment):
 
 @dataclass(frozen=True)
 class _Whole:
-    """All of a picture, its longer side resized to the model's, the rest padded right and below."""
+    """All of a picture, its longer side resized to the model's, the rest padded right and below; `image` is uint8."""
 
     image_size: tuple[int, int]
     exif: Exif = "keep"
 
-    def _placed(self, sample: Sample) -> tuple[Float32[np.ndarray, "rows cols 3"], Placement]:
+    def _placed(self, sample: Sample) -> tuple[UInt8[np.ndarray, "rows cols 3"], Placement]:
         pixels = decoded(sample, self.exif)
-        return self.model_input(pixels), whole_placement(pixels.shape[:2], self.image_size)
+        return self.seen_pixels(pixels), whole_placement(pixels.shape[:2], self.image_size)
 
-    def model_input(self, pixels: UInt8[np.ndarray, "height width 3"]) -> Float32[np.ndarray, "rows cols 3"]:
-        """What the model takes for decoded pixels: resized, padded and normalised."""
-        return normalised(place_pixels(pixels, whole_placement(pixels.shape[:2], self.image_size)))
+    def seen_pixels(self, pixels: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "rows cols 3"]:
+        """What the model sees of decoded pixels: resized and padded, in new memory."""
+        return place_pixels(pixels, whole_placement(pixels.shape[:2], self.image_size))
 
-    def _blank_image(self) -> Float32[np.ndarray, "rows cols 3"]:
-        return np.zeros((*self.image_size, 3), np.float32)
+    def _blank_image(self) -> UInt8[np.ndarray, "rows cols 3"]:
+        return np.zeros((*self.image_size, 3), np.uint8)
 
 
 @dataclass(frozen=True)
 class DetectionEvalTransform(_Whole):
-    """As `DetectionTrainTransform` gives it."""
+    """Beside the image what `DetectionTrainTransform` gives."""
 
     most_boxes: int = 1
 
@@ -128,7 +128,7 @@ class DetectionEvalTransform(_Whole):
 
 @dataclass(frozen=True)
 class SegmentationEvalTransform(_Whole):
-    """As `SegmentationTrainTransform` gives it."""
+    """Beside the image what `SegmentationTrainTransform` gives."""
 
     def __call__(self, sample: Sample) -> Sample:
         image, placement = self._placed(sample)

@@ -190,7 +190,7 @@ class MultiCrop:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """timm's evaluation transform: the pixels of `crossvit_jax.preprocess_image`, made faster.
+    """timm's evaluation transform before it normalises: the pixels of `crossvit_jax.preprocess_image`, made faster.
 
     Called with a sample (`image`: encoded bytes, `label`, `name`). Raises UnreadableImage.
     """
@@ -201,15 +201,15 @@ class EvalTransform:
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         pixels = decode_pixels(sample["image"], sample["name"], self.exif)
-        return {"image": self.model_input(pixels), "label": np.int32(sample["label"])}
+        return {"image": self.seen_pixels(pixels), "label": np.int32(sample["label"])}
 
-    def model_input(self, pixels: UInt8[np.ndarray, "height width 3"]) -> Float32[np.ndarray, "rows columns 3"]:
-        """What the model takes for decoded pixels: resized, cut and normalised."""
-        return normalised(evaluation_crop(pixels, self.image_size, self.crop_pct, resize=resize))
+    def seen_pixels(self, pixels: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "rows columns 3"]:
+        """What the model sees of decoded pixels: resized and cut, in new memory."""
+        return evaluation_crop(pixels, self.image_size, self.crop_pct, resize=resize).copy()
 
     def blank(self) -> dict[str, Any]:
         """What stands in for an image that cannot be read: zeros."""
-        return {"image": np.zeros((*self.image_size, 3), np.float32), "label": np.int32(0)}
+        return {"image": np.zeros((*self.image_size, 3), np.uint8), "label": np.int32(0)}
 
 
 @dataclass(frozen=True)

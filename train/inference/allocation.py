@@ -13,7 +13,7 @@ from flax import nnx
 
 from convert.errors import SettingsError
 from crossvit_jax import CrossViTConfig
-from train.data.entropies import entropy_of_normalised
+from train.data.entropies import grey_entropy
 from train.inference.model import BATCHES_BEHIND, Classifier
 from train.tasks.task import Batch
 
@@ -138,8 +138,8 @@ class Allocating(Classifier):
         return lambda batches: _Router(self, programs, shapes).outputs(batches)
 
     def places(self, images: np.ndarray) -> np.ndarray:
-        """The member of each picture."""
-        return np.searchsorted(self.entropies, entropy_of_normalised(images), side="right")
+        """The member of each picture, uint8 (pictures, height, width, 3)."""
+        return np.searchsorted(self.entropies, grey_entropy(images), side="right")
 
 
 class _Router:

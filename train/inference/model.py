@@ -21,6 +21,7 @@ from crossvit_jax.preprocess import Exif
 from train.devices.attention import choose_attention
 from train.devices.memory import available_memory, check_image_size
 from train.devices.mesh import batch_sharding, default_precision, make_mesh, precision_note, replicated
+from train.devices.normalise import normalise_batch
 from train.optim.quantize import quantised, require_qwix
 from train.tasks.begin import TASKS, settings_of, task_of
 from train.tasks.classification import Classification
@@ -97,7 +98,7 @@ class Predictor:
     def compile(
         self, function: Callable[[nnx.Module, Batch], Any], batch: Mapping[str, jax.ShapeDtypeStruct]
     ) -> Callable[[Batch], Any]:
-        """Compile a function of the model and a batch of these shapes for all devices.
+        """Compile a function of the model and a batch of these shapes for all devices; it gets images normalised.
 
         Returns:
             The function of a batch. The first axis of everything in a batch is that of its images, and is cut over the
@@ -107,7 +108,7 @@ class Predictor:
         def run(params: Any, batch: Batch) -> Any:
             # unless they are told, accelerators multiply float32 with fewer bits
             with jax.default_matmul_precision("float32" if self.precision == "float32" else None):
-                return function(nnx.merge(self.graphdef, params), batch)
+                return function(nnx.merge(self.graphdef, params), normalise_batch(batch))
 
         whole, cut = replicated(self.mesh), batch_sharding(self.mesh)
         # the parameters are an argument: closed over, they would become constants of the program

@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from convert.errors import SettingsError
-from crossvit_jax.preprocess import UnreadableImage, normalised, open_image, orientation
+from crossvit_jax.preprocess import UnreadableImage, open_image, orientation
 from train.data.bad_images import BadImages
 from train.data.sources import Source
 from train.data.streams import device_batches
@@ -235,10 +235,10 @@ class _WindowIterator(grain.DatasetIterator):
 
     def _image(self, pixels: np.ndarray, window: Window) -> np.ndarray:
         part = pixels[window.top : window.top + window.height, window.left : window.left + window.width]
-        return normalised(place_pixels(part, whole_placement(part.shape[:2], self._canvas)))
+        return place_pixels(part, whole_placement(part.shape[:2], self._canvas))
 
     def _blank(self, bad: int = -1) -> dict[str, Any]:
-        image = np.zeros((*self._canvas, 3), np.float32)
+        image = np.zeros((*self._canvas, 3), np.uint8)
         return {"image": image, "mask": np.float32(0), "bad": np.int32(bad), "tagged": np.int8(-1), **_NOWHERE}
 
     def get_state(self) -> dict[str, Any]:

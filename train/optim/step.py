@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from train.config import TrainConfig
 from train.devices.mesh import batch_sharding, replicated, state_shardings
+from train.devices.normalise import normalise_batch
 from train.optim.loss_scale import all_finite, next_loss_scale, unless_skipped
 from train.optim.state import State, merged, trained_and_frozen
 from train.tasks.task import Batch, Task, Tree
@@ -102,7 +103,8 @@ def _parts(array: Array, parts: int) -> Array:
 
 
 def make_eval_step(model: nnx.Module, task: Task) -> Callable[[Tree, Batch], Tree]:
-    """The function (params, batch) -> what `task.evaluate` returns. Not jitted, see `jit_eval_step`.
+    """The function (params, batch) -> what `task.evaluate` returns of the batch, normalised. Not jitted, see
+    `jit_eval_step`.
 
     Args:
         model: as in `make_train_step`.
@@ -110,7 +112,7 @@ def make_eval_step(model: nnx.Module, task: Task) -> Callable[[Tree, Batch], Tre
     graphdef = _structure(model, training=False)
 
     def eval_step(params: Tree, batch: Batch) -> Tree:
-        return task.evaluate(nnx.merge(graphdef, params), batch)
+        return task.evaluate(nnx.merge(graphdef, params), normalise_batch(batch))
 
     return eval_step
 

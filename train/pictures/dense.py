@@ -42,8 +42,10 @@ def mask_png(segments: UInt8[np.ndarray, "height width"]) -> bytes:
     return png_of(image)
 
 
-def pixels_of(images: Float[np.ndarray, "*batch height width 3"]) -> UInt8[np.ndarray, "*batch height width 3"]:
-    """Normalised values, as a model is given them, as pixels again."""
+def pixels_of(images: np.ndarray) -> UInt8[np.ndarray, "*batch height width 3"]:
+    """The pixels of images as batches have them: normalised values, or uint8, which is left as it is."""
+    if images.dtype == np.uint8:
+        return images
     return (np.clip(images * np.float32(STD) + np.float32(MEAN), 0, 1) * 255 + 0.5).astype(np.uint8)
 
 

@@ -88,7 +88,7 @@ class Classification:
     def batch_shapes(self, batch_size: int, *, training: bool) -> dict[str, jax.ShapeDtypeStruct]:
         image = (*self.model_config.image_size, self.model_config.in_chans)
         batch = {
-            "image": jax.ShapeDtypeStruct((batch_size, *image), jnp.float32),
+            "image": jax.ShapeDtypeStruct((batch_size, *image), jnp.float32 if training else jnp.uint8),
             "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
         }
         return batch if training else batch | {"mask": jax.ShapeDtypeStruct((batch_size,), jnp.float32)}

@@ -87,7 +87,7 @@ class Detection:
     def batch_shapes(self, batch_size: int, *, training: bool) -> dict[str, jax.ShapeDtypeStruct]:
         image, boxes = (*self.model_config.image_size, self.model_config.in_chans), (self.most_boxes,)
         shapes = {
-            "image": (image, jnp.float32),
+            "image": (image, jnp.float32 if training else jnp.uint8),
             "boxes": ((*boxes, 4), jnp.float32),
             "classes": (boxes, jnp.int32),
             "present": (boxes, jnp.bool),

@@ -73,8 +73,8 @@ class Segmentation:
         return SegmentationTrainTransform(size, **drawn, exif=config.exif)
 
     def batch_shapes(self, batch_size: int, *, training: bool) -> dict[str, jax.ShapeDtypeStruct]:
-        size = self.model_config.image_size
-        shapes = {"image": ((*size, self.model_config.in_chans), jnp.float32), "segments": (size, jnp.uint8)}
+        size, image = self.model_config.image_size, jnp.float32 if training else jnp.uint8
+        shapes = {"image": ((*size, self.model_config.in_chans), image), "segments": (size, jnp.uint8)}
         shapes |= {} if training else {"mask": ((), jnp.float32)}
         return {name: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 

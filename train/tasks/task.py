@@ -85,7 +85,7 @@ class Task(Protocol):
         """
 
     def batch_shapes(self, batch_size: int, *, training: bool) -> Batch:
-        """The shapes of a batch as the devices get it: enough to compile a step."""
+        """The shapes of a batch as the devices get it: enough to compile a step. In evaluation `image` is uint8."""
 
     def augment(self, batch_size: int, mesh: Mesh) -> Callable[[Batch, int], Batch]:
         """The function (batch, step) -> batch that augments on the devices what `transform` left to them, compiled."""
@@ -115,7 +115,8 @@ class Task(Protocol):
         """The task's own state after a step of the optimiser."""
 
     def evaluate(self, model: nnx.Module, batch: Batch) -> Tree:
-        """On the devices: what `scores` wants to know of a batch, in arrays of fixed shapes."""
+        """On the devices: what `scores` wants to know of a batch, in arrays of fixed shapes. Its images are normalised
+        by then."""
 
     def draw_batch(self, batch: Batch, path: Path) -> None:
         """A picture of training images with what is to be learned of them; everything is on the host.

@@ -192,7 +192,7 @@ def test_every_held_out_image_is_seen_once_whatever_the_batch(digits_dir, batch_
     rounds = -(-len(source) // batch_size)
     stream = eval_batches(source, eval_transform(_MODEL), batch_size=batch_size, workers=0)
     batches = _take(stream, 2 * rounds)
-    assert all(batch["image"].shape == (batch_size, 48, 48, 3) for batch in batches)
+    assert all((x["image"].shape, x["image"].dtype) == ((batch_size, 48, 48, 3), np.uint8) for x in batches)
     for once in (batches[:rounds], batches[rounds:]):
         labels = np.concatenate([batch["label"][batch["mask"] == 1] for batch in once])
         np.testing.assert_array_equal(labels, [source[i]["label"] for i in range(len(source))])

@@ -71,5 +71,4 @@ def test_of_a_picture_far_longer_than_wide_only_the_middle_is_resized(size):
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     image = EvalTransform((48, 48), 0.875)({"image": file.getvalue(), "label": 0, "name": "x"})["image"]
-    assert image.shape == (48, 48, 3)
-    assert np.isfinite(image).all()
+    assert (image.shape, image.dtype) == ((48, 48, 3), np.uint8)

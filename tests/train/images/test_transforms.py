@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, transforms
 from torchvision.transforms import ColorJitter, functional
 
-from crossvit_jax.preprocess import UnreadableImage, decode_image, preprocess_image
+from crossvit_jax.preprocess import UnreadableImage, decode_image, normalised, preprocess_image
 from train.images.transforms import CropTransform, EvalTransform, draw_crop, eval_transform, train_transform
 from train.recipes import RECIPES
 
@@ -112,9 +112,9 @@ def test_the_evaluation_image_is_timms(photo, image_size, crop_pct):
         encoded = _encoded(np.ascontiguousarray(part))
         expected = reference(decode_image(encoded, "part")).permute(1, 2, 0).numpy()
         image = EvalTransform(image_size, crop_pct)({"image": encoded, "label": 7, "name": "part"})["image"]
-        np.testing.assert_array_equal(image, expected)
-        assert image.dtype == np.float32
-        assert image.flags.c_contiguous
+        np.testing.assert_array_equal(normalised(image), expected)
+        assert image.dtype == np.uint8
+        assert image.flags.c_contiguous and image.base is None  # of what it was cut from nothing is kept
 
 
 def test_an_image_depends_on_its_generator_only(sample):
@@ -271,7 +271,7 @@ def test_images_are_turned_before_anything_else_is_done_to_them(photographs, aug
         assert not np.array_equal(stored, expected)
     assert isinstance(train_transform(applied, model), CropTransform) == (augment_on == "device")
     np.testing.assert_array_equal(
-        preprocess_image(Image.open(io.BytesIO(lying["image"])), model, exif="apply"), made(kept, sample)[1]
+        preprocess_image(Image.open(io.BytesIO(lying["image"])), model, exif="apply"), normalised(made(kept, sample)[1])
     )
 
 

@@ -10,11 +10,10 @@ import train.inference.allocation as allocation
 from convert import load_weights, save
 from convert.errors import ConversionError, SettingsError
 from convert.metadata import describe, understand
-from crossvit_jax.preprocess import normalised
 from tests.command_line import printed_by, refusal
 from tests.train.small_weights import save_small, small_config
 from train.cost.flops import macs_per_image
-from train.data.entropies import entropy_of_normalised, grey_entropy
+from train.data.entropies import grey_entropy
 from train.evaluate import main as evaluate
 from train.inference.allocation import affordable, allocating
 from train.inference.model import load_classifier
@@ -54,7 +53,6 @@ def test_the_entropy_is_that_of_the_shares_of_grey_levels():
     pixels[1, :2] = 255  # two levels, half each
     pixels[2] = np.arange(16).reshape(4, 4, 1) * 16
     np.testing.assert_allclose(grey_entropy(pixels), [0, 1, 4], rtol=1e-12)
-    np.testing.assert_array_equal(entropy_of_normalised(normalised(pixels)), grey_entropy(pixels))
 
 
 def _lines(*flags):

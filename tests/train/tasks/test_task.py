@@ -65,7 +65,7 @@ class Estimation:
 
     def batch_shapes(self, batch_size, *, training):
         shapes = {
-            "image": jax.ShapeDtypeStruct((batch_size, 24, 24, 3), jnp.float32),
+            "image": jax.ShapeDtypeStruct((batch_size, 24, 24, 3), jnp.float32 if training else jnp.uint8),
             "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
         }
         return shapes if training else shapes | {"mask": jax.ShapeDtypeStruct((batch_size,), jnp.float32)}

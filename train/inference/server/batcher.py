@@ -21,7 +21,7 @@ _WEIGHT = 0.2  # of the newest batch in what a picture takes
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    image: np.ndarray  # (height, width, 3), as the model takes it
+    image: np.ndarray  # (height, width, 3), uint8, as the model sees it
     explain: bool
     answer: asyncio.Future
     since: float  # by time.monotonic()

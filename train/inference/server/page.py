@@ -9,11 +9,12 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from crossvit_jax import CrossViTConfig
 from train.inference.server.engines.engine import Engine, Explained
-from train.inference.server.pictures import png
 from train.pictures.attention import seen_region
+from train.pictures.dense import png_of
 
 
 @cache
@@ -62,7 +63,8 @@ def told_attention(config: CrossViTConfig, image: np.ndarray, explained: Explain
                     "values": values[1:].tolist(),
                 }
             )
-    return {"picture": base64.b64encode(png(image)).decode(), "size": list(config.image_size), "maps": maps}
+    picture = base64.b64encode(png_of(Image.fromarray(image))).decode()
+    return {"picture": picture, "size": list(config.image_size), "maps": maps}
 
 
 def _hash(text: str, tag: str) -> str:

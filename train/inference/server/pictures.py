@@ -1,4 +1,4 @@
-"""From the bytes of pictures that somebody sent to images as the model takes them."""
+"""From the bytes of pictures that somebody sent to images as the model sees them."""
 
 import asyncio
 import io
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from crossvit_jax.preprocess import MEAN, STD, UnreadableImage
+from crossvit_jax.preprocess import UnreadableImage
 from train.devices.decoding import decoding_memory
 from train.images.decode import decode_pixels
 from train.inference.server.engines.engine import Transform
@@ -26,7 +26,7 @@ _LONGEST_PREFIX = 16  # bytes that Pillow looks at to tell a format
 class Picture(NamedTuple):
     """A picture that somebody sent."""
 
-    image: np.ndarray  # (height, width, 3), float32: what the model takes
+    image: np.ndarray  # (height, width, 3), uint8: what the model sees
     size: tuple[int, int]  # height and width as it was sent
     pixels: np.ndarray | None = None  # (height, width, 3), uint8, where they are still needed
 
@@ -44,7 +44,7 @@ class Pictures:
 
     async def prepare(self) -> None:
         """Loads and compiles what the first picture would wait for."""
-        await self.run(self._transform.model_input, np.zeros((64, 48, 3), np.uint8))
+        await self.run(self._transform.seen_pixels, np.zeros((64, 48, 3), np.uint8))
 
     async def of_files(self, encoded: Sequence[bytes], *, keep_pixels: bool = False) -> list[Picture]:
         """Encoded pictures, decoded. Raises Refusal, naming the picture where there are several."""
@@ -55,7 +55,7 @@ class Pictures:
     async def of_pixels(self, pixels: np.ndarray) -> list[Picture]:
         """The same of decoded ones (pictures, height, width, 3), uint8 RGB."""
         self._check_size((pixels.shape[2], pixels.shape[1]), "a picture")
-        images = await asyncio.gather(*(self.run(self._transform.model_input, one) for one in pixels))
+        images = await asyncio.gather(*(self.run(self._transform.seen_pixels, one) for one in pixels))
         return [Picture(image, pixels.shape[1:3]) for image in images]
 
     def _of_file(self, encoded: bytes, name: str, keep_pixels: bool) -> Picture:
@@ -66,7 +66,7 @@ class Pictures:
                 pixels = decode_pixels(encoded, name, self._transform.exif, FORMATS)
             except UnreadableImage as error:
                 raise Refusal(422, f"{name} cannot be read: {error.reason}") from None
-            picture = Picture(self._transform.model_input(pixels), pixels.shape[:2], pixels if keep_pixels else None)
+            picture = Picture(self._transform.seen_pixels(pixels), pixels.shape[:2], pixels if keep_pixels else None)
         self._metrics.decode_seconds.observe(time.monotonic() - start)
         return picture
 
@@ -74,13 +74,6 @@ class Pictures:
         width, height = size
         if width * height > self._limits.pixels:
             raise Refusal(413, f"{name} has {width} x {height} pixels; at most {self._limits.pixels} are taken")
-
-
-def png(image: np.ndarray) -> bytes:
-    """A model's image (height, width, 3) as people see it."""
-    file = io.BytesIO()
-    Image.fromarray(np.rint(255 * np.clip(image * STD + MEAN, 0, 1)).astype(np.uint8)).save(file, "PNG")
-    return file.getvalue()
 
 
 def _header_size(encoded: bytes, name: str) -> tuple[int, int]:

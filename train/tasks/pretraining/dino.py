@@ -81,7 +81,7 @@ class Dino:
             crops = self.config.local_crops
             shapes |= {"small": ((crops, *_half(size), channels), jnp.float32)} if crops else {}
         else:
-            shapes = {"image": ((*size, channels), jnp.float32), "label": ((), jnp.int32), "mask": ((), jnp.float32)}
+            shapes = {"image": ((*size, channels), jnp.uint8), "label": ((), jnp.int32), "mask": ((), jnp.float32)}
         return {name: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
     def augment(self, batch_size: int, mesh: Mesh) -> Callable[[Batch, int], Batch]:

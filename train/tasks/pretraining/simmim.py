@@ -76,7 +76,7 @@ class Simmim:
 
     def batch_shapes(self, batch_size: int, *, training: bool) -> dict[str, jax.ShapeDtypeStruct]:
         image = (*self.model_config.image_size, self.model_config.in_chans)
-        shapes = {"image": (image, jnp.float32), "cells": (self.grid, jnp.bool_)}
+        shapes = {"image": (image, jnp.float32 if training else jnp.uint8), "cells": (self.grid, jnp.bool_)}
         shapes |= {} if training else {"label": ((), jnp.int32), "mask": ((), jnp.float32)}
         return {name: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 

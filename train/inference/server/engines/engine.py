@@ -8,15 +8,15 @@ from jaxtyping import Float32, UInt8
 
 from crossvit_jax.preprocess import Exif
 
-Images = Float32[np.ndarray, "pictures height width 3"]
+Images = UInt8[np.ndarray, "pictures height width 3"]
 
 
 class Transform(Protocol):
-    """From decoded pixels to what the model takes: `EvalTransform` of a classifier, `WholeTransform` of the others."""
+    """From decoded pixels to what the model sees: `EvalTransform` of a classifier, `WholeTransform` of the others."""
 
     exif: Exif
 
-    def model_input(self, pixels: UInt8[np.ndarray, "height width 3"]) -> Float32[np.ndarray, "rows columns 3"]: ...
+    def seen_pixels(self, pixels: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "rows columns 3"]: ...
 
 
 class Explained(NamedTuple):

@@ -59,9 +59,9 @@ class JaxEngine:
         return probabilities(model, images) if self._classifies else task.found(model, images)
 
     def _compile(self, function: Any, size: int) -> None:
-        shape = jax.ShapeDtypeStruct((size, *self.config.image_size, 3), jnp.float32)
+        shape = jax.ShapeDtypeStruct((size, *self.config.image_size, 3), jnp.uint8)
         self._programs[function, size] = self._predictor.compile(function, {"image": shape})
-        self._run(function, np.zeros(shape.shape, np.float32))  # what is done once is done before anybody waits
+        self._run(function, np.zeros(shape.shape, np.uint8))  # what is done once is done before anybody waits
 
     def _run(self, function: Any, images: Images) -> Any:
         size = next(size for size in self.sizes if size >= len(images))

@@ -8,7 +8,7 @@ import numpy as np
 
 from convert import metadata
 from convert.errors import ConversionError, SettingsError, one_line, require
-from crossvit_jax.preprocess import Exif
+from crossvit_jax.preprocess import Exif, normalised
 from train.images.dense import WholeTransform
 from train.images.transforms import eval_transform
 from train.inference.server.engines.engine import Explained, Images, batch_sizes, rows_of
@@ -75,10 +75,11 @@ class OnnxEngine:
 
     def compile(self) -> None:
         for size in self.sizes:  # which plans the memory for each
-            self.compute(np.zeros((size, *self.config.image_size, 3), np.float32))
+            self.compute(np.zeros((size, *self.config.image_size, 3), np.uint8))
 
     def compute(self, images: Images) -> Sequence[Any]:
-        outputs = self._session.run(None, {"images": np.ascontiguousarray(images.transpose(0, 3, 1, 2))})
+        taken = np.ascontiguousarray(normalised(images).transpose(0, 3, 1, 2))
+        outputs = self._session.run(None, {"images": taken})
         if self.config.task == "detection":
             return rows_of(dict(zip(_OUTPUTS["detection"], outputs, strict=True)), len(images))
         (logits,) = outputs
