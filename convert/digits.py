@@ -7,12 +7,18 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from convert.errors import require
+
 _TEST_SHARE = 5  # one in so many
 _SPLIT_SEED = 0
 
 
 def load_digits() -> tuple[UInt8[np.ndarray, "digits 8 8"], Int[np.ndarray, " digits"]]:
-    """Grey pixels and labels of all digits, in the order of their writers: the classes are mixed."""
+    """Grey pixels and labels of all digits, in the order of their writers: the classes are mixed.
+
+    Raises MissingExtra where scikit-learn is not installed.
+    """
+    require("the digits", "sklearn", verb="need")
     rows = _stored()
     return np.round(rows[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), rows[:, -1].astype(np.int32)
 

@@ -17,7 +17,6 @@ import numpy as np
 from PIL import Image
 
 from convert.digits import held_out_indices, load_digits
-from convert.errors import require
 from train.data.sources import TRAIN_SPLIT, ImageSets
 
 NAME = "sklearn_digits"  # of the tensorflow-datasets set
@@ -42,7 +41,6 @@ class DigitsSource:
 
 def digits_in_memory() -> ImageSets:
     """All digits: 1,438 for training, 359 held out. Raises MissingExtra where scikit-learn is not installed."""
-    require("the digits", "sklearn", verb="need")
     pixels, labels = load_digits()
     held_out = held_out_indices(labels)
     training = np.setdiff1d(np.arange(len(labels)), held_out)
