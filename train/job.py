@@ -170,7 +170,7 @@ def _check_image_size(config: TrainConfig, mesh: Mesh) -> None:
         (config.image_size, config.image_size),
         branches,
         mesh,
-        images=max(1, config.batch_size // mesh.size),
+        images=max(1, config.batch_size // (mesh.size * config.grad_accum)),
         available=available_memory(mesh),
         training=config.reduce_tokens is None,
     )

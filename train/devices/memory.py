@@ -130,7 +130,7 @@ def check_image_size(
     Args:
         image_size: height, width.
         branches: of the model, where they are known already.
-        images: of a batch on a device.
+        images: that a device computes at the same time.
         training: gradients are taken, for which a CPU keeps the weights of full attention.
     """
     area, needed = math.prod(image_size), {}

@@ -24,6 +24,7 @@ from train.devices.memory import (
     step_memory,
 )
 from train.devices.mesh import make_mesh
+from train.job import _check_image_size
 from train.main import main
 from train.predict import main as predict_main
 from train.recipes import RECIPES
@@ -77,6 +78,14 @@ def test_images_that_may_fit_are_not_refused():
     mesh, branches = _Mesh(devices=_Device("gpu")), get_config("ti").branches
     check_image_size((2_400, 2_400), branches, mesh, available=16 * _GIB, training=True)  # a GPU keeps no maps
     check_image_size((40_000, 40_000), (), mesh, available=None)  # not known
+
+
+def test_only_images_that_are_computed_together_are_counted_against_memory(monkeypatch):
+    monkeypatch.setattr("train.job.available_memory", lambda mesh: 2**27)
+    config = dataclasses.replace(RECIPES["digits"], image_size=480, batch_size=64)
+    with pytest.raises(DoesNotFit, match="64 images take"):
+        _check_image_size(config, make_mesh())
+    _check_image_size(dataclasses.replace(config, grad_accum=64), make_mesh())
 
 
 def test_commands_refuse_too_large_images_at_once(tmp_path, capsys, monkeypatch):
