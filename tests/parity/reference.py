@@ -1,7 +1,7 @@
 """What the parity tests and the report share: perturbed weights, the three models, and the measure of error."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from unittest.mock import patch
@@ -225,6 +225,28 @@ def output_errors(
         twin_name: {name: error(r, e) for name, r, e in zip(names, result, expected, strict=True)}
         for twin_name, result in (("torch", torch_result), ("flax", flax_result))
     }
+
+
+@contextmanager
+def stages_run_once() -> Iterator[None]:
+    """Both twins' logits and features come of the same stages, which are then computed once: for one input only."""
+    with ExitStack() as stack:
+        for package in (crossvit_jax, crossvit_torch):
+            for owner, name in ((package.CrossViT, "_embed"), (package.blocks.MultiScaleBlock, "run_branches")):
+                stack.enter_context(patch.object(owner, name, _once(getattr(owner, name))))
+        yield
+
+
+def _once(method: Callable) -> Callable:
+    """What the method first returned, of each object."""
+    results = {}
+
+    def once(self, *args, **kwargs):
+        if self not in results:
+            results[self] = method(self, *args, **kwargs)
+        return results[self]
+
+    return once
 
 
 def timm_outputs(model: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
