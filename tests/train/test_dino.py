@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 from safetensors.numpy import load_file
 
 from convert import digits, load_weights
@@ -51,6 +52,18 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dino") / "run"
     flags = [*_FLAGS, f"--output={folder}"]
     return Run(folder, flags, printed_by(main, *flags))
+
+
+def test_pictures_that_nobody_labelled_suffice(tmp_path):
+    for number in range(100):
+        picture = np.random.default_rng(number).integers(0, 255, (8, 8, 3), np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+    output = tmp_path.with_name("run-on-pictures")
+    data = [f"--dataset=folder:{tmp_path}", "--val-fraction=0.25", "--recipe=dino-digits"]
+    out = printed_by(main, *_FLAGS, *data, f"--output={output}")
+    assert "75 training images, 25 held out" in out
+    evaluations = [line for line in read_metrics(output) if "eval/loss" in line]
+    assert len(evaluations) == 3 and not any("eval/knn" in line for line in evaluations)
 
 
 def test_a_run_leaves_metrics_pictures_and_the_teacher(run):
