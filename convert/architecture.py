@@ -125,7 +125,7 @@ def _input_and_output(config: CrossViTConfig, shapes: Shapes) -> dict[str, Any]:
     return {
         "in_chans": next((shape[1] for shape in first_weights if len(shape) == 4), config.in_chans),
         "num_classes": next((shape[0] for shape in heads if shape), 0),
-        "qkv_bias": any(name.endswith("attn.qkv.bias") for name in shapes),
+        "qkv_bias": any(name.endswith(("attn.qkv.bias", "attn.q.bias")) for name in shapes),
     }
 
 
@@ -243,8 +243,11 @@ def _pruned(config: CrossViTConfig, shapes: Shapes) -> CrossViTConfig:
         width = _most_common(shapes, rf"blocks\.\d+\.blocks\.{place}\.\d+\.attn\.proj\.weight")
         if width and width < branch.embed_dim and width % branch.head_width == 0:
             branch = dataclasses.replace(branch, num_heads=width // branch.head_width, head_dim=branch.head_width)
-        if shapes.get(f"blocks.0.blocks.{place}.0.attn.qkv.weight", ())[:1] == (1 + 2 * branch.embed_dim,):
+        first = f"blocks.0.blocks.{place}.0.attn"
+        if shapes.get(f"{first}.qkv.weight", ())[:1] == (1 + 2 * branch.embed_dim,):
             branch = dataclasses.replace(branch, attention="separable", head_dim=None)
+        if len(kernel := shapes.get(f"{first}.sr.weight", ())) == 4 and kernel[2] > 1:
+            branch = dataclasses.replace(branch, attention=f"spatial-reduction:{kernel[2]}", head_dim=None)
         branches.append(branch)
     are_timms = all(branch.is_timms for branch in branches)
     return config.replace(branches=branches, name=config.name if are_timms else CUSTOM)

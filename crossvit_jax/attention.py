@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from crossvit_jax.kernels.attention import dot_product_attention
 from crossvit_jax.kernels.layers import plain_wide_einsum, wide_einsum
-from crossvit_jax.layers import Linear, dropout_is_active
+from crossvit_jax.layers import Conv, LayerNorm, Linear, dropout_is_active
 from crossvit_jax.reduce import Size, log_size
 
 
@@ -70,8 +70,8 @@ class Attention(nnx.Module):
     def attend(
         self,
         q: Float[Array, "batch tokens heads width"],
-        k: Float[Array, "batch tokens heads width"],
-        v: Float[Array, "batch tokens heads width"],
+        k: Float[Array, "batch keys heads width"],
+        v: Float[Array, "batch keys heads width"],
         size: Size | None = None,
         *,
         rngs: nnx.Rngs | None = None,
@@ -109,6 +109,77 @@ class Attention(nnx.Module):
 
     def _softmax(self, q: Array, k: Array, size: Size | None = None) -> Float[Array, "batch heads queries tokens"]:
         return softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * self.scale, size)
+
+
+class SpatialReductionAttention(Attention):
+    """Self-attention over fewer keys than tokens (arXiv 2106.13797; timm `pvt_v2.Attention`, but for the epsilon).
+
+    A convolution makes one token of each square of patches, and a norm follows: these have the keys and values. The
+    class token, which timm's does not know, bypasses both, and has a key of its own.
+
+    Args:
+        sr_ratio: rows and columns of patches in a square.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        sr_ratio: int,
+        *,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        dtype=None,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5
+        self.sr_ratio = sr_ratio
+        self.implementation = "xla"
+        self.set_forward_mode(False)
+        self.q = Linear(dim, dim, use_bias=qkv_bias, **kwargs)
+        self.kv = Linear(dim, 2 * dim, use_bias=qkv_bias, **kwargs)
+        self.attn_drop = nnx.Dropout(attn_drop)
+        self.proj = Linear(dim, dim, **kwargs)
+        self.proj_drop = nnx.Dropout(proj_drop)
+        self.sr = Conv(dim, dim, sr_ratio, stride=sr_ratio, **kwargs)
+        self.norm = LayerNorm(dim, **kwargs)
+
+    def __call__(
+        self, x: Float[Array, "batch tokens dim"], grid: tuple[int, int], *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "batch tokens dim"]:
+        """Each token attends over the class token and the squares.
+
+        Args:
+            grid: rows and columns of patches, which `sr_ratio` divides.
+        """
+        return self.attend(*self.per_head(x, grid), rngs=rngs)
+
+    def weights(
+        self, x: Float[Array, "batch tokens dim"], grid: tuple[int, int]
+    ) -> Float[Array, "batch heads tokens tokens"]:
+        """How much each token (last axis but one) attends to each, in float32 or wider: the patches of a square share
+        its weight evenly."""
+        q, k, _ = self.per_head(x, grid)
+        attn, (rows, columns), side = self._softmax(q, k), grid, self.sr_ratio
+        squares = attn[..., 1:].reshape(*attn.shape[:3], rows // side, columns // side) / side**2
+        patches = jnp.repeat(jnp.repeat(squares, side, axis=3), side, axis=4)
+        return jnp.concatenate([attn[..., :1], patches.reshape(*attn.shape[:3], rows * columns)], axis=-1)
+
+    def per_head(
+        self, x: Float[Array, "batch tokens dim"], grid: tuple[int, int]
+    ) -> list[Float[Array, "batch _ heads width"]]:
+        """Queries of all tokens, and the keys and values of the class token and the squares, row by row."""
+        batch, tokens, dim = x.shape
+        squares = self.norm(self.sr(x[:, 1:].reshape(batch, *grid, dim)))
+        reduced = jnp.concatenate([x[:, :1], squares.reshape(batch, -1, dim)], axis=1)
+        kv = self.kv(reduced).reshape(batch, reduced.shape[1], 2, self.num_heads, self.head_dim)
+        k, v = (x[:, :, 0] for x in jax.lax.split(kv, (1, 1), axis=2))
+        return [self.q(x).reshape(batch, tokens, self.num_heads, self.head_dim), k, v]
 
 
 class SeparableAttention(nnx.Module):

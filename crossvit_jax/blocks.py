@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from crossvit_jax.attention import Attention, CrossAttention, SeparableAttention
+from crossvit_jax.attention import Attention, CrossAttention, SeparableAttention, SpatialReductionAttention
 from crossvit_jax.config import Branch, CrossViTConfig, Reduction
 from crossvit_jax.layers import GELU, LayerNorm, Linear, Sequential
 from crossvit_jax.reduce import Size, merge_tokens, prune
@@ -67,6 +67,7 @@ class Block(nnx.Module):
         *,
         head_dim: int | None = None,
         attention: str = "full",
+        sr_ratio: int = 1,
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -78,11 +79,12 @@ class Block(nnx.Module):
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.norm1 = LayerNorm(dim, **kwargs)
         of_attention = {"qkv_bias": qkv_bias, "attn_drop": attn_drop, "proj_drop": proj_drop, **kwargs}
-        self.attn = (
-            Attention(dim, num_heads, head_dim=head_dim, **of_attention)
-            if attention == "full"
-            else SeparableAttention(dim, **of_attention)
-        )
+        if sr_ratio > 1:
+            self.attn = SpatialReductionAttention(dim, num_heads, sr_ratio, **of_attention)
+        elif attention == "separable":
+            self.attn = SeparableAttention(dim, **of_attention)
+        else:
+            self.attn = Attention(dim, num_heads, head_dim=head_dim, **of_attention)
         self.drop_path1 = DropPath(drop_path)
         self.norm2 = LayerNorm(dim, **kwargs)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **kwargs)
@@ -94,10 +96,25 @@ class Block(nnx.Module):
             layer.set_wide(enable)
 
     def __call__(
-        self, x: Float[Array, "batch tokens dim"], size: Size | None = None, *, rngs: nnx.Rngs | None = None
+        self,
+        x: Float[Array, "batch tokens dim"],
+        size: Size | None = None,
+        grid: tuple[int, int] | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch tokens dim"]:
-        x = x + self.drop_path1(self.attn(self.norm1(x), size, rngs=rngs), rngs=rngs)
+        """One token for each that is given; `size` is as in `Attention`, `grid` as in `SpatialReductionAttention`."""
+        # keys of squares have no sizes: such a branch keeps all of its tokens
+        of_patches = {"grid": grid} if isinstance(self.attn, SpatialReductionAttention) else {"size": size}
+        x = x + self.drop_path1(self.attn(self.norm1(x), **of_patches, rngs=rngs), rngs=rngs)
         return x + self.drop_path2(self.mlp(self.norm2(x), rngs=rngs), rngs=rngs)
+
+    def weights(
+        self, x: Float[Array, "batch tokens dim"], grid: tuple[int, int]
+    ) -> Float[Array, "batch heads tokens tokens"]:
+        """How much each token attends to each, see `Attention.weights`."""
+        of_patches = [grid] if isinstance(self.attn, SpatialReductionAttention) else []
+        return self.attn.weights(self.norm1(x), *of_patches)
 
     def reduce(
         self,
@@ -182,6 +199,7 @@ class MultiScaleBlock(nnx.Module):
         # each branch, and the one whose patches its class token attends over
         ring = list(zip(config.branches, (*config.branches[1:], config.branches[0]), strict=True))
         self.grad_checkpointing = False
+        self.grids = config.grid_size
         self.reduction, self.is_last = config.reduction, stage == config.stages - 1
         # of each branch's blocks, those that reduce its tokens
         self.reduces = tuple(_in_stage(config, stage, branch) for branch in range(len(config.branches)))
@@ -192,6 +210,7 @@ class MultiScaleBlock(nnx.Module):
                     *(branch.embed_dim, branch.num_heads, branch.mlp_ratio),
                     head_dim=branch.head_dim,
                     attention=branch.attention,
+                    sr_ratio=branch.sr_ratio,
                     drop_path=drop_path[i],
                     **block_kwargs,
                 )
@@ -232,11 +251,16 @@ class MultiScaleBlock(nnx.Module):
         self,
         xs: list[Float[Array, "batch _ _"]],
         sizes: list[Size | None] | None = None,
+        grids: Sequence[tuple[int, int]] | None = None,
         *,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[list[Float[Array, "batch _ _"]], list[Size | None]]:
-        """Each branch's tokens (batch, 1 + patches, dim) after the stage, and their sizes."""
-        xs, sizes = self.run_branches(xs, sizes, rngs=rngs)
+        """Each branch's tokens (batch, 1 + patches, dim) after the stage, and their sizes.
+
+        Args:
+            grids: rows and columns of each branch's patches; none: those of the config.
+        """
+        xs, sizes = self.run_branches(xs, sizes, grids, rngs=rngs)
         class_tokens = self.fuse(xs, sizes, rngs=rngs)
         fused = [_with_class_token(token, x) for token, x in zip(class_tokens, xs, strict=True)]
         if self.reduction is None or self.reduction.kind != "fusion" or self.is_last:
@@ -247,16 +271,19 @@ class MultiScaleBlock(nnx.Module):
         self,
         xs: list[Float[Array, "batch _ _"]],
         sizes: list[Size | None] | None = None,
+        grids: Sequence[tuple[int, int]] | None = None,
         *,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[list[Float[Array, "batch _ _"]], list[Size | None]]:
-        """Every branch through its own blocks."""
+        """Every branch through its own blocks; `grids` is as in the call."""
         outs, out_sizes = [], []
-        for i, (x, size, blocks) in enumerate(zip(xs, sizes or [None] * len(xs), self.blocks, strict=True)):
+        given = zip(xs, sizes or [None] * len(xs), grids or self.grids, self.blocks, strict=True)
+        for i, (x, size, grid, blocks) in enumerate(given):
             for block, reduces in zip(blocks, self.reduces[i], strict=True):
-                x, size = (
-                    self._run_reduced(block, x, size, i, rngs) if reduces else (self._run(block, x, size, rngs), size)
-                )
+                if reduces:
+                    x, size = self._run_reduced(block, x, size, i, rngs)
+                else:
+                    x = self._run(block, x, size, rngs, grid)
             outs.append(x)
             out_sizes.append(size)
         return outs, out_sizes
@@ -295,13 +322,15 @@ class MultiScaleBlock(nnx.Module):
                 fused[other], sizes[other] = prune(self.reduction, other, fused[other], before[other], attention)
         return fused, sizes
 
-    def attention_maps(self, xs: list[Float[Array, "batch _ _"]]) -> dict[str, Array]:
-        """The weights of each attention by its path in the stage, whose inputs are given."""
+    def attention_maps(
+        self, xs: list[Float[Array, "batch _ _"]], grids: Sequence[tuple[int, int]] | None = None
+    ) -> dict[str, Array]:
+        """The weights of each attention by its path in the stage, whose inputs are given; `grids` is as in the call."""
         maps, outs = {}, []
-        for i, (x, blocks) in enumerate(zip(xs, self.blocks, strict=True)):
+        for i, (x, grid, blocks) in enumerate(zip(xs, grids or self.grids, self.blocks, strict=True)):
             for j, block in enumerate(blocks):
-                maps[f"blocks.{i}.{j}.attn"] = block.attn.weights(block.norm1(x))
-                x = block(x)
+                maps[f"blocks.{i}.{j}.attn"] = block.weights(x, grid)
+                x = block(x, None, grid)
             outs.append(x)
         for i in range(len(outs)):
             x = self._cross(outs, i)
@@ -326,12 +355,17 @@ class MultiScaleBlock(nnx.Module):
         return (i + 1) % len(self.projs)
 
     def _run(
-        self, block: Block | CrossAttentionBlock, x: Float[Array, "batch _ _"], size: Size | None, rngs
+        self,
+        block: Block | CrossAttentionBlock,
+        x: Float[Array, "batch _ _"],
+        size: Size | None,
+        rngs,
+        *grid: tuple[int, int],
     ) -> Float[Array, "batch _ _"]:
         """Applies one block; under gradient checkpointing its activations are computed again in the backward pass."""
         if not self.grad_checkpointing:
-            return block(x, size, rngs=rngs)
-        return nnx.remat(lambda block, x, size, rngs: block(x, size, rngs=rngs))(block, x, size, rngs)
+            return block(x, size, *grid, rngs=rngs)
+        return nnx.remat(lambda block, x, size, rngs: block(x, size, *grid, rngs=rngs))(block, x, size, rngs)
 
     def _run_reduced(
         self, block: Block, x: Float[Array, "batch _ _"], size: Size | None, branch: int, rngs

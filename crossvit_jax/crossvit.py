@@ -106,13 +106,13 @@ class CrossViT(nnx.Module):
             ValueError: wrong rank, channels or dtype of the images; training mode without `rngs`; or a patch size that
                 cannot be, see `CrossViTConfig.at_patch_size`.
         """
-        xs = self._embed(images, rngs, patch_size)
+        xs, grids = self._embed(images, rngs, patch_size)
         *stages, last = self.blocks
         sizes = None
         for stage in stages:
-            xs, sizes = stage(xs, sizes, rngs=rngs)
+            xs, sizes = stage(xs, sizes, grids, rngs=rngs)
         # the head pools either the class tokens or the patch tokens: the others are not computed
-        xs, sizes = last.run_branches(xs, sizes, rngs=rngs)
+        xs, sizes = last.run_branches(xs, sizes, grids, rngs=rngs)
         if self.global_pool == "token":
             xs = last.fuse(xs, sizes, rngs=rngs)
         return self._pool(self._normalise(xs), sizes, rngs=rngs)
@@ -136,9 +136,9 @@ class CrossViT(nnx.Module):
         own size do not divide into whole patches.
         """
         self.config.require_all_tokens("forward_features")
-        xs = self._embed(images, rngs, patch_size, own_size=own_size)
+        xs, grids = self._embed(images, rngs, patch_size, own_size=own_size)
         for stage in self.blocks:
-            xs, _ = stage(xs, rngs=rngs)
+            xs, _ = stage(xs, None, grids, rngs=rngs)
         return self._features(xs)
 
     def forward_patches(
@@ -158,11 +158,11 @@ class CrossViT(nnx.Module):
                 before positions are added; none: no patch.
         """
         self.config.require_all_tokens("forward_patches")
-        xs = self._embed(images, rngs, masked=masked)
+        xs, grids = self._embed(images, rngs, masked=masked)
         *stages, last = self.blocks
         for stage in stages:
-            xs, _ = stage(xs, rngs=rngs)
-        xs, _ = last.run_branches(xs, rngs=rngs)
+            xs, _ = stage(xs, None, grids, rngs=rngs)
+        xs, _ = last.run_branches(xs, None, grids, rngs=rngs)
         xs = self._features(xs)
         return [self._as_map(x[:, 1:], grid, "NHWC") for grid, x in zip(self.config.grid_size, xs, strict=True)]
 
@@ -226,12 +226,11 @@ class CrossViT(nnx.Module):
         stages = len(self.blocks)
         last = max(index % stages for index in wanted)
         taken = {}
-        grids = self._at(patch_size).grid_size
-        xs = self._embed(images, rngs, patch_size)
+        xs, grids = self._embed(images, rngs, patch_size)
         for i, stage in enumerate(self.blocks):
             if stop_early and i > last:
                 break
-            xs, _ = stage(xs, rngs=rngs)
+            xs, _ = stage(xs, None, grids, rngs=rngs)
             for branch, y in enumerate(self._features(xs) if norm else xs):
                 taken[branch * stages + i] = self._as_map(y[:, 1:], grids[branch], output_fmt)
         intermediates = [taken[index] for index in wanted]
@@ -251,10 +250,10 @@ class CrossViT(nnx.Module):
         """
         self.config.require_all_tokens("attention_maps")
         maps = {}
-        xs = self._embed(images, None, patch_size)
+        xs, grids = self._embed(images, None, patch_size)
         for i, stage in enumerate(self.blocks):
-            maps |= {f"blocks.{i}.{path}": weights for path, weights in stage.attention_maps(xs).items()}
-            xs, _ = stage(xs)
+            maps |= {f"blocks.{i}.{path}": weights for path, weights in stage.attention_maps(xs, grids).items()}
+            xs, _ = stage(xs, None, grids)
         return maps
 
     def get_classifier(self) -> nnx.List:
@@ -352,8 +351,8 @@ class CrossViT(nnx.Module):
         patch_size: tuple[int, ...] | None = None,
         masked: Sequence[Masked] | None = None,
         own_size: bool = False,
-    ) -> list[Float[Array, "batch _ _"]]:
-        """Each branch's class and patch tokens with position embeddings."""
+    ) -> tuple[list[Float[Array, "batch _ _"]], tuple[tuple[int, int], ...]]:
+        """Each branch's class and patch tokens with position embeddings, and the grids of its patches."""
         if images.ndim != 4 or images.shape[-1] != self.config.in_chans:
             raise ValueError(
                 f"images must have shape (batch, height, width, {self.config.in_chans}); got {images.shape}"
@@ -382,7 +381,7 @@ class CrossViT(nnx.Module):
                 pos_embed = resample_pos_embed(pos_embed, self.config.grid_size[i], config.grid_size[i])
             x = x + pos_embed.astype(x.dtype)
             xs.append(self.pos_drop(x, rngs=rngs))
-        return xs
+        return xs, config.grid_size
 
     def _normalise(self, xs: list[Float[Array, "batch _ _"]]) -> list[Float[Array, "batch _ _"]]:
         """Each branch's final norm, in float32 or wider."""

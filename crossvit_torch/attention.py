@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from crossvit_torch.layers import Linear, dropout_is_active
+from crossvit_torch.layers import Conv, LayerNorm, Linear, dropout_is_active
 from crossvit_torch.reduce import Size, log_size
 
 
@@ -62,8 +62,8 @@ class Attention(nn.Module):
     def attend(
         self,
         q: Float[Tensor, "batch heads tokens width"],
-        k: Float[Tensor, "batch heads tokens width"],
-        v: Float[Tensor, "batch heads tokens width"],
+        k: Float[Tensor, "batch heads keys width"],
+        v: Float[Tensor, "batch heads keys width"],
         size: Size | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
         """The same for what `per_head` returns."""
@@ -94,6 +94,73 @@ class Attention(nn.Module):
 
     def _softmax(self, q: Tensor, k: Tensor, size: Size | None = None) -> Float[Tensor, "batch heads queries tokens"]:
         return softmax(q @ k.transpose(-2, -1) * self.scale, size)
+
+
+class SpatialReductionAttention(Attention):
+    """Self-attention over fewer keys than tokens (arXiv 2106.13797; timm `pvt_v2.Attention`, but for the epsilon).
+
+    A convolution makes one token of each square of patches, and a norm follows: these have the keys and values. The
+    class token, which timm's does not know, bypasses both, and has a key of its own.
+
+    Args:
+        sr_ratio: rows and columns of patches in a square.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        sr_ratio: int,
+        *,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        param_dtype: torch.dtype = torch.float32,
+        device=None,
+    ):
+        nn.Module.__init__(self)
+        kwargs = {"dtype": param_dtype, "device": device}
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5
+        self.sr_ratio = sr_ratio
+        self.q = Linear(dim, dim, bias=qkv_bias, **kwargs)
+        self.kv = Linear(dim, 2 * dim, bias=qkv_bias, **kwargs)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = Linear(dim, dim, **kwargs)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.sr = Conv(dim, dim, sr_ratio, stride=sr_ratio, **kwargs)
+        self.norm = LayerNorm(dim, **kwargs)
+
+    def forward(self, x: Float[Tensor, "batch tokens dim"], grid: tuple[int, int]) -> Float[Tensor, "batch tokens dim"]:
+        """Each token attends over the class token and the squares.
+
+        Args:
+            grid: rows and columns of patches, which `sr_ratio` divides.
+        """
+        return self.attend(*self.per_head(x, grid))
+
+    def weights(
+        self, x: Float[Tensor, "batch tokens dim"], grid: tuple[int, int]
+    ) -> Float[Tensor, "batch heads tokens tokens"]:
+        """How much each token (last axis but one) attends to each, in float32 or wider: the patches of a square share
+        its weight evenly."""
+        q, k, _ = self.per_head(x, grid)
+        attn, (rows, columns), side = self._softmax(q, k), grid, self.sr_ratio
+        squares = attn[..., 1:].reshape(*attn.shape[:3], rows // side, columns // side) / side**2
+        patches = squares.repeat_interleave(side, dim=3).repeat_interleave(side, dim=4)
+        return torch.cat([attn[..., :1], patches.flatten(3)], dim=-1)
+
+    def per_head(
+        self, x: Float[Tensor, "batch tokens dim"], grid: tuple[int, int]
+    ) -> list[Float[Tensor, "batch heads _ width"]]:
+        """Queries of all tokens, and the keys and values of the class token and the squares, row by row."""
+        batch, tokens, dim = x.shape
+        squares = self.sr(x[:, 1:].transpose(1, 2).reshape(batch, dim, *grid))
+        reduced = torch.cat([x[:, :1], self.norm(squares.flatten(2).transpose(1, 2))], dim=1)
+        kv = self.kv(reduced).reshape(batch, reduced.shape[1], 2, self.num_heads, self.head_dim)
+        q = self.q(x).reshape(batch, tokens, self.num_heads, self.head_dim)
+        return [q.transpose(1, 2), *kv.permute(2, 0, 3, 1, 4)]
 
 
 class SeparableAttention(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from crossvit_jax.config import Branch, CrossViTConfig, Reduction
-from crossvit_torch.attention import Attention, CrossAttention, SeparableAttention
+from crossvit_torch.attention import Attention, CrossAttention, SeparableAttention, SpatialReductionAttention
 from crossvit_torch.layers import GELU, LayerNorm, Linear, Sequential
 from crossvit_torch.reduce import Size, merge_tokens, prune
 
@@ -61,6 +61,7 @@ class Block(nn.Module):
         *,
         head_dim: int | None = None,
         attention: str = "full",
+        sr_ratio: int = 1,
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -72,21 +73,32 @@ class Block(nn.Module):
         kwargs = {"param_dtype": param_dtype, "device": device}
         self.norm1 = LayerNorm(dim, dtype=param_dtype, device=device)
         of_attention = {"qkv_bias": qkv_bias, "attn_drop": attn_drop, "proj_drop": proj_drop, **kwargs}
-        self.attn = (
-            Attention(dim, num_heads, head_dim=head_dim, **of_attention)
-            if attention == "full"
-            else SeparableAttention(dim, **of_attention)
-        )
+        if sr_ratio > 1:
+            self.attn = SpatialReductionAttention(dim, num_heads, sr_ratio, **of_attention)
+        elif attention == "separable":
+            self.attn = SeparableAttention(dim, **of_attention)
+        else:
+            self.attn = Attention(dim, num_heads, head_dim=head_dim, **of_attention)
         self.drop_path1 = DropPath(drop_path)
         self.norm2 = LayerNorm(dim, dtype=param_dtype, device=device)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **kwargs)
         self.drop_path2 = DropPath(drop_path)
 
     def forward(
-        self, x: Float[Tensor, "batch tokens dim"], size: Size | None = None
+        self, x: Float[Tensor, "batch tokens dim"], size: Size | None = None, grid: tuple[int, int] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
-        x = x + self.drop_path1(self.attn(self.norm1(x), size))
+        """One token for each that is given; `size` is as in `Attention`, `grid` as in `SpatialReductionAttention`."""
+        # keys of squares have no sizes: such a branch keeps all of its tokens
+        of_patches = {"grid": grid} if isinstance(self.attn, SpatialReductionAttention) else {"size": size}
+        x = x + self.drop_path1(self.attn(self.norm1(x), **of_patches))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+    def weights(
+        self, x: Float[Tensor, "batch tokens dim"], grid: tuple[int, int]
+    ) -> Float[Tensor, "batch heads tokens tokens"]:
+        """How much each token attends to each, see `Attention.weights`."""
+        of_patches = [grid] if isinstance(self.attn, SpatialReductionAttention) else []
+        return self.attn.weights(self.norm1(x), *of_patches)
 
     def reduce(
         self, x: Float[Tensor, "batch tokens dim"], size: Size | None, reduction: Reduction, branch: int
@@ -164,6 +176,7 @@ class MultiScaleBlock(nn.Module):
         # each branch, and the one whose patches its class token attends over
         ring = list(zip(config.branches, (*config.branches[1:], config.branches[0]), strict=True))
         self.grad_checkpointing = False
+        self.grids = config.grid_size
         self.reduction, self.is_last = config.reduction, stage == config.stages - 1
         # of each branch's blocks, those that reduce its tokens
         self.reduces = tuple(_in_stage(config, stage, branch) for branch in range(len(config.branches)))
@@ -174,6 +187,7 @@ class MultiScaleBlock(nn.Module):
                     *(branch.embed_dim, branch.num_heads, branch.mlp_ratio),
                     head_dim=branch.head_dim,
                     attention=branch.attention,
+                    sr_ratio=branch.sr_ratio,
                     drop_path=drop_path[i],
                     **block_kwargs,
                 )
@@ -203,10 +217,17 @@ class MultiScaleBlock(nn.Module):
         )
 
     def forward(
-        self, xs: list[Float[Tensor, "batch _ _"]], sizes: list[Size | None] | None = None
+        self,
+        xs: list[Float[Tensor, "batch _ _"]],
+        sizes: list[Size | None] | None = None,
+        grids: Sequence[tuple[int, int]] | None = None,
     ) -> tuple[list[Float[Tensor, "batch _ _"]], list[Size | None]]:
-        """Each branch's tokens (batch, 1 + patches, dim) after the stage, and their sizes."""
-        xs, sizes = self.run_branches(xs, sizes)
+        """Each branch's tokens (batch, 1 + patches, dim) after the stage, and their sizes.
+
+        Args:
+            grids: rows and columns of each branch's patches; none: those of the config.
+        """
+        xs, sizes = self.run_branches(xs, sizes, grids)
         class_tokens = self.fuse(xs, sizes)
         fused = [torch.cat([token, x[:, 1:]], dim=1) for token, x in zip(class_tokens, xs, strict=True)]
         if self.reduction is None or self.reduction.kind != "fusion" or self.is_last:
@@ -214,13 +235,20 @@ class MultiScaleBlock(nn.Module):
         return self._keep_attended(fused, xs, sizes)
 
     def run_branches(
-        self, xs: list[Float[Tensor, "batch _ _"]], sizes: list[Size | None] | None = None
+        self,
+        xs: list[Float[Tensor, "batch _ _"]],
+        sizes: list[Size | None] | None = None,
+        grids: Sequence[tuple[int, int]] | None = None,
     ) -> tuple[list[Float[Tensor, "batch _ _"]], list[Size | None]]:
-        """Every branch through its own blocks."""
+        """Every branch through its own blocks; `grids` is as in the call."""
         outs, out_sizes = [], []
-        for i, (x, size, blocks) in enumerate(zip(xs, sizes or [None] * len(xs), self.blocks, strict=True)):
+        given = zip(xs, sizes or [None] * len(xs), grids or self.grids, self.blocks, strict=True)
+        for i, (x, size, grid, blocks) in enumerate(given):
             for block, reduces in zip(blocks, self.reduces[i], strict=True):
-                x, size = self._run_reduced(block, x, size, i) if reduces else (self._run(block, x, size), size)
+                if reduces:
+                    x, size = self._run_reduced(block, x, size, i)
+                else:
+                    x = self._run(block, x, size, grid)
             outs.append(x)
             out_sizes.append(size)
         return outs, out_sizes
@@ -255,13 +283,15 @@ class MultiScaleBlock(nn.Module):
                 fused[other], sizes[other] = prune(self.reduction, other, fused[other], before[other], attention)
         return fused, sizes
 
-    def attention_maps(self, xs: list[Float[Tensor, "batch _ _"]]) -> dict[str, Tensor]:
-        """The weights of each attention by its path in the stage, whose inputs are given."""
+    def attention_maps(
+        self, xs: list[Float[Tensor, "batch _ _"]], grids: Sequence[tuple[int, int]] | None = None
+    ) -> dict[str, Tensor]:
+        """The weights of each attention by its path in the stage, whose inputs are given; `grids` is as in the call."""
         maps, outs = {}, []
-        for i, (x, blocks) in enumerate(zip(xs, self.blocks, strict=True)):
+        for i, (x, grid, blocks) in enumerate(zip(xs, grids or self.grids, self.blocks, strict=True)):
             for j, block in enumerate(blocks):
-                maps[f"blocks.{i}.{j}.attn"] = block.attn.weights(block.norm1(x))
-                x = block(x)
+                maps[f"blocks.{i}.{j}.attn"] = block.weights(x, grid)
+                x = block(x, None, grid)
             outs.append(x)
         for i in range(len(outs)):
             x = self._cross(outs, i)
@@ -287,12 +317,16 @@ class MultiScaleBlock(nn.Module):
         return (i + 1) % len(self.projs)
 
     def _run(
-        self, block: Block | CrossAttentionBlock, x: Float[Tensor, "batch _ _"], size: Size | None
+        self,
+        block: Block | CrossAttentionBlock,
+        x: Float[Tensor, "batch _ _"],
+        size: Size | None,
+        *grid: tuple[int, int],
     ) -> Float[Tensor, "batch _ _"]:
         """Applies one block; under gradient checkpointing its activations are computed again in the backward pass."""
         if not self.grad_checkpointing:
-            return block(x, size)
-        return checkpoint(block, x, size, use_reentrant=False)
+            return block(x, size, *grid)
+        return checkpoint(block, x, size, *grid, use_reentrant=False)
 
     def _run_reduced(
         self, block: Block, x: Float[Tensor, "batch _ _"], size: Size | None, branch: int

@@ -105,13 +105,13 @@ class CrossViT(nn.Module):
                 `CrossViTConfig.at_patch_size`.
         """
         with self._precision(images):
-            xs = self._embed(images, patch_size)
+            xs, grids = self._embed(images, patch_size)
             *stages, last = self.blocks
             sizes = None
             for stage in stages:
-                xs, sizes = stage(xs, sizes)
+                xs, sizes = stage(xs, sizes, grids)
             # the head pools either the class tokens or the patch tokens: the others are not computed
-            xs, sizes = last.run_branches(xs, sizes)
+            xs, sizes = last.run_branches(xs, sizes, grids)
             if self.global_pool == "token":
                 xs = last.fuse(xs, sizes)
             xs = self._normalise(xs)
@@ -136,9 +136,9 @@ class CrossViT(nn.Module):
         """
         self.config.require_all_tokens("forward_features")
         with self._precision(images):
-            xs = self._embed(images, patch_size, own_size=own_size)
+            xs, grids = self._embed(images, patch_size, own_size=own_size)
             for stage in self.blocks:
-                xs, _ = stage(xs)
+                xs, _ = stage(xs, None, grids)
             return self._normalise(xs)
 
     def forward_patches(
@@ -155,11 +155,11 @@ class CrossViT(nn.Module):
         """
         self.config.require_all_tokens("forward_patches")
         with self._precision(images):
-            xs = self._embed(images, masked=masked)
+            xs, grids = self._embed(images, masked=masked)
             *stages, last = self.blocks
             for stage in stages:
-                xs, _ = stage(xs)
-            xs, _ = last.run_branches(xs)
+                xs, _ = stage(xs, None, grids)
+            xs, _ = last.run_branches(xs, None, grids)
             xs = self._normalise(xs)
         return [self._as_map(x[:, 1:], grid, "NCHW") for grid, x in zip(self.config.grid_size, xs, strict=True)]
 
@@ -218,13 +218,12 @@ class CrossViT(nn.Module):
         stages = len(self.blocks)
         last = max(index % stages for index in wanted)
         taken = {}
-        grids = self._at(patch_size).grid_size
         with self._precision(images):
-            xs = self._embed(images, patch_size)
+            xs, grids = self._embed(images, patch_size)
             for i, stage in enumerate(self.blocks):
                 if stop_early and i > last:
                     break
-                xs, _ = stage(xs)
+                xs, _ = stage(xs, None, grids)
                 for branch, y in enumerate(self._normalise(xs) if norm else xs):
                     taken[branch * stages + i] = self._as_map(y[:, 1:], grids[branch], output_fmt).contiguous()
             intermediates = [taken[index] for index in wanted]
@@ -245,10 +244,10 @@ class CrossViT(nn.Module):
         self.config.require_all_tokens("attention_maps")
         maps = {}
         with self._precision(images):
-            xs = self._embed(images, patch_size)
+            xs, grids = self._embed(images, patch_size)
             for i, stage in enumerate(self.blocks):
-                maps |= {f"blocks.{i}.{path}": weights for path, weights in stage.attention_maps(xs).items()}
-                xs, _ = stage(xs)
+                maps |= {f"blocks.{i}.{path}": weights for path, weights in stage.attention_maps(xs, grids).items()}
+                xs, _ = stage(xs, None, grids)
         return maps
 
     def get_classifier(self) -> nn.ModuleList:
@@ -308,8 +307,8 @@ class CrossViT(nn.Module):
         patch_size: tuple[int, ...] | None = None,
         masked: Sequence[Masked] | None = None,
         own_size: bool = False,
-    ) -> list[Float[Tensor, "batch _ _"]]:
-        """Each branch's class and patch tokens with position embeddings."""
+    ) -> tuple[list[Float[Tensor, "batch _ _"]], tuple[tuple[int, int], ...]]:
+        """Each branch's class and patch tokens with position embeddings, and the grids of its patches."""
         if images.ndim != 4 or images.shape[1] != self.config.in_chans:
             raise ValueError(
                 f"images must have shape (batch, {self.config.in_chans}, height, width); got {tuple(images.shape)}"
@@ -332,7 +331,7 @@ class CrossViT(nn.Module):
                 pos_embed = resample_pos_embed(pos_embed, self.config.grid_size[i], config.grid_size[i])
             x = x + pos_embed.to(x.dtype)
             xs.append(self.pos_drop(x))
-        return xs
+        return xs, config.grid_size
 
     def _normalise(self, xs: list[Float[Tensor, "batch _ _"]]) -> list[Float[Tensor, "batch _ _"]]:
         """Each branch's final norm."""

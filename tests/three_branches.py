@@ -21,7 +21,7 @@ def three_config(num_classes: int, **settings) -> CrossViTConfig:
 
 def save_three(path, class_names, **settings):
     """The path, where weights of the model now are."""
-    config, rng = three_config(len(class_names), **settings), np.random.default_rng(0)
+    config, rng = three_config(len(class_names)).replace(**settings), np.random.default_rng(0)
     weights = {
         name: rng.normal(len(shape) == 1 and name.endswith("weight"), 0.1, shape).astype(np.float32)
         for name, shape in expected_shapes(config).items()

@@ -33,7 +33,7 @@ _SEGMENTATION = {"decoder": None, "dice": 0, "ignore_index": 255}
 # of pre-training, by its method
 _OF_METHOD = {
     "simmim": {"mask_cell": 24, "mask_ratio": 0.6},
-    "dino": {"local_crops": 8, "local_scale": (0.05, 0.4), "prototypes": 65536},
+    "dino": {"local_crops": 8, "local_scale": (0.05, 0.4), "prototypes": 65536, "weight_decay_end": None},
 }
 _PRETRAINING = {"method": None, **_OF_METHOD["simmim"], **_OF_METHOD["dino"]}
 _OF_PICTURES = ("crop_pct", "crop_scale", "crop_ratio")  # settings of classification that pre-training has as well
@@ -343,6 +343,9 @@ class TrainConfig:
     min_lr: float = setting(1e-5, "learning rate that the schedule falls to, not scaled", at_least=0)
     layer_decay: float = setting(1.0, "factor on the learning rate from each block to the one below; 1: none", **_PART)
     weight_decay: float = setting(0.05, "weight decay; none on biases and norms", at_least=0)
+    weight_decay_end: float | None = setting(
+        None, "dino: weight decay of the last step, to which it goes along a cosine; none: it stays", float, at_least=0
+    )
     decay_tokens: bool = setting(False, "weight decay on class tokens and position embeddings too")
     clip_grad: float | None = setting(None, "largest norm of the gradient; none: no clipping", float, above=0)
     freeze_backbone: bool = setting(False, "train the heads only")

@@ -165,8 +165,8 @@ RECIPES: dict[str, TrainConfig] = {
         min_lr=1e-6,
         clip_grad=5.0,
     ),
-    # DINO's for small vision transformers (arXiv 2104.14294). There the weight decay rises to 0.4, and crops are made
-    # grey, blurred or solarised at random: that is not done here.
+    # DINO's for small vision transformers (arXiv 2104.14294). There, crops are also made grey, blurred or solarised at
+    # random: that is not done here.
     "dino": TrainConfig(
         recipe="dino",
         task="pretraining",
@@ -183,6 +183,7 @@ RECIPES: dict[str, TrainConfig] = {
         warmup_epochs=10,
         min_lr=1e-6,
         weight_decay=0.04,
+        weight_decay_end=0.4,
         clip_grad=3.0,
     ),
     "detection-digits": TrainConfig(recipe="detection-digits", task="detection", **_SCENES, distances=(24.0, 48.0)),

@@ -138,7 +138,9 @@ def _with_share(kind: str, share: float, branch: Branch, place: int) -> Branch:
     whole = _number(kind, branch)
     left = int(share * whole + 0.5)
     if kind == "heads" and branch.attention != "full" and share < 1:
-        raise ConversionError(f"heads={share:g}: the {branch.attention} attention of branch {place} has no heads")
+        raise ConversionError(
+            f"heads={share:g}: heads are cut out of full attention, and branch {place} has {branch.attention}"
+        )
     if left < 1:
         raise ConversionError(f"{kind}={share:g} leaves none of the {whole} {_KINDS[kind][0]} of branch {place}")
     if left == whole:

@@ -10,7 +10,7 @@ LARGEST = 2**16  # pixels, channels
 DEEPEST = 2**10  # blocks of a stage, stages
 BRANCH_SETTINGS = ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "image_scale", "head_dim")
 BRANCH_SETTINGS += ("attention",)
-ATTENTIONS = ("full", "separable")
+_REDUCED = re.compile(r"spatial-reduction:([1-9][0-9]{0,4})", re.ASCII)
 
 
 def read_fraction(text: str) -> Fraction:
@@ -58,7 +58,7 @@ class Branch:
 
     As text, which `Branch.parse` reads: "embed_dim=192,depth=1:2:1,num_heads=3,mlp_ratio=4,patch_size=16,
     image_scale=14/15", where colons part the depths of the stages. Behind all, "head_dim=64" is of a branch without
-    some of its heads of self-attention, and "attention=separable" of one with that.
+    some of its heads of self-attention, and "attention=separable" of one with another self-attention.
 
     Raises ValueError for settings that make no branch, naming the value and what is accepted.
     """
@@ -72,8 +72,8 @@ class Branch:
     # Width of a head of self-attention, where the heads do not fill the width of the branch: those that are missing
     # were pruned. None: embed_dim / num_heads. Cross-attention has all heads.
     head_dim: int | None = None
-    # Self-attention: of each token over all, or "separable" (arXiv 2206.02680), which is linear in their number and has
-    # no heads.
+    # Self-attention: of each token over all; "separable" (arXiv 2206.02680), which is linear in their number and has no
+    # heads; or "spatial-reduction:2" (arXiv 2106.13797), where each square of 2 x 2 patches has one key.
     attention: str = "full"
 
     def __post_init__(self):
@@ -89,10 +89,13 @@ class Branch:
         require_number("image_scale", self.image_scale, above=0, at_most=LARGEST)
 
     def _check_heads(self) -> None:
-        if self.attention not in ATTENTIONS:
-            raise ValueError(f"attention must be {' or '.join(ATTENTIONS)}; got {shown_value(self.attention)}")
+        if self.attention not in ("full", "separable") and self.sr_ratio < 2:
+            raise ValueError(
+                "attention must be full, separable or spatial-reduction:N, where N is the side in patches, from 2, of "
+                f"the squares that have one key; got {shown_value(self.attention)}"
+            )
         if self.head_dim is not None and self.attention != "full":
-            raise ValueError(f"{self.attention} attention has no heads, and no head_dim; got {self.head_dim}")
+            raise ValueError(f"head_dim is for full attention alone; got {self.head_dim} with {self.attention}")
         if self.head_dim is None:
             if self.embed_dim % self.num_heads:
                 raise ValueError(f"embed_dim {self.embed_dim} cannot be cut into num_heads {self.num_heads}")
@@ -115,6 +118,12 @@ class Branch:
     def all_heads(self) -> int:
         """Heads that fill the width of the branch: those of cross-attention."""
         return self.embed_dim // self.head_width
+
+    @property
+    def sr_ratio(self) -> int:
+        """Rows and columns of patches that have one key together, see `attention`; 1 where each has its own."""
+        match = _REDUCED.fullmatch(self.attention) if isinstance(self.attention, str) else None
+        return int(match[1]) if match else 1
 
     @property
     def is_timms(self) -> bool:

@@ -97,6 +97,11 @@ class CrossViTConfig(Settings):
         for axis, side in zip(("height", "width"), self.image_size, strict=True):
             if any(side * branch.image_scale % branch.patch_size for branch in self.branches):
                 raise ValueError(self._bad_side(axis, side))
+        for place, (branch, grid) in enumerate(zip(self.branches, self.grid_size, strict=True)):
+            if any(side % branch.sr_ratio for side in grid):
+                raise ValueError(
+                    f"attention {branch.attention} of branch {place} does not divide its {grid[0]} x {grid[1]} patches"
+                )
         if self.reduce_tokens == "none":
             self._set("reduce_tokens", None)
         self._check_reduction()
@@ -109,10 +114,11 @@ class CrossViTConfig(Settings):
             raise ValueError(f"reduce_tokens {self.reduce_tokens} is done between stages, and there is only one")
         for branch, (rows, columns) in enumerate(self.grid_size):
             patches, amount = rows * columns, reduction.amounts[branch]
-            if amount != reduction.nothing and reduction.kind != "fusion" and self.attention[branch] != "full":
+            needs = ("full",) if reduction.kind != "fusion" else ("full", "separable")
+            if amount != reduction.nothing and self.attention[branch] not in needs:
                 raise ValueError(
-                    f"reduce_tokens {self.reduce_tokens} goes by the keys of full attention, and branch {branch} has "
-                    f"{self.attention[branch]} attention"
+                    f"reduce_tokens {self.reduce_tokens} needs {' or '.join(needs)} attention, and branch {branch} has "
+                    f"{self.attention[branch]}"
                 )
             if reduction.kind == "merge" and amount > patches // 2:
                 raise ValueError(

@@ -6,7 +6,7 @@ does not grow with the square of the tokens. On a CPU, where time counts more, i
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,12 +17,12 @@ from crossvit_jax.kernels.sharding import is_cut, vary_alike
 
 
 def dot_product_attention(
-    q: Float[Array, "batch tokens heads width"],
-    k: Float[Array, "batch tokens heads width"],
-    v: Float[Array, "batch tokens heads width"],
+    q: Float[Array, "batch queries heads width"],
+    k: Float[Array, "batch keys heads width"],
+    v: Float[Array, "batch keys heads width"],
     implementation: Literal["xla", "cudnn"] = "xla",
-    bias: Float[Array, "batch tokens"] | None = None,
-) -> Float[Array, "batch tokens heads width"]:
+    bias: Float[Array, "batch keys"] | None = None,
+) -> Float[Array, "batch queries heads width"]:
     """softmax(q kᵀ / √width + bias) v for every head, in the inputs' dtype; the softmax is in float32 or wider.
 
     Its gradient can be taken in reverse mode only; with "xla" to any order, the last of them in forward mode too.
@@ -56,9 +56,8 @@ def fastest_implementation(devices: Iterable[Any], dtype: Any) -> Literal["xla",
 
 def _cudnn(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
     if bias is not None:  # cuDNN wants one for each query
-        batch, tokens = q.shape[:2]
-        bias = jnp.broadcast_to(bias.astype(q.dtype), (batch, 1, tokens, tokens))
-    kernel = _cudnn_kernel if q.shape[1] % 2 == 0 else _cudnn_odd
+        bias = jnp.broadcast_to(bias.astype(q.dtype), (len(q), 1, q.shape[1], k.shape[1]))
+    kernel = _cudnn_odd if q.shape[1] % 2 or k.shape[1] % 2 else _cudnn_kernel
     return kernel(q, k, v, bias)
 
 
@@ -67,36 +66,39 @@ _cudnn_kernel = functools.partial(jax.nn.dot_product_attention, implementation="
 
 @jax.custom_vjp
 def _cudnn_odd(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
-    """The kernel for an odd number of tokens, of which jax refuses the gradient: for that they are padded by one."""
+    """The kernel for an odd number of queries or keys, of which jax refuses the gradient: for that they are padded by
+    one."""
     return _cudnn_kernel(q, k, v, bias)
 
 
 def _cudnn_padded(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
-    tokens = q.shape[1]
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+    queries, keys = q.shape[1], k.shape[1]
+    lengths = {"query_seq_lengths": queries, "key_value_seq_lengths": keys}
+    lengths = {name: jnp.full(len(q), length, jnp.int32) for name, length in lengths.items()}
     if bias is not None:
-        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 1), (0, 1)))
-    lengths = jnp.full(q.shape[0], tokens, jnp.int32)
-    return _cudnn_kernel(q, k, v, bias, query_seq_lengths=lengths, key_value_seq_lengths=lengths)[:, :tokens]
+        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, queries % 2), (0, keys % 2)))
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    return _cudnn_kernel(q, k, v, bias, **lengths)[:, :queries]
 
 
 _cudnn_odd.defvjp(lambda q, k, v, bias: jax.vjp(_cudnn_padded, q, k, v, bias), lambda vjp, d_out: vjp(d_out))
 
 
-Heads = Float[Array, "*heads tokens width"]
-Tokens = Float[Array, "*heads tokens 1"]
+Queries = Float[Array, "*heads queries width"]  # and what belongs to each of them
+Keys = Float[Array, "*heads keys width"]
+Sums = Float[Array, "*heads queries 1"]
 Weights = Float[Array, "*heads queries keys"]
 Bias = Float[Array, "*any 1 keys"]  # of each key; `any` is that of the heads, or the images and 1
 
 
-def _attend(q: Heads, k: Heads, v: Heads, bias: Bias | None) -> Heads:
+def _attend(q: Queries, k: Keys, v: Keys, bias: Bias | None) -> Queries:
     # neither a symbolic batch, under jax.export, nor one that explicit axes of a mesh cut can be cut into pieces
     if not isinstance(q.shape[0], int) or is_cut(q):
         return _attend_and_recompute(q, k, v, bias)
     return jax.lax.platform_dependent(q, k, v, bias, cpu=_attend_in_pieces, default=_attend_and_recompute)
 
 
-def _forward(q: Heads, k: Heads, v: Heads, bias: Bias | None) -> tuple[Heads, Weights, Tokens, Tokens]:
+def _forward(q: Queries, k: Keys, v: Keys, bias: Bias | None) -> tuple[Queries, Weights, Sums, Sums]:
     """Attention, the exponentials that weigh the values, and each query's sum of them and largest scaled score."""
     scale = _scale(q)
     if q.dtype.itemsize >= 4:  # half precision would round the queries once more
@@ -114,17 +116,17 @@ def _forward(q: Heads, k: Heads, v: Heads, bias: Bias | None) -> tuple[Heads, We
 
 
 @jax.custom_vjp
-def _attend_and_recompute(q: Heads, k: Heads, v: Heads, bias: Bias | None) -> Heads:
+def _attend_and_recompute(q: Queries, k: Keys, v: Keys, bias: Bias | None) -> Queries:
     """Attention whose gradient computes the weights again: nothing of (tokens, tokens) is kept for it."""
     return _forward(q, k, v, bias)[0]
 
 
-def _recompute_forward(q: Heads, k: Heads, v: Heads, bias: Bias | None) -> tuple[Heads, tuple[Array | None, ...]]:
+def _recompute_forward(q: Queries, k: Keys, v: Keys, bias: Bias | None) -> tuple[Queries, tuple[Array | None, ...]]:
     out, _, total, largest = _forward(q, k, v, bias)
     return out, (q, k, v, bias, out, largest + jnp.log(total))
 
 
-def _recompute_backward(residuals: tuple[Array | None, ...], d_out: Heads) -> tuple[Heads, Heads, Heads, Bias | None]:
+def _recompute_backward(residuals: tuple[Array | None, ...], d_out: Queries) -> tuple[Queries, Keys, Keys, Bias | None]:
     q, k, v, bias, out, log_total = residuals
     # (heads, keys, queries): so, no product below needs one of these large matrices transposed
     scores = _matmul(k, _transposed(q)) * _scale(q)
@@ -149,7 +151,7 @@ _SMALLEST_PIECE, _LARGEST_PIECE = 2**19, 2**22  # bytes of scores
 
 
 @jax.custom_vjp
-def _attend_in_pieces(q: Heads, k: Heads, v: Heads, bias: Bias | None) -> Heads:
+def _attend_in_pieces(q: Queries, k: Keys, v: Keys, bias: Bias | None) -> Queries:
     """Attention for CPUs, whose gradient keeps the weights: reading them takes less time than computing them again.
 
     XLA runs the products of so small matrices on one core, one after the other, but pieces side by side; and the scores
@@ -158,29 +160,29 @@ def _attend_in_pieces(q: Heads, k: Heads, v: Heads, bias: Bias | None) -> Heads:
     return _pieces_forward(q, k, v, bias)[0]
 
 
-def _pieces_forward(q: Heads, k: Heads, v: Heads, bias: Bias | None) -> tuple[Heads, tuple]:
-    parts = [_forward(*piece) for piece in zip(*map(_cut, (q, k, v)), _cut_bias(bias, q), strict=True)]
+def _pieces_forward(q: Queries, k: Keys, v: Keys, bias: Bias | None) -> tuple[Queries, tuple]:
+    parts = [_forward(*piece) for piece in zip(*_cut((q, k, v), q, k), _cut_bias(bias, q, k), strict=True)]
     out, weights, total, _ = zip(*parts, strict=True)
     out = _joined(out, q.shape)
     return out, (q, k, v, bias, out, weights, total)
 
 
-def _pieces_backward(residuals: tuple, d_out: Heads) -> tuple[Heads, Heads, Heads, Bias | None]:
+def _pieces_backward(residuals: tuple, d_out: Queries) -> tuple[Queries, Keys, Keys, Bias | None]:
     q, k, v, bias, out, weights, total = residuals
-    parts = [_piece_backward(*piece) for piece in zip(*map(_cut, (q, k, v, out, d_out)), weights, total, strict=True)]
+    parts = [_piece_backward(*piece) for piece in zip(*_cut((q, k, v, out, d_out), q, k), weights, total, strict=True)]
     d_q, d_k, d_v, d_keys = zip(*parts, strict=True)
     d_bias = None
     if bias is not None:
         d_bias = _joined(d_keys, (*q.shape[:2], 1, k.shape[2])).sum(1, keepdims=True).astype(bias.dtype)
-    return _joined(d_q, q.shape), _joined(d_k, q.shape), _joined(d_v, q.shape), d_bias
+    return _joined(d_q, q.shape), _joined(d_k, k.shape), _joined(d_v, k.shape), d_bias
 
 
 _attend_in_pieces.defvjp(_pieces_forward, _pieces_backward)
 
 
 def _piece_backward(
-    q: Heads, k: Heads, v: Heads, out: Heads, d_out: Heads, weights: Weights, total: Tokens
-) -> tuple[Heads, Heads, Heads, Bias]:
+    q: Queries, k: Keys, v: Keys, out: Queries, d_out: Queries, weights: Weights, total: Sums
+) -> tuple[Queries, Keys, Keys, Bias]:
     """The last is the gradient of a bias of each head."""
     d_out = d_out / total
     mean = (d_out * out).sum(-1, keepdims=True)
@@ -194,40 +196,35 @@ def _piece_backward(
     return d_q.astype(q.dtype), d_k.astype(q.dtype), d_v.astype(q.dtype), d_bias
 
 
-def _transposed_matmul(a: Weights, b: Heads) -> Heads:
+def _transposed_matmul(a: Weights, b: Queries) -> Keys:
     """aᵀ b, in which b is transposed instead of the larger a; left alone, XLA would transpose a."""
     barrier = jax.lax.optimization_barrier
     return _transposed(barrier(_matmul(barrier(_transposed(b)), a)))
 
 
-def _cut(x: Float[Array, "batch heads _ _"]) -> list[Float[Array, "piece _ _"]]:
-    """The heads of all images, in pieces."""
-    batch, heads, tokens, _ = x.shape
-    return _cut_for(x, 4 * batch * heads * tokens**2)
-
-
-def _cut_bias(bias: Bias | None, q: Heads) -> list[Float[Array, "piece 1 keys"]] | list[None]:
-    """The bias of the heads of all images, in the pieces of their queries."""
-    if bias is None:
-        return [None] * len(_cut(q))
-    batch, heads, tokens, _ = q.shape
-    return _cut_for(jnp.broadcast_to(bias, (batch, heads, *bias.shape[2:])), 4 * batch * heads * tokens**2)
-
-
-def _cut_for(x: Float[Array, "batch heads _ _"], scores: int) -> list[Float[Array, "piece _ _"]]:
-    """In as many pieces as suit so many bytes of scores; of an empty batch, in one empty piece."""
-    batch, heads = x.shape[:2]
+def _cut(xs: Sequence[Float[Array, "batch heads _ _"]], q: Queries, k: Keys) -> list[list[Float[Array, "piece _ _"]]]:
+    """Each array's heads of all images, in as many pieces as suit the scores of these queries and keys; of an empty
+    batch, in one empty piece."""
+    batch, heads, queries, _ = q.shape
+    scores = 4 * batch * heads * queries * k.shape[2]
     pieces = max(min(_PIECES, scores // _SMALLEST_PIECE), min(_MAX_PIECES, scores // _LARGEST_PIECE), 1)
     size = -(-batch * heads // pieces) or 1
-    flat = x.reshape(batch * heads, *x.shape[2:])
-    return [flat[start : start + size] for start in range(0, batch * heads or 1, size)]
+    flat = [x.reshape(batch * heads, *x.shape[2:]) for x in xs]
+    return [[x[start : start + size] for start in range(0, batch * heads or 1, size)] for x in flat]
 
 
-def _joined(parts: tuple[Float[Array, "_ tokens width"], ...], shape: tuple[int, ...]) -> Heads:
+def _cut_bias(bias: Bias | None, q: Queries, k: Keys) -> list[Float[Array, "piece 1 keys"]] | list[None]:
+    """The bias of the heads of all images, in the pieces of their queries."""
+    if bias is None:
+        return [None] * len(_cut([q], q, k)[0])
+    return _cut([jnp.broadcast_to(bias, (*q.shape[:2], *bias.shape[2:]))], q, k)[0]
+
+
+def _joined(parts: tuple[Float[Array, "_ rows columns"], ...], shape: tuple[int, ...]) -> Array:
     return jnp.concatenate(parts).reshape(shape)
 
 
-def _scale(q: Heads) -> float:
+def _scale(q: Queries) -> float:
     return q.shape[-1] ** -0.5
 
 

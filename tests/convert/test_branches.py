@@ -6,6 +6,7 @@ import torch
 
 from convert import ConversionError, load_torch, load_weights, save
 from convert.architecture import expected_shapes
+from convert.tree import flatten, nest
 from crossvit_jax.config import CUSTOM, Branch, get_config
 from tests.convert.conftest import refused, run
 from tests.three_branches import BRANCHES, TEXTS, save_three, three_config
@@ -62,9 +63,11 @@ def test_a_file_without_metadata_needs_the_branches(capsys, three, tmp_path):
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else value,
 )
-def test_it_is_exported(capsys, three, tmp_path, ending, flags):
+def test_it_is_exported_with_any_attention(capsys, tmp_path, ending, flags):
     if ending == ".pt":
         pytest.importorskip("torchao")
+    attention = ("spatial-reduction:2", "separable", "full")
+    three = save_three(tmp_path / "three.safetensors", "0123456789", attention=attention)
     status, out, _ = run(capsys, three, tmp_path / f"model{ending}", *flags)
     assert (status, "NOT written" in out) == (0, False), out
     assert (tmp_path / f"model{ending}").is_file()
@@ -84,17 +87,30 @@ def test_heads_of_another_number_make_another_model(three, tmp_path):
     assert not torch.allclose(other, expected)
 
 
-def test_another_attention_is_told_by_shapes_and_settings_and_is_none_of_timms(capsys, tmp_path):
-    config = get_config("ti", attention=("separable", "full"), num_classes=3).replace(name=CUSTOM)
-    tensors = {name: np.zeros(shape, np.float32) for name, shape in expected_shapes(config).items()}
-    assert tensors["blocks.2.blocks.0.0.attn.qkv.weight"].shape == (1 + 2 * 96, 96)
+@pytest.mark.parametrize(
+    ("attention", "leaf", "shape"),
+    [("separable", "qkv", (1 + 2 * 96, 96)), ("spatial-reduction:4", "sr", (96, 96, 4, 4))],
+    ids=["separable", "spatial reduction"],
+)
+def test_another_attention_is_told_by_shapes_and_settings_and_is_none_of_timms(
+    capsys, tmp_path, attention, leaf, shape
+):
+    config = get_config("ti", attention=(attention, "full"), num_classes=3).replace(name=CUSTOM)
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.normal(size=of).astype(np.float32) for name, of in expected_shapes(config).items()}
+    assert tensors[f"blocks.2.blocks.0.0.attn.{leaf}.weight"].shape == shape
     path = save(tensors, config, tmp_path / "w.safetensors")
     status, out, _ = run(capsys, path, tmp_path / "w.pth")
     assert status == 0
-    told = "embed_dim=96,depth=1,num_heads=3,mlp_ratio=4,patch_size=12,image_scale=1,attention=separable"
+    told = "embed_dim=96,depth=1,num_heads=3,mlp_ratio=4,patch_size=12,image_scale=1"
+    told += f",attention={attention}"
     assert f"branches    {told} embed_dim=192," in out
     assert load_weights(path).config == config
-    assert load_weights(tmp_path / "w.pth").config == config
+    again = load_weights(tmp_path / "w.pth")
+    assert again.config == config
+    back = flatten(nest(again.tensors))  # Flax's paths and layouts, and timm's again
+    assert all(np.array_equal(back[name], tensor) for name, tensor in tensors.items())
     assert "timm's CrossViT has full attention alone: .safetensors" in refused(capsys, path, tmp_path / "w.hf")
     pruned = [path, tmp_path / "pruned", "--prune", "heads=0.5:0.5"]
-    assert "--prune: heads=0.5: the separable attention of branch 0 has no heads" in refused(capsys, *pruned)
+    why = f"heads=0.5: heads are cut out of full attention, and branch 0 has {attention}"
+    assert f"--prune: {why}" in refused(capsys, *pruned)

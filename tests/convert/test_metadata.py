@@ -104,7 +104,7 @@ _DAMAGED = {
     "config.branches.0.num_heads": (0, 5, "2", None, 2.0),
     "config.branches.0.depth": (0, [], [1], [1, "2"], [1, [2]], None, _MILLION, "1"),
     "config.branches.0.head_dim": (0, 5, "6", 2.0),
-    "config.branches.0.attention": ("linear", 1, None, ["full"]),
+    "config.branches.0.attention": ("linear", "spatial-reduction:1", "spatial-reduction:3", 1, None, ["full"]),
     "config.branches.0.mlp_ratio": (0, float("nan"), float("inf"), "2", None, [2], 10**9),
     "config.branches.0.patch_size": (0, 7, "12", None, 12.5),
     "config.branches.0.image_scale": ("1e99999999", "1/0", "a", float("nan"), 0, None, "9" * 5000, [1], "-1"),

@@ -12,6 +12,7 @@ import numpy as np
 import timm
 import torch
 from flax import nnx
+from timm.models import pvt_v2
 from timm.models.mobilevit import LinearSelfAttention
 
 import crossvit_jax
@@ -87,6 +88,33 @@ class TimmSeparable(torch.nn.Module):
         parameters |= {f"{name}.bias": layer.bias for name, layer in theirs.items() if layer.bias is not None}
         maps = x.transpose(1, 2)[:, :, None]
         return torch.func.functional_call(self.timms[0], parameters, maps)[:, :, 0].transpose(1, 2)
+
+
+class TimmReduced(pvt_v2.Attention):
+    """timm's attention over spatially reduced keys, and a class token, first of the tokens, that it does not know: it
+    goes round the convolution and the norm, and is one more key."""
+
+    def __init__(self, dim: int, num_heads: int, sr_ratio: int, grid: tuple[int, int], *, qkv_bias: bool = True):
+        super().__init__(dim, num_heads, sr_ratio, qkv_bias=qkv_bias)
+        self.grid, self.norm.eps = grid, 1e-6
+
+    def without_class_token(self, patches):
+        return super().forward(patches, self.grid)
+
+    def forward(self, x, **kwargs):
+        squares = self.sr(x[:, 1:].transpose(1, 2).unflatten(2, self.grid))
+        keys = torch.cat([x[:, :1], self.norm(squares.flatten(2).transpose(1, 2))], dim=1)
+        k, v = self.kv(keys).chunk(2, dim=-1)
+        q, k, v = (y.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for y in (self.q(x), k, v))
+        weights = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+
+class TimmReducedPatches(TimmReduced):
+    """The same without a class token: nothing but timm's."""
+
+    def forward(self, x, **kwargs):
+        return self.without_class_token(x)
 
 
 def torch_twin(variant: str, state_dict: dict, precision: str, **settings) -> crossvit_torch.CrossViT:

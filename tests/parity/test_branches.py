@@ -22,6 +22,7 @@ from crossvit_jax.config import Branch, CrossViTConfig, get_config
 from tests.parity.reference import (
     GRADIENT_BOUND,
     OUTPUT_BOUND,
+    TimmReduced,
     TimmSeparable,
     channels_last,
     error,
@@ -45,6 +46,11 @@ CASES = {
     "one": {"branches": (LARGE,), "stages": 1, "fusion_depth": 1},
     "depths by stage": {"branches": (at(SMALL, depth=(1, 2)), at(LARGE, depth=1)), "fusion_depth": (2, 0)},
     "separable": {"branches": (at(SMALL, attention="separable"), at(LARGE, depth=1)), "stages": 1, "fusion_depth": 1},
+    "spatial reduction": {
+        "branches": (at(SMALL, attention="spatial-reduction:2"), at(LARGE, depth=1)),
+        "stages": 1,
+        "fusion_depth": 1,
+    },
     "three convolutions": {
         "branches": (at(LARGE, depth=1, image_scale=1), SMALL, SMALL),
         "stages": 1,
@@ -87,8 +93,10 @@ def reference_of(config: CrossViTConfig, monkeypatch, of=Mended) -> torch.nn.Mod
         **settings,
     )
     for stage in model.blocks:
-        for blocks, branch in zip(stage.blocks, config.branches, strict=True):
+        for blocks, branch, grid in zip(stage.blocks, config.branches, config.grid_size, strict=True):
             for block in blocks:
+                if branch.sr_ratio > 1:
+                    block.attn = TimmReduced(branch.embed_dim, branch.num_heads, branch.sr_ratio, grid)
                 if branch.attention == "separable":
                     block.attn = TimmSeparable(branch.embed_dim)
     return model
@@ -180,19 +188,45 @@ def test_the_last_branch_need_not_be_the_deepest():
 
 
 def test_attention_maps_have_the_paths_of_the_modules():
-    branches = (SMALL, LARGE, at(THIRD, attention="separable"))
+    branches = (at(SMALL, attention="spatial-reduction:2"), LARGE, at(THIRD, attention="separable"))
     config = config_of("three", branches=branches, stages=1, fusion_depth=1)
     twin = crossvit_torch.CrossViT(config).eval()
     with torch.no_grad():
         maps = twin.attention_maps(torch.tensor(images(48), dtype=torch.float32))
     assert maps.keys() == {name for name, _ in twin.named_modules() if name.endswith(".attn")}
     tokens = [1 + rows * columns for rows, columns in config.grid_size]
+    assert all(torch.allclose(weights.sum(-1), torch.tensor(1.0)) for weights in maps.values())
+    of_squares = maps["blocks.0.blocks.0.0.attn"]
+    assert of_squares.shape[2:] == (tokens[0], tokens[0])
+    squares = of_squares[..., 1:].unflatten(3, (2, 2, 2, 2))  # whose 2 x 2 patches are told the same
+    assert torch.equal(squares, squares[:, :, :, :, :1, :, :1].expand_as(squares))
     for branch in range(3):  # the class token of a branch with the patches of the next
         fused = maps[f"blocks.0.fusion.{branch}.0.attn"]
         assert fused.shape == (2, config.num_heads[(branch + 1) % 3], 1, tokens[(branch + 1) % 3])
     flax = flax_twin(twin, "float32")
     own = nnx.jit(lambda model, x: model.attention_maps(x))(flax, jnp.asarray(channels_last(images(48)), jnp.float32))
     assert max(error(own[path], maps[path]) for path in maps) <= OUTPUT_BOUND["float32"]
+
+
+def test_keys_are_reduced_over_the_grid_that_images_have():
+    """Of another size than the model's, and cut into other patches."""
+    config = config_of("spatial reduction")
+    twin = crossvit_torch.CrossViT(config).eval()
+    flax = flax_twin(twin, "float32")
+
+    def both(method, x, **settings):
+        x = torch.tensor(x, dtype=torch.float32)
+        with torch.no_grad():
+            expected = getattr(twin, method)(x, **settings)
+        run = nnx.jit(lambda model, x: getattr(model, method)(x, **settings))
+        return zip(run(flax, jnp.asarray(channels_last(x.numpy()))), expected, strict=True)
+
+    for ours, expected in both("forward_features", random_array(0, 2, 3, 24, 96), own_size=True):
+        assert error(ours, expected) <= OUTPUT_BOUND["float32"]
+    for ours, expected in both("forward_features", images(48), patch_size=(6, 16)):
+        assert error(ours, expected) <= OUTPUT_BOUND["float32"]
+    with pytest.raises(ValueError, match="spatial-reduction:2 of branch 0 does not divide its 3 x 3 patches"):
+        config.at_patch_size((16, 16))
 
 
 def test_intermediate_features_of_every_branch():
@@ -220,10 +254,19 @@ def test_intermediate_features_of_every_branch():
         ({"head_dim": (None, 96)}, "embed_dim 192 cannot be cut into heads of head_dim 96, of which num_heads 3"),
         (
             {"head_dim": (None, 64), "num_heads": (3, 2), "attention": ("full", "separable")},
-            "has no heads, and no head_",
+            "head_dim is for full attention alone; got 64 with separable",
         ),
-        ({"attention": ("full", "linear")}, "attention must be full or separable; got 'linear'"),
-        ({"attention": ("full", "separable"), "reduce_tokens": "merge:8"}, "branch 1 has separable attention"),
+        (
+            {"attention": ("full", "linear")},
+            "attention must be full, separable or spatial-reduction:N, .* got 'linear'",
+        ),
+        ({"attention": ("spatial-reduction:1", "full")}, "from 2, of .* got 'spatial-reduction:1'"),
+        ({"attention": ("spatial-reduction:3", "full")}, "spatial-reduction:3 of branch 0 does not divide its 20 x 20"),
+        ({"attention": ("full", "separable"), "reduce_tokens": "merge:8"}, "needs full .* branch 1 has separable"),
+        (
+            {"attention": ("full", "spatial-reduction:2"), "reduce_tokens": "fusion:0.7"},
+            "fusion:0.7 needs full or separable attention, and branch 1 has spatial-reduction:2",
+        ),
         ({"head_dim": (0, None)}, "head_dim must be a whole number from 1"),
         ({"multi_conv": True, "patch_size": (8, 16), "image_scale": (1, 1)}, "needs patch_size 12 or 16"),
         ({"branches": ()}, "branches must be at least one"),
@@ -249,7 +292,8 @@ def test_six_names_take_one_value_per_branch():
 def test_a_branch_is_read_from_the_text_that_it_is_written_as():
     for branch in (SMALL, at(LARGE, depth=(1, 2)), at(THIRD, mlp_ratio=8 / 3), at(SMALL, num_heads=1, head_dim=6)):
         assert Branch.parse(str(branch)) == branch
-    assert Branch.parse(str(at(LARGE, attention="separable"))).attention == "separable"
+    for attention in ("separable", "spatial-reduction:2"):
+        assert Branch.parse(str(at(LARGE, attention=attention))).attention == attention
     assert at(SMALL, head_dim=6) == SMALL  # all heads are there
     assert str(SMALL) == "embed_dim=12,depth=1,num_heads=2,mlp_ratio=2,patch_size=12,image_scale=1"
     for text, message in {

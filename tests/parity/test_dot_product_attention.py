@@ -55,13 +55,15 @@ def test_outputs_gradients_and_second_derivatives_equal_plain_attentions_in_floa
 
 
 @pytest.mark.parametrize("in_pieces", [False, True])
+@pytest.mark.parametrize("keys", [TOKENS, 6])
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_a_bias_of_each_key_and_its_gradient_equal_plain_attentions(monkeypatch, in_pieces, platform):
-    monkeypatch.setattr(attention, "_SMALLEST_PIECE", 4 * TOKENS**2 if in_pieces else 2**19)
+def test_a_bias_of_each_key_and_its_gradient_equal_plain_attentions(monkeypatch, in_pieces, platform, keys):
+    monkeypatch.setattr(attention, "_SMALLEST_PIECE", 4 * TOKENS * keys if in_pieces else 2**19)
     kernel = attention._attend_in_pieces if platform == "cpu" else attention._attend_and_recompute
     monkeypatch.setattr(attention, "_attend", kernel)
     with jax.enable_x64():
-        given = [*heads(jnp.float64), jnp.asarray(random_array(5, 2, TOKENS))]
+        q, k, v = heads(jnp.float64)
+        given = [q, k[:, :keys], v[:, :keys], jnp.asarray(random_array(5, 2, keys))]
 
         @partial(jax.jit, static_argnums=0)
         def results(attend, *given):
@@ -175,8 +177,10 @@ def test_cudnn_takes_a_bias_forwards_and_backwards(monkeypatch):
     def loss(*given):
         return dot_product_attention(*given[:3], "cudnn", given[3]).astype(jnp.float32).sum()
 
-    for tokens in (TOKENS, TOKENS + 1):  # of the odd number jax takes no gradient by itself
-        given = [jnp.zeros((2, tokens, 3, 8), jnp.bfloat16)] * 3 + [jnp.zeros((2, tokens))]
+    # of odd numbers jax takes no gradient by itself
+    for tokens, keys in ((TOKENS, TOKENS), (TOKENS + 1, TOKENS + 1), (TOKENS, 6), (TOKENS + 1, 5)):
+        given = [jnp.zeros((2, count, 3, 8), jnp.bfloat16) for count in (tokens, keys, keys)]
+        given.append(jnp.zeros((2, keys)))
         program = _program(jax.grad(loss, (0, 1, 2, 3)), *given, platform="cuda")
         assert program.count("@__cudnn$fmhaScaleBiasSoftmax(") == 1
         assert program.count("@__cudnn$fmhaScaleBiasSoftmaxBackward(") == 1

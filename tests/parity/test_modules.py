@@ -21,6 +21,8 @@ from crossvit_torch import patch_embed as torch_patch_embed
 from tests.parity.reference import (
     GRADIENT_BOUND,
     OUTPUT_BOUND,
+    TimmReduced,
+    TimmReducedPatches,
     TimmSeparable,
     error,
     flax_gradients,
@@ -35,6 +37,7 @@ from tests.parity.reference import (
 layer_norm = partial(torch.nn.LayerNorm, eps=1e-6)
 TOKENS = [random_array(1, 3, 13, 24)]
 STAGE = get_config("9")
+GRID = (4, 6)  # of patches whose keys are reduced
 
 
 @dataclass
@@ -78,6 +81,48 @@ def separable_case(qkv_bias: bool) -> Case:
     )
 
 
+class TorchReduced(torch_attention.SpatialReductionAttention):
+    """Over a grid of its own."""
+
+    def forward(self, x):
+        return super().forward(x, GRID)
+
+
+class FlaxReduced(attention.SpatialReductionAttention):
+    """The same."""
+
+    def __call__(self, x):
+        return super().__call__(x, GRID)
+
+
+class TorchReducedPatches(torch_attention.SpatialReductionAttention):
+    """Without the class token, which timm's does not have."""
+
+    def forward(self, x):
+        q, k, v = self.per_head(torch.cat([x[:, :1], x], dim=1), GRID)
+        return self.attend(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:])
+
+
+class FlaxReducedPatches(attention.SpatialReductionAttention):
+    """The same."""
+
+    def __call__(self, x):
+        q, k, v = self.per_head(jax.numpy.concatenate([x[:, :1], x], axis=1), GRID)
+        return self.attend(q[:, 1:], k[:, 1:], v[:, 1:])
+
+
+def reduced_case(timm_class: type, torch_class: type, flax_class: type, qkv_bias: bool) -> Case:
+    tokens = GRID[0] * GRID[1] + (timm_class is TimmReduced)
+    return Case(
+        lambda: timm_class(24, 3, 2, GRID, qkv_bias=qkv_bias),
+        torch_class,
+        flax_class,
+        (24, 3, 2),
+        {"qkv_bias": qkv_bias},
+        [random_array(1, 3, tokens, 24)],
+    )
+
+
 class TorchStage(torch_blocks.MultiScaleBlock):
     """Without the sizes of the tokens, which timm's does not have."""
 
@@ -101,6 +146,11 @@ CASES = {
     "Attention-without-bias": attention_case("Attention", timm.layers.Attention, qkv_bias=False),
     "SeparableAttention": separable_case(qkv_bias=True),
     "SeparableAttention-without-bias": separable_case(qkv_bias=False),
+    "SpatialReductionAttention": reduced_case(TimmReduced, TorchReduced, FlaxReduced, qkv_bias=True),
+    "SpatialReductionAttention-without-bias": reduced_case(TimmReduced, TorchReduced, FlaxReduced, qkv_bias=False),
+    "SpatialReductionAttention-without-class-token": reduced_case(
+        TimmReducedPatches, TorchReducedPatches, FlaxReducedPatches, qkv_bias=True
+    ),
     "CrossAttention": attention_case("CrossAttention", timm_crossvit.CrossAttention, qkv_bias=True),
     "CrossAttention-without-bias": attention_case("CrossAttention", timm_crossvit.CrossAttention, qkv_bias=False),
     "Mlp": Case(lambda: timm.layers.Mlp(24, 72), torch_blocks.Mlp, blocks.Mlp, (24, 72)),

@@ -21,6 +21,7 @@ from train.predict import main as predict
 
 def test_a_run_with_branches_is_kept_and_continued(few_digits_dir, no_curves, tmp_path, capsys):
     texts = [text.replace("depth=1", "depth=1:1") for text in TEXTS]
+    texts[0] += ",attention=spatial-reduction:2"
     folder, flags = tmp_path / "run", ["--branches", *texts]
     settings = [
         f"--data-dir={few_digits_dir}",
@@ -34,6 +35,8 @@ def test_a_run_with_branches_is_kept_and_continued(few_digits_dir, no_curves, tm
     assert kept["train"]["branches"] == texts
     assert kept["train"]["variant"] == "custom"
     assert load_flax(folder).config.image_scale == three_config(10).image_scale
+    losses = [json.loads(line).get("train/loss") for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert np.isfinite([loss for loss in losses if loss is not None]).all()
     capsys.readouterr()
     assert main([*settings, *flags]) == 0
     assert "CrossViT custom at 48 pixels" in capsys.readouterr().out

@@ -28,7 +28,7 @@ from train.tasks.task import choosing_metric
 
 Run = namedtuple("Run", "folder flags out")
 _FLAGS = ["--task=pretraining", "--method=dino", "--image-size=48", "--prototypes=12", "--epochs=3"]
-_FLAGS += ["--warmup-epochs=0", "--batch-size=24", "--workers=0", "--log-every=1", "--seed=3"]
+_FLAGS += ["--warmup-epochs=0", "--batch-size=24", "--workers=0", "--log-every=1", "--seed=3", "--weight-decay-end=0.4"]
 _CONFIG = dataclasses.replace(RECIPES["dino-digits"], prototypes=12, batch_size=4)
 
 
@@ -130,6 +130,15 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(run, tmp_path):
     assert read_metrics(again) == read_metrics(run.folder)
     one, other = (load_file(folder / "weights.safetensors") for folder in (run.folder, again))
     assert one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
+
+
+def test_of_pictures_that_nobody_labelled_the_loss_alone_is_told():
+    """Their features come along: neighbours are drawn by them."""
+    outputs = {"mask": np.ones(3), "label": np.zeros(3, np.int32), "features": np.eye(3), "sums": {"loss": np.ones(())}}
+    for names, told in (((), {"images", "loss"}), (("a", "b"), {"images", "loss", "knn"})):
+        scores = Dino(_CONFIG, small_config(0), names, steps_per_epoch=2).scores(None)
+        scores.add(outputs)
+        assert scores.values().keys() == told
 
 
 def test_without_labels_the_loss_chooses_and_without_small_crops_there_are_none():

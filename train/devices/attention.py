@@ -55,9 +55,9 @@ def _refusal(model: CrossViTConfig, precision: str, devices: list[jax.Device], *
     """Why cuDNN's attention cannot be had, in a line: alike in all processes, which run the same programs."""
     device = next(device for device in devices if device.process_index == jax.process_index())
     reason = None
-    for shape, biased in _shapes(model):
+    for shape, keys, biased in _shapes(model):
         try:
-            _try_cudnn(shape, precision, device, training=training, biased=biased)
+            _try_cudnn(shape, keys, precision, device, training=training, biased=biased)
         except Exception as error:  # jax, XLA and cuDNN refuse in many ways; none of them should end the run
             reason = f"{shape[1]} tokens, {shape[2]} heads of {shape[3]}: {one_line(error)}"
             break
@@ -66,8 +66,8 @@ def _refusal(model: CrossViTConfig, precision: str, devices: list[jax.Device], *
     return reason
 
 
-def _shapes(model: CrossViTConfig) -> Iterator[tuple[tuple[int, ...], bool]]:
-    """What self-attention gets: (batch, tokens, heads, width), and whether keys have a bias.
+def _shapes(model: CrossViTConfig) -> Iterator[tuple[tuple[int, ...], int, bool]]:
+    """What self-attention gets: (batch, tokens, heads, width), the number of keys, and whether these have a bias.
 
     They have one once tokens stand for several patches. Of the numbers of tokens that are left then, the first odd and
     the first even one are tried: that is what kernels tell apart.
@@ -81,22 +81,26 @@ def _shapes(model: CrossViTConfig) -> Iterator[tuple[tuple[int, ...], bool]]:
             for _ in range(sum(reduction.blocks(place, depth)) + between_stages):
                 counts.append(reduction.left(place, counts[-1]))
         seen = set()
-        if branch.attention != "full":
+        if branch.attention == "separable":
             continue
         for number, patches in enumerate(counts):
             kind = (patches % 2, number > 0)
             if kind not in seen:
                 seen.add(kind)
-                yield (_IMAGES, 1 + patches, branch.num_heads, branch.head_width), number > 0
+                keys = 1 + patches // branch.sr_ratio**2
+                yield (_IMAGES, 1 + patches, branch.num_heads, branch.head_width), keys, number > 0
 
 
-def _try_cudnn(shape: tuple[int, ...], dtype: str, device: jax.Device, *, training: bool, biased: bool) -> None:
+def _try_cudnn(
+    shape: tuple[int, ...], keys: int, dtype: str, device: jax.Device, *, training: bool, biased: bool
+) -> None:
     """Compiles cuDNN's attention and its gradient for a device; runs them if it is there. Raises what they raise.
 
     Args:
         biased: with a bias of each key, as for tokens that stand for several patches.
     """
-    bias = (jnp.zeros(shape[:2]),) if biased else ()
+    shapes = [shape, *[(shape[0], keys, *shape[2:])] * 2]
+    bias = (jnp.zeros((shape[0], keys)),) if biased else ()
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return dot_product_attention(q, k, v, "cudnn", *bias)
@@ -104,12 +108,12 @@ def _try_cudnn(shape: tuple[int, ...], dtype: str, device: jax.Device, *, traini
     def total(*qkv: jax.Array) -> jax.Array:
         return attend(*qkv).astype(jnp.float32).sum()
 
-    qkv = [jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))] * 3
+    qkv = [jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device)) for shape in shapes]
     for function in (attend, jax.grad(total, (0, 1, 2))) if training else (attend,):
         lowered = jax.jit(function).lower(*qkv)
         if _is_here(device):
-            zeros = jax.device_put(np.zeros(shape, jnp.dtype(dtype)), device)
-            jax.block_until_ready(lowered.compile()(zeros, zeros, zeros))
+            zeros = [jax.device_put(np.zeros(shape, jnp.dtype(dtype)), device) for shape in shapes]
+            jax.block_until_ready(lowered.compile()(*zeros))
 
 
 def _is_here(device: jax.Device) -> bool:

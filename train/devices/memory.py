@@ -131,7 +131,7 @@ def check_image_size(
         image_size: height, width.
         branches: of the model, where they are known already.
         images: that a device computes at the same time.
-        training: gradients are taken, for which a CPU keeps the weights of full attention.
+        training: gradients are taken, for which a CPU keeps the weights of attention, unless it is separable.
     """
     area, needed = math.prod(image_size), {}
     needed[f"{images} image{'s' * (images > 1)}"] = images * area * 3 * _FLOAT
@@ -139,8 +139,9 @@ def check_image_size(
         tokens = int(area * branch.image_scale**2) // branch.patch_size**2
         positions = tokens * branch.embed_dim * _FLOAT
         needed[f"the {tokens:,} tokens of branch {place} with their positions"] = (images + 1) * positions
-        if training and branch.attention == "full" and mesh.devices.flat[0].platform == "cpu":
-            needed[f"{branch.num_heads} maps of attention of branch {place}"] = branch.num_heads * tokens**2 * _FLOAT
+        if training and branch.attention != "separable" and mesh.devices.flat[0].platform == "cpu":
+            weights = branch.num_heads * tokens * (tokens // branch.sr_ratio**2)
+            needed[f"{branch.num_heads} maps of attention of branch {place}"] = weights * _FLOAT
     total = sum(needed.values())
     if available is not None and total > available:
         most = max(needed, key=needed.__getitem__)

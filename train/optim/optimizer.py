@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from train.config import TrainConfig
-from train.optim.schedule import make_schedule
+from train.optim.schedule import make_schedule, weight_decay_schedule
 
 
 def decay_mask(params: Any, no_weight_decay: Collection[str]) -> Any:
@@ -52,7 +52,10 @@ def make_optimizer(
         layer_of: see `layer_scales`; needed for `config.layer_decay` below 1.
     """
     spared = () if config.decay_tokens else no_weight_decay
-    decay = optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(params, spared))
+    rate = config.weight_decay
+    if config.weight_decay_end is not None:
+        rate = weight_decay_schedule(config, steps_per_epoch=steps_per_epoch)
+    decay = optax.add_decayed_weights(rate, mask=lambda params: decay_mask(params, spared))
     parts = [] if config.clip_grad is None else [_clip_by_norm(config.clip_grad)]
     if config.optimizer == "adamw":
         parts += [optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8), decay]

@@ -18,7 +18,7 @@ from crossvit_jax.layers import Linear
 if TYPE_CHECKING:
     import qwix
 
-_LAYERS = r"blocks/.*/(qkv|wq|proj|fc1|fc2|(revert_)?projs/\d+/\d+)"  # paths as qwix has them
+_LAYERS = r"blocks/.*/(qkv|q|kv|wq|proj|fc1|fc2|(revert_)?projs/\d+/\d+)"  # paths as qwix has them
 
 
 def require_qwix(flag: str) -> None:

@@ -1,4 +1,5 @@
-"""The learning rate: linear warm-up, then a cosine, a line or a constant, exactly as timm's schedulers give it."""
+"""The learning rate: linear warm-up, then a cosine, a line or a constant, exactly as timm's schedulers give it; and
+DINO's weight decay."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float64
 
+from crossvit_jax.pretraining.dino import cosine_between
 from train.config import TrainConfig
 
 
@@ -54,6 +56,12 @@ def make_schedule(config: TrainConfig, *, steps_per_epoch: int) -> Callable[[Any
         return jnp.sum(jnp.where(jnp.arange(len(per_epoch)) == epoch, per_epoch, 0))
 
     return lookup
+
+
+def weight_decay_schedule(config: TrainConfig, *, steps_per_epoch: int) -> Callable[[Any], Any]:
+    """The weight decay as a function of the steps done: along a cosine, as DINO's `cosine_scheduler`."""
+    total = float(config.epochs * steps_per_epoch)
+    return lambda step: cosine_between(config.weight_decay, config.weight_decay_end, jnp.asarray(step) / total)
 
 
 def learning_rate(config: TrainConfig, step: int, *, steps_per_epoch: int) -> float:

@@ -78,6 +78,14 @@ def test_cudnns_attention_is_tried_with_each_shape_of_the_model(mesh, tried, tra
     assert tried == [*(("cudnn", shape, "bfloat16") for shape in shapes), biased]
 
 
+def test_cudnns_attention_is_tried_with_as_many_keys_as_there_are(mesh, tried, monkeypatch):
+    keys = []
+    monkeypatch.setattr(attention, "dot_product_attention", lambda q, k, v, _: keys.append(k.shape[1]) or q)
+    model = CONFIG.replace(attention=("spatial-reduction:2", "separable"))
+    assert choose_attention("auto", model, "bfloat16", mesh, training=False) == ("cudnn", [])
+    assert keys == [1 + 2 * 2]
+
+
 def test_where_cudnns_attention_fails_xlas_is_taken_and_one_line_says_why(mesh, fails):
     kernel, (note,) = choose_attention("auto", CONFIG, "bfloat16", mesh, training=False)
     assert kernel == "xla"

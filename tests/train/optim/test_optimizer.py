@@ -16,7 +16,7 @@ from convert import to_torch
 from crossvit_jax import get_config
 from tests.train.steps import abstract_classifier
 from train.optim.optimizer import decay_mask, layer_scales, make_optimizer
-from train.optim.schedule import learning_rates
+from train.optim.schedule import learning_rate, learning_rates
 from train.recipes import RECIPES
 
 
@@ -82,6 +82,28 @@ def test_layer_decay_scales_the_whole_update_as_a_learning_rate_would():
     optimizer = make_optimizer(config, steps_per_epoch=1, layer_of={"pos_embed_0": 0, "head.kernel": 1}.get)
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
     np.testing.assert_allclose(updates["pos_embed_0"][0], 0.25 * updates["head"]["kernel"], rtol=1e-6)
+
+
+def test_the_weight_decay_of_dino_goes_along_its_cosine():
+    settings = {"weight_decay_end": 0.4, "epochs": 2, "warmup_epochs": 0, "clip_grad": None, "lr": 0.1}
+    config, start = dataclasses.replace(RECIPES["dino-digits"], **settings), np.arange(1.0, 7.0).reshape(2, 3)
+    weight = torch.nn.Parameter(torch.tensor(start))
+    reference = torch.optim.AdamW([weight])
+    with jax.enable_x64(True):
+        optimizer = make_optimizer(config, steps_per_epoch=3)
+        params = {"w": jnp.asarray(start)}
+        state = optimizer.init(params)
+        for step in range(6):
+            updates, state = optimizer.update({"w": jnp.asarray(np.sin(start * step))}, state, params)
+            params = jax.tree.map(jnp.add, params, updates)
+            decay = 0.4 + 0.5 * (0.04 - 0.4) * (1 + np.cos(np.pi * step / 6))  # main_dino.py, cosine_scheduler
+            reference.param_groups[0] |= {
+                "lr": learning_rate(config, step, steps_per_epoch=3),
+                "weight_decay": decay,
+            }
+            weight.grad = torch.tensor(np.sin(start * step))
+            reference.step()
+    np.testing.assert_allclose(params["w"], weight.detach().numpy(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])

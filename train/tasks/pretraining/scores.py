@@ -52,7 +52,7 @@ class PretrainingScores:
         if not self._images:
             return {"images": 0}
         told = {"images": self._images, "loss": float(self._mean_loss(self._sums, self._images))}
-        if self._features and self._images > 1:
+        if metrics_of(self._class_names) and self._images > 1:
             features, labels = np.concatenate(self._features), np.concatenate(self._labels)
             predicted = nearest_classes(features, labels, len(self._class_names))
             told["knn"] = 100 * float(np.mean(predicted == labels))
