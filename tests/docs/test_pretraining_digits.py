@@ -33,3 +33,10 @@ def test_features_that_tell_digits_apart_are_judged_so(script):
     told = np.eye(10)[labels] + 0.01 * noise
     assert script.judge("told", told, labels, held_out).count("100.00 %") == 2
     assert "100.00 %" not in script.judge("noise", noise, labels, held_out)
+
+
+def test_one_picture_for_all_is_wrong_by_the_distance_from_the_median(script):
+    pixels = np.repeat(np.array([0, 0, 255, 0, 255], np.uint8), 64).reshape(5, 8, 8)
+    held_out = np.array([False, False, False, True, True])  # the median of the others is black
+    white = np.mean([1 / 0.229, 1 / 0.224, 1 / 0.225])
+    assert script.loss_of_one_picture(pixels, held_out, (16, 16), 2) == pytest.approx(2 * white / 2, rel=1e-5)
