@@ -262,7 +262,7 @@ class MultiScaleBlock(nnx.Module):
         """
         xs, sizes = self.run_branches(xs, sizes, grids, rngs=rngs)
         class_tokens = self.fuse(xs, sizes, rngs=rngs)
-        fused = [_with_class_token(token, x) for token, x in zip(class_tokens, xs, strict=True)]
+        fused = _in_place(class_tokens, xs)
         if self.reduction is None or self.reduction.kind != "fusion" or self.is_last:
             return fused, sizes
         return self._keep_attended(fused, xs, sizes)
@@ -381,6 +381,18 @@ class MultiScaleBlock(nnx.Module):
 def _with_class_token(token: Float[Array, "batch 1 dim"], x: Float[Array, "batch tokens dim"]) -> Array:
     """The tokens with another class token."""
     return jnp.concatenate([token.astype(x.dtype), x[:, 1:]], axis=1)
+
+
+def _in_place(class_tokens: list[Float[Array, "batch 1 _"]], xs: list[Float[Array, "batch _ _"]]) -> list[Array]:
+    """The tokens of all branches with other class tokens, written over the old ones: nothing else is copied.
+
+    By the barrier XLA reads all that the new class tokens are made of before it writes the first.
+    """
+    xs, class_tokens = jax.lax.optimization_barrier((xs, class_tokens))
+    return [
+        jax.lax.dynamic_update_slice(x, token.astype(x.dtype), (0, 0, 0))
+        for token, x in zip(class_tokens, xs, strict=True)
+    ]
 
 
 def _in_stage(config: CrossViTConfig, stage: int, branch: int) -> tuple[bool, ...]:

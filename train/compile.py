@@ -104,7 +104,7 @@ def _parser(recipe: TrainConfig) -> Parser:
         "--fit",
         action="store_true",
         help="the largest batch that fits each card of --topology, with and without --grad-checkpointing and "
-        "--grad-accum: three programs or more for each of these four",
+        "--grad-accum: for each of these four, three programs or more of the first card, and one of each other",
     )
     parser.add_argument("--json", type=_path, metavar="FILE", help="write all that is known to FILE")
     parser.add_argument("--num-classes", type=int, default=1000, metavar="N", help="classes (default: 1000)")

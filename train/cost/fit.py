@@ -38,8 +38,9 @@ class Fit:
 def largest_batches(config: TrainConfig, num_classes: int, topologies: Sequence[str]) -> Iterator[Fit]:
     """For every topology of GPUs, one after the other.
 
-    Memory grows evenly with the batch: two small ones tell how for all cards of a compute capability, and the largest
-    is compiled to confirm it. Batches are multiples of 8 images of a part on a device.
+    Memory grows evenly with the batch: two small ones tell how for all cards, and on each the largest is compiled to
+    confirm it. On a card of another compute capability it may take a few bytes an image more or less, which the first
+    program for that capability corrects. Batches are multiples of 8 images of a part on a device.
 
     Raises SettingsError as `train.cost.figures.compile_step` does.
     """
@@ -48,7 +49,7 @@ def largest_batches(config: TrainConfig, num_classes: int, topologies: Sequence[
     for topology in topologies:
         smallest = dataclasses.replace(config, batch_size=_UNIT * _devices(topology) * parts, grad_accum=parts)
         check_case(smallest, num_classes, topology)
-    known: dict[tuple, list[tuple[int, float]]] = {}  # by capability, devices and way: batches and what they need
+    lines: dict[tuple, _Line] = {}  # by devices and way
     for topology in topologies:
         gpu, devices = find_gpu(topology), _devices(topology)
         batches, needed = {}, {}
@@ -60,10 +61,8 @@ def largest_batches(config: TrainConfig, num_classes: int, topologies: Sequence[
                 grad_accum=parts if way in ("grad_accum", "both") else 1,
             )
             search = _Search(saving, num_classes, topology, _UNIT * devices * saving.grad_accum)
-            key = (gpu.capability, devices, way)
-            if key not in known:
-                known[key] = [(batch, search.needs(batch)) for batch in (times * search.unit for times in _TRIED)]
-            batches[way], needed[way] = search.largest(known[key], gpu.available)
+            line = lines.get((devices, way)) or search.line()
+            batches[way], needed[way], lines[devices, way] = search.largest(line, gpu.available)
         yield Fit(
             variant=model_config.name,
             image_size=model_config.image_size,
@@ -80,6 +79,19 @@ def _devices(topology: str) -> int:
 
 
 @dataclass(frozen=True)
+class _Line:
+    """How memory grows with the batch."""
+
+    batch: int
+    needed: float  # bytes of a device for that batch
+    slope: float  # bytes of a device for an image of the batch
+
+    def largest(self, available: float) -> float:
+        """The batch that needs so many bytes."""
+        return self.batch + (available - self.needed) / self.slope
+
+
+@dataclass(frozen=True)
 class _Search:
     config: TrainConfig
     num_classes: int
@@ -91,21 +103,23 @@ class _Search:
         figures = compile_step(dataclasses.replace(self.config, batch_size=batch), self.num_classes, self.topology)
         return figures.needed
 
-    def largest(self, known: Sequence[tuple[int, float]], available: int) -> tuple[int, float]:
-        """The largest batch that fits into so many bytes, and what it needs; both 0 where none does.
+    def line(self) -> _Line:
+        """By two small batches."""
+        small, large = (times * self.unit for times in _TRIED)
+        least, most = self.needs(small), self.needs(large)
+        return _Line(large, most, (most - least) / (large - small))
 
-        Args:
-            known: two batches and what they need.
-        """
-        (first, least), (last, most) = known
-        slope = (most - least) / (last - first)
+    def largest(self, line: _Line, available: int) -> tuple[int, float, _Line]:
+        """The largest batch that fits into so many bytes, and what it needs, both 0 where none does; and the line
+        through the last batch that was compiled."""
         tried: dict[int, float] = {}
         for _ in range(_CONFIRMED):
-            batch = int(last + (available - most) / slope) // self.unit * self.unit
+            batch = int(line.largest(available)) // self.unit * self.unit
             fails = [other for other, needed in tried.items() if needed > available]
             batch = min([batch, *(other - self.unit for other in fails)])
             if batch <= 0 or batch in tried:
                 break
             tried[batch] = self.needs(batch)
-            last, most = batch, tried[batch]
-        return max(((batch, needed) for batch, needed in tried.items() if needed <= available), default=(0, 0))
+            line = dataclasses.replace(line, batch=batch, needed=tried[batch])
+        fits = max(((batch, needed) for batch, needed in tried.items() if needed <= available), default=(0, 0))
+        return *fits, line

@@ -1,5 +1,6 @@
 """The search for the largest batch, with programs whose memory is known."""
 
+import collections
 import dataclasses
 from types import SimpleNamespace
 
@@ -15,19 +16,21 @@ _FIXED, _IMAGE = 300e6, 20e6  # bytes
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Batches that were compiled, and where; memory of a device is linear in the batch but for what `bend` adds."""
+    """Batches that were compiled, and where; memory of a device is linear in the batch but for what `bend` adds, and on
+    an H100 `more` times as much an image."""
     calls = []
 
     def compile_step(config, num_classes, topology):
         calls.append((topology, config.batch_size, config.grad_checkpointing, config.grad_accum))
         devices = int(topology.partition(":")[2] or 1)
         image = _IMAGE / config.grad_accum / (4 if config.grad_checkpointing else 1)
+        image *= compile_step.more if topology.startswith("h100") else 1
         return SimpleNamespace(needed=_FIXED + image * config.batch_size / devices + bend_of(config.batch_size))
 
     def bend_of(batch):
         return compile_step.bend if batch > 100 else 0
 
-    compile_step.bend, compile_step.calls = 0, calls
+    compile_step.bend, compile_step.more, compile_step.calls = 0, 1, calls
     monkeypatch.setattr(fit, "compile_step", compile_step)
     monkeypatch.setattr(fit, "check_case", lambda config, num_classes, topology: None)
     monkeypatch.setattr(fit, "_devices", lambda topology: int(topology.partition(":")[2] or 1))
@@ -55,11 +58,24 @@ def test_the_largest_batch_is_computed_from_two_and_confirmed(compiled):
     ]
 
 
-def test_cards_of_a_capability_share_what_two_batches_tell(compiled):
-    small, large = largest_batches(RECIPES["imagenet"], 1000, ["a4000", "rtx3090"])
-    assert small.batches["none"] < large.batches["none"]
-    assert [topology for topology, *_ in compiled.calls].count("rtx3090") == 4  # one each to confirm
-    assert [topology for topology, *_ in compiled.calls].count("a4000") == 4 * 3
+def test_all_cards_share_what_two_batches_tell(compiled):
+    small, large, largest = largest_batches(RECIPES["imagenet"], 1000, ["a4000", "rtx3090", "h100"])
+    assert small.batches["none"] < large.batches["none"] < largest.batches["none"]
+    counts = collections.Counter(topology for topology, *_ in compiled.calls)
+    assert counts == {"a4000": 4 * 3, "rtx3090": 4, "h100": 4}  # one each to confirm
+
+
+@pytest.mark.parametrize("more", [0.97, 1.03])
+def test_what_a_capability_takes_more_or_less_is_found(compiled, more):
+    compiled.more = more
+    *_, found = largest_batches(RECIPES["imagenet"], 1000, ["a4000", "h100"])
+    available = GPUS["h100"].available
+    assert found.batches == {
+        "none": _expected(available, 8, more * _IMAGE),
+        "grad_checkpointing": _expected(available, 8, more * _IMAGE / 4),
+        "grad_accum": _expected(available, 32, more * _IMAGE / 4),
+        "both": _expected(available, 32, more * _IMAGE / 16),
+    }
 
 
 def test_several_cards_hold_a_batch_together(compiled):
