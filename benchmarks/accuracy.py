@@ -1,20 +1,19 @@
-"""The command `python -m benchmarks.accuracy`: how large, how fast and how right several models are, as Markdown."""
+"""The command `python -m benchmarks.accuracy`: how large, how fast and how right several models are."""
 
 import argparse
 import math
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 
-from benchmarks.command import parser_of
-from benchmarks.result import markdown_table, times_as_fast
+from benchmarks.command import add_data, add_rounds, given_data, parser_of, run_benchmark
+from benchmarks.result import Content, one_result
 from benchmarks.rounds import say
+from benchmarks.task import jax_facts, repeated
+from benchmarks.worker import ROUND_SECONDS, seconds_of
 from convert.architecture import expected_shapes
-from convert.command_line import at_least_one, at_least_zero, data_set, leave, run, weights_source
-from convert.files import home_path
+from convert.command_line import at_least_one, at_least_zero, leave, weights_source
 from train.cost.flops import macs_per_image
 from train.data.bad_images import BadImages
 from train.data.sources import Matched
@@ -25,7 +24,6 @@ from train.inference.model import Classifier, load_classifier
 from train.run.folder import run_behind
 from train.tasks.classification import match_classes
 
-_ROUND_S = 1.0  # a round of a model takes about as long
 _EPILOG = """\
 The models are timed in turn in one process, A B C A B C …, and compared with the first. Compilation is not timed.
 GMAC are multiply-adds of one image; top-1 is that of the held-out images.
@@ -38,43 +36,32 @@ example, a model, what is left of it, and what that became by training:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table; returns the exit status."""
+    """Runs the benchmark; returns the exit status."""
     parser = parser_of("accuracy", "Compare classifiers: parameters, work, speed and accuracy.", _EPILOG)
     add = parser.add_argument
     add("weights", nargs="+", type=weights_source, metavar="SOURCE", help="of python -m convert; the first is compared")
-    add("--dataset", type=data_set, metavar="DATA", help="default: that of the first run among the sources")
-    add("--data-dir", type=home_path, metavar="DIR", help="where prepared data sets lie")
+    add_data(parser)
     add("--batch-size", type=at_least_one, default=8, metavar="N", help="images that are timed together; default: 8")
-    add("--repeats", type=at_least_one, default=10, metavar="N", help="rounds; default: 10")
     add("--workers", type=at_least_zero, metavar="N", help="processes that read images; default: one per core")
+    add_rounds(parser)
     args = parser.parse_args(argv)
-    return run(parser.prog, lambda: _compare(args), failure=1)
+    return run_benchmark(parser, args, lambda: _measured(args))
 
 
-def _compare(args: argparse.Namespace) -> int:
+def _measured(args: argparse.Namespace) -> Iterator[Content]:
     classifiers = {source: load_classifier(source) for source in args.weights}
     behind = next(filter(None, map(run_behind, args.weights)), None)
-    given = {name: value for name in ("dataset", "data_dir") if (value := getattr(args, name)) is not None}
-    data = open_data(given, "held-out", behind)
-    top1 = {source: _top1(args, classifier, data) for source, classifier in classifiers.items()}
-    seconds = _seconds(args, list(classifiers.values()))
-    rows = []
-    for (source, classifier), times in zip(classifiers.items(), seconds, strict=True):
-        config = classifier.config
-        ratio, least, most = times_as_fast(times, seconds[0])
-        speed = f"{args.batch_size / statistics.median(times):.1f}"
-        parameters = sum(map(math.prod, expected_shapes(config).values()))
-        row = [f"`{source}`", f"{parameters:,}", f"{macs_per_image(config) / 1e9:.3f}", speed]
-        rows.append([*row, f"{ratio:.2f} ({least:.2f} to {most:.2f})", f"{top1[source]:.2f} %"])
-    first = next(iter(classifiers.values()))
-    print(f"{data.dataset}: {len(data.images)} images ({data.split}), {first.precision}, {first.device_summary}\n")
-    titles = ["weights", "parameters", "GMAC", f"images/s, batch {args.batch_size}", "times as fast", "top-1"]
-    print("\n".join(markdown_table(titles, rows)), flush=True)
-    return 0
+    data = open_data(given_data(args), "held-out", behind)
+    figures = {source: _figures(args, classifier, data) for source, classifier in classifiers.items()}
+    told = {"dataset": data.dataset, "images": len(data.images), "held_out_split": data.split, "models": figures}
+    told |= {"reference": args.weights[0], "batch_size": args.batch_size, "images_per_call": args.batch_size}
+    yield one_result("accuracy", told, _seconds(args, classifiers), **jax_facts())
 
 
-def _top1(args: argparse.Namespace, classifier: Classifier, data: Data) -> float:
-    classes, notes = match_classes(data.class_names, classifier.class_names, classifier.config.num_classes)
+def _figures(args: argparse.Namespace, classifier: Classifier, data: Data) -> dict[str, float | str]:
+    """What a model has and does, and its accuracy on the images."""
+    config = classifier.config
+    classes, notes = match_classes(data.class_names, classifier.class_names, config.num_classes)
     for note in (*classifier.notes, *notes):
         say(f"note: {note}")
     source = Matched(data.images, tuple(classes.tolist()))
@@ -82,42 +69,32 @@ def _top1(args: argparse.Namespace, classifier: Classifier, data: Data) -> float
     workers = reading_processes(len(source)) if args.workers is None else args.workers
     how = {"batch_size": classifier.batch_size(None, len(source)), "workers": workers, "advance": lambda count: None}
     evaluate(classifier, source, scores, BadImages(source, say), **how)
-    return scores.values()["top1"]
+    known = {"parameters": sum(map(math.prod, expected_shapes(config).values())), "macs": macs_per_image(config)}
+    return known | {"top1": scores.values()["top1"], "precision": classifier.precision}
 
 
-def _seconds(args: argparse.Namespace, classifiers: Sequence[Classifier]) -> list[list[float]]:
+def _seconds(args: argparse.Namespace, classifiers: Mapping[str, Classifier]) -> dict[str, list[float]]:
     """How long each model takes for a batch, round by round."""
-    calls = [_call(classifier, args.batch_size) for classifier in classifiers]
-    counts = [max(1, round(_ROUND_S / _time(call, 1))) for call in calls]
-    seconds: list[list[float]] = [[] for _ in calls]
+    programs = {source: _program(classifier, args.batch_size) for source, classifier in classifiers.items()}
+    counts = {source: max(1, round(ROUND_SECONDS / seconds_of(program, 1))) for source, program in programs.items()}
+    seconds: dict[str, list[float]] = {source: [] for source in programs}
     for number in range(1, args.repeats + 1):
-        for call, count, times in zip(calls, counts, seconds, strict=True):
-            times.append(_time(call, count))
+        for source, program in programs.items():
+            seconds[source].append(seconds_of(program, counts[source]) / counts[source])
         say(f"round {number} of {args.repeats} done")
     return seconds
 
 
-def _call(classifier: Classifier, batch_size: int) -> Callable[[], None]:
-    """Runs a batch that is there, and waits for its logits; it has run once."""
+def _program(classifier: Classifier, batch_size: int) -> Callable[[int], None]:
+    """Runs a batch that is there so many times, and waits for the logits; it has run once."""
     config = classifier.config
     images = np.random.default_rng(0).standard_normal((batch_size, *config.image_size, config.in_chans), np.float32)
     batch = jax.device_put({"image": images})
     shapes = {"image": jax.ShapeDtypeStruct(images.shape, images.dtype)}
-    program = classifier.compile(lambda model, batch: model(batch["image"]), shapes)
-
-    def call() -> None:
-        jax.block_until_ready(program(batch))
-
-    call()
-    return call
-
-
-def _time(call: Callable[[], None], count: int) -> float:
-    """Seconds per call."""
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    return (time.perf_counter() - start) / count
+    compiled = classifier.compile(lambda model, batch: model(batch["image"]), shapes)
+    program = repeated(lambda: jax.block_until_ready(compiled(batch)))
+    program(1)
+    return program
 
 
 if __name__ == "__main__":

@@ -4,16 +4,16 @@ import argparse
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from benchmarks.result import Content, as_json, failed, is_result, write_json
 from benchmarks.rounds import measure, say
 from benchmarks.table import tables
-from benchmarks.task import Task
-from convert.command_line import Parser, at_least_one, run
+from benchmarks.task import ModelTask, Task
+from convert.command_line import Parser, at_least_one, data_set, run
 from convert.errors import SettingsError
-from convert.files import check_place, check_replaceable, typed_path
+from convert.files import check_place, check_replaceable, home_path, typed_path
 from crossvit_jax.config import VARIANTS
 
 EPILOG = """\
@@ -34,11 +34,25 @@ def add_json(parser: Parser) -> None:
     parser.add_argument("--json", type=typed_path, metavar="FILE", help="write what is measured, every round, to FILE")
 
 
-def add_rounds(parser: Parser, sides: Iterable[str], repeats: int = 10) -> None:
-    """Which sides there are, how many rounds are measured, and where the JSON goes."""
-    parser.add_argument("--sides", nargs="+", choices=tuple(sides), help="default: all")
-    parser.add_argument("--repeats", type=at_least_one, default=repeats, metavar="N", help=f"rounds; default {repeats}")
+def add_rounds(parser: Parser, sides: Iterable[str] = (), repeats: int = 10, what: str = "rounds") -> None:
+    """Which sides there are to choose from, how many rounds are measured, and where the JSON goes."""
+    if sides:
+        parser.add_argument("--sides", nargs="+", choices=tuple(sides), help="default: all")
+    help = f"{what}; default: {repeats}"
+    parser.add_argument("--repeats", type=at_least_one, default=repeats, metavar="N", help=help)
     add_json(parser)
+
+
+def add_data(parser: Parser) -> None:
+    """Whose held-out images are tried, unless they are those of a run."""
+    add = parser.add_argument
+    add("--dataset", type=data_set, metavar="DATA", help="as of python -m train.main; default: that of a run")
+    add("--data-dir", type=home_path, metavar="DIR", help="where prepared data sets lie; default: likewise")
+
+
+def given_data(args: argparse.Namespace) -> dict[str, str]:
+    """Those of the flags of `add_data` that were given."""
+    return {name: value for name in ("dataset", "data_dir") if (value := getattr(args, name)) is not None}
 
 
 def add_variants(parser: Parser, batch: int = 8) -> None:
@@ -52,6 +66,15 @@ def add_models(parser: Parser) -> None:
     add_variants(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu where torch and jax can use one")
+
+
+def models(args: argparse.Namespace, device: str, folder: Path, make: Callable[..., ModelTask]) -> Iterator[ModelTask]:
+    """A task for each of --variants; its weights are written to the folder when it is asked for."""
+    for variant in args.variants:
+        settings = {"dtype": getattr(args, "dtype", "float32"), "batch_size": args.batch_size, "device": device}
+        task = make(variant=variant, weights=str(folder / f"{variant}.safetensors"), **settings)
+        task.write_weights()
+        yield task
 
 
 def pick_device(args: argparse.Namespace) -> str:
@@ -75,37 +98,45 @@ def check_json(file: Path | None) -> None:
         check_replaceable([file], is_result)
 
 
-def run_sides(parser: Parser, args: argparse.Namespace, tasks: Callable[[str, Path], Iterable[Task]]) -> int:
-    """Measures the sides of tasks, prints the table and writes the JSON; returns the exit status.
+def run_benchmark(parser: Parser, args: argparse.Namespace, measured: Callable[[], Iterable[Content]]) -> int:
+    """Runs what yields the JSON content, as far as it is known each time; returns the exit status: 1 if a side failed.
 
-    The tasks are made for a device, with what they need in a folder, one at a time.
+    The content is written each time, so that an interruption costs little, and its tables are printed at the end.
     """
 
     def begin() -> int:
         check_json(args.json)
-        if args.sides and len(set(args.sides)) < len(args.sides):
-            raise SettingsError("--sides names a side twice")
-        device = pick_device(args) if hasattr(args, "device") else "cpu"
-        benchmark, measured = parser.prog.rpartition(".")[2], []
-        with tempfile.TemporaryDirectory(prefix="crossvit-benchmark-") as folder:
-            environment = workers_environment(device, Path(folder))
-            try:
-                for task in tasks(device, Path(folder)):
-                    say(", ".join(f"{name} {value}" for name, value in task.told().items()))
-                    sides = args.sides or list(task.SIDES)
-                    measured.append(measure(task, sides, rounds=args.repeats, environment=environment))
-                    write_json(args.json, as_json(benchmark, measured))  # each time: an interruption costs one
-            finally:
-                status = tell(as_json(benchmark, measured)) if measured else 0
-        return status
+        content = {"results": []}
+        try:
+            for content in measured():
+                write_json(args.json, content)
+        finally:
+            if content["results"]:
+                print("\n\n".join(tables([content])), flush=True)
+        return 1 if any(map(failed, content["results"])) else 0
 
     return run(parser.prog, begin, failure=1)
 
 
-def tell(content: Content) -> int:
-    """Prints the tables; returns the exit status: 1 if a side failed."""
-    print("\n\n".join(tables([content])), flush=True)
-    return 1 if any(map(failed, content["results"])) else 0
+def run_sides(parser: Parser, args: argparse.Namespace, tasks: Callable[[str, Path], Iterable[Task]]) -> int:
+    """Measures the sides of tasks, see `run_benchmark`.
+
+    The tasks are made for a device, with what they need in a folder, one at a time.
+    """
+
+    def contents() -> Iterator[Content]:
+        if args.sides and len(set(args.sides)) < len(args.sides):
+            raise SettingsError("--sides names a side twice")
+        device, measured = pick_device(args) if hasattr(args, "device") else "cpu", []
+        with tempfile.TemporaryDirectory(prefix="crossvit-benchmark-") as folder:
+            environment = workers_environment(device, Path(folder))
+            for task in tasks(device, Path(folder)):
+                say(", ".join(f"{name} {value}" for name, value in task.told().items()))
+                sides = args.sides or list(task.SIDES)
+                measured.append(measure(task, sides, rounds=args.repeats, environment=environment))
+                yield as_json(parser.prog.rpartition(".")[2], measured)
+
+    return run_benchmark(parser, args, contents)
 
 
 def workers_environment(device: str, folder: Path) -> dict[str, str]:

@@ -4,14 +4,12 @@ From images to boxes, and one training step: forward, FCOS's losses, backward, A
 is eager, and with its networks compiled. About a thousand scores of an image are above the threshold.
 """
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
 
-from benchmarks.command import add_rounds, add_variants, parser_of, run_sides
+from benchmarks.command import add_rounds, add_variants, models, parser_of, run_sides
 from benchmarks.task import DetectionTask
 from convert.command_line import leave
-
-_OFTEN = -6.5  # the bias of classes with which about a thousand scores of an image are above 0.05
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,29 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_variants(parser, batch=2)
     add_rounds(parser, DetectionTask.SIDES, repeats=5)
     args = parser.parse_args(argv)
-
-    def tasks(device: str, folder: Path) -> Iterator[DetectionTask]:
-        for variant in args.variants:
-            known = {"variant": variant, "batch_size": args.batch_size, "weights": str(folder / "w.safetensors")}
-            inference, training = (DetectionTask(benchmark=name, **known) for name in ("inference", "training"))
-            write_weights(inference)
-            yield from (inference, training)
-
-    return run_sides(parser, args, tasks)
-
-
-def write_weights(task: DetectionTask) -> None:
-    """Random weights of the task's detector."""
-    import torch
-
-    from benchmarks.sides.timm import random_weights
-    from convert import save
-    from crossvit_torch import CrossViTDetector
-
-    with torch.device("meta"):
-        tensors = random_weights(CrossViTDetector(task.config()))
-    tensors["head.classification_head.cls_logits.bias"] += _OFTEN
-    save(tensors, task.config(), task.weights, overwrite=True)
+    both = [partial(DetectionTask, benchmark=benchmark) for benchmark in ("inference", "training")]
+    return run_sides(parser, args, lambda *place: (task for make in both for task in models(args, *place, make)))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ batch lies on the device. A round begins with empty queues, see `benchmarks.side
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-from benchmarks.command import add_models, add_rounds, parser_of, run_sides
-from benchmarks.inference import models
+from benchmarks.command import add_models, add_rounds, models, parser_of, run_sides
 from benchmarks.task import PHOTOGRAPH_CLASSES, DataTask, EndToEndTask, usable_cores
 from convert.command_line import at_least_one, leave
 from convert.errors import require
@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def tasks(device: str, folder: Path) -> Iterator[EndToEndTask]:
         require("the input pipelines", "numba", "simplejpeg", "sklearn", "grain", extra="train", verb="need")
         write_photographs(folder, args.images)
-        for settings in models(args, device, folder):
-            yield EndToEndTask(folder=str(folder), files=args.images, workers=args.workers, **settings)
+        make = partial(EndToEndTask, folder=str(folder), files=args.images, workers=args.workers)
+        yield from models(args, device, folder, make)
 
     return run_sides(parser, args, tasks)
 

@@ -20,6 +20,7 @@ from convert.tree import flatten
 from convert.weights import Weights
 from crossvit_jax import CrossViT, create_model
 from crossvit_jax.config import VARIANTS
+from train.cost.hlo import entry, instructions
 
 # of ONNX Runtime, which calls them ORT_…
 LEVELS = {"disabled": "DISABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED", "all": "ENABLE_ALL"}
@@ -47,16 +48,15 @@ def xla_kernels(model: CrossViT, batch: int) -> tuple[int, Counter[str]]:
 
     Of XLA's kinds, `fusion kLoop` is a loop over elements, and `fusion kCustom` what a library computes on CPUs.
     """
-    (graphdef, params), config = nnx.split(model), model.config
-    images = jax.ShapeDtypeStruct((batch, *config.image_size, config.in_chans), jnp.float32)
+    graphdef, params = nnx.split(model)
+    images = jax.ShapeDtypeStruct((batch, *model.config.image_size, model.config.in_chans), jnp.float32)
     lowered = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images)).lower(params, images)
-    entry = re.search(r"^ENTRY .*?^}", lowered.compile().as_text(), re.MULTILINE | re.DOTALL)[0]
-    kinds = Counter()
-    for line in entry.splitlines():
-        instruction = re.match(r"\s+(?:ROOT )?\S+ = .*? ([a-z][a-z-]*)\(", line)
-        if instruction and instruction[1] not in _NO_KERNEL:
-            kind = re.search(r"kind=(k\w+)", line)
-            kinds[f"{instruction[1]} {kind[1]}" if kind else instruction[1]] += 1
+    hlo = lowered.compile().as_text()
+    first, kinds = entry(hlo), Counter()
+    for computation, _, rest in instructions(hlo):
+        operation = re.search(r" ([a-z][a-z-]*)\(", rest)[1]
+        if computation == first and operation not in _NO_KERNEL:
+            kinds[" ".join([operation, *re.findall(r"\bkind=(k\w+)", rest)])] += 1
     return len(re.findall(r" = \"?(?:stablehlo|chlo)\.(?!constant)", lowered.as_text())), kinds
 
 
@@ -65,10 +65,11 @@ def table(model: CrossViT) -> str:
     from convert.export.onnx_graph import onnx_graph
     from convert.export.onnx_int8 import quantize_dynamic
 
-    weights, nodes, kernels = Weights(config=model.config, tensors=flatten(model)), [], []
+    nodes, kernels = [], []
     with tempfile.TemporaryDirectory() as folder:
         exported, int8 = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
-        write_bytes(exported, onnx_graph(weights).SerializeToString())
+        graph = onnx_graph(Weights(config=model.config, tensors=flatten(model)))
+        write_bytes(exported, graph.SerializeToString())
         quantize_dynamic(exported, int8)
         for name, path in (("float32", exported), ("dynamic int8", int8)):
             counts = [onnx_nodes(path, level) for level in LEVELS]

@@ -5,12 +5,10 @@ only the last of a round. In bfloat16 both sides keep parameters and images in b
 matrix products to TF32.
 """
 
-import argparse
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
-from benchmarks.command import add_models, add_rounds, parser_of, run_sides
+from benchmarks.command import add_models, add_rounds, models, parser_of, run_sides
 from benchmarks.task import ModelTask
 from convert.command_line import leave
 
@@ -21,23 +19,7 @@ def main(argv: Sequence[str] | None = None, benchmark: str = "inference") -> int
     add_models(parser)
     add_rounds(parser, ModelTask.SIDES)
     args = parser.parse_args(argv)
-
-    def tasks(device: str, folder: Path) -> Iterator[ModelTask]:
-        for settings in models(args, device, folder):
-            yield ModelTask(benchmark=benchmark, **settings)
-
-    return run_sides(parser, args, tasks)
-
-
-def models(args: argparse.Namespace, device: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """The settings of a task for each of --variants; its weights are written to the folder when it is asked for."""
-    from benchmarks.sides.timm import write_weights
-
-    for variant in args.variants:
-        weights = folder / f"{variant}.safetensors"
-        write_weights(variant, weights)
-        settings = {"batch_size": args.batch_size, "dtype": args.dtype, "device": device}
-        yield settings | {"variant": variant, "weights": str(weights)}
+    return run_sides(parser, args, lambda *place: models(args, *place, partial(ModelTask, benchmark=benchmark)))
 
 
 if __name__ == "__main__":

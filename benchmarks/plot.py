@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.result import Content, Result, best, failed, gpus, rounds, times_as_fast
+from convert.errors import SettingsError
 from train.pictures.figure import new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ _COLOUR, _NEUTRAL = "#4c72b0", "#555555"
 def draw_ratios(contents: Sequence[Content], path: Path) -> None:
     """Draw a panel for each benchmark of models and machine, with the range of the rounds' ratios as whiskers.
 
-    Raises ValueError if no result has both Flax and timm, NotWritten if the picture cannot be written.
+    Raises SettingsError if no result has both Flax and timm, NotWritten if the picture cannot be written.
     """
     panels: dict[tuple[str, str], list[Result]] = {}
     for content in contents:
@@ -26,7 +27,7 @@ def draw_ratios(contents: Sequence[Content], path: Path) -> None:
                 place = f"{devices[result['device']]}, {result['dtype']}"
                 panels.setdefault((content["benchmark"], place), []).append(result)
     if not panels:
-        raise ValueError("no result has both Flax and timm")
+        raise SettingsError("no result has both Flax and timm")
     widths = [max(2.5, len(results)) for results in panels.values()]
     figure = new_figure(figsize=(max(5, 0.8 + 0.64 * sum(widths)), 3.4), layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharey=True, width_ratios=widths, squeeze=False)[0]

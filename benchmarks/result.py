@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rounds import Measured, Times
+from benchmarks.rounds import Measured
 from benchmarks.task import usable_cores
 from convert.files import write_whole
 from crossvit_jax.files import read_json
@@ -49,65 +49,59 @@ def is_result(file: Path) -> bool:
     return isinstance(content, dict) and "benchmark" in content
 
 
-def as_json(benchmark: str, measured: Sequence[Measured]) -> dict[str, Any]:
+def as_json(benchmark: str, measured: Sequence[Measured]) -> Content:
     """Everything that a benchmark measured, with every round, in plain types."""
-    sides = [times for one in measured for times in one.sides.values() if times.ready]
-    facts = {name: fact for times in sides for name, fact in times.ready.facts.items()}
+    ready = [times.ready for one in measured for times in one.sides.values() if times.ready]
+    facts = {name: fact for one in ready for name, fact in one.facts.items()}
     return about(benchmark, facts) | {"results": [_result(one) for one in measured]}
 
 
-def _result(measured: Measured) -> dict[str, Any]:
-    told, others = [times.ready for times in measured.sides.values() if times.ready], measured.others
+def _result(measured: Measured) -> Result:
+    sides, others = measured.sides, measured.others
+    known = [times.ready for times in sides.values() if times.ready]
     return measured.task.told() | {
         "reference": measured.reference,
         "others_cores": others,
         "disturbed": others is not None and others > ACCEPTED_OTHERS,
         # of the model, the same for every side that can tell
-        "flops_per_call": next((ready.flops for ready in told if ready.flops), None),
+        "flops_per_call": next((ready.flops for ready in known if ready.flops), None),
         # of the fastest large matrix product that a side measured in the task's dtype
-        "peak_flops": max((ready.peak_flops for ready in told if ready.peak_flops), default=None),
+        "peak_flops": max((ready.peak_flops for ready in known if ready.peak_flops), default=None),
         "images_per_call": measured.task.batch_size,
-        "sides": {side: _side(times) for side, times in measured.sides.items()},
+        "sides": {side: times.as_json() for side, times in sides.items()},
     }
 
 
-def _side(times: Times) -> dict[str, Any]:
-    known = timed([seconds for seconds, _ in times.rounds]) | {"failure": times.failure}
-    known |= {"others_cores": [others for _, others in times.rounds]} | (times.ready.told if times.ready else {})
-    return known | {"difference": times.difference, "from_float32": times.from_float32} | times.more
-
-
-def timed(seconds: Sequence[float]) -> dict[str, Any]:
-    """A side of which no more is known than the seconds of its rounds."""
-    return {"failure": None, "seconds": list(seconds)}
+def one_result(benchmark: str, told: Mapping[str, Any], seconds: Mapping[str, list[float]], **facts: str) -> Content:
+    """The content of a benchmark with a single result, by its sides' seconds per call, round by round."""
+    sides = {side: {"failure": None, "seconds": times} for side, times in seconds.items()}
+    return about(benchmark, facts) | {"results": [{"disturbed": False, **told, "sides": sides}]}
 
 
 # --- where and with what it was measured ---
 
 
-def about(benchmark: str, facts: Mapping[str, str] | None = None) -> dict[str, Any]:
+def about(benchmark: str, facts: Mapping[str, str]) -> dict[str, Any]:
     """The head of a JSON file: which benchmark, when, of which commit, on what, with which versions.
 
     What the sides told of themselves (`Program.facts`) goes before what is installed here.
     """
     machine = {"cpu": _cpu_model(), "cores": os.cpu_count(), "usable_cores": usable_cores()}
-    machine["system"] = platform.platform(terse=True)
     installed = {str(found.name): found.version for found in importlib.metadata.distributions()}
     versions = {name: installed[name] for name in ("jax", "jaxlib", "flax", "torch", "timm") if name in installed}
     return {
         "benchmark": benchmark,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "machine": machine,
-        "software": {"python": platform.python_version()} | versions | dict(facts or {}),
+        "machine": machine | {"system": platform.platform(terse=True)},
+        "software": {"python": platform.python_version(), **versions, **facts},
     }
 
 
 def _cpu_model() -> str:
-    with contextlib.suppress(OSError):  # not Linux
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+    with contextlib.suppress(OSError, StopIteration):  # not Linux
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()
 
 

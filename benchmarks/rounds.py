@@ -1,15 +1,16 @@
 """Rounds in turn, and the comparison that comes first."""
 
 import contextlib
-import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import psutil
 
-from benchmarks.task import Task
-from benchmarks.worker import Ready, Round, SideFailed, Worker
+from benchmarks.task import Task, cpu_seconds
+from benchmarks.worker import Ready, SideFailed, Worker
 from convert.errors import UserError
 from convert.streams import tell_error as say  # progress is told on stderr: tables are on stdout
 
@@ -39,27 +40,25 @@ class Times:
     """What is known of one side."""
 
     ready: Ready | None = None
-    rounds: list[Round] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # per call, round by round
     difference: float | None = None  # of the first that is compared, from the reference
     failure: str | None = None
     from_float32: float | None = None  # in bfloat16: the same, from the reference's in float32
     more: dict[str, Any] = field(default_factory=dict)  # that a result says of it
 
+    def as_json(self) -> dict[str, Any]:
+        told = {"failure": self.failure, "seconds": self.seconds} | (self.ready.told if self.ready else {})
+        return told | {"difference": self.difference, "from_float32": self.from_float32} | self.more
 
-@dataclass(frozen=True)
+
+@dataclass
 class Measured:
     """A task, measured on each side."""
 
     task: Task
     sides: dict[str, Times]
     reference: str | None = None  # the side that the others are compared with
-
-    @property
-    def others(self) -> float | None:
-        """Cores that other programs kept busy: the median over all rounds. None where the system does not tell."""
-        rounds = [turn for times in not_failed(self.sides).values() for turn in times.rounds]
-        known = [others for _, others in rounds if others is not None]
-        return statistics.median(known) if known else None
+    others: float | None = None  # cores that other programs kept busy during the rounds
 
 
 def not_failed(sides: Mapping[str, Times]) -> dict[str, Times]:
@@ -88,16 +87,28 @@ def measure(
         workers = {}
         for side, times in measured.sides.items():
             with _noting_failure(times):
-                workers[side] = processes.enter_context(Worker(side, task, environment))
+                workers[side] = processes.enter_context(contextlib.closing(Worker(side, task, environment)))
                 times.ready = workers[side].ready
                 say(f"{side}: first result after {times.ready.told['first_result_s']:.1f} s")
         (compare or require_agreement)(measured)
+        start, before = time.perf_counter(), _work_of_others()
         for number in range(1, rounds + 1):
             for side, times in not_failed(measured.sides).items():
                 with _noting_failure(times):
-                    times.rounds.append(workers[side].round())
+                    times.seconds.append(workers[side].round())
             say(f"round {number} of {rounds} done")
+        measured.others = max(0.0, (_work_of_others() - before) / (time.perf_counter() - start))
     return measured
+
+
+def _work_of_others() -> float:
+    """Seconds that all cores together have worked since the start, but for this process and those that it began.
+
+    Other virtual machines are among the others.
+    """
+    known = psutil.cpu_times()._asdict()
+    idle = ("idle", "iowait", "guest", "guest_nice")  # guests are counted twice
+    return sum(seconds for kind, seconds in known.items() if kind not in idle) - cpu_seconds(psutil.Process())
 
 
 @contextlib.contextmanager

@@ -18,13 +18,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.command import add_json, check_json, parser_of, tell
-from benchmarks.result import about, timed, write_json
+from benchmarks.command import add_json, parser_of, run_benchmark
+from benchmarks.result import Content, one_result
 from benchmarks.rounds import say
 from benchmarks.sides.load import closed_loop, open_loop
 from benchmarks.task import DataTask
 from benchmarks.worker import SideFailed
-from convert.command_line import at_least_one, leave, run, weights_source
+from convert.command_line import at_least_one, leave, weights_source
 from train.data.bad_images import BadImages
 from train.devices.process import keep_freed_memory
 from train.inference.classify import classify
@@ -49,11 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--soak", type=at_least_one, default=1000, metavar="N", help=soak)
     add_json(parser)
     args = parser.parse_args(argv)
-    return run(parser.prog, lambda: _run(args), failure=1)
+    return run_benchmark(parser, args, lambda: _measured(args))
 
 
-def _run(args: argparse.Namespace) -> int:
-    check_json(args.json)
+def _measured(args: argparse.Namespace) -> Iterator[Content]:
     keep_freed_memory()  # as the commands of train do
     bodies = [sample["image"] for sample in DataTask(batch_size=_PHOTOGRAPHS).samples()]
     predicted = _predicted(load_classifier(args.weights), bodies, args.seconds / 2)
@@ -63,11 +62,9 @@ def _run(args: argparse.Namespace) -> int:
         say(f"capacity {capacity:.1f} pictures/s")
         loads = [_loaded(server, bodies, share, capacity, args.seconds) for share in _SHARES]
         soak = _soaked(server, bodies, args)
-    result = {"weights": Path(args.weights).name, "batch_size": args.max_batch, "images_per_call": 1}
-    result |= {"disturbed": False, "sides": {side: timed([1 / rate for rate in told]) for side, told in rates.items()}}
-    content = about("serving") | {"results": [result | {"loads": loads, "soak": soak}]}
-    write_json(args.json, content)
-    return tell(content)
+    seconds = {side: [1 / rate for rate in told] for side, told in rates.items()}
+    told = {"weights": Path(args.weights).name, "batch_size": args.max_batch, "images_per_call": 1}
+    yield one_result("serving", told | {"loads": loads, "soak": soak}, seconds)
 
 
 @contextlib.contextmanager

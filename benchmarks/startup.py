@@ -1,19 +1,18 @@
 """`python -m benchmarks.startup`: from `python -m train.main` to the end of its first step, first and second start."""
 
-import argparse
 import os
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from benchmarks.command import add_json, check_json, parser_of, tell
-from benchmarks.result import about, timed, write_json
+from benchmarks.command import add_rounds, parser_of, run_benchmark
+from benchmarks.result import Content, one_result
 from benchmarks.rounds import say
 from benchmarks.worker import SideFailed
-from convert.command_line import at_least_one, leave, run
+from convert.command_line import leave
 from train.flags import parse_flags
 
 _FIRST_STEP = "the first step was done"
@@ -29,29 +28,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Starts training with an empty cache of compiled programs and again, and prints how long each took to a step."""
     description = "Time the start of training on the digits, without and with the cache of compiled programs."
     parser = parser_of("startup", description, _EPILOG)
-    repeats = "pairs of a first and a second start; default: 3"
-    parser.add_argument("--repeats", type=at_least_one, default=3, metavar="N", help=repeats)
-    add_json(parser)
+    add_rounds(parser, repeats=3, what="pairs of a first and a second start")
     args, flags = parser.parse_known_args(argv)
-    return run(parser.prog, lambda: _run(args, [*shlex.split(_FLAGS), *flags]), failure=1)
+    return run_benchmark(parser, args, lambda: _measured(args.repeats, [*shlex.split(_FLAGS), *flags]))
 
 
-def _run(args: argparse.Namespace, flags: list[str]) -> int:
-    check_json(args.json)
+def _measured(repeats: int, flags: list[str]) -> Iterator[Content]:
     parse_flags(flags).model_config(10)
     starts: dict[str, list[float]] = {"first": [], "second": []}
     with tempfile.TemporaryDirectory(prefix="crossvit-startup-") as folder:
         uncached = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
         _seconds(flags, f"{folder}/warm-up", uncached)  # the packages' files come into memory
-        for number in range(1, args.repeats + 1):
+        for number in range(1, repeats + 1):
             cached = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled-{number}"}
             for start, seconds in starts.items():
                 seconds.append(_seconds(flags, f"{folder}/{number}-{start}", cached))
-            say(f"pair {number} of {args.repeats} done")
-    sides = {start: timed(seconds) for start, seconds in starts.items()}
-    content = about("startup") | {"results": [{"flags": shlex.join(flags), "disturbed": False, "sides": sides}]}
-    write_json(args.json, content)
-    return tell(content)
+            say(f"pair {number} of {repeats} done")
+    yield one_result("startup", {"flags": shlex.join(flags)}, starts)
 
 
 def _seconds(flags: list[str], output: str, environment: Mapping[str, str]) -> float:

@@ -3,7 +3,6 @@
 Results of models that were measured on one machine with the same versions share a table.
 """
 
-import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from benchmarks.result import (
     where,
 )
 from convert.command_line import Parser, leave, run
+from convert.errors import SettingsError
 from convert.files import check_replaceable, typed_path
 from crossvit_jax.files import read_json
 
@@ -48,35 +48,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", type=typed_path, metavar="FILE", help="what --json of a benchmark wrote")
     parser.add_argument("--plot", type=typed_path, metavar="PNG", help="draw how fast Flax is beside the best of timm")
     args = parser.parse_args(argv)
-    return run(parser.prog, lambda: _tell(parser, args))
 
-
-def _tell(parser: Parser, args: argparse.Namespace) -> int:
-    contents = [_read(parser, file) for file in args.files]
-    try:
-        print("\n\n".join(tables(contents)))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        parser.error(f"a file is not as a benchmark wrote it ({type(error).__name__}: {error})")
-    if args.plot:
-        from benchmarks.plot import draw_ratios
-        from train.pictures.figure import is_own_picture
-
+    def tell() -> int:
+        contents = list(map(_read, args.files))
         try:
+            print("\n\n".join(tables(contents)))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise SettingsError(f"a file is not as a benchmark wrote it ({type(error).__name__}: {error})") from None
+        if args.plot:
+            from benchmarks.plot import draw_ratios
+            from train.pictures.figure import is_own_picture
+
             check_replaceable([args.plot], is_own_picture, inputs=args.files)
             draw_ratios([content for content in contents if content["benchmark"] in MODELS], args.plot)
-        except (OSError, ValueError) as error:
-            parser.error(f"--plot {args.plot}: {getattr(error, 'strerror', None) or error}")
-    return 0
+        return 0
+
+    return run(parser.prog, tell)
 
 
-def _read(parser: Parser, file: Path) -> Content:
-    """Ends the program if it is no file that a benchmark wrote."""
+def _read(file: Path) -> Content:
+    """Raises SettingsError if it is no file that a benchmark wrote."""
     try:
         content = read_json(file)
     except (OSError, ValueError) as error:
-        parser.error(f"{file}: {getattr(error, 'strerror', None) or 'not JSON'}")
+        raise SettingsError(f"{file}: {getattr(error, 'strerror', None) or 'not JSON'}") from None
     if not isinstance(content, dict) or content.get("benchmark") not in LAYOUTS:
-        parser.error(f"{file}: not written by --json of {', '.join(LAYOUTS)}")
+        raise SettingsError(f"{file}: not written by --json of {', '.join(LAYOUTS)}")
     return content
 
 
@@ -254,6 +251,22 @@ def _deployed_title(result: Result) -> str:
     )
 
 
+# --- several models ---
+
+
+def _of_model(name: str, form: str, scale: float = 1) -> Cell:
+    return lambda result, side: format(scale * result["models"][side][name], form)
+
+
+_MODELS = (
+    ("weights", _SIDE[1]),
+    ("parameters", _of_model("parameters", ",")),
+    ("GMAC", _of_model("macs", ".3f", 1e-9)),
+    _PER_S,
+    ("times as fast as the first (min-max)", _beside(lambda result, side: result["reference"])),
+    ("top-1, %", _of_model("top1", ".2f")),
+)
+
 # --- servers ---
 
 
@@ -319,6 +332,9 @@ LAYOUTS = {
             ({result["batch_size"]: result for result in results}, side) for side in results[0]["sides"]
         ],
         more=lambda results: ["", _POINTS],
+    ),
+    "accuracy": Layout(
+        lambda result: f"{result['dataset']}, top-1 on {result['images']} images ({result['held_out_split']})", _MODELS
     ),
     "serving": Layout(
         lambda result: f"`train.serve --weights {result['weights']} --max-batch {result['batch_size']}`",

@@ -4,6 +4,7 @@ A side is a name. Its process imports the module that loads it (`Task.loader`), 
 module imports no framework and no side.
 """
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import psutil
 from jaxtyping import Float32
 
 from convert.files import FOLDER_PREFIX
-from crossvit_jax.config import DetectorConfig, get_config, get_dense_config
+from crossvit_jax.config import CrossViTConfig, DetectorConfig, get_config, get_dense_config
 from train.config import TrainConfig
 from train.recipes import RECIPES
 
@@ -23,8 +25,8 @@ CHECKED_STEPS = 2  # the loss of the second one also tells whether gradient and 
 NEVER = 1_000_000_000  # steps per epoch, for which the learning rate stays that of the first one
 SIZE = 240  # of the images that the data benchmark makes
 PHOTOGRAPH_CLASSES = 10  # of the files that training is fed from; the model has its thousand
-GPU_WARM_UP_S = 1.0  # see `Program.warm_up_s`
 _DIFFERENT_IMAGES = 256  # in larger batches they come again: drawing thousands takes long
+_OFTEN = -6.5  # see `DetectionTask.tensors`
 _BOXES = 8  # of an image that a detector is trained with
 _STEPS, _STEPS_PER_WORKER = 8, 4  # in a round of steps that are fed, at least
 
@@ -34,6 +36,15 @@ Images = Float32[np.ndarray, "batch height width 3"]
 def usable_cores() -> int:
     """Those that this process may use; XLA has a thread for each."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    """What a process and all that it began have worked."""
+    worked = 0.0
+    for one in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
+            worked += sum(one.cpu_times()[:4])  # as user and system, and that of children that have ended
+    return worked
 
 
 def jax_facts() -> dict[str, str]:
@@ -52,10 +63,11 @@ class Program:
     check: Callable[[], dict[str, np.ndarray]]
     run: Callable[[int], None]  # that many calls; returns when the results are there
     facts: dict[str, str]  # versions, threads, device
-    before_round: Callable[[], None] = lambda: None  # is not timed
+    # Is not timed; by default a call on a GPU, which takes again what `rest` gave back, and nothing on a CPU
+    before_round: Callable[[], None] | None = None
     close: Callable[[], None] = lambda: None  # ends the processes that it started
     rest: Callable[[], None] = lambda: None  # between its turns: leaves unused device memory, and cores, to others
-    warm_up_s: float = 3.0  # on a CPU; by then a process has the memory that it needs
+    warm_up_s: float = 3.0  # by then a process has the memory that it needs
     peak_bytes: Callable[[], int | None] = lambda: None  # the most device memory in use so far; None on a CPU
     flops: Callable[[], int] | None = None  # of the model in a call: see `train.cost.flops`
     peak_flops: Callable[[], float] | None = None  # measures the device's
@@ -108,9 +120,32 @@ class ModelTask(Task):
     def told(self) -> dict[str, Any]:
         return {"benchmark": self.benchmark, "variant": self.variant} | super().told()
 
+    def config(self) -> CrossViTConfig | DetectorConfig:
+        """The model's settings."""
+        return get_config(self.variant)
+
     @property
     def image_size(self) -> tuple[int, int]:
-        return get_config(self.variant).image_size
+        return self.config().image_size
+
+    def write_weights(self) -> None:
+        """Random weights, as large as initial ones in biases and norms too.
+
+        Fresh ones are 0 and 1 there, and would let mistakes pass the comparison.
+        """
+        from convert import save
+
+        save(self.tensors(), self.config(), self.weights, overwrite=True)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The numbers of `write_weights`, by timm's names."""
+        from convert.architecture import expected_shapes
+
+        rng, tensors = np.random.default_rng(0), {}
+        for name, shape in expected_shapes(self.config()).items():
+            is_norm = len(shape) == 1 and name.endswith("weight")
+            tensors[name] = np.float32(0.02) * rng.standard_normal(shape, np.float32) + np.float32(is_norm)
+        return tensors
 
     def images(self) -> Images:
         """The same numbers in every process."""
@@ -170,6 +205,12 @@ class DetectionTask(ModelTask):
     def config(self) -> DetectorConfig:
         """For COCO's classes."""
         return get_dense_config("detection", self.variant, num_classes=80)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """With a bias of classes for which about a thousand scores of an image are above 0.05."""
+        tensors = super().tensors()
+        tensors["head.classification_head.cls_logits.bias"] += _OFTEN
+        return tensors
 
     def targets(self) -> dict[str, np.ndarray]:
         """Boxes of each image from large to small, whose areas torchvision tells apart in float32."""

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pkgutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -19,7 +20,6 @@ from convert.errors import UserError, one_line
 
 ROUND_SECONDS = 1.0  # a round takes as many calls as fill this time, at least `Task.least_calls`
 PATIENCE = 900.0  # seconds: a side that takes longer for an answer hangs
-_UTIME, _STIME = 11, 12  # in /proc/PID/stat, after the name in brackets, which may hold anything
 
 
 class SideFailed(UserError):
@@ -41,12 +41,8 @@ class Ready:
     float32: Any = None  # what `check` would be in float32
 
 
-# seconds per call, and how many cores other programs kept busy meanwhile: None where the system does not tell
-Round = tuple[float, float | None]
-
-
 class Worker:
-    """The parent's handle on a side. Use it in a `with`: leaving it ends the process."""
+    """The parent's handle on a side. Close it after use."""
 
     def __init__(self, side: str, task: Task, environment: dict[str, str]):
         """Starts the process, with more environment variables."""
@@ -62,16 +58,14 @@ class Worker:
         """Waits until the side is loaded, compiled and warm; nothing else should compute then. Raises SideFailed."""
         return self._receive()
 
-    def round(self) -> Round:
-        """Times one round of a side that is ready. Raises SideFailed."""
+    def round(self) -> float:
+        """Times one round of a side that is ready: seconds per call. Raises SideFailed."""
         with contextlib.suppress(BrokenPipeError):  # it has died, and how is found next
             self._pipe.send("round")
         return self._receive()
 
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *_) -> None:
+    def close(self) -> None:
+        """Ends the process."""
         self._pipe.close()  # the worker leaves when its next order does not come
         self._process.join(timeout=10)
         if self._process.is_alive():
@@ -116,63 +110,26 @@ def _take_turns(side: str, task: Task, pipe: Connection) -> None:
         check = program.check()
         program.run(1)  # compiles what `check` did not need
         first = time.perf_counter()
-        call = _time(program, 1)
+        call = seconds_of(program.run, 1)
         while time.perf_counter() < first + program.warm_up_s:
-            call = min(call, _time(program, 1))
+            call = min(call, seconds_of(program.run, 1))
         calls = max(task.least_calls, round(ROUND_SECONDS / call))
         told = {"load_s": loaded - start, "first_result_s": first - loaded, "warm_up_s": time.perf_counter() - first}
         told |= {"calls_per_round": calls, "peak_bytes": program.peak_bytes()}  # before what follows takes memory
         measures = (program.flops, program.peak_flops, program.float32)
         ready = Ready(check, program.facts, told, *(measure and measure() for measure in measures))
+        before_round = program.before_round or (lambda: program.run(task.device == "gpu"))
         program.rest()
         pipe.send(ready)
         while pipe.recv() == "round":
-            pipe.send(_round(program, calls))
+            before_round()
+            seconds = seconds_of(program.run, calls)
+            program.rest()
+            pipe.send(seconds / calls)
 
 
-def _round(program: Program, calls: int) -> Round:
-    program.before_round()
-    busy, own = _busy_seconds(), own_seconds()
-    seconds = _time(program, calls)
-    own = own_seconds() - own
-    others = None if busy is None else max(0.0, (_busy_seconds() - busy - own) / seconds)
-    program.rest()
-    return seconds / calls, others
-
-
-def _time(program: Program, calls: int) -> float:
+def seconds_of(run: Callable[[int], None], calls: int) -> float:
+    """How long so many calls take together."""
     start = time.perf_counter()
-    program.run(calls)
+    run(calls)
     return time.perf_counter() - start
-
-
-# --- processor time, from Linux's /proc; elsewhere it is not known ---
-
-
-def _busy_seconds() -> float | None:
-    """What all cores together have worked since the start, for anyone: other virtual machines included."""
-    fields = _fields("/proc/stat")
-    if not fields:
-        return None
-    user, nice, system, _idle, _iowait, irq, softirq, steal, *_ = map(int, fields[1:9])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def own_seconds() -> float:
-    """What this process and its children have worked."""
-    return time.process_time() + children_seconds()
-
-
-def children_seconds() -> float:
-    """What the living children of this process, such as workers of its input pipeline, have worked."""
-    known = [_fields(f"/proc/{child.pid}/stat") for child in multiprocessing.active_children()]
-    return sum(int(fields[_UTIME]) + int(fields[_STIME]) for fields in known if fields) / os.sysconf("SC_CLK_TCK")
-
-
-def _fields(file: str) -> list[str]:
-    """Of its first line, after a name in brackets; none where it cannot be read."""
-    try:
-        with open(file) as opened:
-            return opened.readline().rpartition(")")[2].split()
-    except OSError:  # not Linux, or the process has ended
-        return []

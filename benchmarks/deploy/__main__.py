@@ -4,23 +4,18 @@ Size, latency at batch 1, throughput at batch 8 and top-1 accuracy on the held-o
 form whose logits are further from those of its weights in float32 than converters accept is not timed.
 """
 
-import argparse
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-from benchmarks.command import EPILOG, add_json, check_json, parser_of, tell
-from benchmarks.result import as_json, write_json
-from benchmarks.rounds import say
-from convert.command_line import at_least_one, data_set, leave, run, weights_source
+from benchmarks.command import EPILOG, add_data, add_rounds, parser_of, run_benchmark
+from benchmarks.result import Content
+from convert.command_line import at_least_one, leave, weights_source
 from convert.errors import require
 from convert.export.compare import ONNX_PACKAGES
-from convert.files import home_path
 
 _EPILOG = f"""\
-RUN: the folder of a training run, whose settings tell the data set; or any SOURCE of python -m convert, with --dataset.
-A run with --qat int8 joins the run before it, of the same variant, image size and data set. Static int8 is calibrated
-on training images.
+RUN: a training run, whose settings tell the data set; or any SOURCE of python -m convert, with --dataset. A run with
+--qat int8 joins the run before it, of the same variant, image size, data set and classes. Static int8 is calibrated on
+training images.
 
 {EPILOG}"""
 
@@ -28,35 +23,21 @@ on training images.
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark as the arguments say; returns the exit status."""
     parser = parser_of("deploy", "Compare the shipped forms of trained CrossViTs: size, speed, accuracy.", _EPILOG)
-    parser.add_argument("--runs", type=weights_source, nargs="+", required=True, metavar="RUN", help="trained runs")
     add = parser.add_argument
-    add("--dataset", type=data_set, metavar="DATA", help="as of python -m train.main (default: that of each run)")
-    add("--data-dir", type=home_path, metavar="DIR", help="where prepared data sets lie (default: as in each run)")
+    add("--runs", type=weights_source, nargs="+", required=True, metavar="RUN", help="trained runs")
+    add_data(parser)
     add("--images", type=at_least_one, default=2000, metavar="N", help="held-out ones to try at most; default: 2000")
     add("--calibration-images", type=at_least_one, default=128, metavar="N", help="training images; default: 128")
-    add("--repeats", type=at_least_one, default=10, metavar="N", help="rounds; default: 10")
-    add_json(parser)
+    add_rounds(parser)
     args = parser.parse_args(argv)
-    return run(parser.prog, lambda: _run(args), failure=1)
 
+    def contents() -> Iterator[Content]:
+        require("the ONNX forms", *ONNX_PACKAGES, verb="need")
+        from benchmarks.deploy.measure import measured_models  # late: the sides' processes import this module
 
-def _run(args: argparse.Namespace) -> int:
-    check_json(args.json)
-    require("the ONNX forms", *ONNX_PACKAGES, verb="need")
-    # late: wrong flags need not wait for the frameworks
-    from benchmarks.deploy.measure import measure_model
-    from benchmarks.deploy.runs import open_model, open_run, pair
+        yield from measured_models(args)
 
-    runs = [open_run(source, dataset=args.dataset, data_dir=args.data_dir) for source in args.runs]
-    models, measured = [open_model(run, qat) for run, qat in pair(runs)], []
-    for number, model in enumerate(models, 1):
-        say(f"CrossViT {model.run.weights.config.name} of {model.run.source}, {number} of {len(models)}")
-        with tempfile.TemporaryDirectory(prefix="crossvit-deploy-") as folder:
-            how = {"images": args.images, "calibration_images": args.calibration_images, "rounds": args.repeats}
-            measured += measure_model(model, Path(folder), **how)
-        content = as_json("deploy", measured)
-        write_json(args.json, content)  # after each model, so that an interruption costs one
-    return tell(content)
+    return run_benchmark(parser, args, contents)
 
 
 if __name__ == "__main__":

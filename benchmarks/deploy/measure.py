@@ -1,14 +1,19 @@
 """The shipped forms of a model in turn: compared with their weights in float32 first, then timed."""
 
+import argparse
 import dataclasses
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int
 
+from benchmarks.command import given_data
 from benchmarks.deploy.forms import FLOAT_FILE, REFERENCE, float_forms, qat_forms
-from benchmarks.deploy.runs import Model, read_images
+from benchmarks.deploy.runs import Run, open_run, pair, read_images
+from benchmarks.result import Content, as_json
 from benchmarks.rounds import Measured, measure, not_failed, say
 from benchmarks.task import DeployTask, Form
 from convert.export.compare import compare
@@ -21,27 +26,36 @@ _CHECKED_ONE_BY_ONE = 16  # images; all of them in the larger batches
 Logits = Float32[np.ndarray, "images classes"]
 
 
-def measure_model(model: Model, folder: Path, *, images: int, calibration_images: int, rounds: int) -> list[Measured]:
-    """Makes all forms of a model in a folder, tries them on so many held-out images at most, and times them.
+def measured_models(args: argparse.Namespace) -> Iterator[Content]:
+    """Opens the runs that the flags name and measures the forms of each: the JSON content after each model."""
+    models, measured = pair([open_run(source, given_data(args)) for source in args.runs]), []
+    classes = [plain.classes for plain, _ in models]  # all, before anything is measured
+    for number, (model, outputs) in enumerate(zip(models, classes, strict=True), 1):
+        say(f"CrossViT {model[0].weights.config.name} of {model[0].source}, {number} of {len(models)}")
+        with tempfile.TemporaryDirectory(prefix="crossvit-deploy-") as folder:
+            measured += _measure_model(*model, outputs, Path(folder), args)
+        yield as_json("deploy", measured)
 
-    Raises ConversionError, SettingsError or DataError, see `float_forms` and `read_images`.
-    """
-    run, sets, config = model.run, model.sets, model.run.weights.config
+
+def _measure_model(
+    plain: Run, qat: Run | None, classes: Int[np.ndarray, " classes"], folder: Path, args: argparse.Namespace
+) -> list[Measured]:
+    """Makes all forms of a model in a folder, tries them on held-out images, and times them."""
+    data, config, file = plain.data, plain.weights.config, folder / "images.npy"
     say("reading images")
-    calibration, *_ = read_images(sets.train, calibration_images, run.weights, folder / "calibration.npy")
-    tried, labels, unreadable = read_images(sets.held_out, images, run.weights, folder / "images.npy")
+    calibration, *_ = read_images(data.sets.train, args.calibration_images, plain.weights, folder / "calibration.npy")
+    tried, labels, unreadable = read_images(data.images, args.images, plain.weights, file)
     channels_first = calibration.transpose(0, 3, 1, 2)
-    forms, weights = float_forms(run.weights, folder, channels_first), {False: run.weights}
-    if model.qat is not None:
-        forms |= qat_forms(model.qat.weights, folder, channels_first)
-        weights[True] = model.qat.weights
-    about = {"run": run.source, "qat_run": model.qat and model.qat.source, "variant": config.name}
-    about |= {"image_size": list(config.image_size), "classes": config.num_classes, "dataset": run.settings.dataset}
-    about |= {"held_out_split": sets.held_out_split, "held_out_images": len(sets.held_out), "images": len(tried)}
+    forms, weights = float_forms(plain.weights, folder, channels_first), {False: plain.weights}
+    if qat is not None:
+        forms |= qat_forms(qat.weights, folder, channels_first)
+        weights[True] = qat.weights
+    about = {"run": plain.source, "qat_run": qat and qat.source, "variant": config.name}
+    about |= {"image_size": list(config.image_size), "classes": config.num_classes, "dataset": data.dataset}
+    about |= {"held_out_split": data.split, "held_out_images": len(data.images), "images": len(tried)}
     about |= {"unreadable_images": unreadable, "calibration_images": len(calibration)}
-    file = str(folder / "images.npy")
-    task = DeployTask(about=about, forms=forms, images=file, checked=len(tried), batch_size=max(BATCHES))
-    return measure_forms(task, weights, model.classes[labels], rounds=rounds)
+    task = DeployTask(about=about, forms=forms, images=str(file), checked=len(tried), batch_size=max(BATCHES))
+    return measure_forms(task, weights, classes[labels], rounds=args.repeats)
 
 
 def measure_forms(
@@ -83,19 +97,13 @@ def _compare(measured: Measured, expected: Mapping[bool, Logits]) -> None:
             times.failure = f"its logits are off by {off}, the bound is {distance.bound:g}: not timed"
 
 
-def _told(name: str, forms: Mapping[str, Form], top1: Mapping[str, float]) -> dict[str, object]:
+def _told(name: str, forms: Mapping[str, Form], top1: Mapping[str, float]) -> dict[str, Any]:
     """A form that gave no logits has no accuracy; points are how much higher it is than that of the float32 weights."""
-    form, float_file = forms[name], forms.get(FLOAT_FILE)
-    others = name != REFERENCE and {name, REFERENCE} <= top1.keys()
-    return {
-        "runs_in": form.runs_in,
-        "dtype": form.dtype,
-        "qat": form.qat,
-        "bytes": form.bytes,
-        "percent_of_onnx_float32": float_file and 100 * form.bytes / float_file.bytes,
-        "top1": top1.get(name),
-        "points_from_float32": top1[name] - top1[REFERENCE] if others else None,
-    }
+    form, float_file, told = forms[name], forms.get(FLOAT_FILE), {"top1": top1.get(name)}
+    told |= {"percent_of_onnx_float32": float_file and 100 * form.bytes / float_file.bytes}
+    if name != REFERENCE and {name, REFERENCE} <= top1.keys():
+        told |= {"points_from_float32": top1[name] - top1[REFERENCE]}
+    return told | {name: getattr(form, name) for name in ("runs_in", "dtype", "qat", "bytes")}
 
 
 def _logits(weights: Weights, task: DeployTask) -> Logits:

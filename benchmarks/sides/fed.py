@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import psutil
 
-from benchmarks.task import PHOTOGRAPH_CLASSES, EndToEndTask, Program
-from benchmarks.worker import children_seconds
+from benchmarks.task import PHOTOGRAPH_CLASSES, EndToEndTask, Program, cpu_seconds
 
 _BLACK, _WHITE = -2.118, 2.641  # of the darkest and the brightest channel, normalised as for ImageNet
 _DARK, _BRIGHT = -1.0, 1.0  # which photographs pass in both directions
@@ -36,15 +36,15 @@ def check_batch(task: EndToEndTask, images: np.ndarray, labels: np.ndarray) -> N
 
 
 def wait_for_rest() -> None:
-    """Returns when the children of this process do not compute any more, after a minute at the latest.
+    """Returns when this process and its children do not compute any more, after a minute at the latest.
 
     Workers that fill their queues after a round would take the cores from the side whose turn is next.
     """
-    end = time.perf_counter() + _PATIENCE
-    before, working = children_seconds(), True
+    end, process = time.perf_counter() + _PATIENCE, psutil.Process()
+    before, working = cpu_seconds(process), True
     while working and time.perf_counter() < end:
         time.sleep(_LOOK_EVERY)
-        now = children_seconds()
+        now = cpu_seconds(process)
         before, working = now, now - before > _AT_REST * _LOOK_EVERY
 
 

@@ -11,10 +11,9 @@ import optax
 from flax import nnx
 
 from benchmarks.sides.peak import PRODUCT, peak_flops
-from benchmarks.task import CHECKED_STEPS, GPU_WARM_UP_S, NEVER, ModelTask, Program, jax_facts, repeated
+from benchmarks.task import CHECKED_STEPS, NEVER, ModelTask, Program, jax_facts, repeated
 from convert import load_flax, load_weights
 from convert.tree import flatten, nest
-from crossvit_jax.config import get_config
 from train.config import TrainConfig
 from train.cost.flops import flops_per_image
 from train.devices.attention import choose_attention
@@ -31,22 +30,10 @@ Learned = Callable[[TrainConfig, Any, tuple[str, ...]], Task]  # of settings, th
 def load(task: ModelTask, side: str) -> Program:
     """The task's program, not compiled yet."""
     set_up(task)
-    program = training(task, {"label": task.labels()}) if task.benchmark == "training" else _inference(task)
-    program = dataclasses.replace(
-        program,
-        flops=lambda: (
-            task.batch_size * flops_per_image(get_config(task.variant), gradient=task.benchmark == "training")
-        ),
-        peak_flops=lambda: _peak_flops(task),
-    )
-    if task.device == "cpu":
-        return program
-    return dataclasses.replace(
-        program,
-        before_round=lambda: program.run(1),
-        warm_up_s=GPU_WARM_UP_S,
-        peak_bytes=lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"],
-    )
+    is_training = task.benchmark == "training"
+    program = training(task, {"label": task.labels()}) if is_training else _inference(task)
+    flops = lambda: task.batch_size * flops_per_image(task.config(), gradient=is_training)  # noqa: E731
+    return dataclasses.replace(program, flops=flops, peak_flops=lambda: _peak_flops(task))
 
 
 def set_up(task: ModelTask) -> None:
@@ -82,7 +69,7 @@ def _inference(task: ModelTask) -> Program:
         logits = forward(params, images)
         return logits.block_until_ready() if task.device == "cpu" else logits
 
-    return Program(check, repeated(call, jax.block_until_ready), jax_facts())
+    return Program(check, repeated(call, jax.block_until_ready), jax_facts(), peak_bytes=_peak_bytes)
 
 
 def training(task: ModelTask, targets: dict[str, np.ndarray], learned: Learned = Classification) -> Program:
@@ -111,7 +98,7 @@ def training(task: ModelTask, targets: dict[str, np.ndarray], learned: Learned =
         state, _ = step(state, batch)
         return state
 
-    return Program(check, repeated(call, jax.block_until_ready), jax_facts())
+    return Program(check, repeated(call, jax.block_until_ready), jax_facts(), peak_bytes=_peak_bytes)
 
 
 def programs_of(task: ModelTask, recipe: TrainConfig, learned: Learned = Classification) -> Programs:
@@ -125,6 +112,10 @@ def programs_of(task: ModelTask, recipe: TrainConfig, learned: Learned = Classif
 def begin(programs: Programs, task: ModelTask) -> State:
     """The trainer's state around the task's weights."""
     return programs.new_state(nest(load_weights(task.weights).tensors))
+
+
+def _peak_bytes() -> int | None:
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def _peak_flops(task: ModelTask) -> float:

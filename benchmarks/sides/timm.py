@@ -1,12 +1,11 @@
 """timm's model and the training step of timm's train.py: eager, and compiled."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from timm.loss import SoftTargetCrossEntropy
@@ -14,27 +13,9 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from benchmarks.sides.peak import PRODUCT, peak_flops
-from benchmarks.task import CHECKED_STEPS, GPU_WARM_UP_S, ModelTask, Program, repeated
+from benchmarks.task import CHECKED_STEPS, ModelTask, Program, repeated
 from crossvit_jax.config import TIMM_NAMES
 from train.config import TrainConfig
-
-
-def write_weights(variant: str, path: Path) -> None:
-    """Random weights for timm's model of a variant, as large as its initial ones in biases and norms too.
-
-    Fresh ones are 0 and 1 there, and would let mistakes pass the comparison.
-    """
-    with torch.device("meta"):
-        save_file(random_weights(timm.create_model(TIMM_NAMES[variant])), path)
-
-
-def random_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Numbers as `write_weights` has them, for a model of any device."""
-    generator, tensors = torch.Generator().manual_seed(0), {}
-    for name, parameter in model.state_dict().items():
-        is_norm = parameter.ndim == 1 and name.endswith("weight")
-        tensors[name] = 0.02 * torch.randn(parameter.shape, generator=generator, device="cpu") + is_norm
-    return tensors
 
 
 def load(task: ModelTask, side: str) -> Program:
@@ -48,15 +29,9 @@ def load(task: ModelTask, side: str) -> Program:
     if side == "timm":
         float32 = (lambda: _float32_check(task)) if task.dtype == "bfloat16" else None
         program = dataclasses.replace(program, peak_flops=lambda: _peak_flops(task), float32=float32)
-    if task.device == "cpu":
-        return program
-    return dataclasses.replace(
-        program,
-        before_round=lambda: program.run(1),  # takes again what `rest` gave back
-        rest=torch.cuda.empty_cache,
-        warm_up_s=GPU_WARM_UP_S,
-        peak_bytes=torch.cuda.max_memory_allocated,
-    )
+    # the cache is none on a CPU
+    peak = torch.cuda.max_memory_allocated if task.device == "gpu" else program.peak_bytes
+    return dataclasses.replace(program, rest=torch.cuda.empty_cache, peak_bytes=peak)
 
 
 def set_up() -> None:

@@ -1,5 +1,6 @@
 """Several models side by side: the figures are those of each."""
 
+import json
 import re
 
 import numpy as np
@@ -12,7 +13,7 @@ from train.cost.flops import macs_per_image
 
 
 def test_each_model_is_told_with_its_size_its_work_and_its_accuracy(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(accuracy, "_ROUND_S", 0.0)
+    monkeypatch.setattr(accuracy, "ROUND_SECONDS", 0.0)
     few = digits._stored()[:100]
     monkeypatch.setattr(digits, "_stored", lambda: few)
     monkeypatch.setattr("convert.changes.prune.worth", _first_is_best)
@@ -20,19 +21,22 @@ def test_each_model_is_told_with_its_size_its_work_and_its_accuracy(tmp_path, ca
     pruned = tmp_path / "pruned.safetensors"
     assert convert_main([str(whole), str(pruned), "--prune=mlp=0.5"]) == 0
     capsys.readouterr()
-    flags = ["--dataset=digits", "--workers=0", "--repeats=2", "--batch-size=2"]
+    file = tmp_path / "x.json"
+    flags = ["--dataset=digits", "--workers=0", "--repeats=2", "--batch-size=2", f"--json={file}"]
     assert accuracy.main([str(whole), str(pruned), *flags]) == 0
     out, _ = capsys.readouterr()
-    assert out.startswith("digits: 20 images (test), float32, ")
+    assert out.startswith("digits, top-1 on 20 images (test); ")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[4:]]
+    (result,) = json.loads(file.read_text())["results"]
+    assert {len(side["seconds"]) for side in result["sides"].values()} == {2}
     for path, (name, parameters, gmac, _, times, top1) in zip((whole, pruned), rows, strict=True):
         weights = load_weights(path)
-        assert name == f"`{path}`"
+        assert name == str(path)
         assert parameters == f"{sum(array.size for array in weights.tensors.values()):,}"
         assert gmac == f"{macs_per_image(weights.config) / 1e9:.3f}"
-        assert re.fullmatch(r"\d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\)", times)
-        assert 0 <= float(top1.removesuffix(" %")) <= 100
-    assert rows[0][4] == "1.00 (1.00 to 1.00)"
+        assert re.fullmatch(r"\d+\.\d\d \(\d+\.\d\d-\d+\.\d\d\)", times)
+        assert 0 <= float(top1) <= 100
+    assert rows[0][4] == "1.00 (1.00-1.00)"
 
 
 def _first_is_best(weights, images, labels):

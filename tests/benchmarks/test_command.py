@@ -1,12 +1,14 @@
 """The benchmark commands: what they refuse, how they end, and whole small runs."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from benchmarks import command, data, end_to_end, inference
 from benchmarks.command import check_json, workers_environment
 from benchmarks.rounds import Measured, Times
+from benchmarks.task import ModelTask
 from benchmarks.worker import Ready, SideFailed
 from convert.command_line import run
 from convert.errors import ConversionError
@@ -97,12 +99,12 @@ def measured(monkeypatch):
         return Measured(task, answer, "timm")
 
     monkeypatch.setattr(command, "measure", fake)
-    monkeypatch.setattr("benchmarks.sides.timm.write_weights", lambda *_: None)
+    monkeypatch.setattr(ModelTask, "write_weights", lambda task: None)
     return answers
 
 
 def _times(failure: str | None = None) -> Times:
-    return Times(Ready({}, {}, {}), [(1.0, 0.0)], 0.0, failure)
+    return Times(Ready({}, {}, {}), [1.0], 0.0, failure)
 
 
 def test_what_was_measured_before_a_failure_is_printed_and_written(measured, tmp_path, capsys):
@@ -141,9 +143,7 @@ def test_what_stops_a_benchmark_is_one_line_and_a_status(error, status, line, ca
 def test_a_small_run(benchmark, batch_size, here, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("benchmarks.sides.timm._model", lambda task: small_timm_model(CLASSES))
     monkeypatch.setitem(VARIANTS, "ti", small_config(CLASSES).replace(name="ti"))
-    monkeypatch.setattr(
-        "benchmarks.sides.timm.write_weights", lambda variant, path: save_small(path, None, classes=CLASSES)
-    )
+    monkeypatch.setattr(ModelTask, "write_weights", lambda task: save_small(Path(task.weights), None, classes=CLASSES))
     path = tmp_path / "result.json"
     flags = f"--variant ti --batch-size {batch_size} --repeats 1 --device cpu --sides flax timm --json"
     assert inference.main([*flags.split(), str(path)], benchmark) == 0

@@ -24,6 +24,7 @@ from tests.command_line import refusal
 from tests.train.small_weights import save_small
 from train.config import TrainConfig
 from train.evaluate import main as evaluate
+from train.inference.dataset import Data
 from train.run.folder import write_config
 
 _CLASSES = "abc"
@@ -70,9 +71,7 @@ def _refusal(capsys, *args):
         ("--runs x --repeats 0", "--repeats"),
         ("--runs x --device gpu", "--device"),
         ("--runs x --json /no/such/folder/x.json", "does not exist"),
-        ("--runs /no/such/run", "no such run; --runs takes folders of training runs"),
-        ("--runs .", "name what it was trained on with --dataset"),
-        ("--runs /no/such/run --dataset digits", "does not exist"),
+        ("--runs /no/such/run", "does not exist"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_status_2(flags, says, capsys):
@@ -87,12 +86,13 @@ def test_without_the_packages_the_extra_is_named(monkeypatch, capsys):
     assert "need onnxruntime: pip install -e '.[onnx]'" in _refusal(capsys, "--runs", "x")
 
 
-def test_a_run_knows_its_data_set_and_other_weights_are_told_it(tmp_path, weights):
-    run = open_run(_run_folder(tmp_path / "run", weights, dataset="folder:x"), dataset=None, data_dir=None)
-    assert run.settings.dataset == "folder:x" and run.settings.qat is None
-    assert open_run(str(weights), dataset="folder:y", data_dir="z").settings == TrainConfig(
-        dataset="folder:y", data_dir="z"
-    )
+def test_a_run_knows_its_data_set_and_other_weights_are_told_it(tmp_path, pictures, weights):
+    folder = _run_folder(tmp_path / "run", weights, dataset=pictures)
+    for source, given in ((folder, {}), (f"{folder}/weights.safetensors", {}), (str(weights), {"dataset": pictures})):
+        run = open_run(source, given)
+        assert (run.data.dataset, len(run.data.images), run.qat) == (pictures, 9, None)
+    with pytest.raises(SettingsError, match="--dataset is needed"):
+        open_run(str(weights), {})
 
 
 def test_a_qat_run_for_other_integers_is_refused(tmp_path, weights, capsys):
@@ -105,8 +105,8 @@ def test_classes_of_another_data_set_are_refused(tmp_path, pictures, capsys):
     assert "3 classes, the weights have 4" in _refusal(capsys, "--runs", weights, "--dataset", pictures)
 
 
-def _run(source, weights, **settings):
-    return Run(source, TrainConfig(init="x", **settings), load_weights(weights))
+def _run(source, weights, dataset="folder:y", qat=None):
+    return Run(source, load_weights(weights), Data(dataset, [], (), "", [], True), qat)
 
 
 def test_a_qat_run_joins_the_run_before_it_of_its_model_and_data_set(weights):
@@ -185,7 +185,7 @@ def test_a_form_beyond_its_bound_is_not_timed_and_the_others_are_at_both_batch_s
     assert [at.task.batch_size for at in measured] == list(BATCHES)
     for at in measured:
         assert off is None or "not timed" in at.sides[off].failure
-        assert {name: len(times.rounds) for name, times in at.sides.items()} == {
+        assert {name: len(times.seconds) for name, times in at.sides.items()} == {
             name: 0 if name == off else 2 for name in _FORMS
         }
 

@@ -27,7 +27,7 @@ def test_boxes_and_losses_agree_in_a_small_run_and_ours_is_beside_the_best_of_to
     monkeypatch.setattr(DetectionTask, "found", counted)
     monkeypatch.setitem(VARIANTS, "ti", small_config(0).replace(name="ti"))
     monkeypatch.setattr(DetectionTask, "config", lambda task: small_detector(strides=(12, 24)))
-    monkeypatch.setattr("benchmarks.detection._OFTEN", -3.0)
+    monkeypatch.setattr("benchmarks.task._OFTEN", -3.0)
     path = tmp_path / "result.json"
     assert main(["--sides", "torchvision", "flax", "--repeats", "1", "--json", str(path)]) == 0
     assert len(counts) == 4 and min(counts) > 10

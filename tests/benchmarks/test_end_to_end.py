@@ -59,7 +59,7 @@ def test_a_round_begins_with_empty_queues():
 
 def test_the_next_turn_begins_when_the_workers_rest(monkeypatch):
     worked = iter([0.0, 0.4, 0.8, 0.81, 2.0])
-    monkeypatch.setattr(fed, "children_seconds", lambda: next(worked))
+    monkeypatch.setattr(fed, "cpu_seconds", lambda process: next(worked))
     monkeypatch.setattr(fed.time, "sleep", lambda seconds: None)
     fed.wait_for_rest()
     assert list(worked) == [2.0]

@@ -1,10 +1,13 @@
 """Tasks are data: the sides that they name, and the modules that these are loaded from."""
 
+import multiprocessing
 import pkgutil
+import time
 
+import psutil
 import pytest
 
-from benchmarks.task import DataTask, DeployTask, DetectionTask, EndToEndTask, ModelTask
+from benchmarks.task import DataTask, DeployTask, DetectionTask, EndToEndTask, ModelTask, cpu_seconds
 
 _MODEL = {"variant": "ti", "batch_size": 4, "weights": "none"}
 
@@ -21,3 +24,28 @@ _MODEL = {"variant": "ti", "batch_size": 4, "weights": "none"}
 )
 def test_every_side_is_loaded_by_a_function_that_a_task_names(task, sides):
     assert all(callable(pkgutil.resolve_name(task.loader(side))) for side in sides)
+
+
+def test_what_children_work_and_have_worked_counts():
+    before = cpu_seconds(psutil.Process())
+    child = multiprocessing.get_context("spawn").Process(target=_work)
+    child.start()
+    try:
+        _wait_until(lambda: cpu_seconds(psutil.Process(child.pid)) >= 0.1)
+        assert cpu_seconds(psutil.Process()) >= before + 0.1
+    finally:
+        child.kill()
+        child.join()
+    assert cpu_seconds(psutil.Process()) >= before + 0.1
+
+
+def _wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert condition()
+
+
+def _work():
+    while True:
+        pass
