@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from crossvit_jax.attention import Attention, CrossAttention, SeparableAttention, SpatialReductionAttention
-from crossvit_jax.config import Branch, CrossViTConfig, Reduction
+from crossvit_jax.config import Branch, CrossViTConfig, Reduction, sr_ratio_of
 from crossvit_jax.layers import GELU, LayerNorm, Linear, Sequential
 from crossvit_jax.reduce import Size, merge_tokens, prune
 
@@ -67,7 +67,6 @@ class Block(nnx.Module):
         *,
         head_dim: int | None = None,
         attention: str = "full",
-        sr_ratio: int = 1,
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -79,7 +78,7 @@ class Block(nnx.Module):
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.norm1 = LayerNorm(dim, **kwargs)
         of_attention = {"qkv_bias": qkv_bias, "attn_drop": attn_drop, "proj_drop": proj_drop, **kwargs}
-        if sr_ratio > 1:
+        if (sr_ratio := sr_ratio_of(attention)) > 1:
             self.attn = SpatialReductionAttention(dim, num_heads, sr_ratio, **of_attention)
         elif attention == "separable":
             self.attn = SeparableAttention(dim, **of_attention)
@@ -210,7 +209,6 @@ class MultiScaleBlock(nnx.Module):
                     *(branch.embed_dim, branch.num_heads, branch.mlp_ratio),
                     head_dim=branch.head_dim,
                     attention=branch.attention,
-                    sr_ratio=branch.sr_ratio,
                     drop_path=drop_path[i],
                     **block_kwargs,
                 )

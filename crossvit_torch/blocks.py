@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crossvit_jax.config import Branch, CrossViTConfig, Reduction
+from crossvit_jax.config import Branch, CrossViTConfig, Reduction, sr_ratio_of
 from crossvit_torch.attention import Attention, CrossAttention, SeparableAttention, SpatialReductionAttention
 from crossvit_torch.layers import GELU, LayerNorm, Linear, Sequential
 from crossvit_torch.reduce import Size, merge_tokens, prune
@@ -61,7 +61,6 @@ class Block(nn.Module):
         *,
         head_dim: int | None = None,
         attention: str = "full",
-        sr_ratio: int = 1,
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -73,7 +72,7 @@ class Block(nn.Module):
         kwargs = {"param_dtype": param_dtype, "device": device}
         self.norm1 = LayerNorm(dim, dtype=param_dtype, device=device)
         of_attention = {"qkv_bias": qkv_bias, "attn_drop": attn_drop, "proj_drop": proj_drop, **kwargs}
-        if sr_ratio > 1:
+        if (sr_ratio := sr_ratio_of(attention)) > 1:
             self.attn = SpatialReductionAttention(dim, num_heads, sr_ratio, **of_attention)
         elif attention == "separable":
             self.attn = SeparableAttention(dim, **of_attention)
@@ -187,7 +186,6 @@ class MultiScaleBlock(nn.Module):
                     *(branch.embed_dim, branch.num_heads, branch.mlp_ratio),
                     head_dim=branch.head_dim,
                     attention=branch.attention,
-                    sr_ratio=branch.sr_ratio,
                     drop_path=drop_path[i],
                     **block_kwargs,
                 )

@@ -1,6 +1,14 @@
 """The settings of models: branches, the table of variants, detectors and segmenters. No framework."""
 
-from crossvit_jax.config.branch import BRANCH_SETTINGS, EXAMPLE, Branch, mlp_ratio, read_fraction, shown_value
+from crossvit_jax.config.branch import (
+    BRANCH_SETTINGS,
+    EXAMPLE,
+    Branch,
+    mlp_ratio,
+    read_fraction,
+    shown_value,
+    sr_ratio_of,
+)
 from crossvit_jax.config.crossvit import CrossViTConfig
 from crossvit_jax.config.dense import (
     CONFIGS,
@@ -38,4 +46,5 @@ __all__ = [
     "mlp_ratio",
     "read_fraction",
     "shown_value",
+    "sr_ratio_of",
 ]

@@ -52,6 +52,13 @@ def mlp_ratio(embed_dim: int, hidden_dim: int) -> float:
     return ratio if int(embed_dim * ratio) == hidden_dim else math.nextafter(ratio, math.inf)
 
 
+def sr_ratio_of(attention: object) -> int:
+    """Rows and columns of patches that have one key together in an attention, see `Branch.attention`; 1 where each has
+    its own."""
+    match = _REDUCED.fullmatch(attention) if isinstance(attention, str) else None
+    return int(match[1]) if match else 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Branch:
     """One branch: a transformer over the patches of one size.
@@ -121,9 +128,8 @@ class Branch:
 
     @property
     def sr_ratio(self) -> int:
-        """Rows and columns of patches that have one key together, see `attention`; 1 where each has its own."""
-        match = _REDUCED.fullmatch(self.attention) if isinstance(self.attention, str) else None
-        return int(match[1]) if match else 1
+        """See `sr_ratio_of`."""
+        return sr_ratio_of(self.attention)
 
     @property
     def is_timms(self) -> bool:

@@ -257,3 +257,12 @@ def test_the_gradient_of_a_norm_reads_its_statistics_on_gpus(platform):
     gradient = nnx.jit(nnx.grad(lambda layer, x: jax.numpy.sin(layer(x)).sum(), argnums=(0, 1)))
     program = gradient.trace(layer, TOKENS[0]).lower(lowering_platforms=(platform,)).as_text()
     assert program.count("stablehlo.optimization_barrier") == (platform == "cuda")
+
+
+@pytest.mark.parametrize("name", ["full", "separable", "spatial-reduction:2"])
+def test_a_block_has_the_attention_of_that_name(name):
+    kinds = {"full": "Attention", "separable": "SeparableAttention", "spatial-reduction:2": "SpatialReductionAttention"}
+    with torch.device("meta"):
+        assert type(torch_blocks.Block(24, 3, 4.0, attention=name).attn).__name__ == kinds[name]
+    block = nnx.eval_shape(lambda: blocks.Block(24, 3, 4.0, attention=name, rngs=nnx.Rngs(0)))
+    assert type(block.attn).__name__ == kinds[name]
