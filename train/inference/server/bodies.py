@@ -115,14 +115,21 @@ def _of_json(body: bytes, known: Sequence[str]) -> tuple[list[bytes], dict[str, 
 
 class _InMemory(MultiPartParser):
     spool_max_size = 2**62  # no picture is ever written to the disk; the body is counted already
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
 
 
 async def _of_form(content_type: str, body: bytes) -> list[bytes]:
     async def stream() -> AsyncIterator[bytes]:
         yield body
+        if not parser.ended:  # which nobody else asks; raised here, the parser closes its files
+            raise MultiPartException("it has no end")
 
+    parser = _InMemory(Headers({"content-type": content_type}), stream())
     try:
-        form = await _InMemory(Headers({"content-type": content_type}), stream()).parse()
+        form = await parser.parse()
     except (
         MultiPartException,
         FormParserError,
@@ -131,13 +138,13 @@ async def _of_form(content_type: str, body: bytes) -> list[bytes]:
     ) as error:  # also of unknown charsets
         message = error.message if isinstance(error, MultiPartException) else "it is damaged"
         raise Refusal(400, f"the form cannot be read: {message}") from None
-    files = []
-    for name, part in form.multi_items():
-        if isinstance(part, str):
-            raise Refusal(400, f"the form has a field {name[:40]!r} that is no file; top_k goes into the query")
-        files.append(await part.read())
-    await form.close()
-    return files
+    try:
+        for name, part in form.multi_items():
+            if isinstance(part, str):
+                raise Refusal(400, f"the form has a field {name[:40]!r} that is no file; top_k goes into the query")
+        return [await part.read() for _, part in form.multi_items()]
+    finally:
+        await form.close()
 
 
 def _option(name: str, value: Any) -> int | bool:

@@ -99,6 +99,13 @@ def test_a_field_of_a_form_that_is_no_file_is_told(client):
     _refused(client.post("/predict", data={"top_k": "3"}, files={"a": _PICTURE}), 400, "top_k")
 
 
+def test_a_form_that_ends_within_a_picture_is_not_answered_for_those_before(client):
+    head = b'\r\n--x\r\nContent-Disposition: form-data; name="a"; filename="b"\r\n\r\n'
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert client.post("/predict", content=2 * (head + _PICTURE) + b"\r\n--x--\r\n", headers=form).status_code == 200
+    _refused(client.post("/predict", content=2 * (head + _PICTURE), headers=form), 400, "the form cannot be read")
+
+
 def test_one_damaged_picture_of_several_is_named(client):
     texts = [base64.b64encode(one).decode() for one in (_PICTURE, _PICTURE[:100], _PICTURE)]
     _refused(client.post("/predict", json={"pictures": texts}), 422, "picture 2 cannot be read")
