@@ -205,9 +205,10 @@ def torch_model(
     classes = {DetectorConfig: crossvit_torch.CrossViTDetector, SegmenterConfig: crossvit_torch.CrossViTSegmenter}
     build = classes.get(type(weights.config), crossvit_torch.CrossViT)
     model = build(weights.config, dtype=dtype, param_dtype=param_dtype, device="meta")
-    model = model.to_empty(device=device or "cpu")
     # copies: the parameters are laid out as in a fresh model, and share no memory
-    model.load_state_dict({name: as_tensor(array) for name, array in weights.tensors.items()}, strict=True)
+    own = {"device": device or "cpu", "dtype": param_dtype, "copy": True, "memory_format": torch.contiguous_format}
+    state = {name: as_tensor(array).to(**own) for name, array in weights.tensors.items()}
+    model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from crossvit_jax.config import CrossViTConfig, get_config
 from crossvit_torch.blocks import MultiScaleBlock
-from crossvit_torch.layers import Identity, LayerNorm, Linear
+from crossvit_torch.layers import Identity, LayerNorm, Linear, draw_normal
 from crossvit_torch.patch_embed import PatchEmbed
 from crossvit_torch.reduce import Size, mean_patch
 from crossvit_torch.resize import resample_pos_embed, scale_image
@@ -355,7 +355,7 @@ class CrossViT(nn.Module):
 
 
 def _token(tokens: int, dim: int, param_dtype: torch.dtype, device) -> nn.Parameter:
-    return nn.Parameter(nn.init.normal_(torch.empty(1, tokens, dim, dtype=param_dtype, device=device), std=0.02))
+    return nn.Parameter(draw_normal(torch.empty(1, tokens, dim, dtype=param_dtype, device=device), 0.02))
 
 
 def create_model(

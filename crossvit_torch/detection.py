@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from crossvit_jax.config import DetectorConfig, get_dense_config
 from crossvit_torch.boxes import Points, clip, decode, make_points, suppress
-from crossvit_torch.layers import Conv, GroupNorm, OutputConv, ReLU, Sequential
+from crossvit_torch.layers import Conv, GroupNorm, OutputConv, ReLU, Sequential, draw_normal
 from crossvit_torch.pyramid import DenseModel
 
 _PRIOR = 0.01  # what a fresh head takes for the probability of every class
@@ -25,7 +25,7 @@ def tower(width: int, num_convs: int, *, param_dtype: torch.dtype = torch.float3
 
 
 def _init(conv: Conv, bias: float = 0.0) -> Conv:
-    nn.init.normal_(conv.weight, std=0.01)
+    draw_normal(conv.weight, 0.01)
     nn.init.constant_(conv.bias, bias)
     return conv
 

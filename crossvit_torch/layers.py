@@ -11,6 +11,12 @@ def dropout_is_active(dropout: nn.Dropout) -> bool:
     return dropout.p > 0.0 and dropout.training
 
 
+def draw_normal(parameter: Tensor, std: float) -> Tensor:
+    """Fills it with N(0, std). On the meta device there is nothing to fill, and torch would import its compiler for it:
+    more than a second."""
+    return parameter if parameter.is_meta else nn.init.normal_(parameter, std=std)
+
+
 class Linear(nn.Linear):
     """Linear layer with timm's initialisation: weights N(0, 0.02), biases 0.
 
@@ -18,7 +24,7 @@ class Linear(nn.Linear):
     """
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=0.02)
+        draw_normal(self.weight, 0.02)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

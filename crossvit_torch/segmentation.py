@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from crossvit_jax.config import SegmenterConfig, get_dense_config
 from crossvit_torch.blocks import Block
-from crossvit_torch.layers import Conv, GroupNorm, LayerNorm, Linear, OutputConv, ReLU
+from crossvit_torch.layers import Conv, GroupNorm, LayerNorm, Linear, OutputConv, ReLU, draw_normal
 from crossvit_torch.pyramid import DenseModel
 from crossvit_torch.resize import adaptive_average, resize_bilinear
 
@@ -121,7 +121,7 @@ class MaskTransformer(nn.Module):
         super().__init__()
         kwargs = {"dtype": param_dtype, "device": device}
         self.proj_dec = Linear(width, width, **kwargs)
-        self.cls_emb = nn.Parameter(nn.init.normal_(torch.empty(1, num_classes, width, **kwargs), std=0.02))
+        self.cls_emb = nn.Parameter(draw_normal(torch.empty(1, num_classes, width, **kwargs), 0.02))
         self.blocks = nn.ModuleList(
             Block(width, num_heads, 4.0, drop_path=drop_path_rate, param_dtype=param_dtype, device=device)
             for _ in range(num_blocks)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from crossvit_jax.config import CrossViTConfig, cell_overlaps
 from crossvit_torch.crossvit import CrossViT
-from crossvit_torch.layers import Linear
+from crossvit_torch.layers import Linear, draw_normal
 from crossvit_torch.resize import scale_image
 
 LEAST = 1e-5  # added to the number of masked pixels, as SimMIM does
@@ -42,7 +42,7 @@ class MaskedCrossViT(nn.Module):
         kwargs = {"dtype": param_dtype, "device": device}
         self.body = CrossViT(config, dtype=dtype, param_dtype=param_dtype, device=device)
         for i, dim in enumerate(config.embed_dim):
-            token = nn.init.normal_(torch.empty(1, 1, dim, **kwargs), std=0.02)
+            token = draw_normal(torch.empty(1, 1, dim, **kwargs), 0.02)
             setattr(self, f"mask_token_{i}", nn.Parameter(token))
         self.decoder = nn.ModuleList(
             Linear(dim, size * size * config.in_chans, **kwargs)

@@ -86,6 +86,8 @@ def test_overflow_of_half_precision_is_counted(weights_file):
     [
         ("import convert", {"jax", "torch", "numpy"}),
         ("import convert; convert.load_flax({path!r})", {"torch", "crossvit_torch", "orbax"}),
+        # torch's compiler, which takes more than a second
+        ("import convert; convert.load_torch({path!r})", {"torch._dynamo", "sympy", "timm"}),
     ],
 )
 def test_only_what_is_needed_is_imported(tmp_path, weights_file, code, absent):
