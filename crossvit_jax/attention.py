@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from crossvit_jax.kernels.attention import dot_product_attention
+from crossvit_jax.kernels.attention import dot_product_attention, project_by_head
 from crossvit_jax.kernels.layers import plain_wide_einsum, wide_einsum
 from crossvit_jax.layers import Conv, LayerNorm, Linear, dropout_is_active
 from crossvit_jax.reduce import Size, log_size
@@ -103,6 +103,9 @@ class Attention(nnx.Module):
 
     def per_head(self, x: Float[Array, "batch tokens dim"]) -> list[Float[Array, "batch tokens heads width"]]:
         """Queries, keys and values."""
+        if self.implementation == "tpu":
+            parameters = (self.qkv.kernel[...], None if self.qkv.bias is None else self.qkv.bias[...])
+            return project_by_head(*self.qkv.promote_dtype((x, *parameters), dtype=self.qkv.dtype), self.num_heads)
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         return [x[:, :, 0] for x in jax.lax.split(qkv, (1, 1, 1), axis=2)]  # whose gradient is a mere concatenation

@@ -384,13 +384,21 @@ def _with_class_token(token: Float[Array, "batch 1 dim"], x: Float[Array, "batch
 def _in_place(class_tokens: list[Float[Array, "batch 1 _"]], xs: list[Float[Array, "batch _ _"]]) -> list[Array]:
     """The tokens of all branches with other class tokens, written over the old ones: nothing else is copied.
 
-    By the barrier XLA reads all that the new class tokens are made of before it writes the first.
+    By the barrier XLA reads all that the new class tokens are made of before it writes the first. A TPU has no use for
+    that: what reads the tokens can join them there, and by its compiler's estimate a forward pass would take 9 % more.
     """
-    xs, class_tokens = jax.lax.optimization_barrier((xs, class_tokens))
-    return [
-        jax.lax.dynamic_update_slice(x, token.astype(x.dtype), (0, 0, 0))
-        for token, x in zip(class_tokens, xs, strict=True)
-    ]
+
+    def over_old(class_tokens: list[Array], xs: list[Array]) -> list[Array]:
+        xs, class_tokens = jax.lax.optimization_barrier((xs, class_tokens))
+        return [jax.lax.dynamic_update_slice(x, token, (0, 0, 0)) for token, x in zip(class_tokens, xs, strict=True)]
+
+    def joined(class_tokens: list[Array], xs: list[Array]) -> list[Array]:
+        return [_with_class_token(token, x) for token, x in zip(class_tokens, xs, strict=True)]
+
+    class_tokens = [token.astype(x.dtype) for token, x in zip(class_tokens, xs, strict=True)]
+    if not isinstance(xs[0].shape[0], int):  # a symbolic batch, under jax.export: one program for all platforms
+        return joined(class_tokens, xs)
+    return jax.lax.platform_dependent(class_tokens, xs, tpu=joined, default=over_old)
 
 
 def _in_stage(config: CrossViTConfig, stage: int, branch: int) -> tuple[bool, ...]:

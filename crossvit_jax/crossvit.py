@@ -278,15 +278,18 @@ class CrossViT(nnx.Module):
             stage.grad_checkpointing = enable
 
     def set_attention(self, implementation: str, devices: Sequence[Any] = ()) -> None:
-        """Which kernel self-attention takes: "xla" (any device, the default), or "cudnn" (NVIDIA GPUs, half precision
-        only). "auto" is the faster of them on the devices named, such as `jax.devices()`.
+        """How self-attention is computed: "xla" (any device, the default), "cudnn" (NVIDIA GPUs, half precision only),
+        or "tpu" (what "xla" computes, laid out for TPUs). "auto" is the fastest on the devices named, such as
+        `jax.devices()`.
 
         Raises ValueError for anything else. What "cudnn" cannot do is found when the model is first called.
         """
         if implementation == "auto" and devices:
             implementation = fastest_implementation(devices, self.dtype)
-        if implementation not in ("xla", "cudnn"):
-            raise ValueError(f"implementation must be 'xla', 'cudnn', or 'auto' with devices; got {implementation!r}")
+        if implementation not in ("xla", "cudnn", "tpu"):
+            raise ValueError(
+                f"implementation must be 'xla', 'cudnn', 'tpu', or 'auto' with devices; got {implementation!r}"
+            )
         for _, module in nnx.iter_modules(self):
             if isinstance(module, Attention):
                 module.implementation = implementation

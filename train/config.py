@@ -364,10 +364,10 @@ class TrainConfig:
         "in half precision, keep what flows from block to block in float32, as torch.autocast does: nearer to exact, "
         "and more memory traffic",
     )
-    attention_kernel: Literal["auto", "xla", "cudnn"] = setting(
+    attention_kernel: Literal["auto", "xla", "cudnn", "tpu"] = setting(
         "auto",
-        "what computes self-attention: xla, or cudnn (NVIDIA GPUs from compute capability 8.0 on, in half "
-        "precision); auto: cudnn where it can",
+        "what computes self-attention: xla, cudnn (NVIDIA GPUs from compute capability 8.0 on, in half precision), or "
+        "tpu (what xla computes, laid out for TPUs); auto: cudnn where it can, tpu on TPUs",
     )
     deterministic: bool = setting(
         False, "on GPUs the same steps give the same bits, more slowly; CPUs and TPUs compute so anyway"

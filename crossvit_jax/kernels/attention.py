@@ -20,7 +20,7 @@ def dot_product_attention(
     q: Float[Array, "batch queries heads width"],
     k: Float[Array, "batch keys heads width"],
     v: Float[Array, "batch keys heads width"],
-    implementation: Literal["xla", "cudnn"] = "xla",
+    implementation: Literal["xla", "cudnn", "tpu"] = "xla",
     bias: Float[Array, "batch keys"] | None = None,
 ) -> Float[Array, "batch queries heads width"]:
     """softmax(q kᵀ / √width + bias) v for every head, in the inputs' dtype; the softmax is in float32 or wider.
@@ -28,7 +28,8 @@ def dot_product_attention(
     Its gradient can be taken in reverse mode only; with "xla" to any order, the last of them in forward mode too.
 
     Args:
-        implementation: "xla" for any device and dtype; "cudnn" for NVIDIA's fused kernel: a GPU, half precision.
+        implementation: "xla" for any device and dtype; "cudnn" for NVIDIA's fused kernel: a GPU, half precision; "tpu"
+            is "xla" here, see `project_by_head`.
         bias: of each key, for all heads and queries alike, in float32 or wider; cuDNN rounds it to the inputs' dtype.
             None: 0, at no cost.
 
@@ -45,9 +46,32 @@ def dot_product_attention(
     return _attend(q, k, v, bias).swapaxes(1, 2)
 
 
-def fastest_implementation(devices: Iterable[Any], dtype: Any) -> Literal["xla", "cudnn"]:
-    """What `dot_product_attention` should take on devices, which may be some to compile for: "cudnn" in half precision
-    where all are NVIDIA GPUs of compute capability 8.0 or later."""
+def project_by_head(
+    x: Float[Array, "batch tokens dim"],
+    kernel: Float[Array, "dim parts"],
+    bias: Float[Array, " parts"] | None,
+    num_heads: int,
+) -> list[Float[Array, "batch tokens heads width"]]:
+    """Queries, keys and values as a product each, which a TPU writes by head.
+
+    It keeps the last two axes of an array in tiles of many rows and 128 columns: what one product returns, cut into
+    three and heads, would be copied at several times its size.
+    """
+    kernels = jax.lax.split(kernel.reshape(len(kernel), 3, num_heads, -1), (1, 1, 1), axis=1)
+    # by head first: so the products are written as attention reads them
+    parts = [jnp.einsum("bnc,chw->bhnw", x, part[:, 0]) for part in kernels]
+    if bias is not None:
+        biases = bias.reshape(3, num_heads, 1, -1)
+        parts = [part + own for part, own in zip(parts, biases, strict=True)]
+    return [part.swapaxes(1, 2) for part in parts]
+
+
+def fastest_implementation(devices: Iterable[Any], dtype: Any) -> Literal["xla", "cudnn", "tpu"]:
+    """What self-attention should take on devices, which may be some to compile for: "cudnn" in half precision where all
+    are NVIDIA GPUs of compute capability 8.0 or later, "tpu" where all are TPUs; see `CrossViT.set_attention`."""
+    devices = list(devices)
+    if devices and all(getattr(device, "platform", "") == "tpu" for device in devices):
+        return "tpu"
     # other makers' GPUs tell something like "gfx90a", and other devices nothing
     found = [re.match(r"(\d+)\.", str(getattr(device, "compute_capability", ""))) for device in devices]
     fused = bool(found) and all(match is not None and int(match[1]) >= 8 for match in found)

@@ -207,8 +207,18 @@ def test_cudnn_gives_what_plain_attention_gives_on_a_gpu(tokens, width, biased):
 def test_an_unknown_implementation_is_refused():
     model = abstract("ti", image_size=120)
     for implementation in ("flash", "auto"):  # the latter without devices
-        with pytest.raises(ValueError, match=f"must be 'xla', 'cudnn', or 'auto' with devices; got '{implementation}'"):
+        with pytest.raises(
+            ValueError, match=f"must be 'xla', 'cudnn', 'tpu', or 'auto' with devices; got '{implementation}'"
+        ):
             model.set_attention(implementation)
+
+
+def test_tpus_have_an_order_of_their_own():
+    devices = [SimpleNamespace(platform="tpu", compute_capability=None)] * 2
+    model = abstract("ti", image_size=120)  # of any precision
+    model.set_attention("auto", devices)
+    assert model.blocks[0].blocks[1][0].attn.implementation == "tpu"
+    assert attention.fastest_implementation([*devices, SimpleNamespace(platform="cpu")], jnp.bfloat16) == "xla"
 
 
 @pytest.mark.parametrize(
@@ -221,7 +231,7 @@ def test_an_unknown_implementation_is_refused():
         (["7.5"], jnp.bfloat16, "xla"),
         (["8.0", "7.5"], jnp.bfloat16, "xla"),
         (["gfx90a"], jnp.bfloat16, "xla"),  # AMD
-        ([None], jnp.bfloat16, "xla"),  # CPUs and TPUs
+        ([None], jnp.bfloat16, "xla"),  # CPUs
         ([], jnp.bfloat16, "xla"),
     ],
 )

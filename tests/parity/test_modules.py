@@ -1,7 +1,7 @@
 """Each module alone: the torch twin against timm's module, and Flax against the torch twin. Outputs and gradients."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
@@ -69,6 +69,18 @@ def attention_case(name: str, timm_class: type, qkv_bias: bool) -> Case:
         (24, 3),
         {"qkv_bias": qkv_bias},
     )
+
+
+class FlaxForTpus(attention.Attention):
+    """In the order that suits TPUs."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.implementation = "tpu"
+
+
+def for_tpus_case(qkv_bias: bool) -> Case:
+    return replace(attention_case("Attention", timm.layers.Attention, qkv_bias), flax=FlaxForTpus)
 
 
 def separable_case(qkv_bias: bool) -> Case:
@@ -144,6 +156,8 @@ CASES = {
     "PatchEmbed-16-three-convolutions": embed(16, (48, 80), 1, multi_conv=True),
     "Attention": attention_case("Attention", timm.layers.Attention, qkv_bias=True),
     "Attention-without-bias": attention_case("Attention", timm.layers.Attention, qkv_bias=False),
+    "Attention-for-TPUs": for_tpus_case(qkv_bias=True),
+    "Attention-for-TPUs-without-bias": for_tpus_case(qkv_bias=False),
     "SeparableAttention": separable_case(qkv_bias=True),
     "SeparableAttention-without-bias": separable_case(qkv_bias=False),
     "SpatialReductionAttention": reduced_case(TimmReduced, TorchReduced, FlaxReduced, qkv_bias=True),

@@ -15,7 +15,7 @@ from crossvit_jax.kernels.attention import dot_product_attention, fastest_implem
 
 _IMAGES = 2  # enough to see whether a shape is supported: that does not depend on their number
 
-Kernel = Literal["xla", "cudnn"]
+Kernel = Literal["xla", "cudnn", "tpu"]
 
 
 def choose_attention(
@@ -27,18 +27,19 @@ def choose_attention(
     which one compiles for, only jax's own checks can be made.
 
     Args:
-        wanted: "auto" for cuDNN's where it can be had.
+        wanted: "auto" for cuDNN's where it can be had, and "tpu" on TPUs.
         precision: of the arithmetic: float32, bfloat16 or float16.
         training: whether gradients are taken, too.
 
     Raises SettingsError if "cudnn" is wanted and cannot be had.
     """
-    if wanted == "xla":
-        return "xla", []
+    if wanted in ("xla", "tpu"):
+        return wanted, []
     devices = list(mesh.devices.flat)
-    if fastest_implementation(devices, precision) == "xla":
+    fastest = fastest_implementation(devices, precision)
+    if fastest != "cudnn":
         if wanted == "auto":
-            return "xla", []
+            return fastest, []
         raise SettingsError(
             "attention_kernel cudnn needs NVIDIA GPUs of compute capability 8.0 or later and half precision; "
             f"this is {devices[0].device_kind} and {precision}: choose auto or xla"

@@ -74,10 +74,11 @@ def add_model_flags(parser: Parser, *, batches: bool = True, max_pixels: int = M
     )
     parser.add_argument(
         "--attention-kernel",
-        choices=("auto", "xla", "cudnn"),
+        choices=("auto", "xla", "cudnn", "tpu"),
         default="auto",
-        help="what computes self-attention: xla, or cudnn (NVIDIA GPUs from compute capability 8.0 on, in half "
-        "precision) (default: auto, which is cudnn where it can)",
+        help="what computes self-attention: xla, cudnn (NVIDIA GPUs from compute capability 8.0 on, in half "
+        "precision), or tpu (what xla computes, laid out for TPUs) (default: auto, which is cudnn where it can, and "
+        "tpu on TPUs)",
     )
     parser.add_argument(
         "--reduce-tokens",

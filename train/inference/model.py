@@ -164,7 +164,7 @@ def load_predictor(
         crop_pct: share of the resized image that a classifier's evaluation crop keeps; none: as stored.
         precision: float32, bfloat16 or float16; none: see `train.devices.mesh.default_precision`.
         fp32_residual: see `CrossViT.set_fp32_residual`.
-        attention_kernel: auto, xla or cudnn, see `train.devices.attention.choose_attention`.
+        attention_kernel: auto, xla, cudnn or tpu, see `train.devices.attention.choose_attention`.
         reduce_tokens: how a classifier computes with fewer tokens, see `crossvit_jax.config.Reduction`, or "none" for
             all of them; none: as stored.
         quantize: int8 or int4 to round a classifier's linear layers' weights to, see `train.optim.quantize`; none: as

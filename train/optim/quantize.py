@@ -13,6 +13,7 @@ from flax import nnx
 
 from convert.errors import require
 from crossvit_jax import CrossViT
+from crossvit_jax.attention import Attention
 from crossvit_jax.layers import Linear
 
 if TYPE_CHECKING:
@@ -74,9 +75,11 @@ def quantised(model: CrossViT, weights: str) -> CrossViT:
 
 
 def _narrow(model: CrossViT) -> CrossViT:
-    """A copy whose linear layers return the model's own precision: qwix knows no others."""
+    """A copy whose linear layers return the model's own precision, and are all called: qwix knows no others."""
     model = nnx.merge(*nnx.split(model))
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
             module.set_wide(False)
+        if isinstance(module, Attention) and module.implementation == "tpu":
+            module.implementation = "xla"
     return model

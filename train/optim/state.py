@@ -62,8 +62,8 @@ def abstract_model(task: Task, config: TrainConfig) -> nnx.Module:
     model = nnx.merge(*_draw.eval_shape(key, task=task, dtype=_dtype(config)))
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
-    if config.attention_kernel == "cudnn":
-        model.set_attention("cudnn")
+    if config.attention_kernel != "auto":
+        model.set_attention(config.attention_kernel)
     if config.fp32_residual:
         model.set_fp32_residual()
     if config.qat is not None:

@@ -102,6 +102,14 @@ def test_the_linear_layers_of_the_transformer_are_rounded_and_nothing_else(model
     held = {path[:-3] for path, leaf in nnx.to_flat_state(nnx.state(quantised(model, "int4"))) if path[-1] == "qvalue"}
     assert held == set(expected)
 
+    model.set_attention("tpu")  # which multiplies without calling the layer
+    try:
+        graphdef, state = nnx.split(fake_quantised(model, "int4"))
+    finally:
+        model.set_attention("xla")
+    as_for_tpus = jax.make_jaxpr(lambda state, images: nnx.merge(graphdef, state)(images))(state, _images())
+    assert str(as_for_tpus) == str(program)
+
 
 def test_parameters_keep_their_names_and_values(model):
     copy = fake_quantised(model, "int4")
