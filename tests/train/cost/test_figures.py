@@ -44,6 +44,17 @@ def test_the_memory_of_a_chip_is_what_its_compiler_allows(without_tpu, topology)
 
 
 @pytest.mark.slow
+def test_a_forward_pass_takes_no_more_of_a_chip_than_it_did(without_tpu, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "ti", VARIANTS["ti"].replace(depth=(1, 1), stages=1))
+    config = dataclasses.replace(RECIPES["imagenet"], variant="ti", batch_size=64)
+    figures = compile_step(config, 1000, "v5e:1x1", inference=True)
+    assert figures.config.attention_kernel == "tpu"
+    # found by compiling; with "xla" 4.73 million, and 164,444,160 bytes
+    assert figures.cycles <= 1.02 * 3_308_201
+    assert figures.memory.activations <= 2**20
+
+
+@pytest.mark.slow
 def test_gradients_are_summed_once_and_fsdp_divides_the_state_on_a_slice(without_tpu, monkeypatch):
     monkeypatch.setitem(VARIANTS, "ti", VARIANTS["ti"].replace(depth=(1, 1), stages=1))
     config = dataclasses.replace(RECIPES["digits"], batch_size=32)
