@@ -57,9 +57,9 @@ def project_by_head(
     It keeps the last two axes of an array in tiles of many rows and 128 columns: what one product returns, cut into
     three and heads, would be copied at several times its size.
     """
-    kernels = jax.lax.split(kernel.reshape(len(kernel), 3, num_heads, -1), (1, 1, 1), axis=1)
+    kernels = jax.lax.split(kernel, (kernel.shape[1] // 3,) * 3, axis=1)
     # by head first: so the products are written as attention reads them
-    parts = [jnp.einsum("bnc,chw->bhnw", x, part[:, 0]) for part in kernels]
+    parts = [jnp.einsum("bnc,chw->bhnw", x, part.reshape(len(part), num_heads, -1)) for part in kernels]
     if bias is not None:
         biases = bias.reshape(3, num_heads, 1, -1)
         parts = [part + own for part, own in zip(parts, biases, strict=True)]
