@@ -2,18 +2,19 @@
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from benchmarks.command import add_data, add_rounds, given_data, parser_of, run_benchmark
 from benchmarks.result import Content, one_result
-from benchmarks.rounds import say
+from benchmarks.rounds import in_turn, say
 from benchmarks.task import jax_facts, repeated
 from benchmarks.worker import ROUND_SECONDS, seconds_of
 from convert.architecture import expected_shapes
-from convert.command_line import at_least_one, at_least_zero, leave, weights_source
+from convert.command_line import at_least_one, leave, weights_source
 from train.cost.flops import macs_per_image
 from train.data.bad_images import BadImages
 from train.data.sources import Matched
@@ -42,7 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("weights", nargs="+", type=weights_source, metavar="SOURCE", help="of python -m convert; the first is compared")
     add_data(parser)
     add("--batch-size", type=at_least_one, default=8, metavar="N", help="images that are timed together; default: 8")
-    add("--workers", type=at_least_zero, metavar="N", help="processes that read images; default: one per core")
     add_rounds(parser)
     args = parser.parse_args(argv)
     return run_benchmark(parser, args, lambda: _measured(args))
@@ -52,13 +52,16 @@ def _measured(args: argparse.Namespace) -> Iterator[Content]:
     classifiers = {source: load_classifier(source) for source in args.weights}
     behind = next(filter(None, map(run_behind, args.weights)), None)
     data = open_data(given_data(args), "held-out", behind)
-    figures = {source: _figures(args, classifier, data) for source, classifier in classifiers.items()}
-    told = {"dataset": data.dataset, "images": len(data.images), "held_out_split": data.split, "models": figures}
+    figures = {source: _figures(classifier, data) for source, classifier in classifiers.items()}
+    turns = {source: _turn(classifier, args.batch_size) for source, classifier in classifiers.items()}
+    for source, seconds in in_turn(turns, args.repeats).items():
+        figures[source]["seconds"] = seconds
+    told = {"dataset": data.dataset, "images": len(data.images), "held_out_split": data.split}
     told |= {"reference": args.weights[0], "batch_size": args.batch_size, "images_per_call": args.batch_size}
-    yield one_result("accuracy", told, _seconds(args, classifiers), **jax_facts())
+    yield one_result("accuracy", told, figures, **jax_facts())
 
 
-def _figures(args: argparse.Namespace, classifier: Classifier, data: Data) -> dict[str, float | str]:
+def _figures(classifier: Classifier, data: Data) -> dict[str, Any]:
     """What a model has and does, and its accuracy on the images."""
     config = classifier.config
     classes, notes = match_classes(data.class_names, classifier.class_names, config.num_classes)
@@ -66,27 +69,14 @@ def _figures(args: argparse.Namespace, classifier: Classifier, data: Data) -> di
         say(f"note: {note}")
     source = Matched(data.images, tuple(classes.tolist()))
     scores = classifier.task.scores(source)
-    workers = reading_processes(len(source)) if args.workers is None else args.workers
-    how = {"batch_size": classifier.batch_size(None, len(source)), "workers": workers, "advance": lambda count: None}
-    evaluate(classifier, source, scores, BadImages(source, say), **how)
+    how = {"batch_size": classifier.batch_size(None, len(source)), "workers": reading_processes(len(source))}
+    evaluate(classifier, source, scores, BadImages(source, say), advance=lambda count: None, **how)
     known = {"parameters": sum(map(math.prod, expected_shapes(config).values())), "macs": macs_per_image(config)}
     return known | {"top1": scores.values()["top1"], "precision": classifier.precision}
 
 
-def _seconds(args: argparse.Namespace, classifiers: Mapping[str, Classifier]) -> dict[str, list[float]]:
-    """How long each model takes for a batch, round by round."""
-    programs = {source: _program(classifier, args.batch_size) for source, classifier in classifiers.items()}
-    counts = {source: max(1, round(ROUND_SECONDS / seconds_of(program, 1))) for source, program in programs.items()}
-    seconds: dict[str, list[float]] = {source: [] for source in programs}
-    for number in range(1, args.repeats + 1):
-        for source, program in programs.items():
-            seconds[source].append(seconds_of(program, counts[source]) / counts[source])
-        say(f"round {number} of {args.repeats} done")
-    return seconds
-
-
-def _program(classifier: Classifier, batch_size: int) -> Callable[[int], None]:
-    """Runs a batch that is there so many times, and waits for the logits; it has run once."""
+def _turn(classifier: Classifier, batch_size: int) -> Callable[[], float]:
+    """Seconds of a call with a batch that is there, over a round of calls; the program has run before."""
     config = classifier.config
     images = np.random.default_rng(0).standard_normal((batch_size, *config.image_size, config.in_chans), np.float32)
     batch = jax.device_put({"image": images})
@@ -94,7 +84,8 @@ def _program(classifier: Classifier, batch_size: int) -> Callable[[int], None]:
     compiled = classifier.compile(lambda model, batch: model(batch["image"]), shapes)
     program = repeated(lambda: jax.block_until_ready(compiled(batch)))
     program(1)
-    return program
+    calls = max(1, round(ROUND_SECONDS / seconds_of(program, 1)))
+    return lambda: seconds_of(program, calls) / calls
 
 
 if __name__ == "__main__":

@@ -2,18 +2,19 @@
 
 import argparse
 import importlib.util
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from benchmarks.result import Content, as_json, failed, is_result, write_json
+from benchmarks.result import Content, as_json, failed, is_result
 from benchmarks.rounds import measure, say
 from benchmarks.table import tables
 from benchmarks.task import ModelTask, Task
 from convert.command_line import Parser, at_least_one, data_set, run
 from convert.errors import SettingsError
-from convert.files import check_place, check_replaceable, home_path, typed_path
+from convert.files import check_place, check_replaceable, home_path, typed_path, write_whole
 from crossvit_jax.config import VARIANTS
 
 EPILOG = """\
@@ -29,18 +30,13 @@ def parser_of(benchmark: str, description: str, epilog: str = EPILOG) -> Parser:
     return Parser(prog=f"python -m benchmarks.{benchmark}", description=description, epilog=epilog)
 
 
-def add_json(parser: Parser) -> None:
-    """Where the JSON goes."""
-    parser.add_argument("--json", type=typed_path, metavar="FILE", help="write what is measured, every round, to FILE")
-
-
 def add_rounds(parser: Parser, sides: Iterable[str] = (), repeats: int = 10, what: str = "rounds") -> None:
     """Which sides there are to choose from, how many rounds are measured, and where the JSON goes."""
     if sides:
         parser.add_argument("--sides", nargs="+", choices=tuple(sides), help="default: all")
     help = f"{what}; default: {repeats}"
     parser.add_argument("--repeats", type=at_least_one, default=repeats, metavar="N", help=help)
-    add_json(parser)
+    parser.add_argument("--json", type=typed_path, metavar="FILE", help="write what is measured, every round, to FILE")
 
 
 def add_data(parser: Parser) -> None:
@@ -91,13 +87,6 @@ def pick_device(args: argparse.Namespace) -> str:
     return "gpu" if has_gpu else "cpu"
 
 
-def check_json(file: Path | None) -> None:
-    """Raises ConversionError if nothing can be written there, or something else is there."""
-    if file is not None:
-        check_place(file, overwrite=True)
-        check_replaceable([file], is_result)
-
-
 def run_benchmark(parser: Parser, args: argparse.Namespace, measured: Callable[[], Iterable[Content]]) -> int:
     """Runs what yields the JSON content, as far as it is known each time; returns the exit status: 1 if a side failed.
 
@@ -105,11 +94,14 @@ def run_benchmark(parser: Parser, args: argparse.Namespace, measured: Callable[[
     """
 
     def begin() -> int:
-        check_json(args.json)
+        if args.json:
+            check_place(args.json, overwrite=True)
+            check_replaceable([args.json], is_result)
         content = {"results": []}
         try:
             for content in measured():
-                write_json(args.json, content)
+                if args.json:
+                    write_whole(args.json, f"{json.dumps(content, indent=2)}\n".encode())
         finally:
             if content["results"]:
                 print("\n\n".join(tables([content])), flush=True)
@@ -125,14 +117,12 @@ def run_sides(parser: Parser, args: argparse.Namespace, tasks: Callable[[str, Pa
     """
 
     def contents() -> Iterator[Content]:
-        if args.sides and len(set(args.sides)) < len(args.sides):
-            raise SettingsError("--sides names a side twice")
         device, measured = pick_device(args) if hasattr(args, "device") else "cpu", []
         with tempfile.TemporaryDirectory(prefix="crossvit-benchmark-") as folder:
             environment = workers_environment(device, Path(folder))
             for task in tasks(device, Path(folder)):
                 say(", ".join(f"{name} {value}" for name, value in task.told().items()))
-                sides = args.sides or list(task.SIDES)
+                sides = list(dict.fromkeys(args.sides or task.SIDES))
                 measured.append(measure(task, sides, rounds=args.repeats, environment=environment))
                 yield as_json(parser.prog.rpartition(".")[2], measured)
 
@@ -140,10 +130,7 @@ def run_sides(parser: Parser, args: argparse.Namespace, tasks: Callable[[str, Pa
 
 
 def workers_environment(device: str, folder: Path) -> dict[str, str]:
-    """Environment variables for the sides' processes.
-
-    The folder is for compiled programs: several processes run the same ones.
-    """
+    """Environment variables for the sides' processes, several of which run the programs that one compiled."""
     compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
     variables = {"JAX_PLATFORMS": "cuda" if device == "gpu" else "cpu", "JAX_COMPILATION_CACHE_DIR": compiled}
     # beside torch, jax takes what it needs, not nearly all memory at once

@@ -52,11 +52,10 @@ def write_photographs(folder: Path, count: int) -> None:
     samples = DataTask(batch_size=min(count, _DIFFERENT)).samples()
     for number, sample in enumerate(samples):
         (different / f"{number}.jpg").write_bytes(sample["image"])
-    for number in range(min(count, PHOTOGRAPH_CLASSES)):
-        (folder / "train" / f"class-{number}").mkdir(parents=True)
     for number in range(count):
-        file = folder / "train" / f"class-{number % PHOTOGRAPH_CLASSES}" / f"{number}.jpg"
-        file.hardlink_to(different / f"{number % len(samples)}.jpg")
+        place = folder / "train" / f"class-{number % PHOTOGRAPH_CLASSES}"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number}.jpg").hardlink_to(different / f"{number % len(samples)}.jpg")
     os.symlink("train", folder / "val")
 
 

@@ -37,8 +37,8 @@ def draw_ratios(contents: Sequence[Content], path: Path) -> None:
         variants = list(dict.fromkeys(result["variant"] for result in results))
         _draw_panel(axes, sorted(results, key=lambda result: (variants.index(result["variant"]), result["batch_size"])))
     all_axes[0].set_ylabel("times as fast as timm's best")
-    hollow = any(_is_invalid(result) for results in panels.values() for result in results)
-    note = "; hollow: not valid as a comparison, see the notes under the tables" if hollow else ""
+    has_hollow = any(_is_invalid(result) for results in panels.values() for result in results)
+    note = "; hollow: not valid as a comparison, see the notes under the tables" * has_hollow
     figure.supxlabel(f"variant, and batch{note}", fontsize=9)
     save_figure(figure, path)
 

@@ -9,7 +9,6 @@ round. All other figures of the tables are computed from these. Imports no frame
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 import statistics
@@ -20,7 +19,6 @@ from typing import Any
 
 from benchmarks.rounds import Measured
 from benchmarks.task import usable_cores
-from convert.files import write_whole
 from crossvit_jax.files import read_json
 from train.run.provenance import commit
 
@@ -29,15 +27,8 @@ Result = Mapping[str, Any]
 
 # Cores that other programs may keep busy: above this ratios mean nothing, and are shown with a warning. To take turns
 # does not help against that: torch's threads wait for each other at the end of every operation, so one that is denied
-# its core holds up all. Seen where others had 1.4 of 2 cores: the same call took torch 0.3 s in one round and 1.8 s in
-# another, and XLA between 0.1 and 0.2 s.
+# its core holds up all.
 ACCEPTED_OTHERS = 0.05 * os.cpu_count()
-
-
-def write_json(path: Path | None, content: Content) -> None:
-    """Writes it whole, or not at all, if there is a path. Raises NotWritten if that is impossible."""
-    if path is not None:
-        write_whole(path, f"{json.dumps(content, indent=2)}\n".encode())
 
 
 def is_result(file: Path) -> bool:
@@ -72,9 +63,9 @@ def _result(measured: Measured) -> Result:
     }
 
 
-def one_result(benchmark: str, told: Mapping[str, Any], seconds: Mapping[str, list[float]], **facts: str) -> Content:
-    """The content of a benchmark with a single result, by its sides' seconds per call, round by round."""
-    sides = {side: {"failure": None, "seconds": times} for side, times in seconds.items()}
+def one_result(benchmark: str, told: Mapping[str, Any], sides: Mapping[str, dict], **facts: str) -> Content:
+    """The content of a benchmark with a single result: of each side `seconds` per call, and what else is known."""
+    sides = {side: {"failure": None, **known} for side, known in sides.items()}
     return about(benchmark, facts) | {"results": [{"disturbed": False, **told, "sides": sides}]}
 
 

@@ -101,10 +101,20 @@ def measure(
     return measured
 
 
-def _work_of_others() -> float:
-    """Seconds that all cores together have worked since the start, but for this process and those that it began.
+def in_turn(turns: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each gives, round by round: A B C A B C …"""
+    found: dict[str, list[float]] = {name: [] for name in turns}
+    for number in range(1, rounds + 1):
+        for name, turn in turns.items():
+            found[name].append(turn())
+        say(f"round {number} of {rounds} done")
+    return found
 
-    Other virtual machines are among the others.
+
+def _work_of_others() -> float:
+    """Seconds that all cores together have worked for others than this process and those that it began.
+
+    Other virtual machines are among them.
     """
     known = psutil.cpu_times()._asdict()
     idle = ("idle", "iowait", "guest", "guest_nice")  # guests are counted twice

@@ -18,9 +18,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.command import add_json, parser_of, run_benchmark
+from benchmarks.command import add_rounds, parser_of, run_benchmark
 from benchmarks.result import Content, one_result
-from benchmarks.rounds import say
+from benchmarks.rounds import in_turn, say
 from benchmarks.sides.load import closed_loop, open_loop
 from benchmarks.task import DataTask
 from benchmarks.worker import SideFailed
@@ -34,8 +34,6 @@ from train.inference.model import Classifier, load_classifier
 _SHARES = (0.5, 0.8, 1.2, 2.0)  # of capacity
 _START = 600.0  # seconds that a server has to become ready
 _PHOTOGRAPHS = 8
-_ROUNDS = 3
-_Rates = dict[str, list[float]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=at_least_one, default=20, metavar="N", help="of each load; default: 20")
     soak = "requests, with a look at the server's memory after each tenth; default: 1000"
     parser.add_argument("--soak", type=at_least_one, default=1000, metavar="N", help=soak)
-    add_json(parser)
+    add_rounds(parser, repeats=3)
     args = parser.parse_args(argv)
     return run_benchmark(parser, args, lambda: _measured(args))
 
@@ -62,9 +60,9 @@ def _measured(args: argparse.Namespace) -> Iterator[Content]:
         say(f"capacity {capacity:.1f} pictures/s")
         loads = [_loaded(server, bodies, share, capacity, args.seconds) for share in _SHARES]
         soak = _soaked(server, bodies, args)
-    seconds = {side: [1 / rate for rate in told] for side, told in rates.items()}
+    sides = {side: {"seconds": [1 / rate for rate in found]} for side, found in rates.items()}
     told = {"weights": Path(args.weights).name, "batch_size": args.max_batch, "images_per_call": 1}
-    yield one_result("serving", told | {"loads": loads, "soak": soak}, seconds)
+    yield one_result("serving", told | {"loads": loads, "soak": soak}, sides)
 
 
 @contextlib.contextmanager
@@ -94,21 +92,18 @@ def _metrics(address: str) -> dict[str, float]:
     return {name: float(value) for name, value in lines}
 
 
-def _compared(server: str, predicted: Iterator[float], bodies: Sequence[bytes], args: argparse.Namespace) -> _Rates:
+def _compared(
+    server: str, predicted: Iterator[float], bodies: Sequence[bytes], args: argparse.Namespace
+) -> dict[str, list[float]]:
     """Pictures in a second of the server, of train.predict, and without batches; in turns, so that others slow all."""
 
     def rate(of: str, seconds: float = args.seconds / 2) -> float:
         return asyncio.run(closed_loop(of, bodies, clients=2 * args.max_batch, seconds=seconds)).rate
 
-    rates: _Rates = {"server": [], "train.predict": [], "one at a time": []}
     with _serving(args.weights, 1) as single, contextlib.closing(predicted):
-        turns = (lambda: rate(server), lambda: next(predicted), lambda: rate(single))
         rate(server, 2)  # warm
-        for number in range(_ROUNDS):
-            for found, turn in zip(rates.values(), turns, strict=True):
-                found.append(turn())
-            say(f"round {number + 1} of {_ROUNDS} done")
-    return rates
+        ours = {"server": lambda: rate(server), "train.predict": lambda: next(predicted)}
+        return in_turn(ours | {"one at a time": lambda: rate(single)}, args.repeats)
 
 
 def _predicted(classifier: Classifier, bodies: Sequence[bytes], seconds: float) -> Iterator[float]:

@@ -44,7 +44,8 @@ def _measured(repeats: int, flags: list[str]) -> Iterator[Content]:
             for start, seconds in starts.items():
                 seconds.append(_seconds(flags, f"{folder}/{number}-{start}", cached))
             say(f"pair {number} of {repeats} done")
-    yield one_result("startup", {"flags": shlex.join(flags)}, starts)
+    sides = {start: {"seconds": seconds} for start, seconds in starts.items()}
+    yield one_result("startup", {"flags": shlex.join(flags)}, sides)
 
 
 def _seconds(flags: list[str], output: str, environment: Mapping[str, str]) -> float:

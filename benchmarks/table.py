@@ -33,7 +33,7 @@ Cell = Callable[[Any, str], str]  # of a row: a result, and a side of it
 class Layout:
     """How a benchmark's results are shown."""
 
-    title: Callable[[Result], str]
+    title: str  # with names of a result in braces
     columns: Sequence[tuple[str, Cell]]  # those of which no row knows anything are left out
     rivals: str = "timm"  # the sides whose names begin so: the fastest of them is compared with
     rows: Callable[[Sequence[Result]], list[tuple[Any, str]]] = lambda results: [
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         contents = list(map(_read, args.files))
         try:
             print("\n\n".join(tables(contents)))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise SettingsError(f"a file is not as a benchmark wrote it ({type(error).__name__}: {error})") from None
         if args.plot:
             from benchmarks.plot import draw_ratios
@@ -83,18 +83,18 @@ def tables(contents: Iterable[Content]) -> list[str]:
     for number, content in enumerate(contents):
         benchmark, file = content["benchmark"], None if content["benchmark"] in MODELS else number
         for result in content["results"]:
-            alike = (benchmark, described(content), LAYOUTS[benchmark].title(result), file)
+            alike = (benchmark, described(content), LAYOUTS[benchmark].title.format_map(result), file)
             groups.setdefault(alike, []).append((content, result))
-    return ["\n".join(_table(LAYOUTS[benchmark], group)) for (benchmark, *_), group in groups.items()]
+    return ["\n".join(_table(LAYOUTS[kind], title, group)) for (kind, _, title, _), group in groups.items()]
 
 
-def _table(layout: Layout, group: Sequence[tuple[Content, Result]]) -> list[str]:
+def _table(layout: Layout, title: str, group: Sequence[tuple[Content, Result]]) -> list[str]:
     """What was measured where, a row for each side, and what has to be said of it."""
     contents, results = zip(*group, strict=True)
     rows = layout.rows(results)
     columns = [(title, [cell(*row) for row in rows]) for title, cell in layout.columns]
     titles, cells = zip(*(column for column in columns if any(column[1])), strict=True)
-    lines = [f"{layout.title(results[0])}; {where(contents)}", "", *markdown_table(titles, zip(*cells, strict=True))]
+    lines = [f"{title}; {where(contents)}", "", *markdown_table(titles, zip(*cells, strict=True))]
     busy = [result["others_cores"] for result in results if result["disturbed"]]
     if busy:
         cores = f"up to {max(busy):.1f} of {contents[0]['machine']['cores']} cores"
@@ -140,10 +140,8 @@ def _figures(
     return cell
 
 
-def _seconds(form: str, scale: float, *, median_only: bool = False) -> Cell:
-    return _figures(
-        lambda result, side: [scale * one for one in spread(rounds(result)[side])], form, median_only=median_only
-    )
+def _seconds(form: str, scale: float, **how: bool) -> Cell:
+    return _figures(lambda result, side: [scale * one for one in spread(rounds(result)[side])], form, **how)
 
 
 def _beside(other: str | Callable[[Result, str], str | None], form: str = ".2f", scale: float = 1) -> Cell:
@@ -179,32 +177,52 @@ _SIDE = ("side", lambda result, side: side)
 _SETTINGS = (("variant", _setting("variant")), ("batch", _setting("batch_size")), ("dtype", _setting("dtype")), _SIDE)
 _TIME = ("ms per call, median (min-max)", _seconds(".2f", 1000))
 _PER_S = ("images/s", _figures(images_per_s, ".1f", median_only=True, says_why=False))
-_SPREAD_PER_S = "images/s, median (min-max)"
+_RATES = ("images/s, median (min-max)", _figures(images_per_s, ".1f"))
 _KNOWN = (
     ("peak memory, GiB", _told("peak_bytes", ".2f", 2**-30)),
     ("of the matmul peak", _share_of_peak),
     *(("difference", _difference), ("from float32", _told("from_float32", ".1e"))),
 )
 _MODEL_COLUMNS = (*_SETTINGS, _TIME, _PER_S, _beside_best("timm"), *_KNOWN)
-_DETECTOR_COLUMNS = (("benchmark", _setting("benchmark")), *_SETTINGS, _TIME, _PER_S, _beside_best("torchvision"))
-
+_BENCHMARK = ("benchmark", _setting("benchmark"))
+_DETECTOR_COLUMNS = (_BENCHMARK, *_SETTINGS, _TIME, _PER_S, _beside_best("torchvision"), *_KNOWN)
 
 # --- end to end: shares of the step alone, and ratios to timm of what is fed alike ---
 
-
-def _step_alone(result: Result, side: str) -> str | None:
-    alone = side.partition("-")[0]
-    return None if side == alone else alone
-
-
-def _fed_alike(result: Result, side: str) -> str | None:
-    other = "timm-loader" if _step_alone(result, side) else "timm"
-    return None if side == other else other
+_ALONE = {"flax-device": "flax", "flax-host": "flax", "timm-loader": "timm"}
+_FED_ALIKE = {"flax": "timm", "flax-device": "timm-loader", "flax-host": "timm-loader"}
 
 
 def _percent(result: Result, side: str) -> str:
-    return _beside(_step_alone, ".0f", 100)(result, side).replace(" ", " % ", 1)
+    return _beside(lambda _, side: _ALONE.get(side), ".0f", 100)(result, side).replace(" ", " % ", 1)
 
+
+_FED_COLUMNS = (
+    *(*_SETTINGS, _RATES, ("of its step alone (min-max)", _percent)),
+    ("times as fast as timm (min-max)", _beside(lambda _, side: _FED_ALIKE.get(side))),
+)
+
+# --- the input pipeline, starts, several models ---
+
+
+def _beside_timm(result: Result, side: str) -> str:
+    return "beside the workers" if side == "device-augment" else _beside("timm")(result, side)
+
+
+_DATA_COLUMNS = (
+    *(_SIDE, (_RATES[0], _figures(images_per_s, ".0f"))),
+    ("times as fast as timm (min-max)", _beside_timm),
+)
+_START_COLUMNS = (
+    *(("start", _SIDE[1]), ("seconds, median (min-max)", _seconds(".1f", 1))),
+    # seconds of the second start for one of the first
+    ("share of the first (min-max)", lambda result, side: _beside(side)(result, "first")),
+)
+_ACCURACY_COLUMNS = (
+    *(("weights", _SIDE[1]), ("parameters", _told("parameters", ",")), ("GMAC", _told("macs", ".3f", 1e-9)), _PER_S),
+    ("times as fast as the first (min-max)", _beside(lambda result, side: result["reference"])),
+    ("top-1, %", _told("top1", ".2f")),
+)
 
 # --- deployed forms: a row has the results at both batch sizes ---
 
@@ -225,7 +243,7 @@ def _logits(at: dict[int, Result], side: str) -> str:
 
 
 _BESIDE_TORCH = _beside(lambda result, side: None if side == result["reference"] else result["reference"])
-_DEPLOYED = (
+_DEPLOYED_COLUMNS = (
     ("form", lambda at, side: side),
     ("MB", _at(1, _megabytes)),
     ("% of ONNX float32", _at(1, _told("percent_of_onnx_float32", ".1f"))),
@@ -237,35 +255,17 @@ _DEPLOYED = (
     ("points", _at(1, _told("points_from_float32", "+.2f"))),
     ("logits differ by", _logits),
 )
-_POINTS = (
-    "Points: how far top-1 is above that of float32. Logits: the largest difference, for int8 the root mean square."
+_POINTS = "Points: top-1 above that of float32. Logits: the largest difference, for int8 the root mean square."
+_DEPLOYED_TITLE = (
+    "CrossViT {variant} at {image_size[0]} x {image_size[1]} pixels, {run}; top-1 on {images} of {held_out_images} "
+    "held-out images ({held_out_split}), {unreadable_images} more could not be read; static int8 calibrated on "
+    "{calibration_images} training images"
 )
 
 
-def _deployed_title(result: Result) -> str:
-    unreadable = f", {result['unreadable_images']} more could not be read" if result["unreadable_images"] else ""
-    return (
-        f"CrossViT {result['variant']} at {' x '.join(map(str, result['image_size']))} pixels, {result['run']}; top-1 "
-        f"on {result['images']} of {result['held_out_images']} held-out images ({result['held_out_split']})"
-        f"{unreadable}; static int8 calibrated on {result['calibration_images']} training images"
-    )
+def _forms(results: Sequence[Result]) -> list[tuple[dict[int, Result], str]]:
+    return [({result["batch_size"]: result for result in results}, side) for side in results[0]["sides"]]
 
-
-# --- several models ---
-
-
-def _of_model(name: str, form: str, scale: float = 1) -> Cell:
-    return lambda result, side: format(scale * result["models"][side][name], form)
-
-
-_MODELS = (
-    ("weights", _SIDE[1]),
-    ("parameters", _of_model("parameters", ",")),
-    ("GMAC", _of_model("macs", ".3f", 1e-9)),
-    _PER_S,
-    ("times as fast as the first (min-max)", _beside(lambda result, side: result["reference"])),
-    ("top-1, %", _of_model("top1", ".2f")),
-)
 
 # --- servers ---
 
@@ -287,64 +287,30 @@ def _served(results: Sequence[Result]) -> list[str]:
     ]
 
 
+_SERVING_COLUMNS = (
+    *(_SIDE, _RATES),
+    ("times as fast as train.predict", _beside("train.predict")),
+    ("times as fast as without batches", _beside("one at a time")),
+)
+
+
 def _listed(statuses: dict[str, int]) -> str:
     return ", ".join(f"{count} of {status}" for status, count in sorted(statuses.items()))
 
 
 MODELS = ("inference", "training")
 LAYOUTS = {
-    "inference": Layout(lambda result: "CrossViT inference", _MODEL_COLUMNS),
-    "training": Layout(lambda result: "CrossViT training", _MODEL_COLUMNS),
-    "detection": Layout(lambda result: "CrossViT detector", (*_DETECTOR_COLUMNS, *_KNOWN), "torchvision"),
+    "inference": Layout("CrossViT inference", _MODEL_COLUMNS),
+    "training": Layout("CrossViT training", _MODEL_COLUMNS),
+    "detection": Layout("CrossViT detector", _DETECTOR_COLUMNS, "torchvision"),
     "end_to_end": Layout(
-        lambda result: (
-            f"Training with the input pipeline, {result['files']:,} JPEG files of 500 x 375, "
-            f"{result['workers']} workers"
-        ),
-        (
-            *(*_SETTINGS, (_SPREAD_PER_S, _figures(images_per_s, ".1f")), ("of its step alone (min-max)", _percent)),
-            ("times as fast as timm (min-max)", _beside(_fed_alike)),
-        ),
+        "Training with the input pipeline, {files:,} JPEG files of 500 x 375, {workers} workers", _FED_COLUMNS
     ),
-    "data": Layout(
-        lambda result: f"{result['batch_size']} JPEG photographs of 500 x 375 to a training batch at 240 pixels",
-        (
-            *(_SIDE, (_SPREAD_PER_S, _figures(images_per_s, ".0f"))),
-            (
-                "times as fast as timm (min-max)",
-                lambda result, side: (
-                    "beside the workers" if side == "device-augment" else _beside("timm")(result, side)
-                ),
-            ),
-        ),
-    ),
-    "startup": Layout(
-        lambda result: f"`python -m train.main {result['flags']}`, to the end of the first step",
-        (
-            *(("start", _SIDE[1]), ("seconds, median (min-max)", _seconds(".1f", 1))),
-            # seconds of the second start for one of the first
-            ("share of the first (min-max)", lambda result, side: _beside(side)(result, "first")),
-        ),
-    ),
-    "deploy": Layout(
-        *(_deployed_title, _DEPLOYED, "torch"),
-        rows=lambda results: [
-            ({result["batch_size"]: result for result in results}, side) for side in results[0]["sides"]
-        ],
-        more=lambda results: ["", _POINTS],
-    ),
-    "accuracy": Layout(
-        lambda result: f"{result['dataset']}, top-1 on {result['images']} images ({result['held_out_split']})", _MODELS
-    ),
-    "serving": Layout(
-        lambda result: f"`train.serve --weights {result['weights']} --max-batch {result['batch_size']}`",
-        (
-            *(_SIDE, (_SPREAD_PER_S, _figures(images_per_s, ".1f"))),
-            ("times as fast as train.predict", _beside("train.predict")),
-            ("times as fast as without batches", _beside("one at a time")),
-        ),
-        more=_served,
-    ),
+    "data": Layout("{batch_size} JPEG photographs of 500 x 375 to a training batch at 240 pixels", _DATA_COLUMNS),
+    "startup": Layout("`python -m train.main {flags}`, to the end of the first step", _START_COLUMNS),
+    "deploy": Layout(_DEPLOYED_TITLE, _DEPLOYED_COLUMNS, "torch", rows=_forms, more=lambda results: ["", _POINTS]),
+    "accuracy": Layout("{dataset}, top-1 on {images} images ({held_out_split})", _ACCURACY_COLUMNS),
+    "serving": Layout("`train.serve --weights {weights} --max-batch {batch_size}`", _SERVING_COLUMNS, more=_served),
 }
 
 

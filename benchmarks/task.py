@@ -25,7 +25,6 @@ CHECKED_STEPS = 2  # the loss of the second one also tells whether gradient and 
 NEVER = 1_000_000_000  # steps per epoch, for which the learning rate stays that of the first one
 SIZE = 240  # of the images that the data benchmark makes
 PHOTOGRAPH_CLASSES = 10  # of the files that training is fed from; the model has its thousand
-_DIFFERENT_IMAGES = 256  # in larger batches they come again: drawing thousands takes long
 _OFTEN = -6.5  # see `DetectionTask.tensors`
 _BOXES = 8  # of an image that a detector is trained with
 _STEPS, _STEPS_PER_WORKER = 8, 4  # in a round of steps that are fed, at least
@@ -93,15 +92,11 @@ class Task:
     batch_size: int
     dtype: str = "float32"
     device: str = "cpu"
+    least_calls: ClassVar[int] = 1  # in a round
 
     def loader(self, side: str) -> str:
         """The name of the function that makes the side's `Program` from the task and the side's name."""
         return f"benchmarks.sides.{self.SIDES[side]}:load"
-
-    @property
-    def least_calls(self) -> int:
-        """In a round."""
-        return 1
 
     def told(self) -> dict[str, Any]:
         """What a result says of it."""
@@ -124,10 +119,6 @@ class ModelTask(Task):
         """The model's settings."""
         return get_config(self.variant)
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self.config().image_size
-
     def write_weights(self) -> None:
         """Random weights, as large as initial ones in biases and norms too.
 
@@ -149,9 +140,7 @@ class ModelTask(Task):
 
     def images(self) -> Images:
         """The same numbers in every process."""
-        shape = (min(self.batch_size, _DIFFERENT_IMAGES), *self.image_size, 3)
-        different = np.random.default_rng(0).standard_normal(shape, np.float32)
-        return np.resize(different, (self.batch_size, *shape[1:]))  # repeats them
+        return np.random.default_rng(0).standard_normal((self.batch_size, *self.config().image_size, 3), np.float32)
 
     def labels(self) -> np.ndarray:
         """(batch,), int32."""
@@ -214,7 +203,7 @@ class DetectionTask(ModelTask):
 
     def targets(self) -> dict[str, np.ndarray]:
         """Boxes of each image from large to small, whose areas torchvision tells apart in float32."""
-        height, width = self.image_size
+        height, width = self.config().image_size
         rng, shape = np.random.default_rng(1), (self.batch_size, _BOXES)
         shares = np.geomspace(0.9, 0.1, _BOXES)[:, None] * rng.uniform(0.9, 1, (*shape, 2))
         sides = shares * [width, height]

@@ -67,7 +67,7 @@ class Worker:
     def close(self) -> None:
         """Ends the process."""
         self._pipe.close()  # the worker leaves when its next order does not come
-        self._process.join(timeout=10)
+        self._process.join(timeout=60)  # its own workers end first
         if self._process.is_alive():
             self._process.kill()
             self._process.join()

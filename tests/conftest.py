@@ -48,6 +48,11 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 20)  # tracing makes many objects, and hardly any of them are garbage
 
 
+def pytest_unconfigure() -> None:
+    """Of what the collector leaves out as Python ends, nanobind prints, below pytest's last line, that it leaked."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs_are_dropped() -> Iterator[None]:
     """A process that holds much lets go of its programs; others find those of earlier modules again."""

@@ -29,17 +29,14 @@ Logits = Float32[np.ndarray, "images classes"]
 def measured_models(args: argparse.Namespace) -> Iterator[Content]:
     """Opens the runs that the flags name and measures the forms of each: the JSON content after each model."""
     models, measured = pair([open_run(source, given_data(args)) for source in args.runs]), []
-    classes = [plain.classes for plain, _ in models]  # all, before anything is measured
-    for number, (model, outputs) in enumerate(zip(models, classes, strict=True), 1):
-        say(f"CrossViT {model[0].weights.config.name} of {model[0].source}, {number} of {len(models)}")
+    for number, (plain, qat) in enumerate(models, 1):
+        say(f"CrossViT {plain.weights.config.name} of {plain.source}, {number} of {len(models)}")
         with tempfile.TemporaryDirectory(prefix="crossvit-deploy-") as folder:
-            measured += _measure_model(*model, outputs, Path(folder), args)
+            measured += _measure_model(plain, qat, Path(folder), args)
         yield as_json("deploy", measured)
 
 
-def _measure_model(
-    plain: Run, qat: Run | None, classes: Int[np.ndarray, " classes"], folder: Path, args: argparse.Namespace
-) -> list[Measured]:
+def _measure_model(plain: Run, qat: Run | None, folder: Path, args: argparse.Namespace) -> list[Measured]:
     """Makes all forms of a model in a folder, tries them on held-out images, and times them."""
     data, config, file = plain.data, plain.weights.config, folder / "images.npy"
     say("reading images")
@@ -55,7 +52,7 @@ def _measure_model(
     about |= {"held_out_split": data.split, "held_out_images": len(data.images), "images": len(tried)}
     about |= {"unreadable_images": unreadable, "calibration_images": len(calibration)}
     task = DeployTask(about=about, forms=forms, images=str(file), checked=len(tried), batch_size=max(BATCHES))
-    return measure_forms(task, weights, classes[labels], rounds=args.repeats)
+    return measure_forms(task, weights, plain.outputs[labels], rounds=args.repeats)
 
 
 def measure_forms(

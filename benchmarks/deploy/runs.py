@@ -28,6 +28,7 @@ class Run:
     source: str
     weights: Weights  # in float32
     data: Data
+    outputs: Int[np.ndarray, " classes"]  # that stand for the labels of the data set
     qat: str | None  # of the training
 
     @property
@@ -36,15 +37,6 @@ class Run:
         config = self.weights.config
         return config.name, config.image_size, config.num_classes, self.weights.class_names, self.data.dataset
 
-    @property
-    def classes(self) -> Int[np.ndarray, " classes"]:
-        """For each label of the data set, the output that stands for it. Raises SettingsError if it has others."""
-        weights = self.weights
-        classes, notes = match_classes(self.data.class_names, weights.class_names, weights.config.num_classes)
-        for note in notes:
-            say(f"note: {self.source}: {note}")
-        return classes
-
 
 def open_run(source: str, given: dict[str, Any]) -> Run:
     """The weights of a run, or of another source of `python -m convert`, and the images that they are tried on.
@@ -52,8 +44,8 @@ def open_run(source: str, given: dict[str, Any]) -> Run:
     Args:
         given: see `open_data`; a source that is no run needs its data set.
 
-    Raises ConversionError or SettingsError: see `load_classifier_weights` and `open_data`; or a run was trained for
-    other integers than int8, or qwix is needed for it and not installed.
+    Raises ConversionError or SettingsError: see `load_classifier_weights` and `open_data`; or the data set has other
+    classes, a run was trained for other integers than int8, or qwix is needed for it and not installed.
     """
     weights = load_classifier_weights(source).astype(np.dtype(np.float32))
     behind = run_behind(source)
@@ -63,9 +55,10 @@ def open_run(source: str, given: dict[str, Any]) -> Run:
         if qat != "int8":
             raise SettingsError(f"{source} was trained with --qat {qat}; the forms compared here are int8")
     data = open_data(given, "held-out", behind)
-    for note in data.notes:
+    outputs, notes = match_classes(data.class_names, weights.class_names, weights.config.num_classes)
+    for note in (*data.notes, *notes):
         say(f"note: {source}: {note}")
-    return Run(source, weights, data, qat)
+    return Run(source, weights, data, outputs, qat)
 
 
 def pair(runs: Sequence[Run]) -> list[tuple[Run, Run | None]]:

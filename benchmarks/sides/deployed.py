@@ -65,18 +65,16 @@ def _qwix(file: str) -> Loaded:
     import importlib.metadata
 
     import jax
-    from flax import nnx
 
+    from benchmarks.sides.flax import jitted
     from convert import load_flax
     from train.devices.process import keep_freed_memory
     from train.optim.quantize import quantised
 
     keep_freed_memory()  # as train.evaluate does
-    graphdef, state = nnx.split(quantised(load_flax(file), "int8"))
-    params = nnx.to_pure_dict(state)
-    run = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images))
+    run = jitted(quantised(load_flax(file), "int8"))
     facts = jax_facts() | {"qwix": importlib.metadata.version("qwix")}
-    return jax.numpy.asarray, lambda images: np.asarray(run(params, images)), facts
+    return jax.numpy.asarray, lambda images: np.asarray(run(images)), facts
 
 
 def _channels_first(batch: Images) -> Float32[np.ndarray, "batch 3 height width"]:

@@ -18,21 +18,17 @@ _AT_REST = 0.1  # cores; workers that wait for a place in a queue look up now an
 _PATIENCE = 60.0  # seconds
 
 
-class WrongBatch(Exception):
-    """A pipeline delivers something else than the step wants; the message is one line."""
-
-
 def check_batch(task: EndToEndTask, images: np.ndarray, labels: np.ndarray) -> None:
-    """Raises WrongBatch if a batch with the channels last is not of photographs as the model wants them."""
-    shape = (task.batch_size, *task.image_size, 3)
+    """Raises ValueError if a batch with the channels last is not of photographs as the model wants them."""
+    shape = (task.batch_size, *task.config().image_size, 3)
     if images.shape != shape or images.dtype != np.float32:
-        raise WrongBatch(f"batches are {images.dtype} of {images.shape}, not float32 of {shape}")
+        raise ValueError(f"batches are {images.dtype} of {images.shape}, not float32 of {shape}")
     darkest, brightest, beyond = images.min(), images.max(), np.mean((images < _BLACK) | (images > _WHITE))
     if not (darkest < _DARK and brightest > _BRIGHT and beyond <= _ERASED):  # not so for NaN either
         told = f"pixels from {darkest:.2f} to {brightest:.2f}, {beyond:.1%} of them beyond black and white"
-        raise WrongBatch(f"{told}, are no photographs normalised as for ImageNet")
+        raise ValueError(f"{told}, are no photographs normalised as for ImageNet")
     if not 0 <= labels.min() <= labels.max() < PHOTOGRAPH_CLASSES:
-        raise WrongBatch(f"labels from {labels.min()} to {labels.max()} are not those of {PHOTOGRAPH_CLASSES} folders")
+        raise ValueError(f"labels from {labels.min()} to {labels.max()} are not those of {PHOTOGRAPH_CLASSES} folders")
 
 
 def wait_for_rest() -> None:

@@ -27,7 +27,7 @@ def load(task: EndToEndTask, side: str) -> Program:
     config, on_gpu = task.fed_recipe("host"), training.device.type == "cuda"
     loader = create_loader(
         ImageDataset(f"{task.folder}/train"),
-        input_size=(3, *task.image_size),
+        input_size=(3, *task.config().image_size),
         batch_size=config.batch_size,
         **timm_settings(config),
         num_workers=task.workers,

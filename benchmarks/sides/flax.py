@@ -50,23 +50,25 @@ def _attention(task: ModelTask) -> str:
     return choose_attention("auto", model, task.dtype, mesh, training=task.benchmark == "training")[0]
 
 
+def jitted(model: nnx.Module, call: Callable[[Any, jax.Array], Any] = lambda model, images: model(images)):
+    """A compiled function of images; the parameters are arguments of the program, not constants in it."""
+    graphdef, state = nnx.split(model)
+    params = nnx.to_pure_dict(state)
+    program = jax.jit(lambda params, images: call(nnx.merge(graphdef, params), images))
+    return lambda images: program(params, images)
+
+
 def _inference(task: ModelTask) -> Program:
     dtype = jnp.dtype(task.dtype)
     model = load_flax(task.weights, dtype=dtype, param_dtype=dtype)
     model.set_attention(_attention(task))
-    graphdef, params = nnx.split(model)
-    params = nnx.to_pure_dict(params)
-    images = jnp.asarray(task.images(), dtype)
-
-    @jax.jit
-    def forward(params, images):
-        return nnx.merge(graphdef, params)(images)
+    forward, images = jitted(model), jnp.asarray(task.images(), dtype)
 
     def check() -> dict[str, np.ndarray]:
-        return {"logits": np.asarray(forward(params, images), np.float32)}
+        return {"logits": np.asarray(forward(images), np.float32)}
 
     def call() -> jax.Array:
-        logits = forward(params, images)
+        logits = forward(images)
         return logits.block_until_ready() if task.device == "cpu" else logits
 
     return Program(check, repeated(call, jax.block_until_ready), jax_facts(), peak_bytes=_peak_bytes)

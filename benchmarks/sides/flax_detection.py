@@ -5,7 +5,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from benchmarks.sides import flax
 from benchmarks.task import DetectionTask, Program, jax_facts, repeated
@@ -19,13 +18,12 @@ def load(task: DetectionTask, side: str) -> Program:
     if task.benchmark == "training":
         targets = task.targets()
         return flax.training(task, targets, partial(Detection, most_boxes=targets["boxes"].shape[1]))
-    graphdef, params = nnx.split(load_flax(task.weights))
-    params, images = nnx.to_pure_dict(params), jnp.asarray(task.images())
-    detect = jax.jit(lambda params, images: nnx.merge(graphdef, params).detect(images))
+    images = jnp.asarray(task.images())
+    detect = flax.jitted(load_flax(task.weights), lambda model, images: model.detect(images))
 
     def check() -> dict[str, np.ndarray]:
-        found = {name: np.asarray(array) for name, array in detect(params, images).items()}
+        found = {name: np.asarray(array) for name, array in detect(images).items()}
         valid = found["valid"]
         return task.found([{name: found[name][i][valid[i]] for name in found} for i in range(task.batch_size)])
 
-    return Program(check, repeated(lambda: jax.block_until_ready(detect(params, images))), jax_facts())
+    return Program(check, repeated(lambda: jax.block_until_ready(detect(images))), jax_facts())

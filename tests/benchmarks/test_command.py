@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import command, data, end_to_end, inference
-from benchmarks.command import check_json, workers_environment
+from benchmarks.command import workers_environment
+from benchmarks.result import is_result
 from benchmarks.rounds import Measured, Times
 from benchmarks.task import ModelTask
 from benchmarks.worker import Ready, SideFailed
 from convert.command_line import run
-from convert.errors import ConversionError
 from crossvit_jax.config import VARIANTS
 from tests.benchmarks.brief import CLASSES
 from tests.small_model import small_config
@@ -24,7 +24,6 @@ from train.cost.flops import flops_per_image
     [
         (inference, "--batch-size 0", "--batch-size"),
         (inference, "--variant resnet", "invalid choice"),
-        (inference, "--sides flax flax --device cpu", "twice"),
         (inference, "--json /no/such/folder/x.json --device cpu", "/no/such/folder does not exist"),
         (inference, "--json /proc/x.json --device cpu", "cannot be written to"),
         (inference, "--repeat 3", "unrecognized arguments"),
@@ -55,14 +54,13 @@ def test_a_file_that_no_benchmark_wrote_is_not_replaced(content, tmp_path, capsy
     assert file.read_bytes() == content
 
 
-def test_results_may_be_replaced_and_empty_files_filled(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "replaced"), [("", True), ('{"benchmark": "training"}', True), ("{}", False), ("[1]", False)]
+)
+def test_results_may_be_replaced_and_empty_files_filled(text, replaced, tmp_path):
     file = tmp_path / "x.json"
-    for content in ("", '{"benchmark": "training"}'):
-        file.write_text(content)
-        check_json(file)
-    file.write_text("{}")
-    with pytest.raises(ConversionError):
-        check_json(file)
+    file.write_text(text)
+    assert is_result(file) is replaced
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_classes_of_another_data_set_are_refused(tmp_path, pictures, capsys):
 
 
 def _run(source, weights, dataset="folder:y", qat=None):
-    return Run(source, load_weights(weights), Data(dataset, [], (), "", [], True), qat)
+    return Run(source, load_weights(weights), Data(dataset, [], (), "", [], True), np.arange(3), qat)
 
 
 def test_a_qat_run_joins_the_run_before_it_of_its_model_and_data_set(weights):

@@ -13,8 +13,10 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
+from convert.command_line import Program
 from convert.errors import UserError
 
+_PROGRAM = Program("train.main")
 _IMPATIENT = (signal.SIGTERM, signal.SIGINT)
 # These may come twice by themselves, from the shell as well as from the terminal, or before a SIGTERM: a second one is
 # no wish to end without saving.
@@ -92,4 +94,4 @@ class Interruption:
 def _tell(line: str) -> None:
     """Not through sys.stderr: the signal may have come in the middle of a write to it."""
     with contextlib.suppress(OSError):  # the terminal is closed
-        os.write(_STDERR, f"\ntrain: {line}\n".encode())
+        os.write(_STDERR, f"\n{_PROGRAM}: {line}\n".encode())

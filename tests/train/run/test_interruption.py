@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from convert.command_line import Program
 from train.run.interruption import Interruption
 
 _ALL = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -31,16 +32,17 @@ def test_each_signal_asks_the_run_to_save_and_has_its_status(number, capfd):
         assert interruption.status == 128 + number
     assert all(signal.getsignal(other) == signal.SIG_DFL for other in _ALL)
     once_more = ", once more to end at once" * (number in (signal.SIGTERM, signal.SIGINT))
-    assert capfd.readouterr().err == f"\ntrain: interrupted; saving{once_more}\n"
+    assert capfd.readouterr().err == f"\npython -m train.main: interrupted; saving{once_more}\n"
 
 
-def test_a_terminal_and_its_shell_both_hang_up_and_a_schedulers_end_follows_its_warning(capfd):
+def test_a_terminal_and_its_shell_both_hang_up_and_a_schedulers_end_follows_its_warning(capfd, monkeypatch):
+    monkeypatch.setattr(Program, "typed", "crossvit train")
     with Interruption() as interruption:
         interruption.can_save = True
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP):
             os.kill(os.getpid(), number)  # none of them ends this process
         assert interruption.status == 143
-    assert capfd.readouterr().err == "\ntrain: interrupted; saving\n"
+    assert capfd.readouterr().err == "\ncrossvit train: interrupted; saving\n"
 
 
 def test_under_nohup_a_closed_terminal_is_nothing():
@@ -54,8 +56,8 @@ def test_under_nohup_a_closed_terminal_is_nothing():
 @pytest.mark.parametrize(
     ("signals", "status", "line"),
     [
-        ("SIGUSR1 SIGTERM SIGTERM", 143, b"\ntrain: interrupted before it was saved\n"),
-        ("SIGTERM SIGHUP SIGINT", 130, b"\ntrain: interrupted before it was saved\n"),
+        ("SIGUSR1 SIGTERM SIGTERM", 143, b"\npython -m train.main: interrupted before it was saved\n"),
+        ("SIGTERM SIGHUP SIGINT", 130, b"\npython -m train.main: interrupted before it was saved\n"),
     ],
 )
 def test_a_second_signal_of_someone_impatient_ends_the_run_at_once(signals, status, line):
