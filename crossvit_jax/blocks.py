@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -158,9 +159,16 @@ class CrossAttentionBlock(nnx.Module):
         self.drop_path = DropPath(drop_path)
 
     def __call__(
-        self, x: Float[Array, "batch tokens dim"], size: Size | None = None, *, rngs: nnx.Rngs | None = None
+        self,
+        x: Float[Array, "batch tokens dim"],
+        size: Size | None = None,
+        token: Float[Array, "batch 1 dim"] | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch 1 dim"]:
-        return x[:, :1] + self.drop_path(self.attn(self.norm1(x), size, rngs=rngs), rngs=rngs)
+        """The first token after it attended over all; `token` is that token, where it need not be cut out of x."""
+        token = x[:, :1] if token is None else token
+        return token + self.drop_path(self.attn(self.norm1(x), size, rngs=rngs), rngs=rngs)
 
 
 class MultiScaleBlock(nnx.Module):
@@ -296,10 +304,11 @@ class MultiScaleBlock(nnx.Module):
         """Each branch's new class token (batch, 1, dim), after attending over the patch tokens of the next branch."""
         outs = []
         for i, revert_proj in enumerate(self.revert_projs):
-            x, size = self._cross(xs, i), (sizes or [None] * len(xs))[self._next(i)]
+            (token, x), size = self._cross(xs, i), (sizes or [None] * len(xs))[self._next(i)]
             for _, block in self._fusion_blocks(i):
-                x, size = self._run(block, x, size, rngs), None  # after the first, it sees nothing but itself
-            outs.append(revert_proj(x))
+                token = x = self._run(block, x, size, rngs, token)
+                size = None  # after the first, it sees nothing but itself
+            outs.append(revert_proj(token))
         return outs
 
     def _keep_attended(
@@ -316,7 +325,8 @@ class MultiScaleBlock(nnx.Module):
             other = self._next(i)
             if self.reduction.amounts[other] != self.reduction.nothing:
                 _, block = self._fusion_blocks(i)[0]
-                attention = block.attn.weights(block.norm1(self._cross(xs, i)), before[other])[:, :, 0]
+                _, x = self._cross(xs, i)
+                attention = block.attn.weights(block.norm1(x), before[other])[:, :, 0]
                 fused[other], sizes[other] = prune(self.reduction, other, fused[other], before[other], attention)
         return fused, sizes
 
@@ -331,7 +341,7 @@ class MultiScaleBlock(nnx.Module):
                 x = block(x, None, grid)
             outs.append(x)
         for i in range(len(outs)):
-            x = self._cross(outs, i)
+            _, x = self._cross(outs, i)
             for path, block in self._fusion_blocks(i):
                 maps[f"{path}.attn"] = block.attn.weights(block.norm1(x))
                 x = block(x)
@@ -344,9 +354,17 @@ class MultiScaleBlock(nnx.Module):
             return [(f"fusion.{i}", fusion)]
         return [(f"fusion.{i}.{j}", block) for j, block in enumerate(fusion)]
 
-    def _cross(self, xs: list[Float[Array, "batch _ _"]], i: int) -> Float[Array, "batch _ _"]:
-        """Branch i's class token, projected, with the patch tokens that it attends over: those of the next branch."""
-        return _with_class_token(self.projs[i](xs[i][:, :1]), xs[self._next(i)])
+    def _cross(
+        self, xs: list[Float[Array, "batch _ _"]], i: int
+    ) -> tuple[Float[Array, "batch 1 _"], Float[Array, "batch _ _"]]:
+        """Branch i's class token, projected, and what it attends over: itself and the next branch's patch tokens.
+
+        XLA chooses between old and new tokens where it reads them. A concatenation would be a copy of them all.
+        """
+        other = xs[self._next(i)]
+        token = self.projs[i](xs[i][:, :1]).astype(other.dtype)
+        is_first = np.arange(other.shape[1])[None, :, None] == 0
+        return token, jnp.where(is_first, token, other)
 
     def _next(self, i: int) -> int:
         """The next branch in the ring."""
@@ -358,12 +376,12 @@ class MultiScaleBlock(nnx.Module):
         x: Float[Array, "batch _ _"],
         size: Size | None,
         rngs,
-        *grid: tuple[int, int],
+        grid_or_token: tuple[int, int] | Float[Array, "batch 1 _"],
     ) -> Float[Array, "batch _ _"]:
         """Applies one block; under gradient checkpointing its activations are computed again in the backward pass."""
         if not self.grad_checkpointing:
-            return block(x, size, *grid, rngs=rngs)
-        return nnx.remat(lambda block, x, size, rngs: block(x, size, *grid, rngs=rngs))(block, x, size, rngs)
+            return block(x, size, grid_or_token, rngs=rngs)
+        return nnx.remat(lambda block, x, size, rngs: block(x, size, grid_or_token, rngs=rngs))(block, x, size, rngs)
 
     def _run_reduced(
         self, block: Block, x: Float[Array, "batch _ _"], size: Size | None, branch: int, rngs
@@ -374,11 +392,6 @@ class MultiScaleBlock(nnx.Module):
             return block.reduce(x, size, self.reduction, branch, rngs=rngs)
 
         return (nnx.remat(run) if self.grad_checkpointing else run)(block, x, size, rngs)
-
-
-def _with_class_token(token: Float[Array, "batch 1 dim"], x: Float[Array, "batch tokens dim"]) -> Array:
-    """The tokens with another class token."""
-    return jnp.concatenate([token.astype(x.dtype), x[:, 1:]], axis=1)
 
 
 def _in_place(class_tokens: list[Float[Array, "batch 1 _"]], xs: list[Float[Array, "batch _ _"]]) -> list[Array]:

@@ -135,8 +135,15 @@ class CrossAttentionBlock(nn.Module):
         )
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Float[Tensor, "batch tokens dim"], size: Size | None = None) -> Float[Tensor, "batch 1 dim"]:
-        return x[:, :1] + self.drop_path(self.attn(self.norm1(x), size))
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        size: Size | None = None,
+        token: Float[Tensor, "batch 1 dim"] | None = None,
+    ) -> Float[Tensor, "batch 1 dim"]:
+        """The first token after it attended over all; `token` is that token, where it need not be cut out of x."""
+        token = x[:, :1] if token is None else token
+        return token + self.drop_path(self.attn(self.norm1(x), size))
 
 
 class MultiScaleBlock(nn.Module):
@@ -257,10 +264,11 @@ class MultiScaleBlock(nn.Module):
         """Each branch's new class token (batch, 1, dim), after attending over the patch tokens of the next branch."""
         outs = []
         for i, revert_proj in enumerate(self.revert_projs):
-            x, size = self._cross(xs, i), (sizes or [None] * len(xs))[self._next(i)]
+            (token, x), size = self._cross(xs, i), (sizes or [None] * len(xs))[self._next(i)]
             for _, block in self._fusion_blocks(i):
-                x, size = self._run(block, x, size), None  # after the first, it sees nothing but itself
-            outs.append(revert_proj(x))
+                token = x = self._run(block, x, size, token)
+                size = None  # after the first, it sees nothing but itself
+            outs.append(revert_proj(token))
         return outs
 
     def _keep_attended(
@@ -277,7 +285,8 @@ class MultiScaleBlock(nn.Module):
             other = self._next(i)
             if self.reduction.amounts[other] != self.reduction.nothing:
                 _, block = self._fusion_blocks(i)[0]
-                attention = block.attn.weights(block.norm1(self._cross(xs, i)), before[other])[:, :, 0]
+                _, x = self._cross(xs, i)
+                attention = block.attn.weights(block.norm1(x), before[other])[:, :, 0]
                 fused[other], sizes[other] = prune(self.reduction, other, fused[other], before[other], attention)
         return fused, sizes
 
@@ -292,7 +301,7 @@ class MultiScaleBlock(nn.Module):
                 x = block(x, None, grid)
             outs.append(x)
         for i in range(len(outs)):
-            x = self._cross(outs, i)
+            _, x = self._cross(outs, i)
             for path, block in self._fusion_blocks(i):
                 maps[f"{path}.attn"] = block.attn.weights(block.norm1(x))
                 x = block(x)
@@ -305,10 +314,13 @@ class MultiScaleBlock(nn.Module):
             return [(f"fusion.{i}", fusion)]
         return [(f"fusion.{i}.{j}", block) for j, block in enumerate(fusion)]
 
-    def _cross(self, xs: list[Float[Tensor, "batch _ _"]], i: int) -> Float[Tensor, "batch _ _"]:
-        """Branch i's class token, projected, with the patch tokens that it attends over: those of the next branch."""
+    def _cross(
+        self, xs: list[Float[Tensor, "batch _ _"]], i: int
+    ) -> tuple[Float[Tensor, "batch 1 _"], Float[Tensor, "batch _ _"]]:
+        """Branch i's class token, projected, and what it attends over: itself and the next branch's patch tokens."""
         other = xs[self._next(i)]
-        return torch.cat([self.projs[i](xs[i][:, :1]), other[:, 1:]], dim=1)
+        x = torch.cat([self.projs[i](xs[i][:, :1]), other[:, 1:]], dim=1)
+        return x[:, :1], x
 
     def _next(self, i: int) -> int:
         """The next branch in the ring."""
@@ -319,12 +331,12 @@ class MultiScaleBlock(nn.Module):
         block: Block | CrossAttentionBlock,
         x: Float[Tensor, "batch _ _"],
         size: Size | None,
-        *grid: tuple[int, int],
+        grid_or_token: tuple[int, int] | Float[Tensor, "batch 1 _"],
     ) -> Float[Tensor, "batch _ _"]:
         """Applies one block; under gradient checkpointing its activations are computed again in the backward pass."""
         if not self.grad_checkpointing:
-            return block(x, size, *grid)
-        return checkpoint(block, x, size, *grid, use_reentrant=False)
+            return block(x, size, grid_or_token)
+        return checkpoint(block, x, size, grid_or_token, use_reentrant=False)
 
     def _run_reduced(
         self, block: Block, x: Float[Tensor, "batch _ _"], size: Size | None, branch: int
