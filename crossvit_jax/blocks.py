@@ -357,14 +357,10 @@ class MultiScaleBlock(nnx.Module):
     def _cross(
         self, xs: list[Float[Array, "batch _ _"]], i: int
     ) -> tuple[Float[Array, "batch 1 _"], Float[Array, "batch _ _"]]:
-        """Branch i's class token, projected, and what it attends over: itself and the next branch's patch tokens.
-
-        XLA chooses between old and new tokens where it reads them. A concatenation would be a copy of them all.
-        """
+        """Branch i's class token, projected, and what it attends over: itself and the next branch's patch tokens."""
         other = xs[self._next(i)]
         token = self.projs[i](xs[i][:, :1]).astype(other.dtype)
-        is_first = np.arange(other.shape[1])[None, :, None] == 0
-        return token, jnp.where(is_first, token, other)
+        return token, _with_class_token(token, other)
 
     def _next(self, i: int) -> int:
         """The next branch in the ring."""
@@ -392,6 +388,13 @@ class MultiScaleBlock(nnx.Module):
             return block.reduce(x, size, self.reduction, branch, rngs=rngs)
 
         return (nnx.remat(run) if self.grad_checkpointing else run)(block, x, size, rngs)
+
+
+def _with_class_token(token: Float[Array, "batch 1 dim"], x: Float[Array, "batch tokens dim"]) -> Array:
+    """The tokens with another class token. XLA chooses between old and new where it reads them; a concatenation would
+    be a copy of them all."""
+    is_first = np.arange(x.shape[1])[None, :, None] == 0
+    return jnp.where(is_first, token, x)
 
 
 def _in_place(class_tokens: list[Float[Array, "batch 1 _"]], xs: list[Float[Array, "batch _ _"]]) -> list[Array]:

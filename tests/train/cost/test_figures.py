@@ -49,9 +49,9 @@ def test_a_forward_pass_takes_no_more_of_a_chip_than_it_did(without_tpu, monkeyp
     config = dataclasses.replace(RECIPES["imagenet"], variant="ti", batch_size=64)
     figures = compile_step(config, 1000, "v5e:1x1", inference=True)
     assert figures.config.attention_kernel == "tpu"
-    # found by compiling; with "xla" 4.73 million, and 164,444,160 bytes
-    assert figures.cycles <= 1.02 * 3_308_201
-    assert figures.memory.activations <= 2**20
+    # found by compiling; with "xla" 4.56 million, and 186,289,152 bytes
+    assert figures.cycles <= 1.02 * 3_143_052
+    assert figures.memory.activations <= 1.02 * 14_543_872
 
 
 @pytest.mark.slow
