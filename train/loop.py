@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import importlib
 import itertools
 import math
 import time
@@ -104,12 +105,14 @@ def train(job: Job) -> Result:
         _say(_headline(job, folder))
 
         # --- the programs that the devices run ---
+        # not while threads compile: Grain's imports, as they run, make those of all threads lazy, on which jax fails
+        importlib.import_module("train.data.streams")
         _say("compiling the training step …")
         initial = None if job.weights is None else nest(job.weights.tensors)
         plan = Plan(job.task, config, mesh, job.steps_per_epoch, job.eval_batch_size)
         programs = stack.enter_context(closing(Programs(plan, new_state=newest_step == 0, params=initial)))
 
-        # --- meanwhile the data; Grain and Orbax take long to import ---
+        # --- meanwhile the data; Orbax takes long to import ---
         from train.run.checkpoints import Checkpoints
 
         first_step = newest_step if job.carried is None else job.carried.epochs * job.steps_per_epoch
