@@ -105,9 +105,9 @@ def train(job: Job) -> Result:
         _say(_headline(job, folder))
 
         # --- the programs that the devices run ---
+        _say("compiling the training step …")
         # not while threads compile: Grain's imports, as they run, make those of all threads lazy, on which jax fails
         importlib.import_module("train.data.streams")
-        _say("compiling the training step …")
         initial = None if job.weights is None else nest(job.weights.tensors)
         plan = Plan(job.task, config, mesh, job.steps_per_epoch, job.eval_batch_size)
         programs = stack.enter_context(closing(Programs(plan, new_state=newest_step == 0, params=initial)))
