@@ -5,12 +5,15 @@ does not grow with the square of the tokens. On a CPU, where time counts more, i
 """
 
 import functools
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
 from crossvit_jax.kernels.sharding import is_cut, vary_alike
@@ -29,7 +32,9 @@ def dot_product_attention(
 
     Args:
         implementation: "xla" for any device and dtype; "cudnn" for NVIDIA's fused kernel: a GPU, half precision; "tpu"
-            is "xla" here, see `project_by_head`.
+            for a kernel of ours on TPUs, in bfloat16 and float32, which is "xla" elsewhere and for so many tokens that
+            it is not for them. On several devices it has to know the mesh, whose axes must all cut the batch: by
+            `jax.set_mesh` around what traces.
         bias: of each key, for all heads and queries alike, in float32 or wider; cuDNN rounds it to the inputs' dtype.
             None: 0, at no cost.
 
@@ -42,8 +47,9 @@ def dot_product_attention(
         q, k, v, bias = vary_alike(q, k, v, bias[:, None, None])
     if implementation == "cudnn":
         return _cudnn(q, k, v, bias)
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    return _attend(q, k, v, bias).swapaxes(1, 2)
+    if implementation == "tpu":
+        return _on_tpu(q, k, v, bias)
+    return _by_head(q, k, v, bias)
 
 
 def project_by_head(
@@ -52,18 +58,38 @@ def project_by_head(
     bias: Float[Array, " parts"] | None,
     num_heads: int,
 ) -> list[Float[Array, "batch tokens heads width"]]:
-    """Queries, keys and values as a product each, which a TPU writes by head.
+    """Queries, keys and values as a product each, which a TPU writes by head, with tokens last.
 
     It keeps the last two axes of an array in tiles of many rows and 128 columns: what one product returns, cut into
     three and heads, would be copied at several times its size.
     """
     kernels = jax.lax.split(kernel, (kernel.shape[1] // 3,) * 3, axis=1)
-    # by head first: so the products are written as attention reads them
-    parts = [jnp.einsum("bnc,chw->bhnw", x, part.reshape(len(part), num_heads, -1)) for part in kernels]
+    # written as attention reads them
+    parts = [jnp.einsum("bnc,chw->bhwn", x, part.reshape(len(part), num_heads, -1)) for part in kernels]
     if bias is not None:
-        biases = bias.reshape(3, num_heads, 1, -1)
+        biases = bias.reshape(3, num_heads, -1, 1)
         parts = [part + own for part, own in zip(parts, biases, strict=True)]
-    return [part.swapaxes(1, 2) for part in parts]
+    return [part.transpose(0, 3, 1, 2) for part in parts]
+
+
+def project_joined(
+    x: Float[Array, "batch tokens heads width"],
+    kernel: Float[Array, "joined dim"],
+    bias: Float[Array, " dim"],
+    einsum: Callable[..., Array] = jnp.einsum,
+) -> Float[Array, "batch tokens dim"]:
+    """The product of all heads together, by `einsum`, from how a TPU has them.
+
+    There the result has tokens last in memory, too: the norm that reads it then sums over rows, not over columns.
+    """
+    x = x.transpose(0, 2, 3, 1).reshape(len(x), len(kernel), -1)
+    y = einsum("bpn,pc->bnc", x, kernel)
+    y += bias.astype(y.dtype)
+
+    def tokens_last(y: Array) -> Array:
+        return with_layout_constraint(y, Layout((0, 2, 1)))
+
+    return jax.lax.platform_dependent(y, tpu=tokens_last, default=lambda y: y)
 
 
 def fastest_implementation(devices: Iterable[Any], dtype: Any) -> Literal["xla", "cudnn", "tpu"]:
@@ -76,6 +102,39 @@ def fastest_implementation(devices: Iterable[Any], dtype: Any) -> Literal["xla",
     found = [re.match(r"(\d+)\.", str(getattr(device, "compute_capability", ""))) for device in devices]
     fused = bool(found) and all(match is not None and int(match[1]) >= 8 for match in found)
     return "cudnn" if fused and jnp.dtype(dtype).itemsize == 2 else "xla"
+
+
+def _on_tpu(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+    """By TPUs' own kernel; elsewhere, and for shapes that it is not for, as `_attend` does."""
+    if not isinstance(q.shape[0], int) or is_cut(q):
+        return _by_head(q, k, v, bias)
+    return jax.lax.platform_dependent(q, k, v, bias, tpu=_tpu_kernel, default=_by_head)
+
+
+def _by_head(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    return _attend(q, k, v, bias).swapaxes(1, 2)
+
+
+def _tpu_kernel(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+    from crossvit_jax.kernels import tpu_attention  # what it imports takes half a second, and only TPUs need it
+
+    turned = [x.transpose(0, 2, 3, 1) for x in (q, k, v)]
+    plan = tpu_attention.plan(turned[0].shape, k.shape[1], q.dtype)
+    # no compiler cuts a kernel up: on several devices it is told that each computes its part of the batch
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
+    parts = math.prod(mesh.shape[name] for name in axes)
+    if plan is None or len(q) % parts:
+        return _by_head(q, k, v, bias)
+
+    def attend(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+        return tpu_attention.attend(q, k, v, bias, plan)
+
+    if parts > 1:
+        cut = PartitionSpec(axes)
+        attend = jax.shard_map(attend, in_specs=cut, out_specs=cut, axis_names=set(axes))
+    return attend(*turned, None if bias is None else bias.swapaxes(2, 3)).transpose(0, 3, 1, 2)
 
 
 def _cudnn(q: Array, k: Array, v: Array, bias: Array | None) -> Array:

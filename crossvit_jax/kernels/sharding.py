@@ -1,5 +1,7 @@
 """What gradients written by hand must know of how arrays lie on several devices."""
 
+from typing import Any
+
 import jax
 from jaxtyping import Array
 
@@ -26,3 +28,10 @@ def _varying(x: Array) -> frozenset:
 def is_cut(x: Array) -> bool:
     """Whether an array lies in pieces along an explicit axis of a mesh."""
     return any(name is not None for name in jax.typeof(x).sharding.spec)
+
+
+def shape_of(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
+    """That of an array which differs, inside `jax.shard_map`, along the same axes of the mesh as another one."""
+    kind = jax.typeof(like)
+    name = "manual_axis_type" if hasattr(kind, "manual_axis_type") else "vma"  # the latter in older jax
+    return jax.ShapeDtypeStruct(shape, dtype, **{name: getattr(kind, name)})

@@ -41,8 +41,10 @@ class Figures:
     memory: "StepMemory | None"  # what it is needed for; None where the compiler refused the program
     traffic: "dict[str, Traffic] | None"  # as above
     compiler_flops: float | None  # over all devices, by XLA; None for GPUs, and where it does not count loops
-    cycles: int | None  # of a device without communication, as a TPU's compiler estimates them; None for others
+    # of a device without communication and our own kernels, as a TPU's compiler estimates them; None for others
+    cycles: int | None
     too_much: str | None  # why it does not fit
+    own_kernels: int = 0  # calls of them
     inference: bool = False  # the forward pass, not the training step
     roofline: "Roofline | None" = None  # of one device; None for all but GPUs that are not there
     early_reductions: tuple[int, int] | None = None  # of a GPU's, see `train.cost.hlo.early_reductions`
@@ -91,7 +93,7 @@ def compile_step(
         SettingsError: there is no such topology, or the settings do not suit it.
     """
     from train.cost.flops import matrix_flops
-    from train.cost.hlo import communication, early_reductions, estimated_cycles
+    from train.cost.hlo import communication, early_reductions, estimated_cycles, own_kernels
     from train.cost.kernels import kernels
     from train.cost.roofline import roofline
     from train.devices.memory import DoesNotFit, available_memory, check_image_size, memory_errors_explained
@@ -114,6 +116,7 @@ def compile_step(
             memory, hlo = program.memory(compiled), compiled.as_text()
             needed = memory.total
             read |= {"memory": memory, "traffic": communication(hlo), "cycles": estimated_cycles(hlo)}
+            read["own_kernels"] = own_kernels(hlo)
             read["estimate"] = slices.estimate(mesh.devices.flat[0].device_kind, read["cycles"], read["traffic"])
             cost = compiled.cost_analysis()
             if cost is not None and (inference or config.grad_accum == 1):
@@ -233,7 +236,8 @@ def _forward(target: _Target, stack: ExitStack) -> _Program:
             return nnx.merge(graphdef, params)(normalise(images))
 
     cut = batch_sharding(mesh)
-    traced = jax.jit(forward, in_shardings=(replicated(mesh), cut), out_shardings=cut).trace(params, images)
+    with jax.set_mesh(mesh):
+        traced = jax.jit(forward, in_shardings=(replicated(mesh), cut), out_shardings=cut).trace(params, images)
     image_bytes = images.size * images.dtype.itemsize // mesh.size
     return _Program(
         traced,

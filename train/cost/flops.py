@@ -78,7 +78,14 @@ def _flops(equation: JaxprEqn) -> int:
     inner = [matrix_flops(program) for program in _programs(params.values())]
     if name == "cond":
         return max(inner)
-    return sum(inner) * (params["length"] if name == "scan" else 1)
+    times = 1
+    if name == "scan":
+        times = params["length"]
+    elif name == "shard_map":  # what one device does
+        times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+    elif name == "pallas_call":
+        times = math.prod(params["grid_mapping"].grid)
+    return sum(inner) * times
 
 
 def _programs(values: Any) -> Iterator[ClosedJaxpr | Jaxpr]:

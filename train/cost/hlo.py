@@ -14,6 +14,7 @@ _CALLED_LIST = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}
 _LOOP = re.compile(r"\bcondition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LIMIT = re.compile(r"^s32\[\]\S* constant\((\d+)\)")
+_OWN_KERNEL = 'custom_call_target="tpu_custom_call"'
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 _KINDS = (
@@ -130,6 +131,12 @@ def estimated_cycles(hlo: str) -> int | None:
         if (cycles := _CYCLES.search(rest))
     ]
     return sum(known) if known else None
+
+
+def own_kernels(hlo: str) -> int:
+    """How often a program for TPUs calls kernels that are not its compiler's: their cycles are in no estimate of it."""
+    times = runs(hlo)
+    return sum(times.get(computation, 0) for computation, _, rest in instructions(hlo) if _OWN_KERNEL in rest)
 
 
 @dataclass(frozen=True)

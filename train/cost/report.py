@@ -35,7 +35,8 @@ def describe(figures: Figures, num_classes: int) -> str:
     by_xla = "" if figures.compiler_flops is None else f"; {_count(figures.compiler_flops)} by XLA's own count"
     lines.append(f"FLOPs per {what}: {_count(figures.flops)} in matrix products and convolutions{by_xla}")
     if figures.cycles is not None:
-        lines.append(f"clock cycles per {what} by the compiler's own estimate: {_count(figures.cycles)}")
+        without = f", without those of {figures.own_kernels} calls of our own kernels" * bool(figures.own_kernels)
+        lines.append(f"clock cycles per {what} by the compiler's own estimate: {_count(figures.cycles)}{without}")
     if figures.estimate is not None:
         times = [("computing", figures.estimate.compute), ("communication", figures.estimate.communication)]
         parts = " and ".join(f"{1000 * seconds:.2f} ms of {part}" for part, seconds in times)

@@ -1,6 +1,7 @@
 """Which kernel computes self-attention on the devices of a mesh."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Literal
 
 import jax
@@ -13,6 +14,8 @@ from convert.errors import SettingsError, one_line
 from crossvit_jax.config import CrossViTConfig, Reduction
 from crossvit_jax.kernels.attention import dot_product_attention, fastest_implementation
 
+_MOST_ERROR = 0.05  # of the largest value: half precision comes to less than 0.01
+_NAMES = {"cudnn": "cuDNN's", "tpu": "the kernel for TPUs"}
 _IMAGES = 2  # enough to see whether a shape is supported: that does not depend on their number
 
 Kernel = Literal["xla", "cudnn", "tpu"]
@@ -23,42 +26,44 @@ def choose_attention(
 ) -> tuple[Kernel, list[str]]:
     """The kernel for a model on the devices of a mesh, and what the user should know of that.
 
-    Before "cudnn" is chosen, it is tried on a device with each of the model's shapes. On devices that are not there,
-    which one compiles for, only jax's own checks can be made.
+    Before "cudnn" or, on TPUs, "tpu" is chosen, it is tried on a device with each of the model's shapes, and what it
+    computes is compared with XLA's attention. On devices that are not there, which one compiles for, only jax's own
+    checks can be made.
 
     Args:
         wanted: "auto" for cuDNN's where it can be had, and "tpu" on TPUs.
         precision: of the arithmetic: float32, bfloat16 or float16.
         training: whether gradients are taken, too.
 
-    Raises SettingsError if "cudnn" is wanted and cannot be had.
+    Raises SettingsError if "cudnn" or "tpu" is wanted and cannot be had.
     """
-    if wanted in ("xla", "tpu"):
-        return wanted, []
     devices = list(mesh.devices.flat)
     fastest = fastest_implementation(devices, precision)
-    if fastest != "cudnn":
-        if wanted == "auto":
-            return fastest, []
+    kernel = fastest if wanted == "auto" else wanted
+    if kernel == "cudnn" and fastest != "cudnn":
         raise SettingsError(
             "attention_kernel cudnn needs NVIDIA GPUs of compute capability 8.0 or later and half precision; "
             f"this is {devices[0].device_kind} and {precision}: choose auto or xla"
         )
-    refusal = _refusal(model, precision, devices, training=training)
+    if kernel != fastest or kernel == "xla":  # "tpu" is XLA's on other devices
+        return kernel, []
+    refusal = _refusal(kernel, model, precision, devices, training=training)
     if refusal is None:
-        return "cudnn", []
+        return kernel, []
     if wanted == "auto":
-        return "xla", [f"self-attention is XLA's, which is slower, because cuDNN's failed: {refusal}"]
-    raise SettingsError(f"attention_kernel cudnn failed: {refusal}: choose auto or xla")
+        return "xla", [f"self-attention is XLA's, which is slower, because {_NAMES[kernel]} failed: {refusal}"]
+    raise SettingsError(f"attention_kernel {kernel} failed: {refusal}: choose auto or xla")
 
 
-def _refusal(model: CrossViTConfig, precision: str, devices: list[jax.Device], *, training: bool) -> str | None:
-    """Why cuDNN's attention cannot be had, in a line: alike in all processes, which run the same programs."""
+def _refusal(
+    kernel: Kernel, model: CrossViTConfig, precision: str, devices: list[jax.Device], *, training: bool
+) -> str | None:
+    """Why a kernel cannot be had, in a line: alike in all processes, which run the same programs."""
     device = next(device for device in devices if device.process_index == jax.process_index())
     reason = None
     for shape, keys, biased in _shapes(model):
         try:
-            _try_cudnn(shape, keys, precision, device, training=training, biased=biased)
+            _try(kernel, shape, keys, precision, device, training=training, biased=biased)
         except Exception as error:  # jax, XLA and cuDNN refuse in many ways; none of them should end the run
             reason = f"{shape[1]} tokens, {shape[2]} heads of {shape[3]}: {one_line(error)}"
             break
@@ -92,29 +97,50 @@ def _shapes(model: CrossViTConfig) -> Iterator[tuple[tuple[int, ...], int, bool]
                 yield (_IMAGES, 1 + patches, branch.num_heads, branch.head_width), keys, number > 0
 
 
-def _try_cudnn(
-    shape: tuple[int, ...], keys: int, dtype: str, device: jax.Device, *, training: bool, biased: bool
+def _try(
+    kernel: Kernel,
+    shape: tuple[int, ...],
+    keys: int,
+    dtype: str,
+    device: jax.Device,
+    *,
+    training: bool,
+    biased: bool,
 ) -> None:
-    """Compiles cuDNN's attention and its gradient for a device; runs them if it is there. Raises what they raise.
+    """Compiles a kernel and its gradient for a device; if that is there, runs them and compares them with XLA's.
+
+    Raises what they raise, and ValueError if they compute something else.
 
     Args:
         biased: with a bias of each key, as for tokens that stand for several patches.
     """
-    shapes = [shape, *[(shape[0], keys, *shape[2:])] * 2]
-    bias = (jnp.zeros((shape[0], keys)),) if biased else ()
+    random = np.random.default_rng(0)
+    given = [random.standard_normal((shape[0], count, *shape[2:])) for count in (shape[1], keys, keys)]
+    bias = (jnp.asarray(random.standard_normal((shape[0], keys)), jnp.float32),) if biased else ()
+    weights = random.standard_normal(shape)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return dot_product_attention(q, k, v, "cudnn", *bias)
+    def attend(implementation: Kernel, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return dot_product_attention(q, k, v, implementation, *bias)
 
-    def total(*qkv: jax.Array) -> jax.Array:
-        return attend(*qkv).astype(jnp.float32).sum()
+    def total(implementation: Kernel, *qkv: jax.Array) -> jax.Array:
+        return (attend(implementation, *qkv) * weights).astype(jnp.float32).sum()
 
-    qkv = [jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device)) for shape in shapes]
-    for function in (attend, jax.grad(total, (0, 1, 2))) if training else (attend,):
-        lowered = jax.jit(function).lower(*qkv)
-        if _is_here(device):
-            zeros = [jax.device_put(np.zeros(shape, jnp.dtype(dtype)), device) for shape in shapes]
-            jax.block_until_ready(lowered.compile()(*zeros))
+    place = SingleDeviceSharding(device)
+    qkv = [jax.ShapeDtypeStruct(array.shape, dtype, sharding=place) for array in given]
+    for function in (attend, jax.grad(total, (1, 2, 3))) if training else (attend,):
+        programs = [jax.jit(partial(function, name)).lower(*qkv) for name in (kernel, "xla")[: 1 + _is_here(device)]]
+        if len(programs) > 1:
+            arrays = [jax.device_put(array.astype(jnp.dtype(dtype)), device) for array in given]
+            _compare(*(jax.tree.leaves(program.compile()(*arrays)) for program in programs))
+
+
+def _compare(results: list[jax.Array], references: list[jax.Array]) -> None:
+    """Raises ValueError unless they are the same but for rounding."""
+    for result, reference in zip(results, references, strict=True):
+        result, reference = (np.asarray(array, np.float64) for array in (result, reference))
+        error = np.abs(result - reference).max() / np.abs(reference).max()
+        if not error <= _MOST_ERROR:
+            raise ValueError(f"it computes something else: its largest error is {error:.2g} of the largest value")
 
 
 def _is_here(device: jax.Device) -> bool:

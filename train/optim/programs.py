@@ -80,17 +80,18 @@ class Programs:
         self._new_state = start(self._lower_init(params)) if new_state else None
         options = compiler_options(config, mesh.devices.flat[0].platform)
         batch, self._train_steps = self._batch(config.batch_size, training=True), []
-        for variant in variants_of(task):
-            train_step = make_train_step(self._model, variant, self._optimizer, config)
-            traced = jit_train_step(train_step, mesh, shapes, options).trace(shapes, batch)
-            if not self._train_steps:
-                self.traced: jax.stages.Traced = traced
-            self._train_steps.append(start(traced.lower().compile, plan.compiler_options))
         self._eval_step = self._augment = None
-        if plan.eval_batch_size is not None:
-            eval_step = jit_eval_step(make_eval_step(self._model, task), mesh, shapes["params"], options)
-            eval_batch = self._batch(plan.eval_batch_size, training=False)
-            self._eval_step = start(eval_step.lower(shapes["params"], eval_batch).compile)
+        with jax.set_mesh(mesh):  # see `crossvit_jax.kernels.attention.dot_product_attention`
+            for variant in variants_of(task):
+                train_step = make_train_step(self._model, variant, self._optimizer, config)
+                traced = jit_train_step(train_step, mesh, shapes, options).trace(shapes, batch)
+                if not self._train_steps:
+                    self.traced: jax.stages.Traced = traced
+                self._train_steps.append(start(traced.lower().compile, plan.compiler_options))
+            if plan.eval_batch_size is not None:
+                eval_step = jit_eval_step(make_eval_step(self._model, task), mesh, shapes["params"], options)
+                eval_batch = self._batch(plan.eval_batch_size, training=False)
+                self._eval_step = start(eval_step.lower(shapes["params"], eval_batch).compile)
         if config.augment_on == "device":  # last: while qwix traces a model, it has its hands on jax itself
             self._augment = start(lambda: task.augment(config.batch_size, mesh))
 

@@ -57,13 +57,14 @@ def test_a_forward_pass_takes_no_more_of_a_chip_than_it_did(without_tpu, monkeyp
 @pytest.mark.slow
 def test_gradients_are_summed_once_and_fsdp_divides_the_state_on_a_slice(without_tpu, monkeypatch):
     monkeypatch.setitem(VARIANTS, "ti", VARIANTS["ti"].replace(depth=(1, 1), stages=1))
+    config = dataclasses.replace(RECIPES["digits"], batch_size=32)
+
+    def figures(mesh, **changes):
+        return compile_step(dataclasses.replace(config, mesh=mesh, **changes), 10, "v5e:2x2")
+
     # in the order of "tpu" XLA sends some tokens around instead of parameters, about as many bytes
-    config = dataclasses.replace(RECIPES["digits"], batch_size=32, attention_kernel="xla")
-
-    def figures(mesh):
-        return compile_step(dataclasses.replace(config, mesh=mesh), 10, "v5e:2x2")
-
-    data, fsdp = figures("data=4"), figures("fsdp=4")
+    data, fsdp = figures("data=4"), figures("fsdp=4", attention_kernel="xla")
+    assert (data.own_kernels, fsdp.own_kernels) == (4, 0)  # two blocks, forwards and backwards
     model = abstract_classifier(config.model_config(10))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert (data.devices, data.device_kind, data.config.precision) == (4, "TPU v5 lite", "bfloat16")

@@ -8,6 +8,8 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from crossvit_jax.config import VARIANTS, get_config
+from crossvit_jax.kernels import attention, tpu_attention
+from crossvit_jax.kernels.attention import dot_product_attention
 from tests.train.steps import classification, make_train_step
 from train.cost.flops import matrix_flops
 from train.optim.optimizer import make_optimizer
@@ -44,6 +46,27 @@ def _embed(images, kernel):
 )
 def test_products_and_convolutions_count_two_per_multiply_add(function, arguments, expected):
     assert _count(function, *arguments) == expected
+
+
+@pytest.mark.parametrize("tokens", [19, 400])  # the latter in pieces
+def test_attention_by_the_kernel_for_tpus_counts_as_xlas_does(tokens, monkeypatch):
+    monkeypatch.setattr(tpu_attention, "_SCORES", 2**18)
+
+    def gradient(implementation):
+        def loss(*qkv):
+            return dot_product_attention(*qkv, implementation).sum()
+
+        return _count(jax.grad(loss, (0, 1, 2)), *[jnp.zeros((2, tokens, 3, 8))] * 3)
+
+    # the choices of `jax.lax.platform_dependent` count as their dearest
+    monkeypatch.setattr(attention, "_on_tpu", attention._tpu_kernel)
+    assert gradient("tpu") == 7 * 2 * (2 * 3 * 8 * tokens**2) >= gradient("xla")
+
+
+def test_what_each_device_does_counts_for_all_of_them():
+    mesh = jax.sharding.AbstractMesh((4,), ("data",))
+    cut = jax.sharding.PartitionSpec("data")
+    assert _count(jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=cut, out_specs=cut), _X) == 4 * (2 * 2 * 2 * 32)
 
 
 def test_what_checkpointing_computes_again_counts_again():

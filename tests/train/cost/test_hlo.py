@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from train.cost.hlo import Traffic, communication, early_reductions, estimated_cycles, instructions, runs
+from train.cost.hlo import Traffic, communication, early_reductions, estimated_cycles, instructions, own_kernels, runs
 
 _PROGRAM = """\
 HloModule jit_step, is_scheduled=true
@@ -124,6 +124,14 @@ def test_an_operation_wrapped_to_run_asynchronously_counts_once():
         before=wrapped,
     )
     assert communication(program) == {"reduce-scatter": Traffic(calls=1, volume=64, sent=56)}
+
+
+def test_kernels_of_our_own_count_as_often_as_they_run():
+    call = '(bf16[8]{0}) custom-call(%p), custom_call_target="tpu_custom_call", backend_config={}'
+    body = f"%body (q: bf16[8]) -> bf16[8] {{\n  %kernel.1 = {call}\n}}\n\n"
+    loop = """%w = bf16[8] while(%p), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}"""
+    assert own_kernels(_program(f"%kernel.2 = {call}", loop, before=body)) == 4
+    assert own_kernels(_program('%f.1 = bf16[8] custom-call(%p), custom_call_target="Sharding"')) == 0
 
 
 def test_a_tpus_fusions_that_work_on_the_same_operation_count_once():

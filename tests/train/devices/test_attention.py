@@ -70,12 +70,13 @@ def test_a_cpu_has_xlas_attention_and_refuses_cudnns(mesh):
 def test_cudnns_attention_is_tried_with_each_shape_of_the_model(mesh, tried, training):
     assert choose_attention("auto", CONFIG, "bfloat16", mesh, training=training) == ("cudnn", [])
     shapes = [(17, 2, 6), (5, 2, 12)]  # tokens, heads, width
-    assert tried == [("cudnn", shape, "bfloat16") for shape in shapes for _ in range(1 + training)]
+    kernels = ["cudnn", "xla"]  # the latter to compare with
+    assert tried == [(kernel, shape, "bfloat16") for shape in shapes for _ in range(1 + training) for kernel in kernels]
     tried.clear()
     reduced = CONFIG.replace(reduce_tokens="merge:1")
     assert choose_attention("auto", reduced, "bfloat16", mesh, training=False) == ("cudnn", [])
-    biased = ("cudnn", (4, 2, 12), "bfloat16", (4,))  # of the branch that is reduced, once it is
-    assert tried == [*(("cudnn", shape, "bfloat16") for shape in shapes), biased]
+    biased = ((4, 2, 12), "bfloat16", (4,))  # of the branch that is reduced, once it is
+    assert tried[::2] == [*(("cudnn", shape, "bfloat16") for shape in shapes), ("cudnn", *biased)]
 
 
 def test_cudnns_attention_is_tried_with_as_many_keys_as_there_are(mesh, tried, monkeypatch):
@@ -83,7 +84,7 @@ def test_cudnns_attention_is_tried_with_as_many_keys_as_there_are(mesh, tried, m
     monkeypatch.setattr(attention, "dot_product_attention", lambda q, k, v, _: keys.append(k.shape[1]) or q)
     model = CONFIG.replace(attention=("spatial-reduction:2", "separable"))
     assert choose_attention("auto", model, "bfloat16", mesh, training=False) == ("cudnn", [])
-    assert keys == [1 + 2 * 2]
+    assert keys == [1 + 2 * 2] * 2
 
 
 def test_where_cudnns_attention_fails_xlas_is_taken_and_one_line_says_why(mesh, fails):
@@ -95,6 +96,34 @@ def test_where_cudnns_attention_fails_xlas_is_taken_and_one_line_says_why(mesh, 
     assert "\n" not in note
     with pytest.raises(SettingsError, match=r"attention_kernel cudnn failed: 17 tokens, .*: choose auto or xla$"):
         choose_attention("cudnn", CONFIG, "bfloat16", mesh, training=False)
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "tpu"])
+@pytest.mark.parametrize("wrong", [1.1, float("nan")])
+def test_a_kernel_that_computes_something_else_is_not_taken(mesh, monkeypatch, kernel, wrong):
+    monkeypatch.setattr(attention, "fastest_implementation", lambda devices, dtype: kernel)
+    monkeypatch.setattr(
+        attention, "dot_product_attention", lambda q, k, v, name: (q + k) * v * (wrong if name == kernel else 1)
+    )
+    chosen, (note,) = choose_attention("auto", CONFIG, "bfloat16", mesh)
+    assert chosen == "xla"
+    assert "17 tokens, 2 heads of 6: it computes something else: its largest error is" in note
+    with pytest.raises(SettingsError, match=f"^attention_kernel {kernel} failed: .*: choose auto or xla$"):
+        choose_attention(kernel, CONFIG, "bfloat16", mesh)
+
+
+def test_tpus_kernel_is_tried_too_and_is_xlas_elsewhere(mesh, monkeypatch):
+    assert choose_attention("tpu", CONFIG, "bfloat16", mesh) == ("tpu", [])
+    monkeypatch.setattr(attention, "fastest_implementation", lambda devices, dtype: "tpu")
+    tried = []
+
+    def attend(q, k, v, implementation):
+        tried.append((implementation, q.shape[1:]))
+        return q
+
+    monkeypatch.setattr(attention, "dot_product_attention", attend)
+    assert choose_attention("auto", CONFIG, "float32", mesh, training=False) == ("tpu", [])
+    assert tried == [(kernel, shape) for shape in [(17, 2, 6), (5, 2, 12)] for kernel in ("tpu", "xla")]
 
 
 def test_what_jax_itself_refuses_is_told_in_its_words(mesh, looks_like_a_gpu):
