@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from crossvit_jax.kernels.attention import dot_product_attention, project_by_head, project_joined
+from crossvit_jax.kernels.attention import dot_product_attention, project_by_head
 from crossvit_jax.kernels.layers import plain_wide_einsum, wide_einsum
 from crossvit_jax.layers import Conv, LayerNorm, Linear, dropout_is_active
 from crossvit_jax.reduce import Size, log_size
@@ -85,7 +85,7 @@ class Attention(nnx.Module):
             out = dot_product_attention(q, k, v, self.implementation)
         else:
             out = dot_product_attention(q, k, v, self.implementation, log_size(size))
-        return self.proj_drop(self._joined(out), rngs=rngs)
+        return self.proj_drop(self.proj(out.reshape(*out.shape[:2], out.shape[2] * out.shape[3])), rngs=rngs)
 
     def weights(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads tokens tokens"]:
         """How much each token (last axis but one) attends to each, in float32 or wider."""
@@ -109,14 +109,6 @@ class Attention(nnx.Module):
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         return [x[:, :, 0] for x in jax.lax.split(qkv, (1, 1, 1), axis=2)]  # whose gradient is a mere concatenation
-
-    def _joined(self, x: Float[Array, "batch tokens heads width"]) -> Float[Array, "batch tokens dim"]:
-        """What `proj` makes of all heads."""
-        if self.implementation == "tpu":
-            proj = self.proj
-            x, kernel, bias = proj.promote_dtype((x, proj.kernel[...], proj.bias[...]), dtype=proj.dtype)
-            return project_joined(x, kernel, bias, proj.wide_einsum if proj.wide else jnp.einsum)
-        return self.proj(x.reshape(*x.shape[:2], x.shape[2] * x.shape[3]))
 
     def _softmax(self, q: Array, k: Array, size: Size | None = None) -> Float[Array, "batch heads queries tokens"]:
         return softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * self.scale, size)

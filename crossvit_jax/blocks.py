@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from crossvit_jax.attention import Attention, CrossAttention, SeparableAttention, SpatialReductionAttention
 from crossvit_jax.config import Branch, CrossViTConfig, Reduction, sr_ratio_of
+from crossvit_jax.kernels.layers import tokens_last
 from crossvit_jax.layers import GELU, LayerNorm, Linear, Sequential
 from crossvit_jax.reduce import Size, merge_tokens, prune
 
@@ -89,11 +90,20 @@ class Block(nnx.Module):
         self.norm2 = LayerNorm(dim, **kwargs)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **kwargs)
         self.drop_path2 = DropPath(drop_path)
+        self.set_attention("xla")
 
     def set_wide(self, enable: bool) -> None:
         """See `CrossViT.set_fp32_residual`."""
         for layer in (self.attn.proj, self.mlp.fc2):
             layer.set_wide(enable)
+
+    def set_attention(self, implementation: str) -> None:
+        """See `CrossViT.set_attention`."""
+        if isinstance(self.attn, Attention):
+            self.attn.implementation = implementation
+        self.tokens_last = implementation == "tpu"
+        for layer in (self.attn.proj, self.mlp.fc1, self.mlp.fc2):
+            layer.set_tokens_last(self.tokens_last)
 
     def __call__(
         self,
@@ -106,8 +116,8 @@ class Block(nnx.Module):
         """One token for each that is given; `size` is as in `Attention`, `grid` as in `SpatialReductionAttention`."""
         # keys of squares have no sizes: such a branch keeps all of its tokens
         of_patches = {"grid": grid} if isinstance(self.attn, SpatialReductionAttention) else {"size": size}
-        x = x + self.drop_path1(self.attn(self.norm1(x), **of_patches, rngs=rngs), rngs=rngs)
-        return x + self.drop_path2(self.mlp(self.norm2(x), rngs=rngs), rngs=rngs)
+        x = self._plus(x, self.drop_path1(self.attn(self.norm1(x), **of_patches, rngs=rngs), rngs=rngs))
+        return self._plus(x, self.drop_path2(self.mlp(self.norm2(x), rngs=rngs), rngs=rngs))
 
     def weights(
         self, x: Float[Array, "batch tokens dim"], grid: tuple[int, int]
@@ -127,12 +137,15 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "batch fewer dim"], Float[Array, "batch fewer"] | None]:
         """The same with fewer tokens after the attention, and their sizes."""
         q, k, v = self.attn.per_head(self.norm1(x))
-        x = x + self.drop_path1(self.attn.attend(q, k, v, size, rngs=rngs), rngs=rngs)
+        x = self._plus(x, self.drop_path1(self.attn.attend(q, k, v, size, rngs=rngs), rngs=rngs))
         if reduction.kind == "merge":
             x, size = merge_tokens(x, size, k, reduction.amounts[branch])
         else:
             x, size = prune(reduction, branch, x, size, self.attn.class_weights(q, k, size))
-        return x + self.drop_path2(self.mlp(self.norm2(x), rngs=rngs), rngs=rngs), size
+        return self._plus(x, self.drop_path2(self.mlp(self.norm2(x), rngs=rngs), rngs=rngs)), size
+
+    def _plus(self, x: Array, residual: Array) -> Array:
+        return x + (tokens_last(residual) if self.tokens_last else residual)
 
 
 class CrossAttentionBlock(nnx.Module):

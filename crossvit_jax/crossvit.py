@@ -279,8 +279,8 @@ class CrossViT(nnx.Module):
 
     def set_attention(self, implementation: str, devices: Sequence[Any] = ()) -> None:
         """How self-attention is computed: "xla" (any device, the default), "cudnn" (NVIDIA GPUs, half precision only),
-        or "tpu" (what "xla" computes, laid out for TPUs). "auto" is the fastest on the devices named, such as
-        `jax.devices()`.
+        or "tpu" (a kernel for TPUs, where tokens then lie in memory as that wants them; "xla" on other devices). "auto"
+        is the fastest on the devices named, such as `jax.devices()`.
 
         Raises ValueError for anything else. What "cudnn" cannot do is found when the model is first called.
         """
@@ -291,8 +291,8 @@ class CrossViT(nnx.Module):
                 f"implementation must be 'xla', 'cudnn', 'tpu', or 'auto' with devices; got {implementation!r}"
             )
         for _, module in nnx.iter_modules(self):
-            if isinstance(module, Attention):
-                module.implementation = implementation
+            if isinstance(module, Block):
+                module.set_attention(implementation)
 
     def set_fp32_residual(self, enable: bool = True) -> None:
         """Keeps what flows from block to block in float32 in a model of half precision, as `torch.autocast` does.

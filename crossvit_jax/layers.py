@@ -41,17 +41,24 @@ class Linear(nnx.Linear):
             rngs=rngs,
         )
         self.set_wide(False)
+        self.set_tokens_last(False)
         self.set_forward_mode(False)
 
     def set_wide(self, enable: bool) -> None:
         """Whether a layer of half precision returns float32."""
         self.wide = enable and self.dtype is not None and jnp.dtype(self.dtype).itemsize == 2
 
+    def set_tokens_last(self, enable: bool) -> None:
+        """Whether tokens (batch, tokens, features) are multiplied in the order of `kernels.layers.tokens_last`."""
+        self.tokens_last = enable
+
     def set_forward_mode(self, enable: bool) -> None:
         """See `CrossViT.set_forward_mode`."""
         self.wide_einsum = plain_wide_einsum if enable else wide_einsum
 
     def __call__(self, x: Float[Array, "*batch in_features"]) -> Float[Array, "*batch out_features"]:
+        if self.tokens_last and x.ndim == 3:
+            return self._with_tokens_last(x)
         # as one plain matrix product: for the weights' gradient of a batched one, XLA copies the input first on a CPU
         rows = x.reshape(-1, x.shape[-1])
         y = self._in_float32(rows) if self.wide else super().__call__(rows)
@@ -60,6 +67,13 @@ class Linear(nnx.Linear):
     def _in_float32(self, x: Float[Array, "rows in_features"]) -> Float[Array, "rows out_features"]:
         y = self.wide_einsum("ri,io->ro", *self.promote_dtype((x, self.kernel[...]), dtype=self.dtype))
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None]
+
+    def _with_tokens_last(self, x: Float[Array, "batch tokens _"]) -> Float[Array, "batch tokens _"]:
+        einsum = self.wide_einsum if self.wide else jnp.einsum
+        y = einsum("bni,io->bon", *self.promote_dtype((x, self.kernel[...]), dtype=self.dtype))
+        if self.bias is not None:
+            y += self.bias[...].astype(y.dtype)[None, :, None]
+        return y.swapaxes(1, 2)
 
 
 class Conv(nnx.Conv):

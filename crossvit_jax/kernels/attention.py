@@ -7,12 +7,11 @@ does not grow with the square of the tokens. On a CPU, where time counts more, i
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -70,26 +69,6 @@ def project_by_head(
         biases = bias.reshape(3, num_heads, -1, 1)
         parts = [part + own for part, own in zip(parts, biases, strict=True)]
     return [part.transpose(0, 3, 1, 2) for part in parts]
-
-
-def project_joined(
-    x: Float[Array, "batch tokens heads width"],
-    kernel: Float[Array, "joined dim"],
-    bias: Float[Array, " dim"],
-    einsum: Callable[..., Array] = jnp.einsum,
-) -> Float[Array, "batch tokens dim"]:
-    """The product of all heads together, by `einsum`, from how a TPU has them.
-
-    There the result has tokens last in memory, too: the norm that reads it then sums over rows, not over columns.
-    """
-    x = x.transpose(0, 2, 3, 1).reshape(len(x), len(kernel), -1)
-    y = einsum("bpn,pc->bnc", x, kernel)
-    y += bias.astype(y.dtype)
-
-    def tokens_last(y: Array) -> Array:
-        return with_layout_constraint(y, Layout((0, 2, 1)))
-
-    return jax.lax.platform_dependent(y, tpu=tokens_last, default=lambda y: y)
 
 
 def fastest_implementation(devices: Iterable[Any], dtype: Any) -> Literal["xla", "cudnn", "tpu"]:

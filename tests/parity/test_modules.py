@@ -1,7 +1,7 @@
 """Each module alone: the torch twin against timm's module, and Flax against the torch twin. Outputs and gradients."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
@@ -71,16 +71,22 @@ def attention_case(name: str, timm_class: type, qkv_bias: bool) -> Case:
     )
 
 
-class FlaxForTpus(attention.Attention):
+class FlaxForTpus(blocks.Block):
     """In the order that suits TPUs."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.implementation = "tpu"
+        self.set_attention("tpu")
 
 
-def for_tpus_case(qkv_bias: bool) -> Case:
-    return replace(attention_case("Attention", timm.layers.Attention, qkv_bias), flax=FlaxForTpus)
+def block_case(flax_class: type, *, qkv_bias: bool = True) -> Case:
+    return Case(
+        lambda: Block(24, 3, 4.0, qkv_bias=qkv_bias, norm_layer=layer_norm),
+        torch_blocks.Block,
+        flax_class,
+        (24, 3, 4.0),
+        {"qkv_bias": qkv_bias},
+    )
 
 
 def separable_case(qkv_bias: bool) -> Case:
@@ -156,8 +162,6 @@ CASES = {
     "PatchEmbed-16-three-convolutions": embed(16, (48, 80), 1, multi_conv=True),
     "Attention": attention_case("Attention", timm.layers.Attention, qkv_bias=True),
     "Attention-without-bias": attention_case("Attention", timm.layers.Attention, qkv_bias=False),
-    "Attention-for-TPUs": for_tpus_case(qkv_bias=True),
-    "Attention-for-TPUs-without-bias": for_tpus_case(qkv_bias=False),
     "SeparableAttention": separable_case(qkv_bias=True),
     "SeparableAttention-without-bias": separable_case(qkv_bias=False),
     "SpatialReductionAttention": reduced_case(TimmReduced, TorchReduced, FlaxReduced, qkv_bias=True),
@@ -168,12 +172,9 @@ CASES = {
     "CrossAttention": attention_case("CrossAttention", timm_crossvit.CrossAttention, qkv_bias=True),
     "CrossAttention-without-bias": attention_case("CrossAttention", timm_crossvit.CrossAttention, qkv_bias=False),
     "Mlp": Case(lambda: timm.layers.Mlp(24, 72), torch_blocks.Mlp, blocks.Mlp, (24, 72)),
-    "Block": Case(
-        lambda: Block(24, 3, 4.0, qkv_bias=True, norm_layer=layer_norm),
-        torch_blocks.Block,
-        blocks.Block,
-        (24, 3, 4.0),
-    ),
+    "Block": block_case(blocks.Block),
+    "Block-for-TPUs": block_case(FlaxForTpus),
+    "Block-for-TPUs-without-bias": block_case(FlaxForTpus, qkv_bias=False),
     "CrossAttentionBlock": Case(
         lambda: timm_crossvit.CrossAttentionBlock(24, 3, qkv_bias=True, norm_layer=layer_norm),
         torch_blocks.CrossAttentionBlock,

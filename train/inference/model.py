@@ -116,10 +116,14 @@ class Predictor:
         # what is compiled ahead compares layouts when it is called, and jax tells a wrong one for 4 bits
         compares_wrongly = any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(self.params))
         if compares_wrongly or jax.config.jax_disable_jit:  # with that, nothing that is compiled ahead is called
-            return lambda batch: self._with_mesh(jitted, batch)
+            return lambda batch: self._under_mesh(jitted, batch)
         with jax.set_mesh(self.mesh):  # see `crossvit_jax.kernels.attention.dot_product_attention`
             compiled = jitted.lower(self.params, batch).compile()
         return lambda batch: compiled(self.params, batch)
+
+    def _under_mesh(self, jitted: Callable[[Any, Batch], Any], batch: Batch) -> Any:
+        with jax.set_mesh(self.mesh):
+            return jitted(self.params, batch)
 
     def run(
         self, function: Callable[[nnx.Module, Batch], Any], batch: Mapping[str, jax.ShapeDtypeStruct]

@@ -13,7 +13,7 @@ from flax import nnx
 
 from convert.errors import require
 from crossvit_jax import CrossViT
-from crossvit_jax.attention import Attention
+from crossvit_jax.blocks import Block
 from crossvit_jax.layers import Linear
 
 if TYPE_CHECKING:
@@ -80,6 +80,6 @@ def _narrow(model: CrossViT) -> CrossViT:
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
             module.set_wide(False)
-        if isinstance(module, Attention) and module.implementation == "tpu":
-            module.implementation = "xla"
+        if isinstance(module, Block) and module.mlp.fc1.tokens_last:
+            module.set_attention("xla")
     return model
