@@ -367,7 +367,7 @@ class TrainConfig:
     attention_kernel: Literal["auto", "xla", "cudnn", "tpu"] = setting(
         "auto",
         "what computes self-attention: xla, cudnn (NVIDIA GPUs from compute capability 8.0 on, in half precision), or "
-        "tpu (what xla computes, laid out for TPUs); auto: cudnn where it can, tpu on TPUs",
+        "tpu (a kernel for TPUs; xla on other devices); auto: cudnn where it can, tpu on TPUs",
     )
     deterministic: bool = setting(
         False, "on GPUs the same steps give the same bits, more slowly; CPUs and TPUs compute so anyway"

@@ -174,8 +174,9 @@ def _range(figures: Figures) -> str:
 
 
 def _images_per_s(figures: Figures) -> str:
-    """At the least."""
-    return f"at least {figures.config.batch_size / figures.estimate.longest:,.0f}"
+    """Those of the longest step."""
+    rate = f"{figures.config.batch_size / figures.estimate.longest:,.0f}"
+    return f"without our own kernels {rate}" if figures.own_kernels else f"at least {rate}"
 
 
 def _of(value: Any, told: Callable[[Any], str]) -> str:

@@ -77,7 +77,7 @@ def add_model_flags(parser: Parser, *, batches: bool = True, max_pixels: int = M
         choices=("auto", "xla", "cudnn", "tpu"),
         default="auto",
         help="what computes self-attention: xla, cudnn (NVIDIA GPUs from compute capability 8.0 on, in half "
-        "precision), or tpu (what xla computes, laid out for TPUs) (default: auto, which is cudnn where it can, and "
+        "precision), or tpu (a kernel for TPUs; xla on other devices) (default: auto, which is cudnn where it can, and "
         "tpu on TPUs)",
     )
     parser.add_argument(

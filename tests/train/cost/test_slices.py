@@ -58,6 +58,9 @@ def test_the_time_is_told_in_the_lines_of_a_case_in_tables_and_in_the_report():
     told = {title: cell(figures) for title, cell in columns(on_tpus=True).items()}
     assert (told["compute, ms"], told["communication, ms"], told["step, ms"]) == ("10.0", "2.00", "10.0-12.0")
     assert told["images/s"] == "at least 21,369"
+    with_kernels = _figures(own_kernels=6)
+    assert columns(on_tpus=True)["images/s"](with_kernels) == "without our own kernels 21,369"
+    assert "15 M, without those of 6 calls of our own kernels [" in describe(with_kernels, 1000)
     assert columns(on_tpus=True)["step, ms"](_figures(estimate=None)) == "-"
     assert "step, ms" not in columns(on_gpus=True)
     assert as_json(figures)["estimate"]["communication"] == pytest.approx(0.002)

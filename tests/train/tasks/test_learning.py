@@ -33,7 +33,7 @@ def _trained(folder: Path, model: dict, *flags: str) -> tuple[dict[str, float], 
 
 @pytest.mark.slow
 def test_a_small_detector_finds_digits_in_scenes_that_it_has_not_seen(tmp_path):
-    flags = ["--task=detection", "--epochs=2", "--eval-every=2", "--lr=2e-3"]
+    flags = ["--task=detection", "--width=32", "--epochs=2", "--eval-every=2", "--lr=4e-3", "--workers=0"]
     last, printed = _trained(tmp_path, {"depth": (1, 2)}, *flags)
     assert last["eval/ap50"] > 0.3
     assert f"AP50 {last['eval/ap50']:.2f}" in printed
