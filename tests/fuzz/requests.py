@@ -25,13 +25,13 @@ _ODD += ["multipart/form-data; boundary=\xff", "multipart/form-data; boundary=b;
 _ODD += [value for value in VALUES if isinstance(value, str) and value.isascii() and "\n" not in value]
 _NAMES = ["Content-Length", "Content-Type", "Transfer-Encoding", "Content-Encoding", "Expect", "Host", "X-Request-ID"]
 _NAMES += [JSON_LENGTH, "Upgrade", "Connection", "Authorization"]
-_SECONDS = 10  # in which every request is answered, or its connection closed
+_SECONDS = 20  # in which every request is answered, or its connection closed
 
 
 @functools.cache
 def _server() -> tuple[int, Service]:
     """The port of a server that begins at the first request, and its service."""
-    limits = Limits(pictures=8, body_bytes=500_000, pixels=100_000, deadline=2, batching_delay=0)
+    limits = Limits(pictures=8, body_bytes=500_000, pixels=100_000, deadline=8, batching_delay=0)
     service = Service(ToldEngine(), limits)
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(make_app(service), http=Connection, log_config=None, lifespan="on", timeout_keep_alive=1)
