@@ -280,7 +280,8 @@ class CrossViT(nnx.Module):
     def set_attention(self, implementation: str, devices: Sequence[Any] = ()) -> None:
         """How self-attention is computed: "xla" (any device, the default), "cudnn" (NVIDIA GPUs, half precision only),
         or "tpu" (a kernel for TPUs, where tokens then lie in memory as that wants them; "xla" on other devices). "auto"
-        is the fastest on the devices named, such as `jax.devices()`.
+        is the fastest on the devices named, such as `jax.devices()`. On several TPUs jax has to know the mesh, by
+        `jax.set_mesh` around what traces the model; all of its axes cut the batch.
 
         Raises ValueError for anything else. What "cudnn" cannot do is found when the model is first called.
         """
@@ -311,7 +312,7 @@ class CrossViT(nnx.Module):
 
         jax derives all gradients then: the outputs are the same up to rounding, and training takes more memory.
         Derivatives of gradients, such as `jax.jvp(jax.grad(loss), …)` or `jax.hessian`'s `jax.jacfwd(jax.jacrev(…))`,
-        need no such thing, unless `set_attention("cudnn")` was called, whose kernel has no forward mode.
+        need no such thing, unless `set_attention` has taken "cudnn" or "tpu", whose kernels have no forward mode.
         """
         for _, module in nnx.iter_modules(self):
             if isinstance(module, (Attention, Conv, CrossAttention, GELU, LayerNorm, Linear)):

@@ -99,12 +99,13 @@ def _tpu_kernel(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
     from crossvit_jax.kernels import tpu_attention  # what it imports takes half a second, and only TPUs need it
 
     turned = [x.transpose(0, 2, 3, 1) for x in (q, k, v)]
-    plan = tpu_attention.plan(turned[0].shape, k.shape[1], q.dtype)
+    plan = tpu_attention.plan(turned[0].shape, k.shape[1], q.dtype, biased=bias is not None)
     # no compiler cuts a kernel up: on several devices it is told that each computes its part of the batch
     mesh = jax.sharding.get_abstract_mesh()
+    kinds = {kind for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if mesh.shape[name] > 1}
     axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
     parts = math.prod(mesh.shape[name] for name in axes)
-    if plan is None or len(q) % parts:
+    if plan is None or AxisType.Explicit in kinds or len(q) % parts:
         return _by_head(q, k, v, bias)
 
     def attend(q: Array, k: Array, v: Array, bias: Array | None) -> Array:

@@ -34,15 +34,17 @@ class Plan(NamedTuple):
     queries: int  # at a time
 
 
-def plan(shape: Sequence[int], keys: int, dtype: Any) -> Plan | None:
+def plan(shape: Sequence[int], keys: int, dtype: Any, *, biased: bool = False) -> Plan | None:
     """The plan for queries of a shape (batch, heads, width, queries) and so many keys, or None where the kernel is not
     for them."""
     _, heads, width, queries = shape
-    row = _padded(keys) * 4
-    at_a_time = queries if row * _padded(queries) <= _SCORES else _SCORES // row // _COLUMNS * _COLUMNS
+    row, itemsize = _padded(keys) * 4, jnp.dtype(dtype).itemsize
+    scores = _SCORES * 4 // itemsize**2  # products of float32 are made of parts, which take memory too
+    at_a_time = queries if row * _padded(queries) <= scores else scores // row // _COLUMNS * _COLUMNS
     # a backward pass reads q, k, v, what they came to and its gradient, and writes the gradients of q, k and v
-    head = 4 * width * (_padded(queries) + _padded(keys)) * jnp.dtype(dtype).itemsize
-    fits = [count for count in range(1, _MOST_HEADS + 1) if heads % count == 0 and count * head <= _WINDOWS]
+    head = 4 * width * (_padded(queries) + _padded(keys)) * itemsize
+    of_bias = 2 * biased * row * _COLUMNS  # it and its gradient: one number a row of tiles
+    fits = [n for n in range(1, _MOST_HEADS + 1) if heads % n == 0 and n * head + of_bias <= _WINDOWS]
     known = dtype in (jnp.bfloat16, jnp.float32)
     return Plan(fits[-1], at_a_time) if known and at_a_time and fits else None
 
@@ -67,7 +69,7 @@ def _backward(
     given, results = [q, k, v, out, log_total, d_out], [shape_of(x.shape, x.dtype, x) for x in (q, k, v)]
     if bias is None:
         return *_run(_backward_kernel, plan, given, results), None
-    results.append(shape_of((*k.shape[:2], k.shape[3], 1), bias.dtype, bias))
+    results.append(shape_of((len(k), k.shape[1] // plan.heads, k.shape[3], 1), bias.dtype, bias))
     d_q, d_k, d_v, d_bias = _run(_backward_kernel, plan, [*given, bias], results)
     return d_q, d_k, d_v, d_bias.sum(1, keepdims=True)
 
@@ -83,19 +85,20 @@ def _run(
     return pl.pallas_call(
         functools.partial(kernel, plan.queries),
         grid=(batch, heads // plan.heads),
-        in_specs=[_window(x, plan) for x in given],
-        out_specs=[_window(x, plan) for x in results],
+        in_specs=[_window(x, heads // plan.heads) for x in given],
+        out_specs=[_window(x, heads // plan.heads) for x in results],
         out_shape=results,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         name=kernel.__name__.strip("_"),
     )(*given)
 
 
-def _window(x: Any, plan: Plan) -> pl.BlockSpec:
-    """What a program sees of an array: some heads of an image, or what is the same for all of them."""
+def _window(x: Any, groups: int) -> pl.BlockSpec:
+    """What a program sees of an array: its group of an image's heads, or what is the same for all of them."""
     shared = x.shape[1] == 1
     return pl.BlockSpec(
-        (1, 1 if shared else plan.heads, *x.shape[2:]), lambda image, group: (image, 0 if shared else group, 0, 0)
+        (1, 1 if shared else x.shape[1] // groups, *x.shape[2:]),
+        lambda image, group: (image, 0 if shared else group, 0, 0),
     )
 
 
@@ -135,8 +138,8 @@ def _backward_kernel(at_a_time: int, q: Any, k: Any, v: Any, out: Any, log_total
         sum_k, sum_v, *sum_bias = _over_queries(at_a_time, q.shape[3], some, None)
         d_k[0, head] = (sum_k * _scale(keys)).astype(d_k.dtype)
         d_v[0, head] = sum_v.astype(d_v.dtype)
-        for array, values in zip(d_bias, sum_bias, strict=True):
-            array[0, head] = values
+        for array, own in zip(d_bias, sum_bias, strict=True):
+            array[0, 0] = array[0, 0] + own if head else own
 
 
 def _scores(keys: Array, queries: Array, bias: Sequence[Any]) -> Array:
@@ -167,7 +170,13 @@ def _over_queries(at_a_time: int, queries: int, some: Callable[[Any, Any], Any],
 
 def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
     """The product over one axis of each, in float32."""
-    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
+    # Mosaic knows these two, and the latter for float32 alone
+    default = a.dtype != jnp.float32 or jax.config.jax_default_matmul_precision in (None, "default", "fastest")
+    return jax.lax.dot_general(
+        *(a, b, (((axis_a,), (axis_b,)), ((), ()))),
+        precision=jax.lax.Precision.DEFAULT if default else jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _padded(number: int) -> int:

@@ -44,20 +44,21 @@ def _error(result, reference):
     return np.abs(result - reference).max() / np.abs(reference).max()
 
 
-@pytest.mark.parametrize(("dtype", "biased"), [("float32", True), ("bfloat16", False)])
+@pytest.mark.parametrize(("dtype", "biased"), [("float32", True), ("bfloat16", False), ("bfloat16", True)])
 @pytest.mark.parametrize(
-    ("queries", "keys", "heads", "width", "scores"),
+    ("queries", "keys", "heads", "width", "scores", "planned"),
     [
-        (33, 33, 3, 8, 2**21),
-        (33, 9, 2, 8, 2**21),  # fewer keys, as where they are spatially reduced
-        (300, 300, 5, 8, 2**18),  # 128 queries at a time, and 44; as five have no divisor, one head at a time
-        (256, 20, 1, 8, 2**16),  # no rest
+        (33, 33, 6, 8, 2**21, (3, 33)),  # two groups of three heads
+        (33, 9, 2, 8, 2**21, (2, 33)),  # fewer keys, as where they are spatially reduced
+        (300, 300, 5, 8, 2**18, (1, 128)),  # 128 queries at a time, and 44; one head at a time, as five have no divisor
+        (256, 20, 1, 8, 2**16, (1, 128)),  # no rest
     ],
 )
 def test_outputs_and_gradients_equal_plain_attentions(
-    interpreted, monkeypatch, dtype, queries, keys, heads, width, scores, biased
+    interpreted, monkeypatch, dtype, queries, keys, heads, width, scores, planned, biased
 ):
-    monkeypatch.setattr(tpu_attention, "_SCORES", scores)
+    monkeypatch.setattr(tpu_attention, "_SCORES", scores * jnp.dtype(dtype).itemsize ** 2 // 4)
+    assert tpu_attention.plan((2, heads, width, queries), keys, jnp.dtype(dtype), biased=biased) == planned
     given, d_out = _given(dtype, queries, keys, heads, width, biased=biased)
     kernel = _results(lambda q, k, v, bias: dot_product_attention(q, k, v, "tpu", bias), given, d_out)
     with jax.enable_x64():
@@ -69,11 +70,14 @@ def test_outputs_and_gradients_equal_plain_attentions(
 
 
 def test_the_shapes_of_the_variants_are_computed_as_is_planned():
-    def plan(tokens, heads, width, dtype="bfloat16"):
-        return tpu_attention.plan((1, heads, width, tokens), tokens, jnp.dtype(dtype))
+    def plan(tokens, heads, width, dtype="bfloat16", **bias):
+        return tpu_attention.plan((1, heads, width, tokens), tokens, jnp.dtype(dtype), **bias)
 
     assert plan(401, 3, 32) == plan(197, 3, 64)._replace(queries=401) == (3, 401)  # Ti
-    assert plan(1157, 12, 32, "float32") == (1, 384)  # B at 408 pixels
+    assert plan(401, 3, 32, "float32") == (3, 256)
+    assert plan(1157, 12, 32) == (3, 384)  # B at 408 pixels
+    assert plan(1157, 12, 32, "float32") is None
+    assert plan(1157, 12, 32, biased=True) == (1, 384)
     assert plan(6401, 3, 32) is None  # a detector at 960 pixels
     assert plan(197, 3, 64, "float16") is None
     assert plan(197, 3, 64, "float64") is None
@@ -95,6 +99,24 @@ def test_every_self_attention_of_a_model_is_the_kernel_forwards_and_backwards():
 
     program = _for_tpus(jax.grad(loss), params, jax.ShapeDtypeStruct((2, 120, 120, 3), jnp.float32))
     assert program.count('kernel_name = "forward_kernel"') == program.count('kernel_name = "backward_kernel"') == 3
+
+
+@pytest.mark.parametrize("precision", ["high", "highest", "float32"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_any_precision_of_products_is_one_that_the_kernels_compiler_knows(dtype, precision):
+    with jax.default_matmul_precision(precision):
+        program = _for_tpus(
+            partial(dot_product_attention, implementation="tpu"), *[jax.ShapeDtypeStruct((2, 19, 3, 8), dtype)] * 3
+        )
+    assert "tpu_custom_call" in program
+
+
+def test_a_mesh_of_explicit_axes_has_xlas_attention():
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    arrays = [jax.ShapeDtypeStruct((2, 19, 3, 8), jnp.float32)] * 3
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = jax.make_jaxpr(attention._tpu_kernel)(*arrays, None)
+    assert "pallas_call" not in str(program)
 
 
 @pytest.mark.parametrize("tokens", [19, 5000])
