@@ -23,7 +23,6 @@ _MOST_HEADS = 4  # of a program: its code is written out for each
 
 Queries = Float[Array, "batch heads width queries"]  # and what belongs to each of them
 Keys = Float[Array, "batch heads width keys"]
-Sums = Float[Array, "batch heads 1 queries"]
 Bias = Float[Array, "batch 1 keys 1"]
 
 
@@ -115,7 +114,7 @@ def _forward_kernel(at_a_time: int, q: Any, k: Any, v: Any, *rest: Any) -> None:
             out[0, head, :, columns] = (_dot(values, weights.astype(values.dtype), 1, 0) / total).astype(out.dtype)
             log_total[0, head, :, columns] = largest + jnp.log(total)
 
-        _over_queries(at_a_time, q.shape[3], some, None)
+        _over_queries(at_a_time, q.shape[3], some)
 
 
 def _backward_kernel(at_a_time: int, q: Any, k: Any, v: Any, out: Any, log_total: Any, d_out: Any, *rest: Any) -> None:
@@ -135,7 +134,7 @@ def _backward_kernel(at_a_time: int, q: Any, k: Any, v: Any, out: Any, log_total
             own += [d_scores.sum(1, keepdims=True) for _ in d_bias]
             return own if sums is None else [x + y for x, y in zip(sums, own, strict=True)]
 
-        sum_k, sum_v, *sum_bias = _over_queries(at_a_time, q.shape[3], some, None)
+        sum_k, sum_v, *sum_bias = _over_queries(at_a_time, q.shape[3], some)
         d_k[0, head] = (sum_k * _scale(keys)).astype(d_k.dtype)
         d_v[0, head] = sum_v.astype(d_v.dtype)
         for array, own in zip(d_bias, sum_bias, strict=True):
@@ -152,31 +151,25 @@ def _scale(keys: Array) -> float:
     return keys.shape[0] ** -0.5
 
 
-def _over_queries(at_a_time: int, queries: int, some: Callable[[Any, Any], Any], sums: Any) -> Any:
-    """some(columns, sums) for all queries, so many at a time; the rest first, so that there are sums to begin with."""
-    whole, left = divmod(queries, at_a_time)
-    if left or whole == 1:
-        sums = some(pl.ds(whole * at_a_time, left) if left else pl.ds(0, queries), sums)
-        whole -= not left
-    elif whole:
-        whole -= 1
-        sums = some(pl.ds(whole * at_a_time, at_a_time), sums)
+def _over_queries(at_a_time: int, queries: int, some: Callable[[Any, Any], Any]) -> Any:
+    """some(columns, sums) for all queries, so many at a time; the last ones first, so that there are sums to go on
+    with."""
+    before = -(-queries // at_a_time) - 1
+    sums = some(pl.ds(before * at_a_time, queries - before * at_a_time), None)
 
     def body(number: Any, sums: Any) -> Any:
         return some(pl.ds(pl.multiple_of(number * at_a_time, _COLUMNS), at_a_time), sums)
 
-    return jax.lax.fori_loop(0, whole, body, sums) if whole else sums
+    return jax.lax.fori_loop(0, before, body, sums) if before else sums
 
 
 def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
     """The product over one axis of each, in float32."""
-    # Mosaic knows these two, and the latter for float32 alone
+    # Mosaic knows two precisions, and the higher one for float32 alone
     default = a.dtype != jnp.float32 or jax.config.jax_default_matmul_precision in (None, "default", "fastest")
-    return jax.lax.dot_general(
-        *(a, b, (((axis_a,), (axis_b,)), ((), ()))),
-        precision=jax.lax.Precision.DEFAULT if default else jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+    precision = jax.lax.Precision.DEFAULT if default else jax.lax.Precision.HIGHEST
+    axes = (((axis_a,), (axis_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _padded(number: int) -> int:
