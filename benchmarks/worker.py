@@ -118,7 +118,7 @@ def _take_turns(side: str, task: Task, pipe: Connection) -> None:
         told |= {"calls_per_round": calls, "peak_bytes": program.peak_bytes()}  # before what follows takes memory
         measures = (program.flops, program.peak_flops, program.float32)
         ready = Ready(check, program.facts, told, *(measure and measure() for measure in measures))
-        before_round = program.before_round or (lambda: program.run(task.device == "gpu"))
+        before_round = program.before_round or (lambda: task.device == "gpu" and program.run(1))
         program.rest()
         pipe.send(ready)
         while pipe.recv() == "round":
