@@ -101,7 +101,7 @@ class Conv(nnx.Conv):
             out_chans,
             (kernel_size, kernel_size),
             strides=stride,
-            padding=[(padding, padding)] * 2,
+            padding=((padding, padding),) * 2,  # no list, so that a graph definition can be hashed
             kernel_init=kernel_init or uniform,
             bias_init=bias_init or uniform,
             **kwargs,

@@ -19,7 +19,9 @@ import crossvit_jax
 import crossvit_torch
 from convert.architecture import SameKey
 from convert.tree import flatten, from_state_dict, nest
+from crossvit_jax.blocks import Block, MultiScaleBlock
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, get_config
+from crossvit_jax.patch_embed import PatchEmbed
 
 # largest error ÷ max|reference| that the house accepts
 OUTPUT_BOUND = {"float32": 1e-5, "float64": 1e-11}
@@ -136,8 +138,9 @@ def flax_twin(variant: str, state_dict: dict, precision: str, **settings) -> cro
 def flax_module(build: Callable[[nnx.Rngs], nnx.Module], state_dict: dict) -> nnx.Module:
     """Any of our Flax modules with the weights of its torch twin."""
     module = nnx.eval_shape(lambda: build(SameKey()))
-    nnx.replace_by_pure_dict(state := nnx.state(module, nnx.Param), nest(from_state_dict(state_dict)))
-    nnx.update(module, jax.tree.map(jnp.asarray, state))
+    params = jax.device_put(nest(from_state_dict(state_dict)), may_alias=False)  # torch may change its tensors
+    nnx.replace_by_pure_dict(state := nnx.state(module, nnx.Param), params)
+    nnx.update(module, state)
     module.eval()
     return module
 
@@ -194,9 +197,14 @@ def torch_gradients(module: torch.nn.Module, inputs: list[np.ndarray], precision
 
 
 def flax_gradients(
-    module: nnx.Module, inputs: list[np.ndarray], precision: str, compiler_options: dict | None = None
+    module: nnx.Module,
+    inputs: list[np.ndarray],
+    precision: str,
+    compiler_options: dict | None = None,
+    *,
+    in_pieces: bool = False,
 ) -> Gradients:
-    """The same for a Flax module; images are given channels first, as to torch."""
+    """The same for a Flax module; images are given channels first, as to torch. `in_pieces` is as in `flax_outputs`."""
     graphdef, params = nnx.split(module)
 
     def call(params, xs):
@@ -204,12 +212,12 @@ def flax_gradients(
         module = nnx.merge(graphdef, params)
         return module(xs) if len(xs) > 1 else [module(*xs)]
 
-    @partial(jax.jit, compiler_options=compiler_options)
     def run(params, xs):
         outs, vjp = jax.vjp(call, params, xs)
         return outs, *vjp([jnp.asarray(random_array(i, *out.shape), out.dtype) for i, out in enumerate(outs)])
 
-    outs, grads, grad_xs = run(params, [jnp.asarray(x, precision) for x in inputs])
+    with _compiled(run, compiler_options, in_pieces) as compiled:
+        outs, grads, grad_xs = compiled(params, [jnp.asarray(x, precision) for x in inputs])
     return Gradients(outs, grad_xs, flatten(grads))
 
 
@@ -231,11 +239,17 @@ def gradient_errors(result: dict, reference: dict[str, torch.Tensor]) -> dict[st
 
 
 def output_errors(
-    variant: str, precision: str, size=None, batch: int = 2, compiler_options: dict | None = None, **settings
+    variant: str,
+    precision: str,
+    size=None,
+    batch: int = 2,
+    compiler_options: dict | None = None,
+    in_pieces: bool = False,
+    **settings,
 ) -> dict[str, dict[str, float]]:
     """The errors of both twins against timm: of the logits, and of each branch's normalised tokens.
 
-    `size` is that of the images, by default the model's.
+    `size` is that of the images, by default the model's. `in_pieces` is as in `flax_outputs`.
     """
     dtype = getattr(torch, precision)
     config = get_config(variant, **settings)
@@ -247,7 +261,7 @@ def output_errors(
         torch_result = [twin(torch.tensor(x, dtype=dtype)), *twin.forward_features(torch.tensor(x, dtype=dtype))]
     with jax.enable_x64(precision == "float64"):
         flax = flax_twin(variant, reference.state_dict(), precision, **settings)
-        flax_result = flax_outputs(flax, x, precision, compiler_options)
+        flax_result = flax_outputs(flax, x, precision, compiler_options, in_pieces=in_pieces)
     names = ("logits", "branch 0", "branch 1")
     return {
         twin_name: {name: error(r, e) for name, r, e in zip(names, result, expected, strict=True)}
@@ -288,21 +302,66 @@ def timm_outputs(model: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def flax_outputs(
-    model: crossvit_jax.CrossViT, x: np.ndarray, precision: str, compiler_options: dict | None = None
+    model: crossvit_jax.CrossViT,
+    x: np.ndarray,
+    precision: str,
+    compiler_options: dict | None = None,
+    *,
+    in_pieces: bool = False,
 ) -> list[jax.Array]:
-    """Logits and both branches' features of images given channels first, in one compiled program."""
+    """Logits and both branches' features of images given channels first, in one compiled program.
+
+    `in_pieces`: in several, which blocks of the same shapes share. A deep model is compiled in half the time.
+    """
     graphdef, params = nnx.split(model)
 
-    @partial(jax.jit, compiler_options=compiler_options)
     def run(params, x):
         model = nnx.merge(graphdef, params)
         return [model(x), *model.forward_features(x)]
 
-    return run(params, jnp.asarray(channels_last(x), precision))
+    with _compiled(run, compiler_options, in_pieces) as compiled:
+        return compiled(params, jnp.asarray(channels_last(x), precision))
+
+
+# what a whole model does to images, but for scaling them and for joining the results
+_PIECES = [(PatchEmbed, "__call__"), (Block, "__call__"), (MultiScaleBlock, "fuse")]
+_PIECES += [(crossvit_jax.CrossViT, name) for name in ("_normalise", "_pool")]
+
+
+@contextmanager
+def _compiled(run: Callable, compiler_options: dict | None, in_pieces: bool) -> Iterator[Callable]:
+    """The function compiled; or as it is, while the pieces of a model are compiled, each for its shapes."""
+    with ExitStack() as stack:
+        if not in_pieces:
+            yield jax.jit(run, compiler_options=compiler_options)
+            return
+        for owner, name in _PIECES:
+            stack.enter_context(patch.object(owner, name, _piece(getattr(owner, name))))
+        scale_image = jax.jit(crossvit_jax.crossvit.scale_image, static_argnums=(1, 2))
+        stack.enter_context(patch.object(crossvit_jax.crossvit, "scale_image", scale_image))
+        yield run
+
+
+def _piece(method: Callable) -> Callable:
+    @partial(jax.jit, static_argnums=(0, 1, 2))
+    def run(graphdef, structure, settings, params, arrays):
+        arrays = iter(arrays)
+        leaves = [next(arrays) if setting is ... else setting for setting in settings]
+        args, kwargs = jax.tree.unflatten(structure, leaves)
+        return method(nnx.merge(graphdef, params), *args, **kwargs)
+
+    def compiled(self, *args, **kwargs):
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        settings = tuple(... if isinstance(leaf, jax.Array) else leaf for leaf in leaves)
+        graphdef, params = nnx.split(self)
+        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+        return run(graphdef, structure, settings, params, arrays)
+
+    return compiled
 
 
 def whole_gradient_errors(
-    variant: str, precision: str, compiler_options: dict | None = None, **settings
+    variant: str, precision: str, compiler_options: dict | None = None, *, in_pieces: bool = False, **settings
 ) -> tuple[float, dict[str, float]]:
     """The error of Flax's whole gradient against timm's, taken as one vector, and the errors of its parts.
 
@@ -313,7 +372,7 @@ def whole_gradient_errors(
     expected = torch_gradients(reference, [x], precision)
     with jax.enable_x64(precision == "float64"):
         model = flax_twin(variant, reference.state_dict(), precision, **settings)
-        result = flax_gradients(model, [x], precision, compiler_options)
+        result = flax_gradients(model, [x], precision, compiler_options, in_pieces=in_pieces)
         parts = gradient_errors(result.parameters, expected.parameters)
         parts["images"] = error(result.inputs[0], expected.inputs[0])
     one_vector = [

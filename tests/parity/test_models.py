@@ -16,9 +16,12 @@ from tests.parity.reference import (
 )
 
 
-def _options(variant, precision):
-    """One variant is compiled as for users in its usual precision."""
-    return AS_FOR_USERS if (variant, precision) == ("ti", "float32") else QUICKLY
+def _how(variant, precision):
+    """One variant is compiled whole, and as for users in its usual precision."""
+    return {
+        "compiler_options": AS_FOR_USERS if (variant, precision) == ("ti", "float32") else QUICKLY,
+        "in_pieces": variant != "ti",
+    }
 
 
 @pytest.mark.slow
@@ -27,7 +30,7 @@ def _options(variant, precision):
 def test_every_variant_has_timms_logits_and_features(variant, precision):
     batch = 1 if variant.endswith("408") else 2  # there, an image takes four times as long
     with stages_run_once():  # whether the same arguments go to them twice, the settings below hold
-        result = output_errors(variant, precision, batch=batch, compiler_options=_options(variant, precision))
+        result = output_errors(variant, precision, batch=batch, **_how(variant, precision))
     for twin, errors in result.items():
         assert max(errors.values()) <= OUTPUT_BOUND[precision], (twin, errors)
 
@@ -36,10 +39,11 @@ def test_every_variant_has_timms_logits_and_features(variant, precision):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("variant", GRADIENT_VARIANTS)
 def test_the_whole_gradient_equals_timms(variant, precision):
-    # convolutions whose patches overlap: the images' gradient in float64 would compute for a minute
-    slow = "dagger" in variant and precision == "float64"
-    options = AS_FOR_USERS if slow else _options(variant, precision)
-    whole, parts = whole_gradient_errors(variant, precision, options)
+    how = _how(variant, precision)
+    if "dagger" in variant and precision == "float64":
+        # convolutions whose patches overlap: compiled quickly, the images' gradient would compute for a minute
+        how = {"compiler_options": AS_FOR_USERS}
+    whole, parts = whole_gradient_errors(variant, precision, **how)
     assert whole <= GRADIENT_BOUND[precision]
     assert {name: e for name, e in parts.items() if e > PARAMETER_BOUND[precision]} == {}
 
