@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from crossvit_jax.kernels.attention import dot_product_attention, project_by_head
+from crossvit_jax.kernels.attention import cudnn_of_even, dot_product_attention, project_by_head
 from crossvit_jax.kernels.layers import plain_wide_einsum, wide_einsum
 from crossvit_jax.layers import Conv, LayerNorm, Linear, dropout_is_active
 from crossvit_jax.reduce import Size, log_size
@@ -65,6 +65,12 @@ class Attention(nnx.Module):
         Args:
             size: the patches that each token stands for, see `crossvit_jax.reduce`; None: one each.
         """
+        tokens = x.shape[1]
+        if self.implementation == "cudnn" and tokens % 2 and size is None and self._is_plainly_trained():
+            # Of an odd number cuDNN has no gradient. The norm before can write one token more, and the sum after leave
+            # it out, as they write and read all of them anyway; behind the norm, four arrays would have to be copied.
+            q, k, v = self.per_head(jnp.pad(x, ((0, 0), (0, 1), (0, 0))))
+            return self._project(cudnn_of_even(q, k, v, tokens), rngs)[:, :tokens]
         return self.attend(*self.per_head(x), size, rngs=rngs)
 
     def attend(
@@ -85,7 +91,7 @@ class Attention(nnx.Module):
             out = dot_product_attention(q, k, v, self.implementation)
         else:
             out = dot_product_attention(q, k, v, self.implementation, log_size(size))
-        return self.proj_drop(self.proj(out.reshape(*out.shape[:2], out.shape[2] * out.shape[3])), rngs=rngs)
+        return self._project(out, rngs)
 
     def weights(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads tokens tokens"]:
         """How much each token (last axis but one) attends to each, in float32 or wider."""
@@ -109,6 +115,13 @@ class Attention(nnx.Module):
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         return [x[:, :, 0] for x in jax.lax.split(qkv, (1, 1, 1), axis=2)]  # whose gradient is a mere concatenation
+
+    def _project(self, out: Float[Array, "batch tokens heads width"], rngs) -> Float[Array, "batch tokens dim"]:
+        return self.proj_drop(self.proj(out.reshape(*out.shape[:2], out.shape[2] * out.shape[3])), rngs=rngs)
+
+    def _is_plainly_trained(self) -> bool:
+        """Whether a gradient in reverse mode will be taken of weights that nothing thins."""
+        return not (self.attn_drop.deterministic or dropout_is_active(self.attn_drop) or self.forward_mode)
 
     def _softmax(self, q: Array, k: Array, size: Size | None = None) -> Float[Array, "batch heads queries tokens"]:
         return softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * self.scale, size)

@@ -127,6 +127,19 @@ def _cudnn(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
 _cudnn_kernel = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
 
 
+def cudnn_of_even(
+    q: Float[Array, "batch queries heads width"],
+    k: Float[Array, "batch keys heads width"],
+    v: Float[Array, "batch keys heads width"],
+    keys: int,
+    bias: Float[Array, "batch 1 queries keys"] | None = None,
+) -> Float[Array, "batch queries heads width"]:
+    """NVIDIA's kernel for even numbers of queries and keys, of which the first so many keys count."""
+    lengths = {"query_seq_lengths": q.shape[1], "key_value_seq_lengths": keys}
+    lengths = {name: jnp.full(len(q), length, jnp.int32) for name, length in lengths.items()}
+    return _cudnn_kernel(q, k, v, bias, **lengths)
+
+
 @jax.custom_vjp
 def _cudnn_odd(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
     """The kernel for an odd number of queries or keys, of which jax refuses the gradient: for that they are padded by
@@ -136,12 +149,10 @@ def _cudnn_odd(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
 
 def _cudnn_padded(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
     queries, keys = q.shape[1], k.shape[1]
-    lengths = {"query_seq_lengths": queries, "key_value_seq_lengths": keys}
-    lengths = {name: jnp.full(len(q), length, jnp.int32) for name, length in lengths.items()}
     if bias is not None:
         bias = jnp.pad(bias, ((0, 0), (0, 0), (0, queries % 2), (0, keys % 2)))
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-    return _cudnn_kernel(q, k, v, bias, **lengths)[:, :queries]
+    return cudnn_of_even(q, k, v, keys, bias)[:, :queries]
 
 
 _cudnn_odd.defvjp(lambda q, k, v, bias: jax.vjp(_cudnn_padded, q, k, v, bias), lambda vjp, d_out: vjp(d_out))
