@@ -70,7 +70,8 @@ class Attention(nnx.Module):
             # Of an odd number cuDNN has no gradient. The norm before can write one token more, and the sum after leave
             # it out, as they write and read all of them anyway; behind the norm, four arrays would have to be copied.
             q, k, v = self.per_head(jnp.pad(x, ((0, 0), (0, 1), (0, 0))))
-            return self._project(cudnn_of_even(q, k, v, tokens), rngs)[:, :tokens]
+            out = self._project(cudnn_of_even(q, k, v, tokens))[:, :tokens]
+            return self.proj_drop(out, rngs=rngs)
         return self.attend(*self.per_head(x), size, rngs=rngs)
 
     def attend(
@@ -91,7 +92,7 @@ class Attention(nnx.Module):
             out = dot_product_attention(q, k, v, self.implementation)
         else:
             out = dot_product_attention(q, k, v, self.implementation, log_size(size))
-        return self._project(out, rngs)
+        return self.proj_drop(self._project(out), rngs=rngs)
 
     def weights(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads tokens tokens"]:
         """How much each token (last axis but one) attends to each, in float32 or wider."""
@@ -116,8 +117,8 @@ class Attention(nnx.Module):
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         return [x[:, :, 0] for x in jax.lax.split(qkv, (1, 1, 1), axis=2)]  # whose gradient is a mere concatenation
 
-    def _project(self, out: Float[Array, "batch tokens heads width"], rngs) -> Float[Array, "batch tokens dim"]:
-        return self.proj_drop(self.proj(out.reshape(*out.shape[:2], out.shape[2] * out.shape[3])), rngs=rngs)
+    def _project(self, out: Float[Array, "batch tokens heads width"]) -> Float[Array, "batch tokens dim"]:
+        return self.proj(out.reshape(*out.shape[:2], out.shape[2] * out.shape[3]))
 
     def _is_plainly_trained(self) -> bool:
         """Whether a gradient in reverse mode will be taken of weights that nothing thins."""

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 
+from crossvit_jax.attention import Attention
 from crossvit_jax.kernels import attention as attention
 from crossvit_jax.kernels.attention import dot_product_attention
 from tests.parity.reference import abstract, random_array
@@ -143,17 +144,20 @@ def test_with_cudnn_every_self_attention_of_a_model_is_nvidias_kernel_forwards_a
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     settings = {"image_size": 120, "stages": 1, "depth": (1, 2), "dtype": jnp.bfloat16}
     model = abstract("ti", **settings)
-    model.eval()
     model.set_attention("cudnn")
-    graphdef, params = nnx.split(model)
-
-    def loss(params, images):
-        return nnx.merge(graphdef, params)(images).sum()
-
     images = jax.ShapeDtypeStruct((2, 120, 120, 3), jnp.float32)
-    # 101 and 50 tokens: of an odd number jax takes no gradient by itself
-    program = jax.jit(jax.grad(loss)).trace(params, images).lower(lowering_platforms=("cuda",)).as_text()
-    assert program.count("@__cudnn$fmhaSoftmax(") == program.count("@__cudnn$fmhaSoftmaxBackward(") == 3
+    for trains in (False, True):
+        model.train() if trains else model.eval()
+        graphdef, params = nnx.split(model)
+
+        def loss(params, images, graphdef=graphdef):
+            return nnx.merge(graphdef, params)(images).sum()
+
+        # 101 and 50 tokens: of an odd number jax takes no gradient by itself
+        program = jax.jit(jax.grad(loss)).trace(params, images).lower(lowering_platforms=("cuda",)).as_text()
+        assert program.count("@__cudnn$fmhaSoftmax(") == program.count("@__cudnn$fmhaSoftmaxBackward(") == 3
+        # in training the norm before has written one token more already
+        assert ("tensor<2x102x288xbf16>" in program, "tensor<2x101x288xbf16>" in program) == (trains, not trains)
 
 
 def test_cudnn_pads_an_odd_number_of_tokens_for_the_gradient_only(monkeypatch):
@@ -169,6 +173,34 @@ def test_cudnn_pads_an_odd_number_of_tokens_for_the_gradient_only(monkeypatch):
     assert TOKENS % 2 == 1
     assert "stablehlo.pad" not in _program(attend, *qkv, platform="cuda")
     assert _program(jax.grad(loss), *qkv, platform="cuda").count("stablehlo.pad") >= 3
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, TOKENS + 1])
+@pytest.mark.parametrize("trains", [True, False])
+def test_around_cudnns_kernel_outputs_and_gradients_are_those_of_plain_attention(monkeypatch, tokens, trains):
+    """In float64, with plain attention in the place of the kernel."""
+    seen = []
+
+    def kernel(q, k, v, _, query_seq_lengths=(TOKENS + 1,), key_value_seq_lengths=(TOKENS + 1,)):
+        seen.append((q.shape[1], k.shape[1], *set(np.asarray(query_seq_lengths).tolist())))
+        left_out = jnp.arange(k.shape[1]) >= jnp.asarray(key_value_seq_lengths)[:, None]
+        return plain(q, k, v, jnp.where(left_out, -jnp.inf, 0.0))
+
+    monkeypatch.setattr(attention, "_cudnn_kernel", kernel)
+    with jax.enable_x64():
+        module = Attention(24, 3, dtype=None, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        module.train() if trains else module.eval()
+        x, weights = (jnp.asarray(random_array(seed, 2, tokens, 24)) for seed in (1, 2))
+
+        def results(implementation):
+            module.implementation = implementation
+            graphdef, params = nnx.split(module)
+            out, vjp = jax.vjp(lambda params, x: nnx.merge(graphdef, params)(x), params, x)
+            return jax.tree.leaves((out, vjp(weights)))
+
+        for got, expected in zip(results("cudnn"), results("xla"), strict=True):
+            np.testing.assert_allclose(got, expected, atol=1e-13 * float(jnp.abs(expected).max()), rtol=1e-12)
+        assert set(seen) == {(TOKENS + 1,) * 3}
 
 
 def test_cudnn_takes_a_bias_forwards_and_backwards(monkeypatch):
