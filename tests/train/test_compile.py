@@ -35,7 +35,7 @@ def run(capsys):
 
 def test_the_figures_of_a_step_on_the_devices_here(run, small_variant):
     status, out, err = run(*_DIGITS, "--batch-size=16")
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, "compiling ti for the devices here, batch 16 …\n")
     lines = out.splitlines()
     assert lines[0] == "CrossViT ti, 10 classes, float32, batch 16 on 1 x cpu (local), mesh data=1,fsdp=1"
     assert lines[1].startswith("memory per device: ")
@@ -56,7 +56,7 @@ def test_a_step_that_does_not_fit_says_so_with_its_own_status(run, small_variant
 def test_the_figures_of_a_forward_pass_and_the_file_of_them(run, small_variant, tmp_path):
     file = tmp_path / "report.json"
     status, out, err = run(*_DIGITS, "--batch-size=16", "--inference", f"--json={file}")
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, "compiling ti for the devices here, batch 16 …\n")
     lines = out.splitlines()
     assert lines[0].startswith("CrossViT ti, inference, 10 classes, float32, batch 16 on 1 x cpu (local)")
     assert re.search(r"^memory per device: .* \(parameters .*, batches .*, activations ", lines[1])

@@ -1,7 +1,7 @@
 """The largest batch that a training step can have on a card, found without one."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from train.config import TrainConfig
@@ -35,12 +35,17 @@ class Fit:
     needed: dict[str, float]  # bytes of a device for these batches, of those that fit
 
 
-def largest_batches(config: TrainConfig, num_classes: int, topologies: Sequence[str]) -> Iterator[Fit]:
+def largest_batches(
+    config: TrainConfig, num_classes: int, topologies: Sequence[str], say: Callable[[str], None] = lambda line: None
+) -> Iterator[Fit]:
     """For every topology of GPUs, one after the other.
 
     Memory grows evenly with the batch: two small ones tell how for all cards, and on each the largest is compiled to
     confirm it. On a card of another compute capability it may take a few bytes an image more or less, which the first
     program for that capability corrects. Batches are multiples of 8 images of a part on a device.
+
+    Args:
+        say: is told of each program what it needs.
 
     Raises SettingsError as `train.cost.figures.compile_step` does.
     """
@@ -60,7 +65,9 @@ def largest_batches(config: TrainConfig, num_classes: int, topologies: Sequence[
                 grad_checkpointing=config.grad_checkpointing or way in ("grad_checkpointing", "both"),
                 grad_accum=parts if way in ("grad_accum", "both") else 1,
             )
-            search = _Search(saving, num_classes, topology, _UNIT * devices * saving.grad_accum)
+            unit = _UNIT * devices * saving.grad_accum
+            name = " ".join(filter(None, (model_config.name, "on", topology, WAYS[way])))
+            search = _Search(saving, num_classes, topology, unit, name, say)
             line = lines.get((devices, way)) or search.line()
             batches[way], needed[way], lines[devices, way] = search.largest(line, gpu.available)
         yield Fit(
@@ -97,10 +104,15 @@ class _Search:
     num_classes: int
     topology: str
     unit: int  # batches are multiples of it
+    name: str
+    say: Callable[[str], None]
 
     def needs(self, batch: int) -> float:
         """Bytes of a device."""
+        from train.devices.memory import format_bytes
+
         figures = compile_step(dataclasses.replace(self.config, batch_size=batch), self.num_classes, self.topology)
+        self.say(f"{self.name}: a batch of {batch} needs {format_bytes(figures.needed)}")
         return figures.needed
 
     def line(self) -> _Line:

@@ -42,7 +42,15 @@ def _expected(available, unit, per_image):
 
 
 def test_the_largest_batch_is_computed_from_two_and_confirmed(compiled):
-    (found,) = largest_batches(RECIPES["imagenet"], 1000, ["a4000"])
+    told = []
+    (found,) = largest_batches(RECIPES["imagenet"], 1000, ["a4000"], told.append)
+    assert [line.partition(" needs ")[0] for line in told[:3]] == [
+        "ti on a4000: a batch of 32",
+        "ti on a4000: a batch of 64",
+        f"ti on a4000: a batch of {found.batches['none']}",
+    ]
+    assert len(told) == len(compiled.calls) == 12
+    assert told[3].startswith("ti on a4000 --grad-checkpointing: a batch of 32 needs ")
     available = int(0.75 * 16_900_000_000)
     assert found.available == GPUS["a4000"].available == available
     assert found.batches == {
