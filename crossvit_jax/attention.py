@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -67,9 +68,13 @@ class Attention(nnx.Module):
         """
         tokens = x.shape[1]
         if self.implementation == "cudnn" and tokens % 2 and size is None and self._is_plainly_trained():
-            # Of an odd number cuDNN has no gradient. The norm before can write one token more, and the sum after leave
+            # Of an odd number jax takes no gradient. The norm before can write one token more, and the sum after leave
             # it out, as they write and read all of them anyway; behind the norm, four arrays would have to be copied.
-            q, k, v = self.per_head(jnp.pad(x, ((0, 0), (0, 1), (0, 0))))
+            is_own = np.arange(tokens + 1)[None, :, None, None] < tokens
+            q, k, v = (
+                jnp.where(is_own, y, jax.lax.stop_gradient(y))  # whatever the kernel leaves there in its gradients
+                for y in self.per_head(jnp.pad(x, ((0, 0), (0, 1), (0, 0))))
+            )
             out = self._project(cudnn_of_even(q, k, v, tokens))[:, :tokens]
             return self.proj_drop(out, rngs=rngs)
         return self.attend(*self.per_head(x), size, rngs=rngs)

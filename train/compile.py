@@ -6,13 +6,13 @@ machine, and says what it takes: memory, arithmetic, communication, and of GPUs 
 
 # jax is imported when it is needed: `--help` is instant, and the environment is prepared first.
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from convert.command_line import Parser, Program, leave, run
 from convert.errors import SettingsError
 from convert.files import check_place, check_replaceable, home_path
+from convert.streams import tell_error
 from train.config import TrainConfig
 from train.cost.figures import check_case, compile_step, prepare_environment
 from train.cost.fit import largest_batches
@@ -122,7 +122,7 @@ def _report(cases: list[tuple[TrainConfig, str | None]], num_classes: int, infer
     refused, results = [], []
     for number, (config, topology) in enumerate(cases):
         name, place = config.model_config(num_classes).name, topology or "the devices here"
-        _say(f"compiling {name} for {place}, batch {config.batch_size} …")
+        tell_error(f"compiling {name} for {place}, batch {config.batch_size} …")
         figures = compile_step(config, num_classes, topology, inference=inference)
         if figures.too_much is not None:
             refused.append(f"{figures.config.variant} on {figures.slice} does not fit: {figures.too_much}")
@@ -139,18 +139,13 @@ def _report(cases: list[tuple[TrainConfig, str | None]], num_classes: int, infer
 
 def _report_fit(configs: list[TrainConfig], topologies: list[str], num_classes: int, file: Path | None) -> int:
     results = []
-    _say(f"compiling at least {4 * (2 + len(topologies)) * len(configs)} programs, each for a minute or more …")
+    tell_error(f"compiling some {4 * (2 + len(topologies)) * len(configs)} programs, each for a minute or more …")
     for config in configs:
-        for fit in largest_batches(config, num_classes, topologies, _say):
+        for fit in largest_batches(config, num_classes, topologies, tell_error):
             print_row(FIT_COLUMNS, fit, head=not results)
             results.append(as_json(fit))
             write_report(file, results)
     return 0 if all(result["batches"]["none"] for result in results) else 1
-
-
-def _say(line: str) -> None:
-    """What goes on, beside what is asked for."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

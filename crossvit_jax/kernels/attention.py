@@ -136,7 +136,7 @@ def cudnn_of_even(
 ) -> Float[Array, "batch queries heads width"]:
     """NVIDIA's kernel for even numbers of queries and keys, of which the first so many keys count."""
     lengths = {"query_seq_lengths": q.shape[1], "key_value_seq_lengths": keys}
-    lengths = {name: jnp.full(len(q), length, jnp.int32) for name, length in lengths.items()}
+    lengths = {name: jnp.full((q.shape[0],), length, jnp.int32) for name, length in lengths.items()}
     return _cudnn_kernel(q, k, v, bias, **lengths)
 
 

@@ -25,14 +25,16 @@ def _by_taps(x: Array, rows: Taps, columns: Taps) -> Array:
     other a training step has the images between them in memory, in float32.
     """
     terms = (
-        _along_columns(jnp.take(x, place, 1, mode="clip"), columns) * weight[:, None, None]
+        _along_columns(jnp.take(x, place, 1, mode="clip"), columns) * weight[None, :, None, None]
         for place, weight in zip(*rows, strict=True)
     )
     return sum(terms, start=jnp.zeros((), x.dtype))
 
 
 def _along_columns(x: Array, taps: Taps) -> Array:
-    terms = (jnp.take(x, place, 2, mode="clip") * weight[:, None] for place, weight in zip(*taps, strict=True))
+    terms = (
+        jnp.take(x, place, 2, mode="clip") * weight[None, None, :, None] for place, weight in zip(*taps, strict=True)
+    )
     return sum(terms, start=jnp.zeros((), x.dtype))
 
 

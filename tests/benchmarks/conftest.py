@@ -1,6 +1,7 @@
 """Sides in the process of the tests: whole runs whose figures do not matter, without the imports of each process."""
 
 import dataclasses
+import functools
 
 import jax
 import pytest
@@ -18,7 +19,7 @@ class HereWorker:
     def close(self):
         pass
 
-    @property
+    @functools.cached_property
     def ready(self):
         worker._take_turns(self.side, self.task, self)
         ready, seconds = self._answers

@@ -22,6 +22,7 @@ from convert.tree import flatten, from_state_dict, nest
 from crossvit_jax.blocks import Block, MultiScaleBlock
 from crossvit_jax.config import TIMM_NAMES, VARIANTS, get_config
 from crossvit_jax.patch_embed import PatchEmbed
+from tests.compilation import QUICKLY
 
 # largest error ÷ max|reference| that the house accepts
 OUTPUT_BOUND = {"float32": 1e-5, "float64": 1e-11}
@@ -335,6 +336,7 @@ def _compiled(run: Callable, compiler_options: dict | None, in_pieces: bool) -> 
         if not in_pieces:
             yield jax.jit(run, compiler_options=compiler_options)
             return
+        assert compiler_options in (None, QUICKLY)  # jax takes none for what a gradient is taken of
         for owner, name in _PIECES:
             stack.enter_context(patch.object(owner, name, _piece(getattr(owner, name))))
         scale_image = jax.jit(crossvit_jax.crossvit.scale_image, static_argnums=(1, 2))

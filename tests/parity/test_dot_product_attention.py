@@ -178,13 +178,19 @@ def test_cudnn_pads_an_odd_number_of_tokens_for_the_gradient_only(monkeypatch):
 @pytest.mark.parametrize("tokens", [TOKENS, TOKENS + 1])
 @pytest.mark.parametrize("trains", [True, False])
 def test_around_cudnns_kernel_outputs_and_gradients_are_those_of_plain_attention(monkeypatch, tokens, trains):
-    """In float64, with plain attention in the place of the kernel."""
+    """In float64, with plain attention in the place of the kernel, which leaves NaN where a gradient does not count."""
     seen = []
+
+    @jax.custom_vjp
+    def spoilt(x):
+        return x
+
+    spoilt.defvjp(lambda x: (x, None), lambda _, d: (d.at[:, tokens:].set(jnp.nan),))
 
     def kernel(q, k, v, _, query_seq_lengths=(TOKENS + 1,), key_value_seq_lengths=(TOKENS + 1,)):
         seen.append((q.shape[1], k.shape[1], *set(np.asarray(query_seq_lengths).tolist())))
         left_out = jnp.arange(k.shape[1]) >= jnp.asarray(key_value_seq_lengths)[:, None]
-        return plain(q, k, v, jnp.where(left_out, -jnp.inf, 0.0))
+        return plain(*map(spoilt, (q, k, v)), jnp.where(left_out, -jnp.inf, 0.0))
 
     monkeypatch.setattr(attention, "_cudnn_kernel", kernel)
     with jax.enable_x64():
