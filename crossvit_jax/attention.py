@@ -2,11 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from crossvit_jax.kernels.attention import cudnn_of_even, dot_product_attention, project_by_head
+from crossvit_jax.kernels.attention import cudnn_with_one_more, dot_product_attention, project_by_head
 from crossvit_jax.kernels.layers import plain_wide_einsum, wide_einsum
 from crossvit_jax.layers import Conv, LayerNorm, Linear, dropout_is_active
 from crossvit_jax.reduce import Size, log_size
@@ -66,17 +65,12 @@ class Attention(nnx.Module):
         Args:
             size: the patches that each token stands for, see `crossvit_jax.reduce`; None: one each.
         """
-        tokens = x.shape[1]
-        if self.implementation == "cudnn" and tokens % 2 and size is None and self._is_plainly_trained():
-            # Of an odd number jax takes no gradient. The norm before can write one token more, and the sum after leave
-            # it out, as they write and read all of them anyway; behind the norm, four arrays would have to be copied.
-            is_own = np.arange(tokens + 1)[None, :, None, None] < tokens
-            q, k, v = (
-                jnp.where(is_own, y, jax.lax.stop_gradient(y))  # whatever the kernel leaves there in its gradients
-                for y in self.per_head(jnp.pad(x, ((0, 0), (0, 1), (0, 0))))
-            )
-            out = self._project(cudnn_of_even(q, k, v, tokens))[:, :tokens]
-            return self.proj_drop(out, rngs=rngs)
+        trains = not (self.attn_drop.deterministic or self._needs_weights())
+        if self.implementation == "cudnn" and x.shape[1] % 2 and size is None and trains:
+            # The norm before can write one token more, and the sum after leave it out, as they write and read all of
+            # them anyway. Where `dot_product_attention` adds it, four arrays are copied.
+            out = cudnn_with_one_more(*self.per_head(jnp.pad(x, ((0, 0), (0, 1), (0, 0)))))
+            return self.proj_drop(self._project(out)[:, :-1], rngs=rngs)
         return self.attend(*self.per_head(x), size, rngs=rngs)
 
     def attend(
@@ -89,8 +83,7 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch tokens dim"]:
         """The same for what `per_head` returns."""
-        # weights that dropout thins have to be computed as such
-        if dropout_is_active(self.attn_drop) or self.forward_mode:
+        if self._needs_weights():
             attn = self.attn_drop(self._softmax(q, k, size), rngs=rngs).astype(v.dtype)
             out = jnp.einsum("bhqk,bkhd->bqhd", attn, v)
         elif size is None:
@@ -125,9 +118,9 @@ class Attention(nnx.Module):
     def _project(self, out: Float[Array, "batch tokens heads width"]) -> Float[Array, "batch tokens dim"]:
         return self.proj(out.reshape(*out.shape[:2], out.shape[2] * out.shape[3]))
 
-    def _is_plainly_trained(self) -> bool:
-        """Whether a gradient in reverse mode will be taken of weights that nothing thins."""
-        return not (self.attn_drop.deterministic or dropout_is_active(self.attn_drop) or self.forward_mode)
+    def _needs_weights(self) -> bool:
+        """Weights that dropout thins have to be computed as such."""
+        return dropout_is_active(self.attn_drop) or self.forward_mode
 
     def _softmax(self, q: Array, k: Array, size: Size | None = None) -> Float[Array, "batch heads queries tokens"]:
         return softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * self.scale, size)

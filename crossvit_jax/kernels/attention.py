@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -127,17 +128,25 @@ def _cudnn(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
 _cudnn_kernel = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
 
 
-def cudnn_of_even(
-    q: Float[Array, "batch queries heads width"],
-    k: Float[Array, "batch keys heads width"],
-    v: Float[Array, "batch keys heads width"],
-    keys: int,
-    bias: Float[Array, "batch 1 queries keys"] | None = None,
-) -> Float[Array, "batch queries heads width"]:
-    """NVIDIA's kernel for even numbers of queries and keys, of which the first so many keys count."""
+def _cudnn_even(q: Array, k: Array, v: Array, bias: Array | None, keys: int) -> Array:
+    """The kernel for even numbers of queries and keys, of which the first so many keys count."""
     lengths = {"query_seq_lengths": q.shape[1], "key_value_seq_lengths": keys}
     lengths = {name: jnp.full((q.shape[0],), length, jnp.int32) for name, length in lengths.items()}
     return _cudnn_kernel(q, k, v, bias, **lengths)
+
+
+def cudnn_with_one_more(
+    q: Float[Array, "batch tokens heads width"],
+    k: Float[Array, "batch tokens heads width"],
+    v: Float[Array, "batch tokens heads width"],
+) -> Float[Array, "batch tokens heads width"]:
+    """NVIDIA's kernel for an odd number of tokens and one more, the last, to which no token attends: so they are even, as
+    jax wants it for a gradient. What is given of the last gets none."""
+    own = q.shape[1] - 1
+    is_own = np.arange(q.shape[1])[None, :, None, None] < own
+    # whatever the kernel leaves there in its gradients
+    q, k, v = (jnp.where(is_own, x, jax.lax.stop_gradient(x)) for x in (q, k, v))
+    return _cudnn_even(q, k, v, None, keys=own)
 
 
 @jax.custom_vjp
@@ -152,7 +161,7 @@ def _cudnn_padded(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
     if bias is not None:
         bias = jnp.pad(bias, ((0, 0), (0, 0), (0, queries % 2), (0, keys % 2)))
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-    return cudnn_of_even(q, k, v, keys, bias)[:, :queries]
+    return _cudnn_even(q, k, v, bias, keys)[:, :queries]
 
 
 _cudnn_odd.defvjp(lambda q, k, v, bias: jax.vjp(_cudnn_padded, q, k, v, bias), lambda vjp, d_out: vjp(d_out))

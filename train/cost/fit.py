@@ -66,7 +66,7 @@ def largest_batches(
                 grad_accum=parts if way in ("grad_accum", "both") else 1,
             )
             unit = _UNIT * devices * saving.grad_accum
-            name = " ".join(filter(None, (model_config.name, "on", topology, WAYS[way])))
+            name = f"{model_config.name} on {topology} {WAYS[way]}".rstrip()
             search = _Search(saving, num_classes, topology, unit, name, say)
             line = lines.get((devices, way)) or search.line()
             batches[way], needed[way], lines[devices, way] = search.largest(line, gpu.available)
