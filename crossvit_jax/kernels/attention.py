@@ -140,8 +140,8 @@ def cudnn_with_one_more(
     k: Float[Array, "batch tokens heads width"],
     v: Float[Array, "batch tokens heads width"],
 ) -> Float[Array, "batch tokens heads width"]:
-    """NVIDIA's kernel for an odd number of tokens and one more, the last, to which no token attends: so they are even, as
-    jax wants it for a gradient. What is given of the last gets none."""
+    """NVIDIA's kernel for an odd number of tokens and one more, the last, to which no token attends: jax takes the
+    gradient of even numbers. What is given of the last token gets none."""
     own = q.shape[1] - 1
     is_own = np.arange(q.shape[1])[None, :, None, None] < own
     # whatever the kernel leaves there in its gradients
