@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from crossvit_jax.kernels.layers import (
     convolve_patches,
-    convolve_to_few,
+    convolve_same_size,
     gelu,
     layer_norm,
     plain_gelu,
@@ -107,6 +107,7 @@ class Conv(nnx.Conv):
             **kwargs,
         )
         self.cuts_patches = stride == kernel_size and padding == 0
+        self.keeps_size = stride == 1 and kernel_size == 2 * padding + 1 > 1
         self.set_forward_mode(False)
 
     def cut_patches(
@@ -119,8 +120,9 @@ class Conv(nnx.Conv):
 
     def set_forward_mode(self, enable: bool) -> None:
         """See `CrossViT.set_forward_mode`."""
-        by_hand = self.cuts_patches and not enable
-        self.conv_general_dilated = convolve_patches if by_hand else jax.lax.conv_general_dilated
+        by_hand = convolve_patches if self.cuts_patches else convolve_same_size
+        can_be = (self.cuts_patches or self.keeps_size) and not enable
+        self.conv_general_dilated = by_hand if can_be else jax.lax.conv_general_dilated
 
 
 class OutputConv(Conv):
@@ -132,11 +134,6 @@ class OutputConv(Conv):
     def __init__(self, in_chans: int, out_chans: int, kernel_size: int, *, dtype, param_dtype, **kwargs):
         real = {"dtype": jnp.promote_types(param_dtype, jnp.float32), "param_dtype": param_dtype}
         super().__init__(in_chans, out_chans, kernel_size, padding=kernel_size // 2, **real, **kwargs)
-
-    def set_forward_mode(self, enable: bool) -> None:
-        """See `CrossViT.set_forward_mode`."""
-        by_hand = self.kernel_size[0] > 1 and not enable
-        self.conv_general_dilated = convolve_to_few if by_hand else jax.lax.conv_general_dilated
 
 
 class LayerNorm(nnx.LayerNorm):

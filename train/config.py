@@ -33,7 +33,8 @@ _SEGMENTATION = {"decoder": None, "dice": 0, "ignore_index": 255}
 # of pre-training, by its method
 _OF_METHOD = {
     "simmim": {"mask_cell": 24, "mask_ratio": 0.6},
-    "dino": {"local_crops": 8, "local_scale": (0.05, 0.4), "prototypes": 65536, "weight_decay_end": None},
+    "dino": {"local_crops": 8, "local_scale": (0.05, 0.4), "prototypes": 65536, "weight_decay_end": None}
+    | {"teacher_momentum": 0.996},
 }
 _PRETRAINING = {"method": None, **_OF_METHOD["simmim"], **_OF_METHOD["dino"]}
 _OF_PICTURES = ("crop_pct", "crop_scale", "crop_ratio")  # settings of classification that pre-training has as well
@@ -320,6 +321,12 @@ class TrainConfig:
         (0.05, 0.4), "dino: area of such a crop, as share of the image", number_pair, **_PART
     )
     prototypes: int = setting(65536, "dino: outputs of the head; small data sets want fewer, such as 1024", at_least=2)
+    teacher_momentum: float = setting(
+        0.996,
+        "dino: what the teacher keeps of itself in the first step, from where it goes to 1 along a cosine; runs of few "
+        "steps want less, such as 0.98",
+        **_RATE,
+    )
 
     epochs: int = setting(300, "passes over the training images", at_least=1, section="optimiser and schedule")
     batch_size: int = setting(4096, "images in a step, over all devices", at_least=1)

@@ -249,13 +249,16 @@ def test_patches_have_the_gradients_of_a_plain_convolution(height, platform, mon
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("size", [3, 5])
-def test_an_output_of_few_channels_has_the_gradients_of_a_plain_convolution(size, platform, monkeypatch):
+@pytest.mark.parametrize("out_chans, side, by_hand", [(2, 5, True), (16, 5, False), (16, 20, True)])
+def test_a_convolution_that_keeps_the_size_has_the_gradients_of_a_plain_one(
+    out_chans, side, by_hand, size, platform, monkeypatch
+):
     if platform == "tpu":
         monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args))
-    layer = OutputConv(16, 2, size, dtype=None, param_dtype=np.float32, rngs=nnx.Rngs(0))
+    layer = OutputConv(16, out_chans, size, dtype=None, param_dtype=np.float32, rngs=nnx.Rngs(0))
     other = nnx.clone(layer)
     other.set_forward_mode(True)
-    maps = random_array(2, 2, 5, 9, 16)
+    maps = random_array(2, 2, side, side + 4, 16)
 
     def loss(layer, maps):
         return jax.numpy.sin(layer(maps)).sum()
@@ -263,6 +266,10 @@ def test_an_output_of_few_channels_has_the_gradients_of_a_plain_convolution(size
     ours, plain = (jax.tree.leaves(nnx.grad(loss, argnums=(0, 1))(conv, maps)) for conv in (layer, other))
     for mine, expected in zip(ours, plain, strict=True):
         np.testing.assert_allclose(mine, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    monkeypatch.undo()
+    lowered = nnx.jit(nnx.grad(loss)).trace(layer, maps).lower(lowering_platforms=(platform,)).as_text()
+    # forward, and the kernel's gradient
+    assert lowered.count("stablehlo.convolution") == (1 if by_hand and platform == "cpu" else 2)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])

@@ -1,6 +1,7 @@
 """Whole runs of pre-training by self-distillation, and what can be made of their weights."""
 
 import dataclasses
+import math
 import shutil
 from collections import namedtuple
 
@@ -120,6 +121,19 @@ def test_the_last_layer_begins_to_learn_in_the_second_epoch_and_the_centre_is_th
     np.testing.assert_allclose((parts[0] + parts[1]) / 2, aux["said"], rtol=1e-4, atol=1e-7)
 
 
+def test_the_teachers_momentum_goes_from_its_setting_to_one_along_a_cosine():
+    """As DINO's code has it with `--momentum_teacher`: `cosine_scheduler(momentum, 1, epochs, steps)`."""
+    config = dataclasses.replace(_CONFIG, teacher_momentum=0.9, epochs=2)
+    task = Dino(config, small_config(0), (), steps_per_epoch=50)
+    teacher, student, aux = {"x": jnp.zeros(3)}, {"x": jnp.ones(3)}, {"said": jnp.zeros(config.prototypes)}
+    kept = [
+        1 - task.update(task.extra(teacher) | {"step": jnp.int32(step)}, aux, student, step)["teacher"]["x"][0]
+        for step in (0, 25, 50, 75, 99)
+    ]
+    expected = [1 - 0.1 * 0.5 * (1 + math.cos(math.pi * step / 100)) for step in (0, 25, 50, 75, 99)]
+    np.testing.assert_allclose(kept, expected, rtol=1e-6)
+
+
 def test_a_run_that_goes_on_ends_with_the_same_bits(run, tmp_path):
     again = tmp_path / "again"
     shutil.copytree(run.folder, again)
@@ -164,6 +178,7 @@ def test_a_run_starts_from_any_weights_with_a_new_head(run):
         (["--ema-decay=0.9"], "ema_decay is no setting of dino: its teacher is an average"),
         (["--augment-on=device"], "augment_on device is no setting of dino"),
         (["--prototypes=1"], "prototypes must be at least 2; got 1"),
+        (["--teacher-momentum=1"], "teacher_momentum must be below 1; got 1"),
         (["--local-scale=0.5,0.2"], "local_scale must be rising numbers"),
         (["--image-size=72"], "method dino sees images at half their side: image height 36 does not divide"),
         (["--batch-size=200"], "batch_size 200 is more than the 80 training images"),

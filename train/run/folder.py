@@ -40,7 +40,7 @@ _FREE |= {
 _LATER = {"task", "decoder", "width", "num_convs", "distances", "scale_jitter", "color_jitter", "dice", "ignore_index"}
 _LATER |= {"patch_sizes", "reduce_tokens", "vflip", "class_weights", "fp32_residual"}
 _LATER |= {"method", "mask_cell", "mask_ratio", "local_crops", "local_scale", "prototypes", "weight_decay_end"}
-_LATER |= {"distill", "distill_alpha", "distill_temperature"}
+_LATER |= {"distill", "distill_alpha", "distill_temperature", "teacher_momentum"}
 
 
 class CheckpointError(UserError):

@@ -30,8 +30,6 @@ from train.tasks.pretraining.scores import PretrainingScores, metrics_of
 from train.tasks.pretraining.weights import HEAD, save_body
 from train.tasks.task import Batch, Metric, Tree
 
-_MOMENTUM = 0.996  # of the teacher at the start; at the end it is 1
-
 
 @dataclass(frozen=True)
 class Dino:
@@ -112,8 +110,9 @@ class Dino:
 
     def update(self, extra: Tree, aux: Tree, params: Tree, step: Array) -> Tree:
         share = extra["step"] / (self.config.epochs * self.steps_per_epoch)
+        momentum = cosine_between(self.config.teacher_momentum, 1.0, share)
         return {
-            "teacher": next_teacher(extra["teacher"], params, cosine_between(_MOMENTUM, 1.0, share)),
+            "teacher": next_teacher(extra["teacher"], params, momentum),
             "centre": next_centre(extra["centre"], aux["said"][None, None]),
             "step": extra["step"] + 1,
         }
