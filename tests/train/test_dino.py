@@ -123,7 +123,7 @@ def test_the_last_layer_begins_to_learn_in_the_second_epoch_and_the_centre_is_th
 
 def test_the_teachers_momentum_goes_from_its_setting_to_one_along_a_cosine():
     """As DINO's code has it with `--momentum_teacher`: `cosine_scheduler(momentum, 1, epochs, steps)`."""
-    config = dataclasses.replace(_CONFIG, teacher_momentum=0.9, epochs=2)
+    config = dataclasses.replace(_CONFIG, teacher_momentum=0.9, epochs=2, warmup_epochs=0)
     task = Dino(config, small_config(0), (), steps_per_epoch=50)
     teacher, student, aux = {"x": jnp.zeros(3)}, {"x": jnp.ones(3)}, {"said": jnp.zeros(config.prototypes)}
     kept = [
@@ -178,7 +178,7 @@ def test_a_run_starts_from_any_weights_with_a_new_head(run):
         (["--ema-decay=0.9"], "ema_decay is no setting of dino: its teacher is an average"),
         (["--augment-on=device"], "augment_on device is no setting of dino"),
         (["--prototypes=1"], "prototypes must be at least 2; got 1"),
-        (["--teacher-momentum=1"], "teacher_momentum must be below 1; got 1"),
+        (["--teacher-momentum=1"], "teacher_momentum must be at least 0 and below 1; got 1.0"),
         (["--local-scale=0.5,0.2"], "local_scale must be rising numbers"),
         (["--image-size=72"], "method dino sees images at half their side: image height 36 does not divide"),
         (["--batch-size=200"], "batch_size 200 is more than the 80 training images"),
