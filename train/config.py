@@ -323,8 +323,7 @@ class TrainConfig:
     prototypes: int = setting(65536, "dino: outputs of the head; small data sets want fewer, such as 1024", at_least=2)
     teacher_momentum: float = setting(
         0.996,
-        "dino: what the teacher keeps of itself in the first step, from where it goes to 1 along a cosine; runs of few "
-        "steps want less, such as 0.98",
+        "dino: what the teacher keeps of itself in the first step, from where it goes to 1 along a cosine",
         **_RATE,
     )
 

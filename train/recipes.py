@@ -208,7 +208,6 @@ RECIPES: dict[str, TrainConfig] = {
         local_crops=2,
         local_scale=(0.2, 0.5),
         prototypes=256,
-        teacher_momentum=0.98,
         lr=5e-4,
         weight_decay=0.04,
         clip_grad=3.0,
