@@ -33,8 +33,13 @@ _SEGMENTATION = {"decoder": None, "dice": 0, "ignore_index": 255}
 # of pre-training, by its method
 _OF_METHOD = {
     "simmim": {"mask_cell": 24, "mask_ratio": 0.6},
-    "dino": {"local_crops": 8, "local_scale": (0.05, 0.4), "prototypes": 65536, "weight_decay_end": None}
-    | {"teacher_momentum": 0.996},
+    "dino": {
+        "local_crops": 8,
+        "local_scale": (0.05, 0.4),
+        "prototypes": 65536,
+        "teacher_momentum": 0.996,
+        "weight_decay_end": None,
+    },
 }
 _PRETRAINING = {"method": None, **_OF_METHOD["simmim"], **_OF_METHOD["dino"]}
 _OF_PICTURES = ("crop_pct", "crop_scale", "crop_ratio")  # settings of classification that pre-training has as well
